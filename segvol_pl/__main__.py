@@ -1,0 +1,212 @@
+"""The command line: `segvol-pl VERB ...`, or `python -m segvol_pl VERB ...`.
+
+1. The verb is looked up; its arguments are read and checked. Nothing heavy is imported until they are right.
+2. The verb's function is imported and called.
+3. An error becomes one line on stderr and an exit status: 0 done, 1 failed, 2 used wrongly, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from segvol_pl import __version__, configure
+from segvol_pl.config import MISSING, SCHEMAS, ConfigError
+
+PROGRAM = "segvol-pl"
+DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+FLAGS = {"--help", "-h", "--debug", "--version"}
+
+
+class Verb(NamedTuple):
+    """What one verb takes and which function does it."""
+
+    usage: str
+    summary: str
+    call: Callable[[list[str]], int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program on `arguments` (default: the process's) and return its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    flags = {argument for argument in given if argument in FLAGS}
+    words = [argument for argument in given if argument not in FLAGS]
+    _set_up_logging("--debug" in flags)
+    try:
+        return _dispatch(words, flags)
+    except KeyboardInterrupt:
+        return _complain(words, "interrupted", INTERRUPTED)
+    except Exception as error:
+        if "--debug" in flags:
+            traceback.print_exc()
+        return _complain(words, f"error: {_explain(error)}", MISUSED if isinstance(error, ConfigError) else FAILED)
+
+
+def _dispatch(words: list[str], flags: set[str]) -> int:
+    if "--version" in flags:
+        print(f"{PROGRAM} {__version__}")
+        return DONE
+    if not words:
+        print(_program_help(), file=sys.stdout if flags & {"--help", "-h"} else sys.stderr)
+        return DONE if flags & {"--help", "-h"} else MISUSED
+    verb = _verb(words[0])
+    if flags & {"--help", "-h"}:
+        print(_verb_help(words[0], verb))
+        return DONE
+    option = next((word for word in words[1:] if word.startswith("-")), None)
+    if option is not None:
+        raise ConfigError(f"no option {option}; options are --help, --debug, --version, and a key is set by key=value")
+    return verb.call(words[1:])
+
+
+def _verb(name: str) -> Verb:
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(VERBS)}"
+        raise ConfigError(f"no verb {name}: {hint}")
+    return VERBS[name]
+
+
+def _set_up_logging(debug: bool) -> None:
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("segvol_pl").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+def _complain(words: list[str], message: str, status: int) -> int:
+    verb = f"{PROGRAM} {words[0]}" if words and words[0] in VERBS else PROGRAM
+    print(f"{verb}: {message}", file=sys.stderr)
+    return status
+
+
+def _explain(error: Exception) -> str:
+    """One line. An error that is neither ours nor the system's is a fault of the program, and says where to look."""
+    text = " ".join(str(error).split())
+    ours = isinstance(error, ValueError) and type(error).__module__.startswith("segvol_pl")
+    if ours or isinstance(error, OSError):
+        return text
+    return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
+
+
+# ---- what the verbs do ----
+
+
+def _configured(name: str, target: str) -> Verb:
+    """A verb whose function takes the configuration that `SCHEMAS[name]` describes."""
+
+    def call(arguments: list[str]) -> int:
+        config = configure.load(name, arguments)
+        _function(target)(config)
+        return DONE
+
+    return Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS[name].__doc__), call)
+
+
+def _function(target: str) -> Callable[..., Any]:
+    """`module:function`, imported."""
+    module, _, name = target.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _take(arguments: list[str], *names: str) -> list[Path]:
+    """Exactly as many paths as names. Raises ConfigError otherwise."""
+    if len(arguments) != len(names):
+        raise ConfigError(f"takes {' '.join(names)}, got {' '.join(arguments) or 'nothing'}")
+    return [Path(argument) for argument in arguments]
+
+
+def _index(arguments: list[str]) -> int:
+    (folder,) = _take(arguments, "DIR")
+    _function("segvol_pl.data.shards:build_index")(folder)
+    return DONE
+
+
+def _verify(arguments: list[str]) -> int:
+    (folder,) = _take(arguments, "DIR")
+    faults: list[str] = _function("segvol_pl.data.shards:verify")(folder)
+    for fault in faults:
+        print(fault)
+    if not faults:
+        print(f"{folder}: sound")
+    return FAILED if faults else DONE
+
+
+def _inspect(arguments: list[str]) -> int:
+    (folder,) = _take(arguments, "DIR")
+    rows: list[dict[str, Any]] = _function("segvol_pl.data.shards:describe")(folder)
+    print(_table(rows) if rows else f"{folder}: no samples")
+    return DONE
+
+
+def _export(arguments: list[str]) -> int:
+    source, destination = _take(arguments, "SRC", "DST")
+    _function("segvol_pl.model.checkpoint:export")(source, destination)
+    return DONE
+
+
+def _config(arguments: list[str]) -> int:
+    if not arguments:
+        raise ConfigError(f"takes VERB FILE...; VERB is one of {', '.join(SCHEMAS)}")
+    print(configure.resolved(arguments[0], arguments[1:]), end="")
+    return DONE
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [list(rows[0]), *([str(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+VERBS = {
+    "demo": _configured("demo", "segvol_pl.demo:run"),
+    "pack": _configured("pack", "segvol_pl.data.pack:pack"),
+    "index": Verb("DIR", "Write index.json anew from the shards in DIR.", _index),
+    "verify": Verb("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
+    "inspect": Verb("DIR", "List the samples in the shards of DIR.", _inspect),
+    "pretrain": _configured("pretrain", "segvol_pl.run.trainer:pretrain"),
+    "train": _configured("train", "segvol_pl.run.trainer:train"),
+    "evaluate": _configured("evaluate", "segvol_pl.evaluate:evaluate"),
+    "predict": _configured("predict", "segvol_pl.predict:predict"),
+    "export": Verb("SRC DST", "Write a training checkpoint as .safetensors for use elsewhere.", _export),
+    "config": Verb(
+        "VERB [FILE.yaml ...] [KEY=VALUE ...]", "Print the resolved configuration of VERB as YAML.", _config
+    ),
+}
+
+
+# ---- help ----
+
+
+def _program_help() -> str:
+    verbs = "\n".join(f"  {name:<10}{verb.summary}" for name, verb in VERBS.items())
+    return (
+        f"usage: {PROGRAM} VERB ...\n\n{verbs}\n\n"
+        f"{PROGRAM} VERB --help lists the keys of a verb. --debug shows where an error arose, --version the version."
+    )
+
+
+def _verb_help(name: str, verb: Verb) -> str:
+    head = f"usage: {PROGRAM} {name} {verb.usage}\n\n{verb.summary}"
+    if name not in SCHEMAS:
+        return head
+    keys = "\n".join(
+        f"  {field.key}  ({field.type_name}, {_default(field.default)})\n      {field.help}"
+        for field in configure.fields_help(name)
+    )
+    return f"{head}\n\nKeys, for YAML files and as KEY=VALUE; the rightmost wins:\n{keys}"
+
+
+def _default(value: Any) -> str:
+    return "required" if value == MISSING else f"default {configure.plain(value)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

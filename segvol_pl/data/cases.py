@@ -1,0 +1,231 @@
+"""Which label map belongs to which CT.
+
+1. `find_cases` expands `images` and `labels` (file, DICOM folder, folder of cases or glob) and pairs them by id;
+   `read_cases` reads the pairs that a CSV or JSON file states.
+2. `load_categories` reads which label values a category name means.
+
+What cannot be paired is an error that lists it: no CT is left out, or left unlabelled, unsaid.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segvol_pl.data.volume import READABLE, files_of, is_dicom
+
+IMAGE_ENDINGS = ("_ct", "_image", "_0000", "_dicom")
+LABEL_ENDINGS = ("_seg", "_label")
+
+LISTED = 10
+"""Names that an error lists at most."""
+
+
+class CaseError(ValueError):
+    """Cases or categories that cannot be used. The message names the files and the remedy."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A CT and, where it is labelled, its label map."""
+
+    id: str
+    image: Path
+    label: Path | None = None
+
+
+def find_cases(images: str, labels: str | None = None) -> list[Case]:
+    """The cases, sorted by id. One image and one label are paired as given; more are paired by id.
+
+    Raises CaseError where nothing is found, two files have one id, or an image or label has no partner.
+    """
+    found_images = _expand(images, LABEL_ENDINGS, "images")
+    if labels is None:
+        return [Case(id, path) for id, path in sorted(_by_id(found_images).items())]
+    found_labels = _expand(labels, IMAGE_ENDINGS, "labels")
+    _check_roles(found_images, found_labels)
+    if len(found_images) == len(found_labels) == 1:
+        return [Case(case_id(found_images[0]), found_images[0], found_labels[0])]
+    return _pair(_by_id(found_images), _by_id(found_labels))
+
+
+def case_id(path: Path) -> str:
+    """The name of the file or folder up to an ending such as `_ct` or `_seg` (any case)."""
+    name = _stem(path)
+    return _role_ending(IMAGE_ENDINGS + LABEL_ENDINGS).sub("", name) or name
+
+
+def _role_ending(endings: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(endings)})$", re.IGNORECASE)
+
+
+def _expand(pattern: str, foreign: tuple[str, ...], key: str) -> list[Path]:
+    """The volumes that `pattern` means; within a folder, names with a `foreign` ending play the other role."""
+    path = Path(pattern)
+    if path.is_dir():
+        return _expand_folder(path, foreign, key)
+    if path.exists():
+        return [path]
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if _is_volume(Path(name))]
+    if not found:
+        raise CaseError(f"{key}: {pattern} matches no CT file and no DICOM folder: check the path")
+    return found
+
+
+def _expand_folder(folder: Path, foreign: tuple[str, ...], key: str) -> list[Path]:
+    entries = sorted(entry for entry in folder.iterdir() if _is_volume(entry))
+    own = [entry for entry in entries if not _role_ending(foreign).search(_stem(entry))]
+    if own:
+        return own
+    if _is_dicom_folder(folder):
+        return [folder]
+    raise CaseError(f"{key}: {folder} holds no {'/'.join(READABLE)} and no DICOM series for {key}: check the path")
+
+
+def _stem(path: Path) -> str:
+    return re.sub("|".join(re.escape(ending) + "$" for ending in READABLE[::-1]), "", path.name, flags=re.IGNORECASE)
+
+
+def _is_volume(path: Path) -> bool:
+    return path.name.lower().endswith(READABLE) if path.is_file() else _is_dicom_folder(path)
+
+
+def _is_dicom_folder(path: Path) -> bool:
+    """Whether any file of the folder starts as DICOM files do."""
+    return path.is_dir() and any(is_dicom(file) for file in files_of(path))
+
+
+def _by_id(paths: list[Path]) -> dict[str, Path]:
+    counts = Counter(case_id(path) for path in paths)
+    twice = [str(path) for path in paths if counts[case_id(path)] > 1]
+    if twice:
+        raise CaseError(
+            f"several files have one case id: {_listed(twice)}: rename them, or state the pairs with cases=FILE"
+        )
+    return {case_id(path): path for path in paths}
+
+
+def _check_roles(images: list[Path], labels: list[Path]) -> None:
+    both = sorted(str(path) for path in set(images) & set(labels))
+    if both:
+        raise CaseError(f"image and label at once: {_listed(both)}: name them ..._ct and ..._seg, or use cases=FILE")
+
+
+def _pair(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
+    alone = [f"{images[id]} (no label)" for id in sorted(images.keys() - labels.keys())]
+    alone += [f"{labels[id]} (no image)" for id in sorted(labels.keys() - images.keys())]
+    if alone:
+        raise CaseError(f"cannot be paired: {_listed(alone)}: rename them, or state the pairs with cases=FILE")
+    return [Case(id, images[id], labels[id]) for id in sorted(images)]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+# Stated pairs
+
+
+def read_cases(path: str | Path) -> list[Case]:
+    """The cases that a CSV (columns id, image, label) or JSON (a list of such objects) states, sorted by id.
+
+    Paths are relative to the file; `label` may be empty or left out. Raises CaseError for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CaseError(f"cases: {path} does not exist: check the path")
+    rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    cases = [_case_of(row, path, number) for number, row in enumerate(rows, start=1)]
+    counts = Counter(case.id for case in cases)
+    twice = [id for id, count in counts.items() if count > 1]
+    if twice or not cases:
+        raise CaseError(f"cases: {path} " + (f"states {_listed(twice)} twice" if twice else "states no case"))
+    return sorted(cases, key=lambda case: case.id)
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CaseError(f"cases: {path} is no JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise CaseError(f"cases: {path} holds no list: write [{{id, image, label}}, ...]")
+    return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _case_of(row: Any, path: Path, number: int) -> Case:
+    place = f"cases: {path}, case {number}"
+    if not isinstance(row, dict):
+        raise CaseError(f"{place}: is not an object with id, image, label")
+    unknown = sorted(str(key) for key in row.keys() - {"id", "image", "label"})
+    if unknown:
+        raise CaseError(f"{place}: unknown column {_listed(unknown)}: the columns are id, image, label")
+    id, image, label = (row.get(key) or "" for key in ("id", "image", "label"))
+    if not (id and image and all(isinstance(value, str) for value in (id, image, label))):
+        raise CaseError(f"{place}: needs an id and an image, and a label where it is labelled, as text")
+    return Case(id, path.parent / image, path.parent / label if label else None)
+
+
+# Categories
+
+
+def load_categories(path: str | Path) -> dict[str, list[int]]:
+    """Category name -> its label values, from YAML: `categories: {name: [values]}` or the mapping alone.
+
+    Raises CaseError for a file that is no such mapping, a name given twice, or values that are no labels above 0.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CaseError(f"categories: {path} does not exist: check the path")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CaseError(f"categories: {path} is no YAML ({' '.join(str(error).split())})") from error
+    mapping = raw["categories"] if isinstance(raw, dict) and isinstance(raw.get("categories"), dict) else raw
+    if not isinstance(mapping, dict) or not mapping:
+        raise CaseError(f"categories: {path} names none: write name: [label values]")
+    return {_checked_name(name, path): _checked_values(name, values, path) for name, values in mapping.items()}
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's own loader lets a second key silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        counts = Counter(key.value for key, _ in node.value)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{_listed(twice)} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _checked_name(name: Any, path: Path) -> str:
+    if not isinstance(name, str) or not name.strip():
+        raise CaseError(f"categories: {path}: {name!r} is no name: write it as text")
+    return name
+
+
+def _checked_values(name: str, values: Any, path: Path) -> list[int]:
+    listed: Iterable[Any] = values if isinstance(values, list) else [values]
+    checked = [
+        value for value in listed if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536
+    ]
+    if not checked or len(checked) != len(list(listed)):
+        raise CaseError(
+            f"categories: {path}: {name}: {values!r} are no label values: give whole numbers from 1 to 65535"
+        )
+    return sorted(set(checked))

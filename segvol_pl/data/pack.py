@@ -1,0 +1,545 @@
+"""CT files into shards (verb `pack`).
+
+1. `pack` finds the cases and hands them to worker processes, one case at a time.
+2. `pack_case` reads a CT and its label map, crops to the body and writes down every fact that training needs.
+3. Each packed case is staged as a tar of its own, named by a fingerprint of its files and the configuration,
+   so that an interrupted run goes on where it stopped and a stale file is never reused.
+4. The staged cases are joined into shards in the order of their keys; the index comes last, then staging goes.
+
+Equal cases and configuration give byte-identical shards, however often the run was interrupted and whatever the
+number of workers. Cases that cannot be used are listed and left out, up to a bound.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import SimpleITK as sitk
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from scipy import ndimage
+
+from segvol_pl.config import PackConfig, RegionsConfig
+from segvol_pl.data.cases import Case, find_cases, load_categories, read_cases
+from segvol_pl.data.pseudo import pseudo_regions
+from segvol_pl.data.sample import SCHEMA, Box, CategoryFacts, Facts, Intensity, Member, SampleError, Split
+from segvol_pl.data.shards import (
+    INDEX,
+    Sample,
+    SampleRecord,
+    build_index,
+    encode_array,
+    read_member,
+    walk_shard,
+    write_shard,
+    write_text,
+)
+from segvol_pl.data.transforms import body_box, box_slices, intensity_of, normalise, resize_image, resize_label
+from segvol_pl.data.volume import Volume, VolumeError, files_of, read_label, read_volume, source_sha256
+
+log = logging.getLogger(__name__)
+
+STAGING = ".staging"
+REPORT = "pack_report.json"
+KEY_LENGTH = 80
+"""Characters of a key at most: a member's name must fit a tar header of 100."""
+
+
+class PackError(ValueError):
+    """A set that cannot be packed. The message names the folder or cases, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything beside the files themselves that decides a packed sample's bytes."""
+
+    dataset: str
+    modality: str
+    overview_shape: tuple[int, int, int]
+    anchors: int
+    test_fraction: float
+    regions: RegionsConfig
+    categories: dict[str, list[int]]
+
+    def fingerprint(self, *parts: Any) -> str:
+        """Hex sha256 of the recipe and `parts`, which must be JSON."""
+        text = json.dumps([SCHEMA, blosc2.__version__, asdict(self), parts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case on its way to a worker."""
+
+    case: Case
+    key: str
+    recipe: Recipe
+    staging: Path
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A packed case, in a tar of its own in the staging folder."""
+
+    id: str
+    record: SampleRecord
+    content_sha256: str
+
+
+@dataclass(frozen=True)
+class BadCase:
+    """A case that cannot be used, and why."""
+
+    id: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PackReport:
+    """What became of the cases; `pack_report.json`."""
+
+    cases: int
+    fingerprint: str
+    bad: list[BadCase]
+    duplicates: dict[str, str]
+    """Case left out -> the case kept that holds the same voxels."""
+    splits: dict[str, int] = field(default_factory=dict)
+    """Split -> samples packed. Empty where packing failed."""
+    shards: list[str] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+
+    @property
+    def packed(self) -> int:
+        """Samples in the shards."""
+        return sum(self.splits.values())
+
+
+def pack(config: PackConfig, console: Console | None = None) -> PackReport:
+    """Packs the configured cases into `config.out` and returns the report, also written there.
+
+    A folder already packed from the same cases and configuration is left as it is. Raises CaseError for cases or
+    categories that cannot be found or paired, and PackError where `out` holds something else, no case can be used,
+    or more of them cannot than `max_bad_fraction` allows; then no index is written.
+    """
+    console = console or Console(quiet=True)
+    start, out = time.monotonic(), Path(config.out)
+    recipe, cases = _recipe_of(config), _cases_of(config)
+    fingerprint = recipe.fingerprint(config.samples_per_shard, [_stat_of(case) for case in cases])
+    if (out / INDEX).exists():
+        return _finished(out, fingerprint, console)
+    jobs = _jobs_of(cases, recipe, _open_staging(out))
+    outcomes = [outcome for _, outcome in sorted(_run(jobs, _workers(config, jobs), console).items())]
+    kept, duplicates = _drop_duplicates([outcome for outcome in outcomes if isinstance(outcome, Staged)])
+    bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
+    report = PackReport(len(cases), fingerprint, bad, duplicates)
+    _print_left_out(report, console)
+    _check_bound(report, config, out, start)
+    return _finish(kept, report, config, start, console)
+
+
+def _recipe_of(config: PackConfig) -> Recipe:
+    d, h, w = config.overview_shape
+    return Recipe(
+        dataset=config.dataset,
+        modality=config.modality,
+        overview_shape=(d, h, w),
+        anchors=config.anchors,
+        test_fraction=config.test_fraction,
+        regions=config.regions,
+        categories=load_categories(config.categories) if config.categories else {},
+    )
+
+
+def _cases_of(config: PackConfig) -> list[Case]:
+    cases = read_cases(config.cases) if config.cases else find_cases(str(config.images), config.labels)
+    if any(case.label for case in cases) and not config.categories:
+        raise PackError("categories: the cases are labelled: give categories=FILE (YAML: name -> label values)")
+    return cases
+
+
+def _stat_of(case: Case) -> list[Any]:
+    """What tells cheaply whether a case's files changed since they were packed."""
+    files = [file for path in (case.image, case.label) if path for file in files_of(path)]
+    stats = [(file.name, *((s := file.stat()).st_size, s.st_mtime_ns)) for file in files if file.exists()]
+    return [case.id, stats]
+
+
+def _finished(out: Path, fingerprint: str, console: Console) -> PackReport:
+    """The report of a folder that is already packed. Raises PackError where it was packed otherwise."""
+    try:
+        raw = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        bad = [BadCase(**case) for case in raw["bad"]]
+        report = PackReport(**{**raw, "bad": bad})
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        raise PackError(f"out: {out} holds an index that pack did not write: give another folder") from None
+    if report.fingerprint != fingerprint:
+        raise PackError(f"out: {out} is packed from other files or with another configuration: give another folder")
+    shutil.rmtree(out / STAGING, ignore_errors=True)
+    console.print(f"{out} is complete ({report.packed} samples): nothing to do")
+    return report
+
+
+def _open_staging(out: Path) -> Path:
+    staging = out / STAGING
+    if not staging.is_dir() and any(out.glob("*.tar")):
+        raise PackError(f"out: {out} holds tars that an unfinished pack did not leave: give another folder")
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PackError(f"out: {out} cannot be made ({error.strerror}): give another folder") from error
+    return staging
+
+
+def _jobs_of(cases: list[Case], recipe: Recipe, staging: Path) -> list[Job]:
+    jobs = [Job(case, _key_of(case.id), recipe, staging) for case in cases]
+    counts = Counter(job.key for job in jobs)
+    twice = [job.case.id for job in jobs if counts[job.key] > 1]
+    if twice:
+        raise PackError(f"cases {', '.join(twice[:10])} have one key: give them ids that differ in letters and digits")
+    return jobs
+
+
+def _key_of(id: str) -> str:
+    # WebDataset ends a key at its first dot.
+    key = re.sub(r"[^A-Za-z0-9_-]+", "_", id)
+    if len(key) > KEY_LENGTH:
+        raise PackError(f"case {id}: its id is longer than {KEY_LENGTH} characters: shorten it, or use cases=FILE")
+    return key
+
+
+# Running
+
+
+def _workers(config: PackConfig, jobs: list[Job]) -> int:
+    return min(config.workers or len(os.sched_getaffinity(0)), len(jobs))
+
+
+def _run(jobs: list[Job], workers: int, console: Console) -> dict[str, Staged | BadCase]:
+    """Key -> what became of the case."""
+    outcomes: dict[str, Staged | BadCase] = {}
+    with _progress(console) as progress:
+        task = progress.add_task("packing", total=len(jobs))
+        for key, outcome in _run_here(jobs) if workers == 1 else _run_apart(jobs, workers):
+            outcomes[key] = outcome
+            progress.advance(task)
+    return outcomes
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.2f} volumes/s" if speed else "- volumes/s")
+
+
+def _run_here(jobs: list[Job]) -> Iterator[tuple[str, Staged | BadCase]]:
+    return ((job.key, _stage(job)) for job in jobs)
+
+
+def _run_apart(jobs: list[Job], workers: int) -> Iterator[tuple[str, Staged | BadCase]]:
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    try:
+        futures = {executor.submit(_stage_apart, job): job.key for job in jobs}
+        for future in as_completed(futures):
+            outcome, records = future.result()
+            for record in records:
+                _log_again(record)
+            yield futures[future], outcome
+    except BrokenProcessPool as error:
+        raise PackError(
+            "a worker died, likely for want of memory: give fewer workers=, then run again to go on"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _prepare_worker() -> None:
+    # Ctrl-C reaches the whole group: the parent cancels what waits, and a case in hand is staged first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    logger = logging.getLogger("segvol_pl")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot tell its workers; without this they would wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+def _stage_apart(job: Job) -> tuple[Staged | BadCase, list[logging.LogRecord]]:
+    """`_stage` in a worker, with its log records: only the parent knows where they go."""
+    collector, logger = _Collector(), logging.getLogger("segvol_pl")
+    logger.addHandler(collector)
+    try:
+        return _stage(job), collector.records
+    finally:
+        logger.removeHandler(collector)
+
+
+def _log_again(record: logging.LogRecord) -> None:
+    logger = logging.getLogger(record.name)
+    if logger.isEnabledFor(record.levelno):
+        logger.handle(record)
+
+
+def _stage(job: Job) -> Staged | BadCase:
+    """Packs the case into the staging folder unless it lies there already."""
+    try:
+        source = _source_of(job.case)
+        path = job.staging / f"{job.key}.{job.recipe.fingerprint(source)[:16]}.tar"
+        if not path.exists():
+            write_shard(path, [pack_case(job.case, job.key, job.recipe, source)])
+    except (VolumeError, SampleError) as error:
+        return BadCase(job.case.id, str(job.case.image), str(error))
+    record, facts = walk_shard(path)[0]
+    return Staged(job.case.id, record, facts.source["content_sha256"])
+
+
+def _source_of(case: Case) -> dict[str, str]:
+    source = {"image": case.image.name, "image_sha256": source_sha256(case.image)}
+    if case.label is not None:
+        source |= {"label": case.label.name, "label_sha256": source_sha256(case.label)}
+    return source
+
+
+# One case
+
+
+def pack_case(case: Case, key: str, recipe: Recipe, source: dict[str, str]) -> Sample:
+    """Reads, crops, measures and encodes one case. `source` names and hashes its files, see `Facts.source`.
+
+    Raises VolumeError or SampleError for a CT or label map that cannot be used.
+    """
+    volume = read_volume(case.image)
+    label_DHW = _label_of(case, volume)
+    content = _content_sha256(volume.array_DHW)
+    intensity = intensity_of(volume.array_DHW)
+    box = body_box(volume.array_DHW, intensity)
+    if label_DHW is not None:
+        label_DHW = np.ascontiguousarray(label_DHW[box_slices(box)])
+    arrays = _arrays_of(volume.array_DHW[box_slices(box)], label_DHW, intensity, recipe)
+    facts = Facts(
+        key=key,
+        shape=list(arrays[Member.CT].shape),
+        spacing=list(volume.spacing),
+        affine=_affine_of_crop(volume, box).tolist(),
+        source={**source, "content_sha256": content},
+        dataset=recipe.dataset,
+        split=split_of(content, recipe.test_fraction).value,
+        modality=recipe.modality,
+        intensity=intensity,
+        categories=_categories_of(label_DHW, recipe, content, case) if label_DHW is not None else {},
+        labelled=label_DHW is not None,
+        overview_shape=list(recipe.overview_shape),
+    )
+    return _encode(facts, arrays)
+
+
+def split_of(content_sha256: str, test_fraction: float) -> Split:
+    """The split of a case, by its content alone: it stays in it however often and with whatever the set is repacked."""
+    return Split.TEST if int(content_sha256[:8], 16) < test_fraction * 16**8 else Split.TRAIN
+
+
+def _content_sha256(hu_DHW: np.ndarray) -> str:
+    digest = hashlib.sha256(repr(hu_DHW.shape).encode())
+    digest.update(np.ascontiguousarray(hu_DHW, dtype="<i2").tobytes())
+    return digest.hexdigest()
+
+
+def _label_of(case: Case, volume: Volume) -> np.ndarray | None:
+    if case.label is None:
+        return None
+    label_DHW = read_label(case.label, volume)
+    if not label_DHW.any():
+        raise SampleError(f"{case.label}: the label map is empty (all 0): leave the case out or give its label map")
+    return label_DHW
+
+
+def _arrays_of(
+    hu_DHW: np.ndarray, label_DHW: np.ndarray | None, intensity: Intensity, recipe: Recipe
+) -> dict[Member, np.ndarray]:
+    """The arrays to store, from the body's voxels. The regions see what the model sees: HU as stored, normalised."""
+    overview_DHW = np.rint(resize_image(hu_DHW, recipe.overview_shape)).astype(np.int16)
+    arrays = {Member.CT: hu_DHW, Member.OVERVIEW: overview_DHW}
+    if label_DHW is not None:
+        arrays |= {Member.LABEL: label_DHW, Member.OVERVIEW_LABEL: resize_label(label_DHW, recipe.overview_shape)}
+    if recipe.regions.enabled:
+        seen_DHW = normalise(overview_DHW, intensity)
+        arrays[Member.REGIONS] = pseudo_regions(seen_DHW, arrays.get(Member.OVERVIEW_LABEL), recipe.regions)
+    return arrays
+
+
+def _affine_of_crop(volume: Volume, box: Box) -> np.ndarray:
+    shift = np.eye(4)
+    shift[:3, 3] = box[:3]
+    return volume.affine @ shift
+
+
+def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
+    members = {member: encode_array(arrays[member]) for member in Member if member in arrays}
+    hashes = {member.value: hashlib.sha256(frame).hexdigest() for member, frame in members.items()}
+    return Sample(facts.key, {Member.FACTS: replace(facts, members=hashes).to_json().encode(), **members})
+
+
+def _categories_of(label_DHW: np.ndarray, recipe: Recipe, content: str, case: Case) -> dict[str, CategoryFacts]:
+    """The categories present, measured. Raises SampleError where no value of the label map is any category's."""
+    places = dict(enumerate(ndimage.find_objects(label_DHW), start=1))
+    present = {value: place for value, place in places.items() if place is not None}
+    rng = np.random.default_rng(int(content[:16], 16))
+    found = {
+        name: _measure(label_DHW, values, [present[value] for value in values if value in present], recipe.anchors, rng)
+        for name, values in sorted(recipe.categories.items())
+        if any(value in present for value in values)
+    }
+    if not found:
+        values = ", ".join(str(value) for value in sorted(present)[:10])
+        raise SampleError(f"{case.label}: none of its values ({values}) is any category's: check categories=FILE")
+    unnamed = sorted(present.keys() - {value for values in recipe.categories.values() for value in values})
+    if unnamed:
+        log.debug("%s: %d label values that no category names: %s", case.label, len(unnamed), unnamed)
+    return found
+
+
+def _measure(
+    label_DHW: np.ndarray, values: list[int], places: list[Any], anchors: int, rng: np.random.Generator
+) -> CategoryFacts:
+    """`places` are the slices that bound each value present."""
+    low = [min(place[axis].start for place in places) for axis in range(3)]
+    high = [max(place[axis].stop - 1 for place in places) for axis in range(3)]
+    within = box_slices((low[0], low[1], low[2], high[0], high[1], high[2]))
+    inside_N3 = np.argwhere(np.isin(label_DHW[within], values)) + low
+    drawn = np.sort(rng.choice(len(inside_N3), size=min(anchors, len(inside_N3)), replace=False))
+    return CategoryFacts(values=values, voxels=len(inside_N3), box=[*low, *high], anchors=inside_N3[drawn].tolist())
+
+
+# Joining
+
+
+def _drop_duplicates(staged: list[Staged]) -> tuple[list[Staged], dict[str, str]]:
+    """The cases without those whose voxels an earlier one holds too, and those: left out -> kept."""
+    first: dict[str, Staged] = {}
+    for case in staged:
+        first.setdefault(case.content_sha256, case)
+    kept = list(first.values())
+    return kept, {case.id: first[case.content_sha256].id for case in staged if case not in kept}
+
+
+def _print_left_out(report: PackReport, console: Console) -> None:
+    if report.bad:
+        table = Table("case", "file", "reason", title=f"{len(report.bad)} of {report.cases} cases cannot be used")
+        for case in report.bad:
+            table.add_row(case.id, case.file, case.reason)
+        console.print(table)
+    for left_out, kept in report.duplicates.items():
+        console.print(f"{left_out} holds the same voxels as {kept}: left out")
+
+
+def _check_bound(report: PackReport, config: PackConfig, out: Path, start: float) -> None:
+    bad = len(report.bad)
+    if bad <= config.max_bad_fraction * report.cases and bad < report.cases:
+        return
+    write_text(out / REPORT, _report_json(replace(report, seconds=time.monotonic() - start)))
+    first = report.bad[0]
+    raise PackError(
+        f"{bad} of {report.cases} cases cannot be used, max_bad_fraction={config.max_bad_fraction} allows fewer: "
+        f"mend or leave out those that {out / REPORT} lists; the first is {first.id}: {first.reason}"
+    )
+
+
+def _report_json(report: PackReport) -> str:
+    return json.dumps(asdict(report), indent=1) + "\n"
+
+
+def _finish(kept: list[Staged], report: PackReport, config: PackConfig, start: float, console: Console) -> PackReport:
+    """Shards, then the report, then the index that makes the folder whole, then the staging folder goes."""
+    out = Path(config.out)
+    shards = _join_shards(kept, config, out)
+    splits = Counter(case.record.split for case in kept)
+    report = replace(
+        report,
+        splits=dict(sorted(splits.items())),
+        shards=[shard.name for shard in shards],
+        bytes=sum(shard.stat().st_size for shard in shards),
+        seconds=time.monotonic() - start,
+    )
+    write_text(out / REPORT, _report_json(report))
+    build_index(out)
+    shutil.rmtree(out / STAGING)
+    _print_summary(report, out, console)
+    return report
+
+
+def _join_shards(kept: list[Staged], config: PackConfig, out: Path) -> list[Path]:
+    """A shard holds one split only: who reads tars without the index cannot mix them up."""
+    for stale in out.glob("*.tar"):
+        stale.unlink()
+    shards = []
+    for split in Split:
+        records = [case.record for case in kept if case.record.split == split.value]
+        for first in range(0, len(records), config.samples_per_shard):
+            name = f"{_key_of(config.dataset)}-{split.value}-{first // config.samples_per_shard:05d}.tar"
+            write_shard(out / name, _staged_samples(out / STAGING, records[first : first + config.samples_per_shard]))
+            shards.append(out / name)
+    return shards
+
+
+def _staged_samples(staging: Path, records: list[SampleRecord]) -> Iterator[Sample]:
+    for record in records:
+        members = {member: read_member(staging, record, member) for member in Member if member.value in record.members}
+        yield Sample(record.key, members)
+
+
+def _print_summary(report: PackReport, out: Path, console: Console) -> None:
+    splits = ", ".join(f"{count} {split}" for split, count in report.splits.items())
+    rate = report.packed / max(report.seconds, 1e-9)
+    console.print(
+        f"{out}: {report.packed} samples ({splits}) in {len(report.shards)} shards, {report.bytes / 1e6:.1f} MB, "
+        f"{report.seconds:.1f} s ({rate:.2f} volumes/s)"
+    )
+    if len(report.splits) == 1:
+        split = next(iter(report.splits))
+        log.warning("%s: all cases fall into the split %s by the hash of their content", out, split)

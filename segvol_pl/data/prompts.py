@@ -1,0 +1,100 @@
+"""Prompts: what a user, or the sampler, says about the structure wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from segvol_pl.data.sample import Box
+
+INSIDE, OUTSIDE, PADDING = 1, 0, -1
+"""Labels of points, as in the published model."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Any of text, points and a box, in voxels of the array that the prompt is about.
+
+    text: category name, as in the text bank ("liver").
+    points_N3: int, (d, h, w) rows; labels_N: 1 inside, 0 outside.
+    box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
+    Raises ValueError where nothing is given, shapes are wrong, or the box is inverted.
+    """
+
+    text: str | None = None
+    points_N3: np.ndarray | None = None
+    labels_N: np.ndarray | None = None
+    box: Box | None = None
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.points_N3 is None and self.box is None:
+            raise ValueError("a prompt needs at least one of text, points, box")
+        if self.points_N3 is not None:
+            self._check_points(self.points_N3)
+        if self.box is not None:
+            self._check_box(self.box)
+
+    def _check_points(self, points_N3: np.ndarray) -> None:
+        if points_N3.ndim != 2 or points_N3.shape[1] != 3 or len(points_N3) == 0:
+            raise ValueError(f"points have shape {points_N3.shape}, expected (N, 3) with N >= 1")
+        if self.labels_N is None or len(self.labels_N) != len(points_N3):
+            raise ValueError("points need one label each: 1 inside, 0 outside")
+
+    @staticmethod
+    def _check_box(box: tuple[int, ...]) -> None:
+        if len(box) != 6:
+            raise ValueError(f"a box has 6 numbers d0 h0 w0 d1 h1 w1, got {len(box)}")
+        if any(low > high for low, high in zip(box[:3], box[3:], strict=True)):
+            raise ValueError(f"box {list(box)} is inverted: its minimum exceeds its maximum")
+
+
+def box_of(mask_DHW: np.ndarray) -> Box:
+    """Inclusive bounding box `d0 h0 w0 d1 h1 w1` of a mask. Raises ValueError for an empty one."""
+    lows, highs = [], []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        hit = np.flatnonzero(mask_DHW.any(axis=others))
+        if hit.size == 0:
+            raise ValueError("an empty mask has no box")
+        lows.append(int(hit[0]))
+        highs.append(int(hit[-1]))
+    return lows[0], lows[1], lows[2], highs[0], highs[1], highs[2]
+
+
+def draw_points(
+    mask_DHW: np.ndarray, rng: np.random.Generator, positive: int, negative: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`positive` voxels inside the mask and `negative` outside, drawn with replacement.
+
+    Returns points_N3 (int64) and labels_N (int64: 1 inside, 0 outside). Raises ValueError for an empty mask.
+    A mask without an outside gets no negative points.
+    """
+    inside = np.flatnonzero(mask_DHW)
+    if inside.size == 0:
+        raise ValueError("points cannot be drawn from an empty mask")
+    chosen = [rng.choice(inside, size=positive)]
+    if inside.size < mask_DHW.size and negative > 0:
+        chosen.append(_draw_outside(mask_DHW, rng, negative))
+    labels_N = np.repeat([INSIDE, OUTSIDE][: len(chosen)], [len(part) for part in chosen])
+    points_N3 = np.stack(np.unravel_index(np.concatenate(chosen), mask_DHW.shape), axis=1)
+    return points_N3.astype(np.int64), labels_N.astype(np.int64)
+
+
+def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    # Masks are mostly outside, so rejection is far cheaper than listing every outside voxel.
+    flat = mask_DHW.reshape(-1)
+    drawn = rng.integers(flat.size, size=8 * count)
+    outside = drawn[~flat[drawn].astype(bool)]
+    return outside[:count] if outside.size >= count else rng.choice(np.flatnonzero(~flat.astype(bool)), size=count)
+
+
+def jitter_box(box: Box, shape: tuple[int, ...], share: float, rng: np.random.Generator) -> Box:
+    """Each face moved by up to `share` of the box's extent, kept inside `shape` (paper Sec. 2.2)."""
+    low, high = np.array(box[:3]), np.array(box[3:])
+    reach = share * (high - low + 1)
+    moved = np.rint(rng.uniform(-1, 1, size=(2, 3)) * reach).astype(int)
+    low = np.clip(low + moved[0], 0, np.array(shape) - 1)
+    high = np.clip(high + moved[1], low, np.array(shape) - 1)
+    d0, h0, w0, d1, h1, w1 = (int(value) for value in (*low, *high))
+    return d0, h0, w0, d1, h1, w1

@@ -1,0 +1,109 @@
+"""The contract between packing, streaming and training: names, dtypes, shapes, letters.
+
+Letters in array names give the axes, in order:
+
+    B batch    C channel    D H W voxel axes (superior, anterior, right: index grows that way)
+    K masks of one volume    P prompts of one volume    N points of one prompt
+    T image tokens    E embedding    S prompt tokens
+
+A sample in a shard is a run of tar members `<key>.<member>`, in the order of `Member`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+SCHEMA = 1
+
+Box = tuple[int, int, int, int, int, int]
+"""`d0 h0 w0 d1 h1 w1`, voxel indices, inclusive maximum, as in the published model."""
+
+
+class Member(str, Enum):
+    """The members of one sample, in the order in which they stand in the tar."""
+
+    FACTS = "json"
+    CT = "ct.b2nd"  # int16 (D,H,W), HU at native resolution, cropped to the body
+    LABEL = "label.b2nd"  # uint8 or uint16 (D,H,W); absent for unlabelled volumes
+    OVERVIEW = "overview.b2nd"  # int16, the whole volume at the model's input shape
+    OVERVIEW_LABEL = "overview_label.b2nd"  # the label map by nearest, at the same shape
+    REGIONS = "regions.b2nd"  # uint16, cleaned pseudo-label regions on the overview's grid, 0 = none
+
+
+class Split(str, Enum):
+    TRAIN = "train"
+    TEST = "test"
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used. The message names the file and key, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """HU statistics of the whole CT, before the crop to the body.
+
+    `low` and `high` are the 0.05 and 99.95 percentiles of the foreground, i.e. of the voxels above
+    the mean of the volume: the published foreground normalisation clips to them (field: "ForegroundNorm").
+    """
+
+    mean: float
+    low: float
+    high: float
+    minimum: int
+    maximum: int
+
+
+@dataclass(frozen=True)
+class CategoryFacts:
+    """Where one category lies in the packed volume. Voxel indices are (d, h, w)."""
+
+    values: list[int]
+    voxels: int
+    box: list[int]
+    anchors: list[list[int]]
+    """Voxels of the category, drawn at packing: centres for foreground crops."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`<key>.json`: what is known of one sample without decoding it."""
+
+    key: str
+    shape: list[int]
+    """(D,H,W) of the packed volume."""
+    spacing: list[float]
+    """mm along d, h, w."""
+    affine: list[list[float]]
+    """4x4: packed voxel (d, h, w, 1) -> RAS millimetres."""
+    source: dict[str, str]
+    """image, image_sha256 and, where labelled, label, label_sha256. File names, never folders."""
+    dataset: str
+    split: str
+    modality: str
+    intensity: Intensity
+    categories: dict[str, CategoryFacts]
+    """The categories present, by name. Empty for an unlabelled volume."""
+    labelled: bool
+    overview_shape: list[int]
+    members: dict[str, str] = field(default_factory=dict)
+    """Member ending -> sha256 of its bytes."""
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Facts:
+        """Raises SampleError for another schema or missing keys."""
+        if raw.get("schema") != SCHEMA:
+            raise SampleError(f"sample {raw.get('key', '?')}: schema {raw.get('schema')} not {SCHEMA}: pack it again")
+        try:
+            intensity = Intensity(**raw["intensity"])
+            categories = {name: CategoryFacts(**facts) for name, facts in raw["categories"].items()}
+            return cls(**{**raw, "intensity": intensity, "categories": categories})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SampleError(f"sample {raw.get('key', '?')}: facts are incomplete ({error}): pack it again") from error

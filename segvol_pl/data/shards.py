@@ -1,0 +1,476 @@
+"""Shards: ordinary WebDataset tars with an index beside them, so that a sample is a ranged read.
+
+1. `encode_array` turns a voxel array into a chunked Blosc2 frame; `write_shard` puts samples into a tar.
+2. `build_index` (verb `index`) walks the tars of a folder once and writes `index.json`: where every member lies.
+3. `read_index` gives it back and refuses what is missing or truncated; `read_member` reads one member by range.
+4. `verify` (verb `verify`) recomputes every hash; `describe` (verb `inspect`) lists the samples.
+
+The format is promised in shards/README.md. Nothing in a shard is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import blosc2
+import fsspec
+import numpy as np
+import webdataset
+
+from segvol_pl.data.sample import SCHEMA, CategoryFacts, Facts, Member, SampleError
+
+INDEX = "index.json"
+
+CHUNK = (32, 64, 64)
+"""Voxels that are decoded at once at most."""
+BLOCK = (8, 32, 32)
+"""Voxels that are compressed together: a crop decodes only the blocks that it touches."""
+
+TAR_END = 1024
+"""A tar ends in two empty records of 512 bytes; without them it was cut off."""
+
+Source = str | Path
+"""A folder of shards: a path, or a URL that fsspec opens (file:, http:, https:, s3:, gs:)."""
+
+
+class ShardError(ValueError):
+    """A folder of shards that cannot be used. The message names the shard and key, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, encoded: what `write_shard` writes."""
+
+    key: str
+    members: dict[Member, bytes]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar of a folder."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Category:
+    """One category over a whole folder."""
+
+    values: list[int]
+    cases: int
+    voxels: int
+
+
+@dataclass(frozen=True)
+class SampleRecord:
+    """Where one sample lies, and what a loader must know before it reads."""
+
+    key: str
+    shard: str
+    split: str
+    labelled: bool
+    shape: list[int]
+    """(D,H,W) of the packed volume."""
+    spacing: list[float]
+    """mm along d, h, w."""
+    categories: list[str]
+    """Names of the categories present, sorted."""
+    members: dict[str, list[int]]
+    """Member ending -> [offset, size] in the shard, bytes."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """`index.json`: everything that is known of a folder of shards without opening one."""
+
+    dataset: str
+    overview_shape: list[int]
+    shards: list[Shard]
+    splits: dict[str, int]
+    """Split -> samples."""
+    categories: dict[str, Category]
+    samples: list[SampleRecord]
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str, place: str) -> Index:
+        """Raises ShardError, naming `place`, for another schema or a file that is no index."""
+        try:
+            raw = json.loads(text)
+            if raw["schema"] != SCHEMA:
+                raise ShardError(
+                    f"{place}: schema {raw['schema']} but this version reads {SCHEMA}: pack the data again"
+                )
+            parts = {
+                "shards": [Shard(**shard) for shard in raw["shards"]],
+                "categories": {name: Category(**facts) for name, facts in raw["categories"].items()},
+                "samples": [SampleRecord(**record) for record in raw["samples"]],
+            }
+            return cls(**{**raw, **parts})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ShardError(f"{place} is no index of shards ({error}): {_remedy(place)}") from error
+
+
+# Arrays
+
+
+def encode_array(array_DHW: np.ndarray) -> bytes:
+    """A 3-D integer array as a Blosc2 frame (`.b2nd`): zstd level 5 behind a byte shuffle.
+
+    Equal arrays give equal bytes: block sizes are fixed, not chosen for this machine's caches, and one thread writes.
+    """
+    chunks = tuple(min(size, limit) for size, limit in zip(array_DHW.shape, CHUNK, strict=True))
+    blocks = tuple(min(size, limit) for size, limit in zip(chunks, BLOCK, strict=True))
+    parameters = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
+    encoded = blosc2.asarray(np.ascontiguousarray(array_DHW), chunks=chunks, blocks=blocks, cparams=parameters)
+    return bytes(encoded.to_cframe())
+
+
+def decode_array(frame: bytes) -> blosc2.NDArray:
+    """The array of a Blosc2 frame, still encoded: slicing it decodes only what the slice touches.
+
+    Raises ShardError for bytes that are no such frame.
+    """
+    try:
+        return cast(blosc2.NDArray, blosc2.ndarray_from_cframe(frame))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ShardError(
+            f"{len(frame)} bytes are no Blosc2 frame ({error}): run segvol-pl verify on the folder"
+        ) from error
+
+
+# Writing
+
+
+def write_shard(path: Path, samples: Iterable[Sample]) -> None:
+    """A tar of the samples, members in the order of `Member`; equal samples give equal bytes.
+
+    Written under a temporary name in the same folder, then renamed.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as stream:
+            _write_tar(stream, samples)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_tar(stream: IO[bytes], samples: Iterable[Sample]) -> None:
+    fixed = {"user": "segvol_pl", "group": "segvol_pl", "mode": 0o644, "mtime": 0}
+    with webdataset.TarWriter(stream, encoder=False, **fixed) as writer:
+        for sample in samples:
+            for member in Member:
+                # The writer sorts the members of one call by name; one call each keeps the order of `Member`.
+                if member in sample.members:
+                    writer.write({"__key__": sample.key, member.value: sample.members[member]})
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` under a temporary name in the same folder, then renamed."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+# Indexing
+
+
+def build_index(folder: Source) -> Index:
+    """Walks every tar of a local folder, writes `index.json` there and returns it (verb `index`).
+
+    Raises ShardError where there is no tar, a tar is truncated, a sample lacks a member, or two samples share a key.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ShardError(f"{root} is no folder: give the folder that holds the shards")
+    paths = sorted(root.glob("*.tar"))
+    if not paths:
+        raise ShardError(f"{root} holds no *.tar: pack data into it with segvol-pl pack")
+    found = [(path, walk_shard(path)) for path in paths]
+    index = _summarise(found)
+    write_text(root / INDEX, index.to_json() + "\n")
+    return index
+
+
+def walk_shard(path: Path) -> list[tuple[SampleRecord, Facts]]:
+    """Record and facts of every sample of a tar, in its order. Raises ShardError for a damaged tar."""
+    _check_end(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [_read_record(path, tar, key, members) for key, members in _group_members(tar)]
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"shard {path} cannot be read ({error}): copy or pack it again") from error
+
+
+def _check_end(path: Path) -> None:
+    with path.open("rb") as stream:
+        stream.seek(max(path.stat().st_size - TAR_END, 0))
+        if stream.read() != b"\0" * TAR_END:
+            raise ShardError(f"shard {path} is truncated (it does not end as a tar does): copy or pack it again")
+
+
+def _group_members(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    key, members = "", dict[str, tarfile.TarInfo]()
+    for entry in tar:
+        stem, _, ending = entry.name.partition(".")
+        if stem != key and members:
+            yield key, members
+            members = {}
+        key = stem
+        members[ending] = entry
+    if members:
+        yield key, members
+
+
+def _read_record(
+    path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]
+) -> tuple[SampleRecord, Facts]:
+    stream = tar.extractfile(members[Member.FACTS.value]) if Member.FACTS.value in members else None
+    if stream is None:
+        raise ShardError(f"shard {path}, sample {key}: has no {Member.FACTS.value}: pack it again")
+    facts = _parse_facts(stream.read(), f"shard {path}, sample {key}")
+    missing = sorted(set(facts.members) - set(members))
+    if missing:
+        raise ShardError(f"shard {path}, sample {key}: lacks {', '.join(missing)}: copy or pack it again")
+    record = SampleRecord(
+        key=key,
+        shard=path.name,
+        split=facts.split,
+        labelled=facts.labelled,
+        shape=facts.shape,
+        spacing=facts.spacing,
+        categories=sorted(facts.categories),
+        members={ending: [entry.offset_data, entry.size] for ending, entry in members.items()},
+    )
+    return record, facts
+
+
+def _parse_facts(text: bytes, place: str) -> Facts:
+    try:
+        return Facts.from_dict(json.loads(text))
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, SampleError) as error:
+        raise ShardError(f"{place}: {error}") from error
+
+
+def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]]) -> Index:
+    pairs = [pair for _, samples in found for pair in samples]
+    records, facts = [record for record, _ in pairs], [fact for _, fact in pairs]
+    _check_keys(records)
+    shapes = sorted({tuple(fact.overview_shape) for fact in facts})
+    if len(shapes) != 1:
+        raise ShardError(f"{found[0][0].parent} mixes overviews of shape {shapes}: pack them into folders of their own")
+    splits = [record.split for record in records]
+    return Index(
+        dataset="+".join(sorted({fact.dataset for fact in facts})),
+        overview_shape=list(shapes[0]),
+        shards=[Shard(path.name, path.stat().st_size, sha256_of(path), len(samples)) for path, samples in found],
+        splits={split: splits.count(split) for split in sorted(set(splits))},
+        categories=_count_categories(facts),
+        samples=records,
+    )
+
+
+def _check_keys(records: list[SampleRecord]) -> None:
+    seen: dict[str, str] = {}
+    for record in records:
+        if record.key in seen:
+            raise ShardError(
+                f"sample {record.key} stands in {seen[record.key]} and in {record.shard}: remove one of them"
+            )
+        seen[record.key] = record.shard
+
+
+def _count_categories(facts: list[Facts]) -> dict[str, Category]:
+    by_name: dict[str, list[CategoryFacts]] = {}
+    for fact in facts:
+        for name, category in fact.categories.items():
+            by_name.setdefault(name, []).append(category)
+    return {
+        name: Category(
+            values=sorted({value for category in found for value in category.values}),
+            cases=len(found),
+            voxels=sum(category.voxels for category in found),
+        )
+        for name, found in sorted(by_name.items())
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Reading
+
+
+def read_index(folder: Source) -> Index:
+    """The index of a folder of shards.
+
+    Raises ShardError where it is missing, of another schema, or (in a local folder) names a shard that is missing
+    or has another size. Shards behind a URL are not asked for their sizes: a short read tells.
+    """
+    index = _load_index(folder)
+    if not _is_url(folder):
+        for shard in index.shards:
+            problem = _size_problem(Path(folder) / shard.name, shard)
+            if problem:
+                raise ShardError(problem)
+    return index
+
+
+def _load_index(folder: Source) -> Index:
+    place = _join(folder, INDEX)
+    try:
+        with fsspec.open(place, "rb") as stream:
+            text = stream.read()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ShardError(f"{place} does not exist: {_remedy(place)}") from None
+    except OSError as error:
+        raise ShardError(f"{place} cannot be read ({error})") from error
+    return Index.from_json(text.decode("utf-8", errors="replace"), place)
+
+
+def _size_problem(path: Path, shard: Shard) -> str:
+    """What is wrong with a shard's size, in words; empty where nothing is."""
+    if not path.is_file():
+        return f"shard {path} is missing though the index names it: copy it there, or {_remedy(str(path))}"
+    size = path.stat().st_size
+    if size == shard.bytes:
+        return ""
+    fault = "is truncated" if size < shard.bytes else "is not the one indexed"
+    return f"shard {path} {fault} ({size} bytes, the index says {shard.bytes}): copy or pack it again"
+
+
+def read_member(folder: Source, record: SampleRecord, member: Member) -> bytes:
+    """The bytes of one member, by one ranged read. Raises ShardError, naming shard and key, if some are missing."""
+    place = _join(folder, record.shard)
+    if member.value not in record.members:
+        raise ShardError(f"shard {place}, sample {record.key}: has no {member.value}")
+    offset, size = record.members[member.value]
+    try:
+        content = _read_range(place, offset, size) if _is_url(folder) else _pread(place, offset, size)
+    except OSError as error:
+        raise ShardError(f"shard {place}, sample {record.key}: {member.value} cannot be read ({error})") from error
+    if len(content) != size:
+        got = f"{len(content)} of {size} bytes"
+        raise ShardError(
+            f"shard {place}, sample {record.key}: {member.value} gave {got}: the shard is truncated, copy it again"
+        )
+    return content
+
+
+def _pread(place: str, offset: int, size: int) -> bytes:
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, size, offset)
+    finally:
+        os.close(descriptor)
+
+
+def _read_range(place: str, offset: int, size: int) -> bytes:
+    filesystem, path = fsspec.url_to_fs(place)
+    try:
+        return bytes(filesystem.cat_file(path, start=offset, end=offset + size))
+    except OSError:
+        raise
+    except Exception as error:  # the client libraries behind fsspec share no class of errors
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def read_facts(folder: Source, record: SampleRecord) -> Facts:
+    """The facts of one sample. Raises ShardError for bytes that are not this sample's."""
+    place = f"shard {_join(folder, record.shard)}, sample {record.key}"
+    facts = _parse_facts(read_member(folder, record, Member.FACTS), place)
+    if facts.key != record.key:
+        raise ShardError(f"{place}: holds the facts of {facts.key}: {_remedy(_join(folder, record.shard))}")
+    return facts
+
+
+def _is_url(folder: Source) -> bool:
+    return "://" in str(folder)
+
+
+def _join(folder: Source, name: str) -> str:
+    # An index is data from elsewhere: a name in it must not lead out of its folder.
+    if name != Path(name).name:
+        raise ShardError(f"{folder}/{INDEX} names a shard {name!r} outside its folder: {_remedy(f'{folder}/{name}')}")
+    return f"{str(folder).rstrip('/')}/{name}"
+
+
+def _remedy(place: str) -> str:
+    return f"run segvol-pl index {place.rpartition('/')[0] or '.'}"
+
+
+# Checking and listing
+
+
+def verify(folder: Source) -> list[str]:
+    """The faults of a local folder of shards, one line each: sizes, and the sha256 of shards and of members.
+
+    An empty list means that every byte is as it was packed. Raises ShardError where there is no index.
+    """
+    index = _load_index(folder)
+    faults: list[str] = []
+    for shard in index.shards:
+        found = _shard_faults(Path(_join(folder, shard.name)), shard)
+        records = [record for record in index.samples if record.shard == shard.name]
+        faults += found or [fault for record in records for fault in _sample_faults(folder, record)]
+    return faults
+
+
+def _shard_faults(path: Path, shard: Shard) -> list[str]:
+    problem = _size_problem(path, shard)
+    if problem:
+        return [problem]
+    if sha256_of(path) != shard.sha256:
+        return [f"shard {path}: its sha256 is not the indexed one: copy or pack it again"]
+    return []
+
+
+def _sample_faults(folder: Source, record: SampleRecord) -> list[str]:
+    """Faults that a re-indexed shard would hide: the facts hold the hashes taken at packing."""
+    try:
+        facts = read_facts(folder, record)
+        return [fault for ending in facts.members for fault in _member_faults(folder, record, facts, ending)]
+    except ShardError as error:
+        return [str(error)]
+
+
+def _member_faults(folder: Source, record: SampleRecord, facts: Facts, ending: str) -> list[str]:
+    content = read_member(folder, record, Member(ending))
+    if hashlib.sha256(content).hexdigest() == facts.members[ending]:
+        return []
+    return [f"shard {_join(folder, record.shard)}, sample {record.key}: {ending} is not what was packed: pack it again"]
+
+
+def describe(folder: Source) -> list[dict[str, Any]]:
+    """One row a sample, for the verb `inspect`: key, split, shape, spacing (mm), categories, bytes, shard."""
+    return [
+        {
+            "key": record.key,
+            "split": record.split,
+            "shape": tuple(record.shape),
+            "spacing": tuple(round(step, 3) for step in record.spacing),
+            "categories": record.categories,
+            "bytes": sum(size for _, size in record.members.values()),
+            "shard": record.shard,
+        }
+        for record in read_index(folder).samples
+    ]

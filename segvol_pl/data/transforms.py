@@ -1,0 +1,133 @@
+"""From Hounsfield units to what the model sees: one set of transforms for packing, training and inference.
+
+1. `intensity_of` measures the whole CT once; `normalise` maps HU to [0, 1] by it.
+2. `body_box` crops the air away.
+3. `resize_image` / `resize_label` make the overview; `window_around` and `crop` make native-resolution windows.
+4. `flip` and `shift_intensity` augment, drawing from the sample's own rng.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from segvol_pl.data.prompts import box_of
+from segvol_pl.data.sample import Box, Intensity, SampleError
+
+FOREGROUND_PERCENTILES = (0.05, 99.95)
+
+
+class Sliceable(Protocol):
+    """A numpy array, or an encoded one that decodes only the slice asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __getitem__(self, key: Any) -> np.ndarray: ...
+
+
+def intensity_of(hu_DHW: np.ndarray) -> Intensity:
+    """HU statistics of a whole CT (published ForegroundNorm: voxels above the mean, percentiles 0.05 and 99.95).
+
+    Raises SampleError for a constant volume.
+    """
+    minimum, maximum = int(hu_DHW.min()), int(hu_DHW.max())
+    if minimum == maximum:
+        raise SampleError(f"the volume is constant ({minimum} HU everywhere): it holds no image")
+    mean = float(hu_DHW.mean(dtype=np.float64))
+    low, high = np.percentile(hu_DHW[hu_DHW > mean], FOREGROUND_PERCENTILES)
+    if low >= high:
+        low, high = float(minimum), float(maximum)
+    return Intensity(mean=mean, low=float(low), high=float(high), minimum=minimum, maximum=maximum)
+
+
+def normalise(hu_DHW: np.ndarray, intensity: Intensity) -> np.ndarray:
+    """HU -> float32 in [0, 1]: clipped to the foreground's percentiles, then scaled.
+
+    The published z-score between the two is undone by its min-max scaling, hence left out.
+    """
+    image_DHW = (hu_DHW.astype(np.float32) - intensity.low) / (intensity.high - intensity.low)
+    return np.clip(image_DHW, 0.0, 1.0, out=image_DHW)
+
+
+def body_box(hu_DHW: np.ndarray, intensity: Intensity) -> Box:
+    """Inclusive bounding box of the voxels above the foreground's lower percentile."""
+    return box_of(hu_DHW > intensity.low)
+
+
+def box_slices(box: Box) -> tuple[slice, slice, slice]:
+    """The slices that an inclusive box covers."""
+    return slice(box[0], box[3] + 1), slice(box[1], box[4] + 1), slice(box[2], box[5] + 1)
+
+
+def resize_tensor(image_BCDHW: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Area average along axes that shrink, linear along axes that grow; voxel extents (not centres) coincide."""
+    target = tuple(int(size) for size in shape)
+    shrunk = tuple(min(old, new) for old, new in zip(image_BCDHW.shape[2:], target, strict=True))
+    if shrunk != tuple(image_BCDHW.shape[2:]):
+        image_BCDHW = F.interpolate(image_BCDHW, size=shrunk, mode="area")
+    if target != shrunk:
+        image_BCDHW = F.interpolate(image_BCDHW, size=target, mode="trilinear", align_corners=False)
+    return image_BCDHW
+
+
+def resize_image(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Float32 array of `shape`, see `resize_tensor`."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array_DHW, dtype=np.float32))
+    return resize_tensor(tensor[None, None], shape)[0, 0].numpy()
+
+
+def nearest_index(source: int, target: int) -> np.ndarray:
+    """For each of `target` cells the source cell under its centre ('nearest-exact')."""
+    index = np.floor((np.arange(target) + 0.5) * (source / target)).astype(np.int64)
+    return np.minimum(index, source - 1)
+
+
+def resize_label(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Same dtype, nearest neighbour: no label or region id is ever invented."""
+    indices = [nearest_index(old, new) for old, new in zip(array_DHW.shape, shape, strict=True)]
+    return np.ascontiguousarray(array_DHW[np.ix_(*indices)])
+
+
+def window_around(centre: Sequence[int], window: Sequence[int], shape: Sequence[int]) -> tuple[int, int, int]:
+    """Start of a window that holds `centre` and lies inside the volume; 0 along axes shorter than the window."""
+    starts = [
+        int(np.clip(middle - size // 2, 0, max(extent - size, 0)))
+        for middle, size, extent in zip(centre, window, shape, strict=True)
+    ]
+    return starts[0], starts[1], starts[2]
+
+
+def crop(array_DHW: Sliceable, start: Sequence[int], window: Sequence[int], fill: int = 0) -> np.ndarray:
+    """The window at `start`, padded at the far end with `fill` where the volume is shorter."""
+    slices = tuple(
+        slice(first, min(first + size, extent))
+        for first, size, extent in zip(start, window, array_DHW.shape, strict=True)
+    )
+    part = np.asarray(array_DHW[slices])
+    missing = [(0, size - have) for size, have in zip(window, part.shape, strict=True)]
+    return np.pad(part, missing, constant_values=fill) if any(after for _, after in missing) else part
+
+
+def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """All arrays flipped alike along each of their last three axes with `probability`."""
+    axes = tuple(axis - 3 for axis in range(3) if rng.random() < probability)
+    return {name: np.flip(array, axes) for name, array in arrays.items()} if axes else arrays
+
+
+def shift_intensity(image_DHW: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
+    """A scale of up to +-10 % and a shift of up to +-0.1, each with `probability` (published augmentation)."""
+    scaled, shifted = rng.random(2) < probability
+    scale, shift = rng.uniform(-0.1, 0.1, size=2)
+    if scaled:
+        image_DHW = image_DHW * np.float32(1 + scale)
+    if shifted:
+        image_DHW = image_DHW + np.float32(shift)
+    return image_DHW

@@ -1,0 +1,256 @@
+"""What one training sample shows, drawn from the sample's own rng.
+
+1. `draw_view`: the whole volume (overview) or a window at native resolution, with its label map and regions.
+2. `augment`: flips and intensity shifts.
+3. `segment_sample`: categories with their masks and prompts, pseudo-label prompts (paper Algorithm 1).
+   `simmim_sample`: the tokens to hide (paper Sec. 2.2).
+
+The training step draws nothing; hence the same batch gives the same loss on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
+from segvol_pl.data import transforms
+from segvol_pl.data.prompts import PADDING, box_of, draw_points, jitter_box
+from segvol_pl.data.sample import Box, Facts, Member
+
+Read = Callable[[Member], Any]
+"""Gives a member of the sample as a sliceable array, decoded only where sliced."""
+
+Arrays = dict[str, np.ndarray]
+
+ABSENT = PADDING - 1
+"""Label of a place in a points array that holds no point."""
+
+PSEUDO_EXTRA_POSITIVE = (4, 10)
+MERGE_INSIDE = 0.9
+"""A pseudo-label box takes in every region that lies in it by more than this share (published code)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One training image in [0, 1]; on the same grid its label map and pseudo-label regions, if any."""
+
+    image_DHW: np.ndarray
+    label_DHW: np.ndarray | None
+    regions_DHW: np.ndarray | None
+    category: str | None = None
+    """The category that the window was drawn around; none for overviews and unlabelled volumes."""
+
+
+def draw_view(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> View:
+    """The overview with probability `data.overview_fraction`, else a window at native resolution."""
+    overview = rng.random() < data.overview_fraction
+    view = _overview(facts, read, model) if overview else _window(facts, read, model, rng)
+    return augment(view, data, rng)
+
+
+def _overview(facts: Facts, read: Read, model: SegVolConfig) -> View:
+    return View(
+        image_DHW=_fit(transforms.normalise(read(Member.OVERVIEW)[:], facts.intensity), model.input_shape),
+        label_DHW=_fit_label(read(Member.OVERVIEW_LABEL)[:], model.input_shape) if facts.labelled else None,
+        regions_DHW=_fit_label(read(Member.REGIONS)[:], model.input_shape) if has_regions(facts) else None,
+    )
+
+
+def _fit(image_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return image_DHW if image_DHW.shape == tuple(shape) else transforms.resize_image(image_DHW, shape)
+
+
+def _fit_label(label_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return label_DHW if label_DHW.shape == tuple(shape) else transforms.resize_label(label_DHW, shape)
+
+
+def has_regions(facts: Facts) -> bool:
+    return Member.REGIONS.value in facts.members
+
+
+def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Generator) -> View:
+    window = model.input_shape
+    category = sorted(facts.categories)[rng.integers(len(facts.categories))] if facts.categories else None
+    start = _window_start(facts, category, window, rng)
+    hu_DHW = transforms.crop(read(Member.CT), start, window, fill=facts.intensity.minimum)
+    return View(
+        image_DHW=transforms.normalise(hu_DHW, facts.intensity),
+        label_DHW=transforms.crop(read(Member.LABEL), start, window) if facts.labelled else None,
+        regions_DHW=_window_regions(facts, read(Member.REGIONS)[:], start, window) if has_regions(facts) else None,
+        category=category,
+    )
+
+
+def _window_start(
+    facts: Facts, category: str | None, window: Sequence[int], rng: np.random.Generator
+) -> tuple[int, int, int]:
+    """Around an anchor voxel of the category, which may lie anywhere in the window's middle two thirds."""
+    if category is not None:
+        anchors = facts.categories[category].anchors
+        centre = np.array(anchors[rng.integers(len(anchors))])
+        centre = centre + np.rint(rng.uniform(-1 / 3, 1 / 3, size=3) * window).astype(int)
+    else:
+        centre = rng.integers(facts.shape)
+    return transforms.window_around(list(centre), window, facts.shape)
+
+
+def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int], window: Sequence[int]) -> np.ndarray:
+    """The overview's regions under the window, by nearest; 0 beyond the volume."""
+    indices = [
+        transforms.nearest_index(coarse, full)[first : first + size]
+        for coarse, full, first, size in zip(regions_DHW.shape, facts.shape, start, window, strict=True)
+    ]
+    return transforms.crop(regions_DHW[np.ix_(*indices)], (0, 0, 0), window)
+
+
+def augment(view: View, data: DataConfig, rng: np.random.Generator) -> View:
+    """The published flips and intensity shifts, alike for image, label and regions."""
+    arrays = {name: array for name, array in vars(view).items() if isinstance(array, np.ndarray)}
+    flipped = transforms.flip(arrays, data.flip, rng)
+    image_DHW = transforms.shift_intensity(flipped["image_DHW"], data.intensity, rng)
+    return replace(
+        view,
+        image_DHW=np.ascontiguousarray(image_DHW),
+        label_DHW=flipped.get("label_DHW"),
+        regions_DHW=flipped.get("regions_DHW"),
+    )
+
+
+def simmim_sample(view: View, model: SegVolConfig, mask_ratio: float, rng: np.random.Generator) -> Arrays:
+    """image_CDHW and mask_T: exactly `mask_ratio` of the tokens, drawn without replacement."""
+    tokens = int(np.prod(model.grid))
+    mask_T = np.zeros(tokens, dtype=bool)
+    mask_T[rng.permutation(tokens)[: round(mask_ratio * tokens)]] = True
+    return {"image_CDHW": view.image_DHW[None], "mask_T": mask_T}
+
+
+def segment_sample(
+    view: View, facts: Facts, row_of: dict[str, int], config: PromptConfig, rng: np.random.Generator
+) -> Arrays:
+    """The image, its categories' masks and prompts, and the pseudo-label ones under `pseudo_` names.
+
+    Arrays: image_CDHW float32; per category masks_KDHW bool, category_K (row of the text bank), points_KN3,
+    labels_KN, boxes_K6, valid_K; per pseudo-label the same with `pseudo_`. A view that shows no category, or no
+    region, has valid 0 there and counts nothing.
+    """
+    masks = _draw_categories(view, facts, config.categories_per_volume, rng)
+    categories = [_draw_prompt(mask, row_of.get(name, 0), config, rng) for name, mask in masks]
+    pseudo = [_draw_pseudo(view, index, config, rng) for index in range(config.pseudo_per_volume)]
+    return {
+        "image_CDHW": view.image_DHW[None],
+        **_stack(categories, ""),
+        **_stack(pseudo, "pseudo_"),
+    }
+
+
+def _draw_categories(view: View, facts: Facts, count: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    """`count` categories that the view shows: the one it was drawn around first, each once before any comes twice."""
+    assert view.label_DHW is not None
+    present = np.bincount(view.label_DHW.reshape(-1)) > 0
+    shown = [name for name in sorted(facts.categories) if _any(present, facts.categories[name].values)]
+    if not shown:
+        return [("", np.zeros(view.image_DHW.shape, dtype=bool))] * count
+    order = sorted((str(name) for name in rng.permutation(shown)), key=lambda name: name != view.category)
+    repeats = -(-count // len(order))
+    return [(name, mask_of(view.label_DHW, facts.categories[name].values)) for name in (order * repeats)[:count]]
+
+
+def _any(present: np.ndarray, values: list[int]) -> bool:
+    return any(value < len(present) and present[value] for value in values)
+
+
+def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Bool mask of a category: a set of label values."""
+    table = np.zeros(int(np.iinfo(label_DHW.dtype).max) + 1, dtype=bool)
+    table[list(values)] = True
+    return table[label_DHW]
+
+
+def _draw_prompt(mask_DHW: np.ndarray, row: int, config: PromptConfig, rng: np.random.Generator) -> Arrays:
+    positive = 1 + int(rng.integers(config.extra_positive + 1))
+    negative = int(rng.integers(config.extra_negative + 1))
+    return _prompted(mask_DHW, row, config, rng, positive, negative)
+
+
+def _prompted(
+    mask_DHW: np.ndarray, row: int, config: PromptConfig, rng: np.random.Generator, positive: int, negative: int
+) -> Arrays:
+    """A mask with its points and box; an empty mask gets none, and is not valid."""
+    width = 1 + config.extra_positive + config.extra_negative
+    points_N3, labels_N = np.zeros((width, 3), dtype=np.int64), np.full(width, ABSENT, dtype=np.int64)
+    box: Box = (0, 0, 0, 0, 0, 0)
+    valid = bool(mask_DHW.any())
+    if valid:
+        drawn_N3, drawn_N = draw_points(mask_DHW, rng, positive, negative)
+        points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
+        box = jitter_box(box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
+    return {
+        "masks_DHW": mask_DHW,
+        "category": np.array(row, dtype=np.int64),
+        "points_N3": points_N3,
+        "labels_N": labels_N,
+        "boxes_6": np.array(box, dtype=np.int64),
+        "valid": np.array(valid),
+    }
+
+
+def _draw_pseudo(view: View, index: int, config: PromptConfig, rng: np.random.Generator) -> Arrays:
+    """Even indices ask by points, odd ones by a box (published order)."""
+    assert view.regions_DHW is not None
+    regions_DHW = view.regions_DHW
+    ids = np.flatnonzero(np.bincount(regions_DHW.reshape(-1))[1:]) + 1
+    if ids.size == 0:
+        return _prompted(np.zeros(regions_DHW.shape, dtype=bool), 0, config, rng, 0, 0)
+    mask_DHW = regions_DHW == rng.choice(ids)
+    if index % 2 == 1:
+        mask_DHW = _merged(regions_DHW, box_of(mask_DHW))
+    positive = 1 + min(int(rng.integers(*PSEUDO_EXTRA_POSITIVE)), config.extra_positive)
+    return _prompted(mask_DHW, 0, config, rng, positive, 0)
+
+
+def _merged(regions_DHW: np.ndarray, box: Box) -> np.ndarray:
+    """All regions that lie almost wholly inside the box, as one mask."""
+    slices = transforms.box_slices(box)
+    whole = np.bincount(regions_DHW.reshape(-1))
+    inside = np.bincount(regions_DHW[slices].reshape(-1), minlength=len(whole))
+    taken = inside > MERGE_INSIDE * whole
+    taken[0] = False
+    return taken[regions_DHW]
+
+
+def _stack(parts: list[Arrays], prefix: str) -> Arrays:
+    """Stacks along a new first axis: masks_DHW becomes masks_KDHW, category becomes category_K."""
+    if not parts:
+        return {}
+    return {prefix + lettered(name, "K"): np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+def lettered(name: str, letter: str) -> str:
+    """The name of an array with one axis more in front: points_N3 -> points_KN3, valid -> valid_K."""
+    stem, _, letters = name.rpartition("_")
+    return f"{stem}_{letter}{letters}" if stem and (letters[0].isupper() or letters.isdigit()) else f"{name}_{letter}"
+
+
+def draw_simmim(
+    facts: Facts, read: Read, rng: np.random.Generator, *, model: SegVolConfig, data: DataConfig, mask_ratio: float
+) -> Arrays:
+    """A pre-training sample of a volume, see `simmim_sample`."""
+    return simmim_sample(draw_view(facts, read, model, data, rng), model, mask_ratio, rng)
+
+
+def draw_segment(
+    facts: Facts,
+    read: Read,
+    rng: np.random.Generator,
+    *,
+    model: SegVolConfig,
+    data: DataConfig,
+    prompts: PromptConfig,
+    row_of: dict[str, int],
+) -> Arrays:
+    """A supervised sample of a volume, see `segment_sample`."""
+    return segment_sample(draw_view(facts, read, model, data, rng), facts, row_of, prompts, rng)

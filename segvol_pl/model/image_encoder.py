@@ -1,0 +1,63 @@
+"""The image encoder: a plain 3-D ViT made of MONAI's blocks (paper Sec. 2.1).
+
+Letters: B batch, C channel, D H W voxels, T tokens, E embedding, V voxels of one patch.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
+from monai.networks.blocks.transformerblock import TransformerBlock
+from torch import Tensor, nn
+
+from segvol_pl.config import SegVolConfig
+
+
+def _block(config: SegVolConfig) -> TransformerBlock:
+    block = TransformerBlock(config.hidden, config.mlp, config.heads, qkv_bias=False, use_flash_attention=True)
+    # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
+    del block.norm_cross_attn
+    return block
+
+
+class ImageEncoder(nn.Module):
+    """image_BCDHW (C = 1, `config.input_shape`) -> tokens_BTE.
+
+    Parameter names are those of the released weights.
+    """
+
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__()
+        self.patch_embedding = PatchEmbeddingBlock(
+            in_channels=1,
+            img_size=list(config.input_shape),
+            patch_size=list(config.patch),
+            hidden_size=config.hidden,
+            num_heads=config.heads,
+            proj_type="perceptron",
+            pos_embed_type="learnable",
+            spatial_dims=3,
+        )
+        self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.hidden)
+
+    def patches(self, image_BCDHW: Tensor) -> Tensor:
+        """The image cut into patches_BTV, in the order of the tokens."""
+        patches_BTV: Tensor = self._embedding()[0](image_BCDHW)
+        return patches_BTV
+
+    def _embedding(self) -> nn.Sequential:
+        embedding = self.patch_embedding.patch_embeddings
+        assert isinstance(embedding, nn.Sequential)
+        return embedding
+
+    def forward(self, image_BCDHW: Tensor, mask_BT: Tensor | None = None, mask_token_E: Tensor | None = None) -> Tensor:
+        """Tokens of the image; where `mask_BT` is set, `mask_token_E` stands in for the patch (SimMIM)."""
+        tokens_BTE = self._embedding()[1](self.patches(image_BCDHW))
+        if mask_BT is not None and mask_token_E is not None:
+            tokens_BTE = torch.where(mask_BT[..., None], mask_token_E.to(tokens_BTE.dtype), tokens_BTE)
+        tokens_BTE = tokens_BTE + self.patch_embedding.position_embeddings
+        for block in self.blocks:
+            tokens_BTE = block(tokens_BTE)
+        normed_BTE: Tensor = self.norm(tokens_BTE)
+        return normed_BTE

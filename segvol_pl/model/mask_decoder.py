@@ -1,0 +1,225 @@
+"""The mask decoder: image tokens and prompt tokens look at each other, then a mask is read off (paper Sec. 2.1).
+
+SAM's two-way transformer, upscaling by transposed 3-D convolutions, a hyper-network for the mask, and SegVol's
+text branch, whose similarity map is added to the mask (the paper's prose multiplies, its released code adds).
+
+Letters: A images x prompts flattened, S prompt tokens, T image tokens, E embedding, D H W low-resolution voxels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segvol_pl.config import SegVolConfig
+
+MASK_TOKENS = 4
+"""As in SAM; SegVol reads its mask off the first one alone."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention with an inner width of `hidden / downsample`."""
+
+    def __init__(self, hidden: int, heads: int, downsample: int = 1) -> None:
+        super().__init__()
+        inner = hidden // downsample
+        self.heads = heads
+        self.q_proj = nn.Linear(hidden, inner)
+        self.k_proj = nn.Linear(hidden, inner)
+        self.v_proj = nn.Linear(hidden, inner)
+        self.out_proj = nn.Linear(inner, hidden)
+        if downsample > 1:
+            self._start_local()
+
+    def _start_local(self) -> None:
+        """Equal query and key projections: image and prompt tokens attend to what has a like position.
+
+        With independent ones the Fourier features of a box say nothing at first, and training long ignores boxes.
+        """
+        nn.init.orthogonal_(self.q_proj.weight)
+        with torch.no_grad():
+            self.k_proj.weight.copy_(self.q_proj.weight)
+        nn.init.zeros_(self.q_proj.bias)
+        nn.init.zeros_(self.k_proj.bias)
+
+    def forward(self, q_ASE: Tensor, k_ATE: Tensor, v_ATE: Tensor, keep_AT: Tensor | None = None) -> Tensor:
+        q, k, v = self._split(self.q_proj(q_ASE)), self._split(self.k_proj(k_ATE)), self._split(self.v_proj(v_ATE))
+        mask = None if keep_AT is None else keep_AT[:, None, None, :]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        return out
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class MLPBlock(nn.Module):
+    def __init__(self, hidden: int, mlp: int) -> None:
+        super().__init__()
+        self.lin1 = nn.Linear(hidden, mlp)
+        self.lin2 = nn.Linear(mlp, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lin2(F.relu(self.lin1(x)))
+        return out
+
+
+class TwoWayAttentionBlock(nn.Module):
+    """Prompt tokens attend to themselves and to the image; then the image attends to the prompt tokens."""
+
+    def __init__(self, config: SegVolConfig, first: bool) -> None:
+        super().__init__()
+        hidden, heads = config.hidden, config.decoder_heads
+        self.first = first
+        self.self_attn = Attention(hidden, heads)
+        self.norm1 = nn.LayerNorm(hidden)
+        self.cross_attn_token_to_image = Attention(hidden, heads, downsample=2)
+        self.norm2 = nn.LayerNorm(hidden)
+        self.mlp = MLPBlock(hidden, config.decoder_mlp)
+        self.norm3 = nn.LayerNorm(hidden)
+        self.norm4 = nn.LayerNorm(hidden)
+        self.cross_attn_image_to_token = Attention(hidden, heads, downsample=2)
+
+    def forward(
+        self, tokens_ASE: Tensor, image_ATE: Tensor, prompt_ASE: Tensor, place_TE: Tensor, keep_AS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tokens_ASE = self.norm1(self._attend_self(tokens_ASE, prompt_ASE, keep_AS))
+        q, k = tokens_ASE + prompt_ASE, image_ATE + place_TE
+        tokens_ASE = self.norm2(tokens_ASE + self.cross_attn_token_to_image(q, k, image_ATE))
+        tokens_ASE = self.norm3(tokens_ASE + self.mlp(tokens_ASE))
+        q = tokens_ASE + prompt_ASE
+        image_ATE = self.norm4(image_ATE + self.cross_attn_image_to_token(k, q, tokens_ASE, keep_AS))
+        return tokens_ASE, image_ATE
+
+    def _attend_self(self, tokens_ASE: Tensor, prompt_ASE: Tensor, keep_AS: Tensor) -> Tensor:
+        if self.first:
+            out: Tensor = self.self_attn(tokens_ASE, tokens_ASE, tokens_ASE, keep_AS)
+            return out
+        q = tokens_ASE + prompt_ASE
+        return tokens_ASE + self.self_attn(q, q, tokens_ASE, keep_AS)
+
+
+class TwoWayTransformer(nn.Module):
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayAttentionBlock(config, first=i == 0) for i in range(config.decoder_layers))
+        self.final_attn_token_to_image = Attention(config.hidden, config.decoder_heads, downsample=2)
+        self.norm_final_attn = nn.LayerNorm(config.hidden)
+
+    def forward(
+        self, prompt_ASE: Tensor, image_ATE: Tensor, place_TE: Tensor, keep_AS: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tokens_ASE = prompt_ASE
+        for layer in self.layers:
+            tokens_ASE, image_ATE = layer(tokens_ASE, image_ATE, prompt_ASE, place_TE, keep_AS)
+        q, k = tokens_ASE + prompt_ASE, image_ATE + place_TE
+        tokens_ASE = self.norm_final_attn(tokens_ASE + self.final_attn_token_to_image(q, k, image_ATE))
+        return tokens_ASE, image_ATE
+
+
+class HyperNetwork(nn.Module):
+    """Three linear layers from a mask token to the weights of the upscaled embedding's channels."""
+
+    def __init__(self, hidden: int, out: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.layers[0](x))
+        out: Tensor = self.layers[2](F.relu(self.layers[1](x)))
+        return out
+
+
+class Upscaling(nn.Sequential):
+    """image_ATE and the mask's channel weights_AE -> logits (A, D, H, W), each token becoming 4 x 4 x 4 voxels.
+
+    Two transposed convolutions of kernel and stride 2: every output voxel has one input voxel, so both are plain
+    matrix products over the tokens, and only the final logits have to be brought into the order of the volume.
+    The modules hold the parameters under the released weights' names.
+    """
+
+    def __init__(self, hidden: int, grid: tuple[int, int, int]) -> None:
+        super().__init__(
+            nn.ConvTranspose3d(hidden, hidden // 4, kernel_size=2, stride=2),
+            nn.LayerNorm((hidden // 4, *(2 * size for size in grid))),
+            nn.GELU(),
+            nn.ConvTranspose3d(hidden // 4, hidden // 8, kernel_size=2, stride=2),
+            nn.GELU(),
+        )
+        self.grid = grid
+        for conv in self._convolutions():
+            # Every output voxel has one input voxel, while torch's default counts all eight taps of the kernel.
+            nn.init.normal_(conv.weight, std=(2 / conv.in_channels) ** 0.5)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def _convolutions(self) -> list[nn.ConvTranspose3d]:
+        return [module for module in self if isinstance(module, nn.ConvTranspose3d)]
+
+    def forward(self, image_ATE: Tensor, weights_AE: Tensor) -> Tensor:  # type: ignore[override]
+        first, second = self._convolutions()
+        fine = self._normed(self._double(image_ATE, first))
+        finest = F.gelu(self._double(F.gelu(fine), second))
+        return self._in_volume_order((finest.flatten(1, 3) @ weights_AE[..., None].to(finest.dtype))[..., 0])
+
+    @staticmethod
+    def _double(x: Tensor, conv: nn.ConvTranspose3d) -> Tensor:
+        """(..., E) -> (..., 8, out): the eight voxels of each input voxel."""
+        assert conv.bias is not None
+        weight = conv.weight.flatten(2).permute(2, 1, 0).flatten(0, 1)
+        return F.linear(x, weight, conv.bias.repeat(8)).unflatten(-1, (8, -1))
+
+    def _normed(self, fine_AT8E: Tensor) -> Tensor:
+        norm = self[1]
+        assert isinstance(norm, nn.LayerNorm)
+        scale, shift = self._in_token_order(norm.weight), self._in_token_order(norm.bias)
+        return F.layer_norm(fine_AT8E, fine_AT8E.shape[1:], scale, shift, norm.eps)
+
+    def _in_token_order(self, x_EDHW: Tensor) -> Tensor:
+        """(E, 2D, 2H, 2W) -> (T, 8, E)."""
+        d, h, w = self.grid
+        split = x_EDHW.reshape(-1, d, 2, h, 2, w, 2)
+        return split.permute(1, 3, 5, 2, 4, 6, 0).reshape(d * h * w, 8, -1)
+
+    def _in_volume_order(self, logits_AV: Tensor) -> Tensor:
+        """Voxels ordered (token, first halving, second halving) -> (A, 4D, 4H, 4W)."""
+        d, h, w = self.grid
+        split = logits_AV.reshape(-1, d, h, w, 2, 2, 2, 2, 2, 2)
+        return split.permute(0, 1, 4, 7, 2, 5, 8, 3, 6, 9).reshape(-1, 4 * d, 4 * h, 4 * w)
+
+
+class MaskDecoder(nn.Module):
+    """image_BTE, prompt tokens and text -> low-resolution logits (A, D, H, W), four times finer than the token grid.
+
+    Parameter names are those of the released weights. Their unused parts (three of four hyper-networks and the
+    IoU head) are left out: a parameter that never gets a gradient breaks DDP.
+    """
+
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__()
+        hidden, grid = config.hidden, config.grid
+        self.transformer = TwoWayTransformer(config)
+        self.iou_token = nn.Embedding(1, hidden)
+        self.mask_tokens = nn.Embedding(MASK_TOKENS, hidden)
+        self.output_upscaling = Upscaling(hidden, grid)
+        self.output_hypernetworks_mlps = nn.ModuleList([HyperNetwork(hidden, hidden // 8)])
+        self.txt_align_upscaled_embedding = nn.Linear(hidden, hidden // 8)
+
+    def forward(
+        self,
+        image_ATE: Tensor,
+        place_TE: Tensor,
+        prompt_ASE: Tensor,
+        keep_AS: Tensor,
+        text_AE: Tensor,
+        has_text_A: Tensor,
+    ) -> Tensor:
+        own_SE = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        tokens_ASE = torch.cat([own_SE.expand(len(prompt_ASE), -1, -1), prompt_ASE], dim=1)
+        keep_AS = F.pad(keep_AS, (len(own_SE), 0), value=True)
+        tokens_ASE, image_ATE = self.transformer(tokens_ASE, image_ATE, place_TE, keep_AS)
+        weights_AE = self.output_hypernetworks_mlps[0](tokens_ASE[:, 1])
+        weights_AE = weights_AE + self.txt_align_upscaled_embedding(text_AE) * has_text_A[:, None]
+        logits_ADHW: Tensor = self.output_upscaling(image_ATE, weights_AE)
+        return logits_ADHW

@@ -1,0 +1,146 @@
+"""The prompt encoder: points, boxes and text become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
+
+All prompts of all images are encoded at once. What a prompt lacks is a token that attention leaves out,
+so that any mixture of prompt kinds is one batch.
+
+Letters: B batch, P prompts of one image, N points, S prompt tokens, E embedding, T image tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from segvol_pl.config import Coordinates, SegVolConfig
+from segvol_pl.data.prompts import PADDING, Prompt
+
+ABSENT = -2
+"""Label of a place that holds no point at all: attention leaves it out. (PADDING is a token, as published.)"""
+
+
+@dataclass(frozen=True)
+class PromptTensors:
+    """The prompts of a batch of images, coordinates in voxels of the model's input.
+
+    points_BPN3 float32, labels_BPN int64 (1, 0, -1 = padding, -2 = absent), boxes_BP6 float32 (inclusive maximum),
+    text_BP int64 (row of the text bank); has_* bool (B,P): what of it the prompt really has.
+    """
+
+    points_BPN3: Tensor
+    labels_BPN: Tensor
+    boxes_BP6: Tensor
+    text_BP: Tensor
+    has_points_BP: Tensor
+    has_box_BP: Tensor
+    has_text_BP: Tensor
+
+    def to(self, device: torch.device | str) -> PromptTensors:
+        return PromptTensors(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+    @classmethod
+    def from_prompts(cls, prompts: Sequence[Sequence[Prompt]], index_of: Callable[[str], int]) -> PromptTensors:
+        """Every image must have the same number of prompts. `index_of` gives the text bank's row of a name."""
+        shape = (len(prompts), len(prompts[0]))
+        flat = [prompt for row in prompts for prompt in row]
+        width = max([len(prompt.points_N3) for prompt in flat if prompt.points_N3 is not None], default=1)
+        points, labels = zip(*(_padded(prompt, width) for prompt in flat), strict=True)
+        boxes = [prompt.box or (0,) * 6 for prompt in flat]
+        text = [0 if prompt.text is None else index_of(prompt.text) for prompt in flat]
+        return cls(
+            points_BPN3=torch.tensor(np.stack(points), dtype=torch.float32).view(*shape, width, 3),
+            labels_BPN=torch.tensor(np.stack(labels), dtype=torch.int64).view(*shape, width),
+            boxes_BP6=torch.tensor(boxes, dtype=torch.float32).view(*shape, 6),
+            text_BP=torch.tensor(text, dtype=torch.int64).view(shape),
+            has_points_BP=torch.tensor([prompt.points_N3 is not None for prompt in flat]).view(shape),
+            has_box_BP=torch.tensor([prompt.box is not None for prompt in flat]).view(shape),
+            has_text_BP=torch.tensor([prompt.text is not None for prompt in flat]).view(shape),
+        )
+
+
+def _padded(prompt: Prompt, width: int) -> tuple[np.ndarray, np.ndarray]:
+    points_N3, labels_N = np.zeros((width, 3)), np.full(width, ABSENT)
+    if prompt.points_N3 is not None and prompt.labels_N is not None:
+        points_N3[: len(prompt.points_N3)] = prompt.points_N3
+        labels_N[: len(prompt.labels_N)] = prompt.labels_N
+    return points_N3, labels_N
+
+
+class PositionEmbeddingRandom(nn.Module):
+    """Random Fourier features of a position in the volume (Tancik et al. 2020), fixed at initialisation."""
+
+    positional_encoding_gaussian_matrix: Tensor
+
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__()
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, config.hidden // 2))
+        depth, height, width = config.input_shape
+        self.published = config.coordinates is Coordinates.published
+        self.grid = config.grid
+        # The released weights were trained with coordinates divided by each other's extent, see Coordinates.
+        self.extent = (height, depth, width) if self.published else (depth, height, width)
+
+    def encode(self, unit_3: Tensor) -> Tensor:
+        """Positions in [0, 1] (..., 3) -> (..., E)."""
+        angle = 2 * math.pi * ((2 * unit_3 - 1) @ self.positional_encoding_gaussian_matrix)
+        return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+    def voxels(self, position_3: Tensor) -> Tensor:
+        """Voxel positions (..., 3) of the model's input -> (..., E), at the voxels' centres."""
+        return self.encode((position_3 + 0.5) / position_3.new_tensor(self.extent))
+
+    def dense(self) -> Tensor:
+        """The encoding of every image token, (T,E)."""
+        matrix = self.positional_encoding_gaussian_matrix
+        axes = [(torch.arange(size, device=matrix.device, dtype=matrix.dtype) + 0.5) / size for size in self.grid]
+        d, h, w = torch.meshgrid(*axes, indexing="ij")
+        unit_T3 = torch.stack([h, d, w] if self.published else [d, h, w], dim=-1).flatten(0, 2)
+        return self.encode(unit_T3)
+
+
+class PromptEncoder(nn.Module):
+    """PromptTensors and text_BPE -> tokens_BPSE and keep_BPS (False: a token that this prompt lacks)."""
+
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__()
+        self.pe_layer = PositionEmbeddingRandom(config)
+        # In the released weights' order: outside, inside, the box's first corner, its last corner.
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, config.hidden) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, config.hidden)
+        self.no_mask_embed = nn.Embedding(1, config.hidden)
+
+    def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
+        # Fourier features of voxel positions lose their meaning in bf16.
+        with torch.autocast(text_BPE.device.type, enabled=False):
+            points_BPNE = self._points(prompts.points_BPN3, prompts.labels_BPN)
+            box_BP2E = self._box(prompts.boxes_BP6)
+        # SAM ends points that come without a box by one padding point.
+        padding_BP1E = self.not_a_point_embed.weight.expand(*text_BPE.shape[:2], 1, -1)
+        tokens_BPSE = torch.cat([points_BPNE, padding_BP1E, box_BP2E, text_BPE[:, :, None].float()], dim=2)
+        return tokens_BPSE, self._keep(prompts)
+
+    def _points(self, points_BPN3: Tensor, labels_BPN: Tensor) -> Tensor:
+        labels_BPN1 = labels_BPN[..., None]
+        outside, inside = self._kind(0), self._kind(1)
+        placed = self.pe_layer.voxels(points_BPN3) + torch.where(labels_BPN1 == 1, inside, outside)
+        return torch.where(labels_BPN1 == PADDING, self.not_a_point_embed.weight, placed)
+
+    def _box(self, boxes_BP6: Tensor) -> Tensor:
+        corners_BP2E = self.pe_layer.voxels(boxes_BP6.unflatten(-1, (2, 3)))
+        return corners_BP2E + torch.cat([self._kind(2), self._kind(3)])
+
+    def _kind(self, index: int) -> Tensor:
+        embedding = self.point_embeddings[index]
+        assert isinstance(embedding, nn.Embedding)
+        return embedding.weight
+
+    @staticmethod
+    def _keep(prompts: PromptTensors) -> Tensor:
+        points_BP1, box_BP1 = prompts.has_points_BP[..., None], prompts.has_box_BP[..., None]
+        points_BPN = points_BP1 & (prompts.labels_BPN != ABSENT)
+        kept = [points_BPN, points_BP1 & ~box_BP1, box_BP1.expand(-1, -1, 2)]
+        return torch.cat([*kept, prompts.has_text_BP[..., None]], dim=2)

@@ -1,0 +1,102 @@
+"""SegVol: one image encoding, many prompts decoded from it (paper Sec. 2.1).
+
+    image_BCDHW -> encode -> tokens_BTE -+
+    prompts (points, box, text) ---------+-> decode -> logits_BPDHW at the input's resolution
+
+Letters: B images, P prompts of one image, A = B x P, C channel, D H W voxels, T tokens, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segvol_pl.config import SegVolConfig
+from segvol_pl.data.prompts import Prompt
+from segvol_pl.model.image_encoder import ImageEncoder
+from segvol_pl.model.mask_decoder import MaskDecoder
+from segvol_pl.model.prompt_encoder import PromptEncoder, PromptTensors
+from segvol_pl.model.text_encoder import TextBank, TextEncoder
+
+
+class Trilinear(nn.Module):
+    """Trilinear interpolation (half-pixel centres) as one matrix product per axis.
+
+    The same figures as `F.interpolate`, whose backward pass is slow on the CPU and not deterministic on GPUs.
+    """
+
+    def __init__(self, source: Sequence[int], target: Sequence[int]) -> None:
+        super().__init__()
+        for axis, old, new in zip("dhw", source, target, strict=True):
+            matrix = F.interpolate(torch.eye(old)[None], size=new, mode="linear", align_corners=False)[0].T
+            self.register_buffer(f"matrix_{axis}", matrix.contiguous(), persistent=False)
+
+    matrix_d: Tensor
+    matrix_h: Tensor
+    matrix_w: Tensor
+
+    def forward(self, x_BPDHW: Tensor) -> Tensor:
+        wide = x_BPDHW @ self.matrix_w.T
+        high = self.matrix_h @ wide
+        deep = self.matrix_d @ high.flatten(-2)
+        return deep.unflatten(-1, high.shape[-2:])
+
+
+class SegVol(nn.Module):
+    """The promptable segmenter. `bank` holds the categories that a text prompt may name; without one, none."""
+
+    def __init__(self, config: SegVolConfig, bank: TextBank | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.bank = bank or TextBank.seeded(["anything"], config.text_dim)
+        self.image_encoder = ImageEncoder(config)
+        self.prompt_encoder = PromptEncoder(config)
+        self.text_encoder = TextEncoder(config, self.bank)
+        self.mask_decoder = MaskDecoder(config)
+        self.upsampling = Trilinear([4 * size for size in config.grid], config.input_shape)
+
+    def forward(self, image_BCDHW: Tensor, prompts: PromptTensors | Prompt) -> Tensor:
+        """logits_BPDHW (float32) of every prompt. A single `Prompt` is asked of every image."""
+        if isinstance(prompts, Prompt):
+            prompts = self.prompts([[prompts]] * len(image_BCDHW))
+        return self.decode(self.encode(image_BCDHW), prompts)
+
+    def encode(self, image_BCDHW: Tensor) -> Tensor:
+        """tokens_BTE of images in [0, 1], C = 1, of the shape `config.input_shape`."""
+        tokens_BTE: Tensor = self.image_encoder(image_BCDHW)
+        return tokens_BTE
+
+    def decode(self, tokens_BTE: Tensor, prompts: PromptTensors) -> Tensor:
+        """logits_BPDHW, float32, at the input's resolution (trilinear from the decoder's)."""
+        return self.upsample(self.decode_low(tokens_BTE, prompts))
+
+    def decode_low(self, tokens_BTE: Tensor, prompts: PromptTensors) -> Tensor:
+        """logits_BPDHW at the decoder's resolution: four times the token grid."""
+        batch, count = prompts.text_BP.shape
+        text_BPE = self.text_encoder(prompts.text_BP)
+        prompt_BPSE, keep_BPS = self.prompt_encoder(prompts, text_BPE)
+        image_ATE = (tokens_BTE + self.prompt_encoder.no_mask_embed.weight).repeat_interleave(count, dim=0)
+        logits_ADHW = self.mask_decoder(
+            image_ATE,
+            self.prompt_encoder.pe_layer.dense(),
+            prompt_BPSE.flatten(0, 1),
+            keep_BPS.flatten(0, 1),
+            text_BPE.flatten(0, 1),
+            prompts.has_text_BP.flatten(),
+        )
+        low_BPDHW: Tensor = logits_ADHW.unflatten(0, (batch, count))
+        return low_BPDHW
+
+    def upsample(self, low_BPDHW: Tensor) -> Tensor:
+        """Trilinear, to the input's shape, float32."""
+        with torch.autocast(low_BPDHW.device.type, enabled=False):
+            upsampled: Tensor = self.upsampling(low_BPDHW.float())
+        return upsampled
+
+    def prompts(self, prompts: Sequence[Sequence[Prompt]]) -> PromptTensors:
+        """Tensors of a list of prompts per image, on this model's device. Raises UnknownCategory."""
+        device = self.text_encoder.bank_KE.device
+        return PromptTensors.from_prompts(prompts, self.bank.index).to(device)

@@ -1,0 +1,188 @@
+"""A training run: data, task, trainer, run folder.
+
+1. The configuration and the manifest are written to the run folder.
+2. Where the folder holds a checkpoint of the same configuration, the run goes on from it.
+3. Validation comes before the first step too, so that every curve has its start.
+4. `checkpoints/last.ckpt` is the newest state; it is written to another name first, then renamed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from segvol_pl.config import ConfigError, DataConfig, PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.configure import plain, to_yaml
+from segvol_pl.data import views
+from segvol_pl.data.module import VolumeModule
+from segvol_pl.data.sample import Member
+from segvol_pl.model.checkpoint import load_encoder, read_checkpoint
+from segvol_pl.model.text_encoder import TextBank
+from segvol_pl.run import strategies, tracking
+from segvol_pl.run.callbacks import StreamPosition, Throughput, ValidationLine
+from segvol_pl.tasks.pretrain import SimMIMTask
+from segvol_pl.tasks.segment import SegVolTask
+
+log = logging.getLogger(__name__)
+
+Config = PretrainConfig | TrainConfig
+
+MAY_CHANGE = ("run", "track", "data.workers", "data.prefetch", "data.shards", "pretrained")
+"""Keys that may differ between a run and its resumption: they change no batch and no weight."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to another name, then renames: a kill while saving leaves the previous checkpoint whole."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        part = f"{path}.part"
+        super().save_checkpoint(checkpoint, part, storage_options)
+        os.replace(part, path)
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Runs SimMIM pre-training; returns the last checkpoint. Raises ConfigError, ShardError."""
+    draw = functools.partial(views.draw_simmim, model=config.model, mask_ratio=config.mask_ratio)
+    module = _module(config, draw, labelled=False)
+    _seed(config)
+    return _fit(config, SimMIMTask(config), module)
+
+
+def train(config: TrainConfig) -> Path:
+    """Runs supervised training; returns the last checkpoint. Raises ConfigError, ShardError, CheckpointError."""
+    rows: dict[str, int] = {}
+    draw = functools.partial(views.draw_segment, model=config.model, prompts=config.prompts, row_of=rows)
+    module = _module(config, draw, labelled=True)
+    _check_regions(module, config)
+    names = sorted(module.index.categories)
+    rows.update({name: row for row, name in enumerate(names)})
+    bank = TextBank.build(names, config.text, config.model.text_dim)
+    _seed(config)
+    task = SegVolTask(config, bank)
+    if config.pretrained is not None:
+        count = load_encoder(task.model.image_encoder, config.pretrained)
+        log.info("image encoder: %d tensors from %s", count, config.pretrained)
+    return _fit(config, task, module)
+
+
+def _module(config: Config, draw: Any, labelled: bool) -> VolumeModule:
+    plain_data = replace(config.data, flip=0.0, intensity=0.0)
+    return VolumeModule(
+        config.data,
+        config.run,
+        draw=functools.partial(draw, data=config.data),
+        val_draw=functools.partial(draw, data=plain_data),
+        labelled=labelled,
+    )
+
+
+def _check_regions(module: VolumeModule, config: TrainConfig) -> None:
+    lacking = [record.key for record in module.train_records if Member.REGIONS.value not in record.members]
+    if config.prompts.pseudo_per_volume and lacking:
+        raise ConfigError(
+            f"prompts.pseudo_per_volume: {len(lacking)} samples (first: {lacking[0]}) have no pseudo-label regions: "
+            "pack with regions.enabled=true, or set prompts.pseudo_per_volume=0"
+        )
+
+
+def _seed(config: Config) -> None:
+    """Seeds the initial weights; everything later is drawn from the samples' own rngs."""
+    # Lightning's own lines (devices found, advice) repeat what the configuration says.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    torch.manual_seed(config.data.seed)
+
+
+def _fit(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path:
+    out = Path(config.run.out)
+    last = out / "checkpoints" / "last.ckpt"
+    done = _done_steps(config, last)
+    if done >= config.optim.max_steps:
+        log.info("%s: already at step %d of %d, nothing to do", out, done, config.optim.max_steps)
+        return last
+    last.parent.mkdir(parents=True, exist_ok=True)
+    tracking.write_manifest(out, to_yaml(config))
+    trainer = _trainer(config, out, done)
+    with warnings.catch_warnings():
+        # Lightning advises on loaders of map-style data sets; ours is a stream whose workers are set by config.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # A resumed run's folder is not empty, and should not be.
+        warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        if done == 0:
+            trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
+        trainer.fit(task, datamodule=module, ckpt_path=str(last) if done else None, weights_only=True)
+    trainer.save_checkpoint(last)
+    tracking.finish(trainer.loggers)
+    return last
+
+
+def _done_steps(config: Config, last: Path) -> int:
+    """The step that the run folder's checkpoint stands at; 0 where the run starts anew."""
+    if not config.run.resume or not last.exists():
+        return 0
+    checkpoint = read_checkpoint(last)
+    before, now = _flat(checkpoint["hyper_parameters"]["config"]), _flat(plain(config))
+    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(MAY_CHANGE)]
+    if changed:
+        described = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed[:5])
+        raise ConfigError(
+            f"run.out: {last.parents[1]} holds a run with {described}: choose another folder, or run.resume=false"
+        )
+    step = int(checkpoint["global_step"])
+    log.info("going on from step %d of %s", step, last)
+    return step
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def _trainer(config: Config, out: Path, done: int) -> pl.Trainer:
+    run = config.run
+    return pl.Trainer(
+        **strategies.trainer_placement(run),
+        precision=strategies.trainer_precision(run),
+        max_steps=config.optim.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=run.accumulate,
+        gradient_clip_val=config.optim.clip_norm or None,
+        val_check_interval=(run.val_every or config.optim.max_steps) * run.accumulate,
+        check_val_every_n_epoch=None,
+        limit_val_batches=run.val_batches,
+        num_sanity_val_steps=0,
+        log_every_n_steps=run.log_every,
+        logger=tracking.loggers(out, config.track, done),
+        callbacks=_callbacks(run, config.data, out),
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=str(out),
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _callbacks(run: RunConfig, data: DataConfig, out: Path) -> list[Callback]:
+    checkpoint = ModelCheckpoint(
+        dirpath=out / "checkpoints",
+        filename="last",
+        every_n_train_steps=run.checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+    watching = [Throughput(run.log_every, data.global_batch), ValidationLine()]
+    return [StreamPosition(), *watching, checkpoint]

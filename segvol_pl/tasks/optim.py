@@ -1,0 +1,45 @@
+"""What both tasks share: AdamW with linear warm-up and cosine decay by steps, and how steps are numbered in logs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from segvol_pl.config import OptimConfig
+from segvol_pl.data.stream import Batch
+
+
+def schedule(step: int, config: OptimConfig) -> float:
+    """Share of the peak learning rate at `step`."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    decayed = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
+
+
+def log_step(module: pl.LightningModule, metrics: dict[str, Tensor]) -> None:
+    """Logs a training step's metrics and its learning rate, numbered by the steps done: the first step is 1."""
+    scheduler = module.lr_schedulers()
+    assert isinstance(scheduler, LambdaLR)
+    named = {f"train/{name}": value for name, value in metrics.items()}
+    module.log_dict({**named, "train/lr": scheduler.get_last_lr()[0], "step": float(module.global_step + 1)})
+
+
+def log_validation(module: pl.LightningModule, metrics: dict[str, Tensor], batch: Batch) -> None:
+    """Logs a validation batch's metrics, averaged over batches and ranks, at the steps done so far."""
+    named = {f"val/{name}": value for name, value in metrics.items()}
+    named["step"] = torch.tensor(float(module.global_step), device=module.device)
+    module.log_dict(named, sync_dist=True, batch_size=len(batch["image_BCDHW"]))
+
+
+def optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW over the parameters that train, and its schedule."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    beta1, beta2 = config.betas
+    adamw = torch.optim.AdamW(trained, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+    return adamw, LambdaLR(adamw, lambda step: schedule(step, config))

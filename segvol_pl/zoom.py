@@ -1,0 +1,288 @@
+"""Zoom-out-zoom-in over a promptable model (paper Sec. 2.3). Knows no files and no checkpoints.
+
+1. Zoom out: the whole volume is shrunk to the model's input, the prompt's coordinates with it; the logits are brought
+   back to the volume's grid.
+2. The region of interest is the box of the coarse mask, grown to at least one window.
+3. Zoom in: windows of the model's input shape slide over the region at native resolution; the prompt is reflected into
+   each window from the user's prompt and the coarse mask.
+4. The windows' logits, averaged where they overlap, are pasted over the coarse logits.
+
+Several prompts on one volume share the encoding of the overview and, in a bounded cache, of the windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from segvol_pl.config import ZoomConfig
+from segvol_pl.data.prompts import INSIDE, Prompt, box_of, draw_points
+from segvol_pl.data.sample import Box
+from segvol_pl.data.transforms import box_slices, crop, resize_image, resize_tensor
+
+Start = tuple[int, int, int]
+"""First voxel (d, h, w) of a window."""
+
+CACHED_WINDOWS = 64
+"""Windows whose tokens a Zoomer keeps: about 400 MB at the published size (2048 x 768 float32 tokens)."""
+
+
+class Shaped(Protocol):
+    """A model's configuration, as far as zooming needs it."""
+
+    input_shape: list[int]
+
+
+class Promptable(Protocol):
+    """What zooming needs of a model; SegVol satisfies it."""
+
+    config: Any
+
+    def encode(self, image_BCDHW: torch.Tensor) -> torch.Tensor: ...
+
+    def decode(self, tokens_BTE: torch.Tensor, prompts: Any) -> torch.Tensor: ...
+
+    def prompts(self, prompts: list[list[Prompt]]) -> Any: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class ZoomResult:
+    """Logits of one prompt on the volume's grid, float32."""
+
+    coarse_DHW: np.ndarray
+    """Zoom-out."""
+    final_DHW: np.ndarray
+    """Zoom-in pasted over zoom-out; the zoom-out logits themselves where the coarse mask is empty."""
+    roi: Box | None
+    """Region of interest, inclusive; None where the coarse mask is empty."""
+    windows: int
+    """Windows decoded in the zoom-in."""
+
+
+def binary(logits_DHW: np.ndarray, threshold: float) -> np.ndarray:
+    """Bool mask of the voxels whose probability exceeds `threshold`."""
+    return logits_DHW > math.log(threshold / (1 - threshold))
+
+
+def scale_prompt(prompt: Prompt, source: Sequence[int], target: Sequence[int]) -> Prompt:
+    """The prompt on a grid of shape `target` that spans the same extent as its grid of shape `source`."""
+    points_N3 = prompt.points_N3 if prompt.points_N3 is None else _scale_points(prompt.points_N3, source, target)
+    box = prompt.box if prompt.box is None else scale_box(prompt.box, source, target)
+    return replace(prompt, points_N3=points_N3, box=box)
+
+
+def _scale_points(points_N3: np.ndarray, source: Sequence[int], target: Sequence[int]) -> np.ndarray:
+    ratio_3 = np.divide(target, source)
+    return np.floor((points_N3 + 0.5) * ratio_3).astype(np.int64)
+
+
+def scale_box(box: Box, source: Sequence[int], target: Sequence[int]) -> Box:
+    """The box of the same solid after `resize_label` from shape `source` to `target`.
+
+    A box thinner than a target voxel becomes the voxel that holds its middle.
+    """
+    lows, highs = [], []
+    for low, high, old, new in zip(box[:3], box[3:], source, target, strict=True):
+        first = math.ceil(low * new / old - 0.5)
+        last = math.ceil((high + 1) * new / old - 0.5) - 1
+        middle = int((low + high + 1) / 2 * new / old)
+        lows.append(first if first <= last else middle)
+        highs.append(last if first <= last else middle)
+    return lows[0], lows[1], lows[2], highs[0], highs[1], highs[2]
+
+
+def region_of_interest(mask_DHW: np.ndarray, window: Sequence[int]) -> Box:
+    """Inclusive box of the mask, grown about its middle to at least one window and kept inside the volume.
+
+    Along an axis where the volume is shorter than the window it is the whole axis. Raises ValueError for an empty mask.
+    """
+    box = box_of(mask_DHW)
+    spans = [
+        _grow(low, high, size, extent)
+        for low, high, size, extent in zip(box[:3], box[3:], window, mask_DHW.shape, strict=True)
+    ]
+    return spans[0][0], spans[1][0], spans[2][0], spans[0][1], spans[1][1], spans[2][1]
+
+
+def _grow(low: int, high: int, size: int, extent: int) -> tuple[int, int]:
+    size = min(size, extent)
+    missing = max(size - (high - low + 1), 0)
+    low = min(max(low - missing // 2, 0), extent - max(size, high - low + 1))
+    return low, max(high, low + size - 1)
+
+
+def windows(roi: Box, window: Sequence[int], overlap: float) -> list[Start]:
+    """Starts of the windows that cover the region, neighbours overlapping by at least the share `overlap`.
+
+    The last window of an axis ends where the region ends, as in MONAI's sliding window.
+    """
+    axes = [
+        _starts(low, high - low + 1, size, overlap) for low, high, size in zip(roi[:3], roi[3:], window, strict=True)
+    ]
+    return list(product(*axes))  # type: ignore[arg-type]
+
+
+def _starts(low: int, extent: int, size: int, overlap: float) -> list[int]:
+    if extent <= size:
+        return [low]
+    step = max(int(size * (1 - overlap)), 1)
+    count = math.ceil((extent - size) / step) + 1
+    return [low + min(index * step, extent - size) for index in range(count)]
+
+
+def reflect(
+    prompt: Prompt, coarse_DHW: np.ndarray, start: Start, alone: bool, points: int, rng: np.random.Generator
+) -> Prompt | None:
+    """The prompt of one window, in the window's voxels; None where the window is to be skipped.
+
+    coarse_DHW: bool, the coarse mask inside the window (without padding). alone: the region is this one window.
+    Text is kept. A box prompt becomes the user's box, clipped, in a window that is alone, else the box of the coarse
+    mask. A points prompt keeps the user's points that lie inside and gets `points` more, drawn from the coarse mask,
+    and its box. A window is skipped where it holds neither coarse mask nor a user's point inside the structure.
+    """
+    empty = not coarse_DHW.any()
+    points_N3, labels_N = _points_inside(prompt, start, coarse_DHW.shape)
+    if empty:
+        return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=None) if INSIDE in labels_N else None
+    if prompt.points_N3 is None:
+        return replace(prompt, box=_reflect_box(prompt.box, coarse_DHW, start, alone) if prompt.box else None)
+    drawn_N3, drawn_N = draw_points(coarse_DHW, rng, positive=points, negative=0)
+    return replace(
+        prompt,
+        points_N3=np.concatenate([points_N3, drawn_N3]),
+        labels_N=np.concatenate([labels_N, drawn_N]),
+        box=_reflect_box(prompt.box, coarse_DHW, start, alone),
+    )
+
+
+def _points_inside(prompt: Prompt, start: Start, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    if prompt.points_N3 is None or prompt.labels_N is None:
+        return np.zeros((0, 3), np.int64), np.zeros(0, np.int64)
+    local_N3 = np.asarray(prompt.points_N3, np.int64) - start
+    inside_N = ((local_N3 >= 0) & (local_N3 < shape)).all(axis=1)
+    return local_N3[inside_N], np.asarray(prompt.labels_N, np.int64)[inside_N]
+
+
+def _reflect_box(box: Box | None, coarse_DHW: np.ndarray, start: Start, alone: bool) -> Box:
+    clipped = clip_box(box, start, coarse_DHW.shape) if box is not None and alone else None
+    return clipped or box_of(coarse_DHW)
+
+
+def clip_box(box: Box, start: Sequence[int], shape: Sequence[int]) -> Box | None:
+    """The part of the box inside the window of `shape` at `start`, in the window's voxels; None where there is none."""
+    low_3 = np.maximum(np.subtract(box[:3], start), 0)
+    high_3 = np.minimum(np.subtract(box[3:], start), np.subtract(shape, 1))
+    if (low_3 > high_3).any():
+        return None
+    d0, h0, w0, d1, h1, w1 = (int(value) for value in (*low_3, *high_3))
+    return d0, h0, w0, d1, h1, w1
+
+
+class Zoomer:
+    """One volume before one model: encodes the overview once and each window once while it stays in the cache.
+
+    image_DHW: float32 in [0, 1], the body crop. The model is expected in eval mode.
+    """
+
+    def __init__(self, model: Promptable, image_DHW: np.ndarray, config: ZoomConfig, cached: int = CACHED_WINDOWS):
+        self.model, self.image_DHW, self.config = model, image_DHW, config
+        self.window = tuple(int(size) for size in model.config.input_shape)
+        self.device = next(model.parameters()).device
+        self._cached = max(cached, config.batch)
+        self._windows: OrderedDict[Start, torch.Tensor] = OrderedDict()
+        self._overview_BTE: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def encode_overview(self) -> torch.Tensor:
+        """Tokens (1, T, E) of the whole volume at the model's input shape; computed at the first call."""
+        if self._overview_BTE is None:
+            self._overview_BTE = self._encode([resize_image(self.image_DHW, self.window)])
+        return self._overview_BTE
+
+    @torch.inference_mode()
+    def zoom_out(self, prompt: Prompt) -> np.ndarray:
+        """Coarse logits of a prompt (in the volume's voxels) on the volume's grid, float32."""
+        shrunk = scale_prompt(prompt, self.image_DHW.shape, self.window)
+        logits_BPDHW = self.model.decode(self.encode_overview(), self.model.prompts([[shrunk]]))
+        return resize_tensor(logits_BPDHW.float(), self.image_DHW.shape)[0, 0].cpu().numpy()
+
+    @torch.inference_mode()
+    def zoom(self, prompt: Prompt, rng: np.random.Generator) -> ZoomResult:
+        """Zoom-out-zoom-in of a prompt, given in the volume's voxels. `rng` draws the windows' points."""
+        coarse_DHW = self.zoom_out(prompt)
+        mask_DHW = binary(coarse_DHW, self.config.threshold)
+        if not mask_DHW.any():
+            return ZoomResult(coarse_DHW, coarse_DHW, None, 0)
+        roi = region_of_interest(mask_DHW, self.window)
+        reflected = self._reflected(prompt, mask_DHW, roi, rng)
+        final_DHW = self._paste(coarse_DHW, roi, reflected)
+        return ZoomResult(coarse_DHW, final_DHW, roi, len(reflected))
+
+    def _reflected(
+        self, prompt: Prompt, mask_DHW: np.ndarray, roi: Box, rng: np.random.Generator
+    ) -> list[tuple[Start, Prompt]]:
+        starts = windows(roi, self.window, self.config.overlap)
+        chosen = []
+        for start in starts:
+            inside_DHW = mask_DHW[self._slices(start)]
+            local = reflect(prompt, inside_DHW, start, len(starts) == 1, self.config.points, rng)
+            if local is not None:
+                chosen.append((start, local))
+        return chosen
+
+    def _paste(self, coarse_DHW: np.ndarray, roi: Box, reflected: list[tuple[Start, Prompt]]) -> np.ndarray:
+        total_DHW = np.zeros([high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)], np.float32)
+        count_DHW = np.zeros(total_DHW.shape, np.uint16)
+        for first in range(0, len(reflected), self.config.batch):
+            batch = reflected[first : first + self.config.batch]
+            for (start, _), logits_DHW in zip(batch, self._decode(batch), strict=True):
+                place = self._slices(start, origin=roi[:3])
+                total_DHW[place] += logits_DHW[tuple(slice(0, size) for size in total_DHW[place].shape)]
+                count_DHW[place] += 1
+        final_DHW = coarse_DHW.copy()
+        covered_DHW = count_DHW > 0
+        # A view: what no window covered keeps its coarse logits.
+        final_DHW[box_slices(roi)][covered_DHW] = total_DHW[covered_DHW] / count_DHW[covered_DHW]
+        return final_DHW
+
+    def _slices(self, start: Start, origin: Sequence[int] = (0, 0, 0)) -> tuple[slice, ...]:
+        return tuple(
+            slice(first - base, min(first + size, extent) - base)
+            for first, size, extent, base in zip(start, self.window, self.image_DHW.shape, origin, strict=True)
+        )
+
+    def _decode(self, batch: list[tuple[Start, Prompt]]) -> np.ndarray:
+        tokens_BTE = self._tokens([start for start, _ in batch])
+        logits_BPDHW = self.model.decode(tokens_BTE, self.model.prompts([[prompt] for _, prompt in batch]))
+        return logits_BPDHW[:, 0].float().cpu().numpy()
+
+    def _tokens(self, starts: list[Start]) -> torch.Tensor:
+        new = [start for start in starts if start not in self._windows]
+        if new:
+            encoded_BTE = self._encode([crop(self.image_DHW, start, self.window) for start in new])
+            self._windows.update(zip(new, encoded_BTE.split(1), strict=True))
+        for start in starts:
+            self._windows.move_to_end(start)
+        while len(self._windows) > self._cached:
+            self._windows.popitem(last=False)
+        return torch.cat([self._windows[start] for start in starts])
+
+    def _encode(self, images: list[np.ndarray]) -> torch.Tensor:
+        image_BCDHW = torch.from_numpy(np.stack(images, dtype=np.float32)[:, None])
+        return self.model.encode(image_BCDHW.to(self.device))
+
+
+def zoom(
+    model: Promptable, image_DHW: np.ndarray, prompt: Prompt, config: ZoomConfig, rng: np.random.Generator
+) -> ZoomResult:
+    """Zoom-out-zoom-in of one prompt on one volume, see `Zoomer`, which several prompts should share."""
+    return Zoomer(model, image_DHW, config).zoom(prompt, rng)

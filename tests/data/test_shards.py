@@ -1,0 +1,307 @@
+"""Shards are plain WebDataset tars, read by range; what is damaged is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from segvol_pl.data.sample import CategoryFacts, Facts, Intensity, Member
+from segvol_pl.data.shards import (
+    INDEX,
+    Index,
+    Sample,
+    ShardError,
+    build_index,
+    decode_array,
+    describe,
+    encode_array,
+    read_facts,
+    read_index,
+    read_member,
+    verify,
+    walk_shard,
+    write_shard,
+)
+
+SHAPE = (9, 40, 33)
+OVERVIEW = [4, 8, 8]
+
+
+def _arrays(seed: int, labelled: bool) -> dict[Member, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    made = {
+        Member.CT: rng.integers(-1000, 1000, SHAPE).astype(np.int16),
+        Member.OVERVIEW: rng.integers(-1000, 1000, OVERVIEW).astype(np.int16),
+        Member.REGIONS: rng.integers(0, 5, OVERVIEW).astype(np.uint16),
+    }
+    if labelled:
+        made |= {Member.LABEL: rng.integers(0, 3, SHAPE).astype(np.uint8)}
+        made |= {Member.OVERVIEW_LABEL: rng.integers(0, 3, OVERVIEW).astype(np.uint8)}
+    return made
+
+
+def _sample(key: str, seed: int = 0, labelled: bool = True, split: str = "train") -> Sample:
+    frames = {member: encode_array(array) for member, array in _arrays(seed, labelled).items()}
+    liver = CategoryFacts(values=[1], voxels=10 + seed, box=[0, 0, 0, 1, 1, 1], anchors=[[0, 0, 0]])
+    facts = Facts(
+        key=key,
+        shape=list(SHAPE),
+        spacing=[3.0, 1.0, 1.0],
+        affine=np.eye(4).tolist(),
+        source={"image": f"{key}.nii.gz"},
+        dataset="made",
+        split=split,
+        modality="CT",
+        intensity=Intensity(mean=-500.0, low=-400.0, high=900.0, minimum=-1000, maximum=999),
+        categories={"liver": liver} if labelled else {},
+        labelled=labelled,
+        overview_shape=OVERVIEW,
+        members={member.value: hashlib.sha256(frame).hexdigest() for member, frame in frames.items()},
+    )
+    return Sample(key, {Member.FACTS: facts.to_json().encode(), **frames})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two shards, three samples, one of them unlabelled."""
+    write_shard(tmp_path / "a-00000.tar", [_sample("a", 1), _sample("b", 2, split="test")])
+    write_shard(tmp_path / "a-00001.tar", [_sample("c", 3, labelled=False)])
+    build_index(tmp_path)
+    return tmp_path
+
+
+INTEGERS = st.sampled_from([np.int16, np.uint8, np.uint16]).map(np.dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(arrays(INTEGERS, array_shapes(min_dims=3, max_dims=3, max_side=40)))
+def test_arrays_come_back_and_equal_arrays_give_equal_bytes(array_DHW: np.ndarray) -> None:
+    frame = encode_array(array_DHW)
+    decoded = decode_array(frame)
+    assert decoded.dtype == array_DHW.dtype
+    assert np.array_equal(decoded[:], array_DHW)
+    assert encode_array(np.asfortranarray(array_DHW)) == frame
+
+
+def test_a_slice_is_decoded_alone() -> None:
+    array_DHW = _arrays(0, False)[Member.CT]
+    assert np.array_equal(decode_array(encode_array(array_DHW))[2:5, 10:20, 3:30], array_DHW[2:5, 10:20, 3:30])
+
+
+def test_bytes_that_are_no_frame() -> None:
+    with pytest.raises(ShardError, match="5 bytes are no Blosc2 frame"):
+        decode_array(b"hello")
+
+
+def test_shards_are_deterministic_tars_in_the_order_of_members(folder: Path) -> None:
+    write_shard(folder / "again.tar", [_sample("a", 1), _sample("b", 2, split="test")])
+    assert (folder / "again.tar").read_bytes() == (folder / "a-00000.tar").read_bytes()
+    with tarfile.open(folder / "again.tar") as tar:
+        assert [entry.name for entry in tar] == [f"{key}.{member.value}" for key in "ab" for member in Member]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Iterator[Sample]:
+        yield _sample("a")
+        raise RuntimeError("disk gone")
+
+    with pytest.raises(RuntimeError, match="disk gone"):
+        write_shard(tmp_path / "a.tar", broken())
+    assert not list(tmp_path.iterdir())
+
+
+def test_webdataset_reads_them(folder: Path) -> None:
+    read = list(webdataset.WebDataset(str(folder / "a-{00000..00001}.tar"), shardshuffle=False))
+    assert [sample["__key__"] for sample in read] == ["a", "b", "c"]
+    assert np.array_equal(decode_array(read[1]["ct.b2nd"])[:], _arrays(2, True)[Member.CT])
+    assert json.loads(read[0]["json"])["key"] == "a"
+    assert "label.b2nd" not in read[2]
+
+
+def test_the_index_says_what_the_shards_hold(folder: Path) -> None:
+    index = read_index(folder)
+    assert index == build_index(folder)
+    assert (index.dataset, index.overview_shape, index.splits) == ("made", OVERVIEW, {"test": 1, "train": 2})
+    assert (index.categories["liver"].cases, index.categories["liver"].voxels) == (2, 11 + 12)
+    assert [(record.key, record.shard, record.labelled) for record in index.samples] == [
+        ("a", "a-00000.tar", True),
+        ("b", "a-00000.tar", True),
+        ("c", "a-00001.tar", False),
+    ]
+    assert [shard.samples for shard in index.shards] == [2, 1]
+    assert [row["key"] for row in describe(folder)] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_every_member_is_read_by_range(folder: Path, scheme: str) -> None:
+    place = f"{scheme}{folder}"
+    for seed, record in enumerate(read_index(place).samples, start=1):
+        assert read_facts(place, record).key == record.key
+        for member, array in _arrays(seed, record.labelled).items():
+            assert np.array_equal(decode_array(read_member(place, record, member))[:], array)
+
+
+class _Ranged(SimpleHTTPRequestHandler):
+    """Python's own server ignores Range headers; object stores do not."""
+
+    def do_GET(self) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+            content = content[first : last + 1]
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranged, directory=str(folder))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_shards_behind_http(folder: Path, server: str) -> None:
+    pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
+    index = read_index(server)
+    assert index == read_index(folder)
+    assert read_member(server, index.samples[1], Member.CT) == read_member(folder, index.samples[1], Member.CT)
+
+
+def test_a_folder_without_index_says_how_to_get_one(tmp_path: Path) -> None:
+    for place in (tmp_path, tmp_path / "gone"):
+        remedy = rf"{place.name}/index\.json does not exist: run segvol-pl index .*{place.name}$"
+        with pytest.raises(ShardError, match=remedy):
+            read_index(place)
+    with pytest.raises(ShardError, match=r"holds no \*\.tar"):
+        build_index(tmp_path)
+    with pytest.raises(ShardError, match="is no folder"):
+        build_index(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hello", "is no index of shards"),
+        ("{}", "is no index of shards"),
+        ('{"schema": 7}', "schema 7 but this version reads 1"),
+        ('{"schema": 1, "shards": 3}', "is no index of shards"),
+    ],
+)
+def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
+    (folder / INDEX).write_text(text)
+    with pytest.raises(ShardError, match=message):
+        read_index(folder)
+
+
+def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
+    index = read_index(folder)
+    record = replace(index.samples[0], shard="../a-00000.tar")
+    with pytest.raises(ShardError, match="outside its folder"):
+        read_member(folder, record, Member.CT)
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / "a-00001.tar").unlink()
+    with pytest.raises(ShardError, match=r"a-00001\.tar is missing though the index names it"):
+        read_index(folder)
+
+
+def test_a_truncated_shard_is_found_before_it_is_read(folder: Path) -> None:
+    path = folder / "a-00000.tar"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size // 2])
+    with pytest.raises(ShardError, match=rf"a-00000\.tar is truncated \({size // 2} bytes, the index says {size}\)"):
+        read_index(folder)
+    assert "a-00000.tar is truncated" in verify(folder)[0]
+
+
+def test_a_shard_truncated_while_it_is_read(folder: Path) -> None:
+    record = read_index(folder).samples[1]
+    path = folder / record.shard
+    path.write_bytes(path.read_bytes()[: record.members[Member.CT.value][0] + 5])
+    with pytest.raises(ShardError, match=r"a-00000\.tar, sample b: ct\.b2nd gave 5 of \d+ bytes: .* truncated"):
+        read_member(folder, record, Member.CT)
+
+
+def _cuts(path: Path) -> list[int]:
+    """In a header, in a body, and at the boundary between two samples."""
+    with tarfile.open(path) as tar:
+        entry = tar.getmember("b.json")
+    return [entry.offset, entry.offset + 100, entry.offset_data + 100, path.stat().st_size - 8000]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_shard_cut_anywhere_is_not_indexed(folder: Path, number: int) -> None:
+    path = folder / "a-00000.tar"
+    path.write_bytes(path.read_bytes()[: _cuts(path)[number]])
+    with pytest.raises(ShardError, match=r"a-00000\.tar"):
+        build_index(folder)
+
+
+def test_a_sample_without_its_label_is_not_indexed(tmp_path: Path) -> None:
+    sample = _sample("a")
+    members = {member: frame for member, frame in sample.members.items() if member is not Member.LABEL}
+    write_shard(tmp_path / "a.tar", [Sample("a", members)])
+    with pytest.raises(ShardError, match=r"a\.tar, sample a: lacks label\.b2nd"):
+        build_index(tmp_path)
+
+
+def test_samples_that_do_not_belong_together(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a.tar", [_sample("a")])
+    write_shard(tmp_path / "b.tar", [_sample("a")])
+    with pytest.raises(ShardError, match=r"sample a stands in a\.tar and in b\.tar"):
+        build_index(tmp_path)
+    _, facts = walk_shard(tmp_path / "b.tar")[0]
+    other = replace(facts, key="b", overview_shape=[8, 8, 8]).to_json().encode()
+    write_shard(tmp_path / "b.tar", [Sample("b", {**_sample("b").members, Member.FACTS: other})])
+    with pytest.raises(ShardError, match="mixes overviews of shape"):
+        build_index(tmp_path)
+
+
+def test_verify_finds_a_changed_byte_even_after_indexing_anew(folder: Path) -> None:
+    assert verify(folder) == []
+    record = read_index(folder).samples[1]
+    path, offset = folder / record.shard, record.members[Member.LABEL.value][0]
+    content = bytearray(path.read_bytes())
+    content[offset + 40] ^= 0xFF
+    path.write_bytes(content)
+    assert verify(folder) == [f"shard {path}: its sha256 is not the indexed one: copy or pack it again"]
+    build_index(folder)
+    assert verify(folder) == [f"shard {path}, sample b: label.b2nd is not what was packed: pack it again"]
+
+
+def test_facts_of_another_sample(folder: Path) -> None:
+    index = read_index(folder)
+    mixed = replace(index.samples[0], members=index.samples[1].members)
+    with pytest.raises(ShardError, match="sample a: holds the facts of b: run segvol-pl index"):
+        read_facts(folder, mixed)
+
+
+def test_the_index_survives_its_text(folder: Path) -> None:
+    index = read_index(folder)
+    assert Index.from_json(index.to_json(), "here") == index

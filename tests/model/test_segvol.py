@@ -1,0 +1,73 @@
+"""The model's parts against plain implementations."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from segvol_pl.config import SegVolConfig
+from segvol_pl.data.prompts import Prompt
+from segvol_pl.model import SegVol, TextBank
+from segvol_pl.model.mask_decoder import Upscaling
+from segvol_pl.model.segvol import Trilinear
+
+MODEL = SegVolConfig(
+    input_shape=[12, 32, 16], patch=[2, 8, 8], hidden=32, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+)
+
+
+def _model() -> SegVol:
+    torch.manual_seed(0)
+    return SegVol(MODEL, TextBank.seeded(["liver", "spleen"], 512)).eval()
+
+
+def test_trilinear_equals_torchs() -> None:
+    x = torch.randn(2, 3, 6, 5, 7)
+    expected = F.interpolate(x, size=(12, 20, 7), mode="trilinear", align_corners=False)
+    assert torch.allclose(Trilinear((6, 5, 7), (12, 20, 7))(x), expected, atol=1e-6)
+
+
+def test_upscaling_equals_its_own_modules_in_volume_order() -> None:
+    torch.manual_seed(0)
+    grid = (3, 2, 4)
+    upscaling = Upscaling(32, grid)
+    torch.nn.init.normal_(upscaling[1].weight)
+    torch.nn.init.normal_(upscaling[1].bias)
+    tokens, weights = torch.randn(2, 24, 32), torch.randn(2, 4)
+    plain = torch.nn.Sequential(*upscaling)(tokens.transpose(1, 2).unflatten(2, grid))
+    expected = torch.einsum("ae,aedhw->adhw", weights, plain)
+    assert torch.allclose(upscaling(tokens, weights), expected, atol=1e-5)
+
+
+def test_a_single_prompt_is_asked_of_every_image() -> None:
+    image = torch.rand(2, 1, 12, 32, 16)
+    logits = _model()(image, Prompt(text="liver"))
+    assert logits.shape == (2, 1, 12, 32, 16) and logits.dtype == torch.float32
+
+
+def test_prompt_kinds_mix_in_one_batch_without_touching_each_other() -> None:
+    model = _model()
+    points = np.array([[1, 2, 3], [4, 5, 6]])
+    prompts = [
+        Prompt(text="liver"),
+        Prompt(box=(0, 1, 2, 5, 6, 7)),
+        Prompt(points_N3=points, labels_N=np.array([1, 0])),
+        Prompt(text="spleen", points_N3=points[:1], labels_N=np.array([1]), box=(0, 0, 0, 3, 3, 3)),
+    ]
+    with torch.inference_mode():
+        tokens = model.encode(torch.rand(1, 1, 12, 32, 16))
+        together = model.decode(tokens, model.prompts([prompts]))
+        alone = torch.cat([model.decode(tokens, model.prompts([[prompt]])) for prompt in prompts], dim=1)
+    assert torch.allclose(together, alone, atol=1e-5)
+    spread = (together[0][:, None] - together[0][None]).abs().amax((2, 3, 4))
+    assert (spread[~torch.eye(4, dtype=torch.bool)] > 1e-3).all()
+
+
+def test_the_base_model_has_the_published_sizes() -> None:
+    with torch.device("meta"):
+        model = SegVol(SegVolConfig(), TextBank(["x"], torch.zeros(1, 512)))
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    assert count["image_encoder"] == 87_388_416
+    dead_heads = 3 * (2 * (768 * 768 + 768) + 768 * 96 + 96) + (768 * 256 + 256) + (256 * 256 + 256) + (256 * 4 + 4)
+    assert count["mask_decoder"] == 29_923_716 - dead_heads
