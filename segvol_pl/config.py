@@ -442,11 +442,11 @@ class DemoConfig:
 
     out: str = "runs/demo"
     """Folder of everything that the demo writes."""
-    volumes: int = 40
+    volumes: int = 48
     """Phantoms to make."""
     pretrain_steps: int = 200
     """SimMIM steps."""
-    train_steps: int = 1000
+    train_steps: int = 1800
     """Supervised steps."""
     seed: int = 0
     """Seeds phantoms and training."""

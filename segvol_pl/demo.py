@@ -19,6 +19,7 @@ from segvol_pl.config import ConfigError, DemoConfig
 from segvol_pl.configure import load
 from segvol_pl.data.pack import pack
 from segvol_pl.data.phantom import write_phantoms
+from segvol_pl.data.whole import write_text
 from segvol_pl.evaluate import Summary, evaluate
 from segvol_pl.model.checkpoint import export
 from segvol_pl.run.tracking import read_metrics
@@ -80,7 +81,7 @@ def _tell(summary: Summary, out: Path, seconds: float) -> None:
         "pretrain_val_loss_last": losses[-1],
         "dice": {prompt: overall.zoom_in for prompt, overall in summary.overall().items()},
     }
-    (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_text(out / "demo.json", json.dumps(figures, indent=2) + "\n")
     console = Console()
     console.print(summary.table())
     fell = 100 * (1 - losses[-1] / losses[0])

@@ -31,8 +31,9 @@ from segvol_pl.config import EvaluateConfig
 from segvol_pl.configure import to_yaml
 from segvol_pl.data.prompts import Prompt, box_of, draw_points
 from segvol_pl.data.sample import Facts, Member
-from segvol_pl.data.shards import SampleRecord, Source, decode_array, read_facts, read_index, read_member, write_text
+from segvol_pl.data.shards import SampleRecord, Source, decode_array, read_facts, read_index, read_member
 from segvol_pl.data.transforms import normalise
+from segvol_pl.data.whole import write_text
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.report import Outlined, Picture, cut, write_report

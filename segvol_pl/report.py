@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from segvol_pl.data.shards import write_text
+from segvol_pl.data.whole import write_text
 
 if TYPE_CHECKING:
     from segvol_pl.evaluate import Cell, Quartiles, Summary

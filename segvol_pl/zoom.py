@@ -140,27 +140,31 @@ def _starts(low: int, extent: int, size: int, overlap: float) -> list[int]:
 
 
 def reflect(
-    prompt: Prompt, coarse_DHW: np.ndarray, start: Start, alone: bool, points: int, rng: np.random.Generator
+    prompt: Prompt, coarse_DHW: np.ndarray, start: Start, points: int, rng: np.random.Generator
 ) -> Prompt | None:
     """The prompt of one window, in the window's voxels; None where the window is to be skipped.
 
-    coarse_DHW: bool, the coarse mask inside the window (without padding). alone: the region is this one window.
-    Text is kept. A box prompt becomes the user's box, clipped, in a window that is alone, else the box of the coarse
-    mask. A points prompt keeps the user's points that lie inside and gets `points` more, drawn from the coarse mask,
-    and its box. A window is skipped where it holds neither coarse mask nor a user's point inside the structure.
+    coarse_DHW: bool, the coarse mask inside the window (without padding). Text is kept. A box prompt becomes the part
+    of the user's box inside the window (the published code takes the coarse mask's box where the region is more than
+    one window, and hands on its mistakes). A points prompt keeps the user's points that lie inside and gets `points`
+    more, drawn from the coarse mask, and its box. A window is skipped where it holds neither coarse mask nor a user's
+    point inside the structure, or lies outside the user's box.
     """
     empty = not coarse_DHW.any()
     points_N3, labels_N = _points_inside(prompt, start, coarse_DHW.shape)
     if empty:
         return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=None) if INSIDE in labels_N else None
+    box = clip_box(prompt.box, start, coarse_DHW.shape) if prompt.box is not None else None
+    if prompt.box is not None and box is None:
+        return None
     if prompt.points_N3 is None:
-        return replace(prompt, box=_reflect_box(prompt.box, coarse_DHW, start, alone) if prompt.box else None)
+        return replace(prompt, box=box)
     drawn_N3, drawn_N = draw_points(coarse_DHW, rng, positive=points, negative=0)
     return replace(
         prompt,
         points_N3=np.concatenate([points_N3, drawn_N3]),
         labels_N=np.concatenate([labels_N, drawn_N]),
-        box=_reflect_box(prompt.box, coarse_DHW, start, alone),
+        box=box or box_of(coarse_DHW),
     )
 
 
@@ -170,11 +174,6 @@ def _points_inside(prompt: Prompt, start: Start, shape: Sequence[int]) -> tuple[
     local_N3 = np.asarray(prompt.points_N3, np.int64) - start
     inside_N = ((local_N3 >= 0) & (local_N3 < shape)).all(axis=1)
     return local_N3[inside_N], np.asarray(prompt.labels_N, np.int64)[inside_N]
-
-
-def _reflect_box(box: Box | None, coarse_DHW: np.ndarray, start: Start, alone: bool) -> Box:
-    clipped = clip_box(box, start, coarse_DHW.shape) if box is not None and alone else None
-    return clipped or box_of(coarse_DHW)
 
 
 def clip_box(box: Box, start: Sequence[int], shape: Sequence[int]) -> Box | None:
@@ -230,11 +229,10 @@ class Zoomer:
     def _reflected(
         self, prompt: Prompt, mask_DHW: np.ndarray, roi: Box, rng: np.random.Generator
     ) -> list[tuple[Start, Prompt]]:
-        starts = windows(roi, self.window, self.config.overlap)
         chosen = []
-        for start in starts:
+        for start in windows(roi, self.window, self.config.overlap):
             inside_DHW = mask_DHW[self._slices(start)]
-            local = reflect(prompt, inside_DHW, start, len(starts) == 1, self.config.points, rng)
+            local = reflect(prompt, inside_DHW, start, self.config.points, rng)
             if local is not None:
                 chosen.append((start, local))
         return chosen

@@ -170,20 +170,18 @@ def test_clip_box() -> None:
     assert clip_box((0, 0, 0, 3, 3, 3), (4, 0, 0), WINDOW) is None
 
 
-def test_box_prompt_reflects_the_users_box_only_into_a_lone_window() -> None:
+def test_box_prompt_reflects_the_part_of_the_users_box_inside_the_window() -> None:
     coarse_DHW = bright_box(WINDOW, (2, 3, 4, 5, 6, 7)) > 0
-    prompt = Prompt(text="liver", box=(0, 10, 10, 60, 22, 90))
-    alone = reflect(prompt, coarse_DHW, (4, 8, 8), True, 5, rng())
-    among = reflect(prompt, coarse_DHW, (4, 8, 8), False, 5, rng())
-    assert alone is not None and alone.box == (0, 2, 2, 7, 14, 15) and alone.text == "liver"
-    assert among is not None and among.box == (2, 3, 4, 5, 6, 7)
+    local = reflect(Prompt(text="liver", box=(0, 10, 10, 60, 22, 90)), coarse_DHW, (4, 8, 8), 5, rng())
+    assert local is not None and local.box == (0, 2, 2, 7, 14, 15) and local.text == "liver"
+    assert reflect(Prompt(box=(0, 0, 0, 3, 9, 9)), coarse_DHW, (4, 8, 8), 5, rng()) is None
 
 
 def test_points_prompt_keeps_the_points_inside_and_draws_more_from_the_coarse_mask() -> None:
     coarse_DHW = bright_box(WINDOW, (2, 3, 4, 5, 6, 7)) > 0
     points_N3 = np.array([[5, 9, 9], [0, 0, 0], [11, 23, 23]])
     prompt = Prompt(points_N3=points_N3, labels_N=np.array([1, 1, 0]))
-    local = reflect(prompt, coarse_DHW, (4, 8, 8), False, 5, rng())
+    local = reflect(prompt, coarse_DHW, (4, 8, 8), 5, rng())
     assert local is not None and local.points_N3 is not None and local.labels_N is not None
     np.testing.assert_array_equal(local.points_N3[:2], [[1, 1, 1], [7, 15, 15]])
     np.testing.assert_array_equal(local.labels_N, [1, 0, 1, 1, 1, 1, 1])
@@ -192,7 +190,7 @@ def test_points_prompt_keeps_the_points_inside_and_draws_more_from_the_coarse_ma
 
 
 def test_text_prompt_gets_no_spatial_prompt() -> None:
-    local = reflect(Prompt(text="liver"), np.ones(WINDOW, bool), (0, 0, 0), True, 5, rng())
+    local = reflect(Prompt(text="liver"), np.ones(WINDOW, bool), (0, 0, 0), 5, rng())
     assert local is not None and local.box is None and local.points_N3 is None and local.text == "liver"
 
 
@@ -200,10 +198,10 @@ def test_a_window_without_coarse_mask_is_skipped_unless_the_user_points_into_it(
     empty_DHW = np.zeros(WINDOW, bool)
     inside = Prompt(points_N3=np.array([[5, 9, 9]]), labels_N=np.array([1]))
     outside = Prompt(points_N3=np.array([[5, 9, 9]]), labels_N=np.array([0]))
-    assert reflect(Prompt(text="liver"), empty_DHW, (4, 8, 8), False, 5, rng()) is None
-    assert reflect(Prompt(box=(0, 0, 0, 30, 30, 30)), empty_DHW, (4, 8, 8), False, 5, rng()) is None
-    assert reflect(outside, empty_DHW, (4, 8, 8), False, 5, rng()) is None
-    kept = reflect(inside, empty_DHW, (4, 8, 8), False, 5, rng())
+    assert reflect(Prompt(text="liver"), empty_DHW, (4, 8, 8), 5, rng()) is None
+    assert reflect(Prompt(box=(0, 0, 0, 30, 30, 30)), empty_DHW, (4, 8, 8), 5, rng()) is None
+    assert reflect(outside, empty_DHW, (4, 8, 8), 5, rng()) is None
+    kept = reflect(inside, empty_DHW, (4, 8, 8), 5, rng())
     assert kept is not None and kept.points_N3 is not None
     np.testing.assert_array_equal(kept.points_N3, [[1, 1, 1]])
 

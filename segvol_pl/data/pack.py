@@ -54,10 +54,10 @@ from segvol_pl.data.shards import (
     read_member,
     walk_shard,
     write_shard,
-    write_text,
 )
 from segvol_pl.data.transforms import body_box, box_slices, intensity_of, normalise, resize_image, resize_label
 from segvol_pl.data.volume import Volume, VolumeError, files_of, read_label, read_volume, source_sha256
+from segvol_pl.data.whole import write_text
 
 log = logging.getLogger(__name__)
 

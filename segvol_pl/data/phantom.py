@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from scipy import ndimage
+
+from segvol_pl.data.whole import replacing
 
 LUNG_LEFT, LUNG_RIGHT, SPLEEN, KIDNEY_LEFT, LIVER, KIDNEY_RIGHT, SPINE, AORTA, TUMOUR = range(1, 10)
 
@@ -342,6 +343,5 @@ def _write_nifti(path: Path, array_DHW: np.ndarray, affine: np.ndarray, rng: np.
 
 def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_bytes(content)

@@ -25,6 +25,7 @@ import numpy as np
 import webdataset
 
 from segvol_pl.data.sample import SCHEMA, CategoryFacts, Facts, Member, SampleError
+from segvol_pl.data.whole import replacing, write_text
 
 INDEX = "index.json"
 
@@ -160,15 +161,10 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
     Written under a temporary name in the same folder, then renamed.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as stream:
-            _write_tar(stream, samples)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as part, part.open("wb") as stream:
+        _write_tar(stream, samples)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _write_tar(stream: IO[bytes], samples: Iterable[Sample]) -> None:
@@ -179,13 +175,6 @@ def _write_tar(stream: IO[bytes], samples: Iterable[Sample]) -> None:
                 # The writer sorts the members of one call by name; one call each keeps the order of `Member`.
                 if member in sample.members:
                     writer.write({"__key__": sample.key, member.value: sample.members[member]})
-
-
-def write_text(path: Path, text: str) -> None:
-    """`text` under a temporary name in the same folder, then renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 # Indexing

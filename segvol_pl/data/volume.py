@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import os
 import statistics
 import zlib
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nibabel.spatialimages import SpatialImage
+
+from segvol_pl.data.whole import replacing
 
 log = logging.getLogger(__name__)
 
@@ -141,14 +142,11 @@ def write_mask(mask_DHW: np.ndarray, volume: Volume, path: str | Path) -> None:
     if not path.parent.is_dir():
         raise VolumeError(f"{path}: there is no folder {path.parent}: make it first")
     image = _to_sitk(to_native(mask_DHW, volume).astype(np.uint8), volume.native.affine)
-    partial = path.with_name(f".{path.name[: -len(ending)]}.{os.getpid()}.partial{ending}")
     try:
-        sitk.WriteImage(image, str(partial), useCompression=True)
-        os.replace(partial, path)
+        with replacing(path, ending) as part:
+            sitk.WriteImage(image, str(part), useCompression=True)
     except RuntimeError as error:
         raise VolumeError(f"{path} cannot be written ({_reason(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def files_of(path: Path) -> list[Path]:

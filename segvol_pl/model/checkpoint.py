@@ -7,7 +7,6 @@ stands alone. Training checkpoints hold the same under Lightning's names.
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from segvol_pl.config import SegVolConfig
 from segvol_pl.configure import plain
+from segvol_pl.data.whole import replacing
 from segvol_pl.model.segvol import SegVol
 from segvol_pl.model.text_encoder import TextBank
 
@@ -159,7 +159,6 @@ def export(source: str | Path, target: str | Path) -> Path:
         "config": json.dumps(plain(weights.config)),
         "categories": json.dumps(weights.categories),
     }
-    part = target.with_name(target.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, part, metadata=header)
-    os.replace(part, target)
+    with replacing(target) as part:
+        save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, part, metadata=header)
     return target

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from segvol_pl.config import TrackConfig, Wandb
+from segvol_pl.data.whole import replacing, write_text
 
 HEADER = ["step", "metric", "value"]
 PACKAGES = ("segvol-pl", "torch", "lightning", "monai", "webdataset", "blosc2", "numpy", "omegaconf", "wandb")
@@ -40,10 +41,8 @@ class MetricsFile(Logger):
                 rows = [
                     row for row in csv.reader(stream) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= after
                 ]
-        part = self.path.with_suffix(".part")
-        with part.open("w", newline="") as stream:
+        with replacing(self.path) as part, part.open("w", newline="") as stream:
             csv.writer(stream).writerows([HEADER, *rows])
-        os.replace(part, self.path)
 
     @property
     def name(self) -> str:
@@ -97,14 +96,8 @@ def _has_key() -> bool:
 @rank_zero_only
 def write_manifest(out: Path, config_yaml: str) -> None:
     """config.yaml (running it again reproduces the run) and manifest.json (git commit, versions)."""
-    _write(out / "config.yaml", config_yaml)
-    _write(out / "manifest.json", json.dumps(manifest(), indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    os.replace(part, path)
+    write_text(out / "config.yaml", config_yaml)
+    write_text(out / "manifest.json", json.dumps(manifest(), indent=2) + "\n")
 
 
 def manifest() -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from segvol_pl.configure import plain, to_yaml
 from segvol_pl.data import views
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
+from segvol_pl.data.whole import replacing
 from segvol_pl.model.checkpoint import load_encoder, read_checkpoint
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run import strategies, tracking
@@ -45,9 +45,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes to another name, then renames: a kill while saving leaves the previous checkpoint whole."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        part = f"{path}.part"
-        super().save_checkpoint(checkpoint, part, storage_options)
-        os.replace(part, path)
+        with replacing(Path(path)) as part:
+            super().save_checkpoint(checkpoint, part, storage_options)
 
 
 def pretrain(config: PretrainConfig) -> Path:

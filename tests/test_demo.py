@@ -1,0 +1,66 @@
+"""The whole path through the command line: the demo, as the README's first command runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PARTS = (
+    "phantoms/categories.yaml",
+    "shards/index.json",
+    "pretrain/checkpoints/last.ckpt",
+    "pretrain/metrics.csv",
+    "train/config.yaml",
+    "train/manifest.json",
+    "model.safetensors",
+    "evaluation/rows.csv",
+    "evaluation/summary.json",
+    "evaluation/report.html",
+)
+SMALL_ORGANS = ("aorta", "kidney left", "kidney right", "spleen", "liver tumour")
+
+
+def _demo(out: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "segvol_pl", "demo", f"out={out}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _figures(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    summary = json.loads((out / "evaluation" / "summary.json").read_text())
+    return json.loads((out / "demo.json").read_text()), summary
+
+
+def test_a_short_demo_goes_the_whole_way_and_again(tmp_path: Path) -> None:
+    steps = ("volumes=8", "pretrain_steps=2", "train_steps=2")
+    said = _demo(tmp_path, *steps)
+    assert [part for part in PARTS if not (tmp_path / part).exists()] == []
+    assert "Report:" in said and "box+text" in said
+    with (tmp_path / "evaluation" / "rows.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["prompt"] for row in rows} == {"text", "box+text", "points+text"}
+    trained = (tmp_path / "train" / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    _demo(tmp_path, *steps)
+    assert (tmp_path / "train" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == trained
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_demo_learns(tmp_path: Path) -> None:
+    """Held-out phantoms: what the README states, with room for another CPU's rounding."""
+    _demo(tmp_path)
+    figures, summary = _figures(tmp_path)
+    dice = figures["dice"]
+    assert dice["box+text"] >= 0.70
+    assert dice["text"] >= 0.50
+    assert dice["box+text"] >= dice["text"] + 0.01
+    assert figures["pretrain_val_loss_last"] <= 0.7 * figures["pretrain_val_loss_first"]
+    small = [summary["categories"][name]["box+text"] for name in SMALL_ORGANS]
+    assert sum(cell["zoom_in"]["mean"] > cell["zoom_out"]["mean"] for cell in small) > len(small) / 2
