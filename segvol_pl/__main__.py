@@ -13,7 +13,6 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from segvol_pl import __version__, configure
@@ -114,11 +113,11 @@ def _function(target: str) -> Callable[..., Any]:
     return function
 
 
-def _take(arguments: list[str], *names: str) -> list[Path]:
-    """Exactly as many paths as names. Raises ConfigError otherwise."""
+def _take(arguments: list[str], *names: str) -> list[str]:
+    """The arguments, exactly as many as names. Raises ConfigError otherwise."""
     if len(arguments) != len(names):
         raise ConfigError(f"takes {' '.join(names)}, got {' '.join(arguments) or 'nothing'}")
-    return [Path(argument) for argument in arguments]
+    return arguments
 
 
 def _index(arguments: list[str]) -> int:

@@ -460,11 +460,3 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
 }
-
-
-def load(verb: str, arguments: list[str]) -> Any:
-    """The checked configuration of `verb`: see `segvol_pl.configure.load`."""
-    # The schema knows nobody of ours; this one name is here because callers look for it beside the schema.
-    from segvol_pl import configure
-
-    return configure.load(verb, arguments)

@@ -192,7 +192,9 @@ class Zoomer:
     image_DHW: float32 in [0, 1], the body crop. The model is expected in eval mode.
     """
 
-    def __init__(self, model: Promptable, image_DHW: np.ndarray, config: ZoomConfig, cached: int = CACHED_WINDOWS):
+    def __init__(
+        self, model: Promptable, image_DHW: np.ndarray, config: ZoomConfig, cached: int = CACHED_WINDOWS
+    ) -> None:
         self.model, self.image_DHW, self.config = model, image_DHW, config
         self.window = tuple(int(size) for size in model.config.input_shape)
         self.device = next(model.parameters()).device

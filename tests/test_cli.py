@@ -1,0 +1,155 @@
+"""The program as users start it: exit status, and what stands on stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from oracle import save_untrained
+
+from segvol_pl.__main__ import VERBS
+from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
+from segvol_pl.configure import fields_help
+from segvol_pl.tasks.pretrain import SimMIMTask
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ["train", "configs/tiny/train.yaml", "optim.max_steps=2", "track.wandb=disabled"]
+
+
+def program(*arguments: str | Path, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`python -m segvol_pl ARGUMENTS`, run in the root of the repository."""
+    command = [sys.executable, *python, "-m", "segvol_pl", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def complaint(status: int, *arguments: str | Path) -> str:
+    """The one line on stderr of a call that ends with `status` and prints nothing else."""
+    done = program(*arguments)
+    assert (done.returncode, done.stdout) == (status, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_untrained(tmp_path_factory.mktemp("untrained") / "last.ckpt", ["liver"])
+
+
+# ---- used wrongly: exit 2, at once ----
+
+
+def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
+    arguments = ["train", "configs/tiny/train.yaml", "data.shards=x", "run.out=x", "optim.max_step=3"]
+    done = program(*arguments, python=("-X", "importtime"))
+    lines = done.stderr.splitlines()
+    imported = {match[1] for line in lines if (match := re.match(r"import time:.*\|\s*([\w.]+)$", line))}
+    said = [line for line in lines if not line.startswith("import time:")]
+    assert done.returncode == 2
+    assert said == ["segvol-pl train: error: unknown key optim.max_step (command line): did you mean optim.max_steps?"]
+    assert {"yaml", "segvol_pl.configure"} <= imported
+    assert not imported & {"torch", "lightning", "monai", "numpy", "transformers", "omegaconf"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "no verb trian: did you mean train?"),
+        (["xyzzy"], "no verb xyzzy: there are demo, pack"),
+        (["train", "--lr", "3"], "no option --lr"),
+        (["train"], "missing data.shards=... optim.max_steps=... run.out=..."),
+        (["train", "configs/trian.yaml"], "did you mean configs/train.yaml?"),
+        (["verify"], "takes DIR, got nothing"),
+        (["export", "only.ckpt"], "takes SRC DST"),
+        (["config", "verify"], "'verify' has no configuration"),
+    ],
+)
+def test_misuse_is_told_in_one_line(arguments: list[str], expected: str) -> None:
+    assert expected in complaint(2, *arguments)
+
+
+def test_without_a_verb_the_usage_is_shown() -> None:
+    done = program()
+    assert done.returncode == 2 and done.stdout == ""
+    assert all(re.search(rf"^  {verb} ", done.stderr, re.MULTILINE) for verb in VERBS)
+
+
+# ---- help ----
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    done = program(verb, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: segvol-pl {verb} ")
+    if verb in SCHEMAS:
+        for field in fields_help(verb):
+            assert f"  {field.key}  (" in done.stdout and field.help in done.stdout
+
+
+def test_the_resolved_configuration_is_yaml() -> None:
+    done = program("config", "train", "configs/tiny/train.yaml", "optim.lr=0.5")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = yaml.safe_load(done.stdout)
+    assert shown["data"]["shards"] == MISSING
+    assert shown["model"]["hidden"] == 128 and shown["optim"]["lr"] == 0.5
+
+
+# ---- failed: exit 1, naming the file ----
+
+
+def test_packing_a_missing_ct_names_it(tmp_path: Path) -> None:
+    missing = tmp_path / "nobody.nii.gz"
+    assert str(missing) in complaint(1, "pack", f"images={missing}", f"out={tmp_path / 'shards'}")
+
+
+def test_a_folder_without_an_index_is_named(tmp_path: Path) -> None:
+    for arguments in (["verify", tmp_path], [*TRAIN, f"data.shards={tmp_path}", f"run.out={tmp_path / 'run'}"]):
+        line = complaint(1, *arguments)
+        assert str(tmp_path / "index.json") in line and "segvol-pl index" in line
+
+
+def test_a_truncated_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.ckpt"
+    cut.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
+    paths = [f"checkpoint={cut}", f"image={tmp_path / 'ct.nii.gz'}", f"out={tmp_path / 'mask.nii.gz'}"]
+    line = complaint(1, "predict", *paths, "text=liver", "device=cpu")
+    assert line.startswith(f"segvol-pl predict: error: {cut}: cannot be read") and "is it whole?" in line
+    assert not (tmp_path / "mask.nii.gz").exists()
+
+
+def test_a_pretraining_checkpoint_cannot_be_evaluated(phantom_shards: Path, tmp_path: Path) -> None:
+    model = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32)
+    task = SimMIMTask(PretrainConfig(model=model, optim=OptimConfig(max_steps=1)))
+    path = tmp_path / "pretrained.ckpt"
+    torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams), "global_step": 1}, path)
+    line = complaint(1, *evaluation(path, phantom_shards, tmp_path))
+    assert f"{path}: is a checkpoint of pretrain" in line
+
+
+def test_weights_of_another_size_cannot_be_evaluated(checkpoint: Path, phantom_shards: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["config"]["model"]["mlp"] *= 2
+    path = tmp_path / "other.ckpt"
+    torch.save(content, path)
+    line = complaint(1, *evaluation(path, phantom_shards, tmp_path))
+    assert f"{path} is of another model" in line and "mlp" in line
+
+
+def test_an_encoder_of_another_size_cannot_be_trained_from(
+    checkpoint: Path, phantom_shards: Path, tmp_path: Path
+) -> None:
+    given = [f"data.shards={phantom_shards}", f"run.out={tmp_path / 'run'}", "prompts.pseudo_per_volume=0"]
+    done = program(*TRAIN, *given, f"pretrained={checkpoint}")
+    assert done.returncode == 1
+    assert f"segvol-pl train: error: {checkpoint} is of another model" in done.stderr.splitlines()[-1]
+
+
+def evaluation(checkpoint: Path, shards: Path, folder: Path) -> list[str]:
+    return ["evaluate", f"checkpoint={checkpoint}", f"shards={shards}", f"out={folder / 'out'}", "device=cpu"]

@@ -1,0 +1,232 @@
+"""Configuration: every file loads, every fault is told with key, origin and remedy, every key is used and explained."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+
+from segvol_pl.config import MISSING, SCHEMAS, ConfigError, SegVolConfig
+from segvol_pl.configure import fields_help, load, resolved, to_yaml
+from segvol_pl.model import SegVol
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+TRAINING = ["data.shards=shards", "run.out=run", "optim.max_steps=10"]
+REQUIRED = {
+    "demo": [],
+    "pack": ["images=ct", "out=shards"],
+    "pretrain": TRAINING,
+    "train": TRAINING,
+    "evaluate": ["checkpoint=last.ckpt", "shards=shards", "out=report"],
+    "predict": ["checkpoint=last.ckpt", "image=ct.nii.gz", "out=mask.nii.gz", "text=liver"],
+}
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def written(folder: Path, text: str, name: str = "given.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def fault(verb: str, *arguments: str | Path) -> ConfigError:
+    """What loading complains of, in one line."""
+    with pytest.raises(ConfigError) as caught:
+        load(verb, [str(argument) for argument in arguments])
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# ---- the files ----
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path not in MODELS], ids=named)
+def test_every_configuration_loads_for_its_verb(path: Path) -> None:
+    config = load(path.stem, [str(path), *REQUIRED[path.stem]])
+    assert isinstance(config, SCHEMAS[path.stem])
+
+
+@pytest.mark.parametrize("path", MODELS, ids=named)
+def test_every_model_loads_as_a_section(path: Path) -> None:
+    for verb in ("pretrain", "train"):
+        assert isinstance(load(verb, [f"model={path}", *REQUIRED[verb]]).model, SegVolConfig)
+
+
+def test_the_full_scale_models_have_the_parameters_that_they_state() -> None:
+    for size in ("small", "base", "large", "huge"):
+        path = CONFIGS / "model" / f"{size}.yaml"
+        config = load("train", [f"model={path}", *TRAINING]).model
+        with torch.device("meta"):
+            model = SegVol(config)
+        counts = [sum(part.numel() for part in module.parameters()) for module in (model, model.image_encoder)]
+        stated = re.findall(r"\d{1,3}(?:,\d{3})+", path.read_text())
+        assert stated == [f"{count:,}" for count in counts], path
+
+
+def test_the_base_model_is_the_published_one() -> None:
+    assert load("train", [f"model={CONFIGS / 'model' / 'base.yaml'}", *TRAINING]).model == SegVolConfig()
+
+
+# ---- faults ----
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("optim.lrr=1", "optim.lr"),
+        ("data.shard=x", "data.shards"),
+        ("lr=1e-3", "optim.lr"),
+        ("model.hiden=8", "model.hidden"),
+        ("model.lr=1", "optim.lr"),
+    ],
+)
+def test_an_unknown_key_on_the_command_line(wrong: str, right: str) -> None:
+    key = wrong.partition("=")[0]
+    error = fault("train", wrong, *TRAINING)
+    assert str(error) == f"unknown key {key} (command line): did you mean {right}?"
+    assert error.key == key
+
+
+def test_an_unknown_key_in_a_file_names_file_and_line(tmp_path: Path) -> None:
+    path = written(tmp_path, "optim:\n  lr: 1.0e-3\n  warmup_step: 3\n")
+    expected = f"unknown key optim.warmup_step ({path}:3): did you mean optim.warmup_steps?"
+    assert str(fault("train", path, *TRAINING)) == expected
+
+
+def test_an_unknown_key_in_a_section_file_names_that_file(tmp_path: Path) -> None:
+    section = written(tmp_path, "hidden: 64\nlayer: 2\n", "odd.yaml")
+    path = written(tmp_path, "model: odd.yaml\n")
+    assert str(fault("train", path, *TRAINING)) == f"unknown key model.layer ({section}:2): did you mean model.layers?"
+
+
+@pytest.mark.parametrize(
+    ("pair", "problem"),
+    [
+        ("optim.lr=fast", "'fast' is not float"),
+        ("data.workers=1.5", "'1.5' is not int"),
+        ("data.workers=true", "'true' is not int"),
+        ("run.resume=1", "'1' is not bool"),
+        ("optim.betas=0.9", "'0.9' is not list of float"),
+        ("model.patch=[4, x, 16]", "is not list of int"),
+        ("run.precision=fp8", "'fp8' is none of auto, fp32, bf16"),
+        ("text.source=bert", "'bert' is none of clip, seeded"),
+        ("model.patch=[4, 16]", "needs 3 numbers (d, h, w), got 2"),
+        ("model.input_shape=[32, 256, 256, 1]", "needs 3 numbers (d, h, w), got 4"),
+        ("optim.betas=[0.9]", "needs 2 numbers, got 1"),
+        ("data.flip=1.5", "is a share between 0 and 1"),
+        ("prompts.combinations=[text, mouse]", "'mouse' is none of points+text"),
+    ],
+)
+def test_a_wrong_value_names_key_origin_and_what_is_wanted(tmp_path: Path, pair: str, problem: str) -> None:
+    key, _, value = pair.partition("=")
+    given = str(fault("train", pair, *TRAINING))
+    assert given.startswith(f"{key} (command line): ") and problem in given
+    section, _, leaf = key.partition(".")
+    path = written(tmp_path, f"{section}:\n  {leaf}: {value}\n")
+    in_file = str(fault("train", path, *TRAINING))
+    assert in_file.startswith(f"{key} ({path}:2): ") and problem in in_file
+
+
+@pytest.mark.parametrize(("box", "points"), [("[1, 2, 3]", "null"), ("null", "[[1, 2, 3]]")])
+def test_prompts_of_a_wrong_length(box: str, points: str) -> None:
+    required = [pair for pair in REQUIRED["predict"] if not pair.startswith("text")]
+    message = str(fault("predict", f"box={box}", f"points={points}", *required))
+    assert re.match(r"(box|points) \(command line\): .*needs", message)
+
+
+@pytest.mark.parametrize("verb", [verb for verb, required in REQUIRED.items() if required])
+def test_missing_keys_are_named(verb: str) -> None:
+    mandatory = [field.key for field in fields_help(verb) if field.default == MISSING]
+    message = str(fault(verb))
+    assert mandatory and all(f"{key}=..." in message for key in mandatory)
+
+
+def test_a_prediction_needs_a_prompt() -> None:
+    assert "at least one of text, box, points" in str(fault("predict", *REQUIRED["predict"][:3]))
+
+
+def test_a_missing_file_is_named_with_the_nearest(tmp_path: Path) -> None:
+    right = written(tmp_path, "mask_ratio: 0.5\n", "pretrain.yaml")
+    wrong = tmp_path / "pretrian.yaml"
+    assert str(fault("pretrain", wrong)) == f"{wrong}: no such file: did you mean {right}?"
+
+
+def test_a_missing_base_names_the_file_that_wants_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "base: nowhere.yaml\n")
+    assert str(fault("train", path)).startswith(f"{tmp_path / 'nowhere.yaml'}: no such file, named by {path}")
+
+
+def test_files_that_build_on_each_other_are_refused(tmp_path: Path) -> None:
+    first = written(tmp_path, "base: second.yaml\n", "first.yaml")
+    written(tmp_path, "base: first.yaml\n", "second.yaml")
+    error = fault("train", first, *TRAINING)
+    assert "first.yaml -> second.yaml -> first.yaml" in str(error) and error.key == "base"
+
+
+@pytest.mark.parametrize("text", ["optim: [\n", "- 1\n", "optim:\n  lr: 1\n  lr: 2\n", "optim: 3\n"])
+def test_files_that_are_no_configuration_are_named(tmp_path: Path, text: str) -> None:
+    path = written(tmp_path, text)
+    assert str(path) in str(fault("train", path, *TRAINING))
+
+
+# ---- merging ----
+
+
+def test_the_rightmost_wins(tmp_path: Path) -> None:
+    written(tmp_path, "optim:\n  lr: 1\n  weight_decay: 1\n  clip_norm: 1\n  warmup_steps: 7\n", "ground.yaml")
+    first = written(tmp_path, "optim:\n  lr: 2\n  weight_decay: 2\n  clip_norm: 2\nbase: ground.yaml\n", "first.yaml")
+    second = written(tmp_path, "optim:\n  lr: 3\n  weight_decay: 3\n", "second.yaml")
+    optim = load("train", [*TRAINING, str(first), str(second), "optim.lr=4"]).optim
+    assert (optim.lr, optim.weight_decay, optim.clip_norm, optim.warmup_steps) == (4, 3, 2, 7)
+    assert load("train", [*TRAINING, "optim.lr=4", str(first)]).optim.lr == 2
+
+
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_what_is_written_loads_again_as_the_same(verb: str, tmp_path: Path) -> None:
+    config = load(verb, [*REQUIRED[verb]])
+    assert load(verb, [str(written(tmp_path, to_yaml(config)))]) == config
+
+
+@pytest.mark.parametrize("text", ["null and void", "a: b # c", "007", "no", "1e-4", "[1]", "  ", "Leber, groß"])
+def test_texts_survive_being_written(tmp_path: Path, text: str) -> None:
+    config = dataclasses.replace(load("predict", REQUIRED["predict"]), text=text, box=[0, 0, 0, 1, 2, 3])
+    assert load("predict", [str(written(tmp_path, to_yaml(config)))]) == config
+    assert load("predict", [*REQUIRED["predict"], f"text={text}"]).text == text
+
+
+def test_an_incomplete_configuration_can_be_shown() -> None:
+    shown = resolved("train", ["optim.lr=0.5"])
+    assert "lr: 0.5\n" in shown and "shards: ???\n" in shown
+
+
+# ---- the schema ----
+
+
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_every_key_explains_itself(verb: str) -> None:
+    assert [field.key for field in fields_help(verb) if not field.help.strip()] == []
+
+
+def unread(names: Iterable[str]) -> list[str]:
+    """Those of `names` that no code of the package reads as an attribute."""
+    sources = [path for path in (ROOT / "segvol_pl").rglob("*.py") if path.name not in ("config.py", "configure.py")]
+    nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    return [name for name in names if name not in read]
+
+
+def test_every_key_is_read_somewhere() -> None:
+    leaves = {field.key.rpartition(".")[2] for verb in SCHEMAS for field in fields_help(verb)}
+    assert unread(sorted(leaves)) == []
+    assert unread(["max_steps", "a_key_that_nobody_reads"]) == ["a_key_that_nobody_reads"]
