@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,7 +26,7 @@ class VolumeModule(pl.LightningDataModule):
         super().__init__()
         self.data, self.run = data, run
         self.draw, self.val_draw = draw, val_draw
-        self.folder = Path(data.shards)
+        self.folder = data.shards
         self.index = read_index(self.folder)
         self.train_records = self._select(self.index, data.split, labelled)
         self.val_records = self._select(self.index, data.val_split, labelled)

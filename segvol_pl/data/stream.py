@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from segvol_pl.data.sample import Facts
-from segvol_pl.data.shards import SampleRecord, decode_array, read_facts, read_member
+from segvol_pl.data.shards import SampleRecord, Source, decode_array, read_facts, read_member
 from segvol_pl.data.views import Arrays, Read, lettered
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
@@ -95,7 +94,7 @@ class Stream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Source,
         records: list[SampleRecord],
         draw: Draw,
         plan: Plan,
