@@ -13,6 +13,7 @@ import torch
 import yaml
 from oracle import save_untrained
 
+from segvol_pl import __version__
 from segvol_pl.__main__ import VERBS
 from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
 from segvol_pl.configure import fields_help
@@ -83,6 +84,10 @@ def test_without_a_verb_the_usage_is_shown() -> None:
 # ---- help ----
 
 
+def test_the_version_is_shown() -> None:
+    assert program("--version").stdout == f"segvol-pl {__version__}\n"
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str) -> None:
     done = program(verb, "--help")
@@ -113,6 +118,7 @@ def test_a_folder_without_an_index_is_named(tmp_path: Path) -> None:
     for arguments in (["verify", tmp_path], [*TRAIN, f"data.shards={tmp_path}", f"run.out={tmp_path / 'run'}"]):
         line = complaint(1, *arguments)
         assert str(tmp_path / "index.json") in line and "segvol-pl index" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_truncated_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> None:

@@ -124,17 +124,18 @@ def test_an_unknown_key_in_a_section_file_names_that_file(tmp_path: Path) -> Non
         ("model.patch=[4, 16]", "needs 3 numbers (d, h, w), got 2"),
         ("model.input_shape=[32, 256, 256, 1]", "needs 3 numbers (d, h, w), got 4"),
         ("optim.betas=[0.9]", "needs 2 numbers, got 1"),
+        ("optim.max_steps=0", "must be positive"),
         ("data.flip=1.5", "is a share between 0 and 1"),
         ("prompts.combinations=[text, mouse]", "'mouse' is none of points+text"),
     ],
 )
 def test_a_wrong_value_names_key_origin_and_what_is_wanted(tmp_path: Path, pair: str, problem: str) -> None:
     key, _, value = pair.partition("=")
-    given = str(fault("train", pair, *TRAINING))
+    given = str(fault("train", *TRAINING, pair))
     assert given.startswith(f"{key} (command line): ") and problem in given
     section, _, leaf = key.partition(".")
     path = written(tmp_path, f"{section}:\n  {leaf}: {value}\n")
-    in_file = str(fault("train", path, *TRAINING))
+    in_file = str(fault("train", *TRAINING, path))
     assert in_file.startswith(f"{key} ({path}:2): ") and problem in in_file
 
 

@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "zoom": {"config", "data.prompts", "data.sample", "data.transforms"},
     "configure": {"config"},
     "tasks": {"config", "configure", "data", "model", "losses", "tasks"},
+    "run": {"config", "configure", "data", "model", "tasks", "run"},
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
