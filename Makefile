@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Libraries may set another locale while the tests run; files and pipes stay UTF-8.
+export PYTHONUTF8 := 1
+
 .PHONY: demo env format lint slow test
 
 demo: $(STAMP)

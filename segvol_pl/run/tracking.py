@@ -37,11 +37,11 @@ class MetricsFile(Logger):
     def _start(self, after: int) -> None:
         rows: list[list[str]] = []
         if self.path.exists():
-            with self.path.open(newline="") as stream:
+            with self.path.open(newline="", encoding="utf-8") as stream:
                 rows = [
                     row for row in csv.reader(stream) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= after
                 ]
-        with replacing(self.path) as part, part.open("w", newline="") as stream:
+        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([HEADER, *rows])
 
     @property
@@ -58,13 +58,13 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with self.path.open("a", newline="") as stream:
+        with self.path.open("a", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([step, name, value] for name, value in metrics.items() if name != "epoch")
 
 
 def read_metrics(path: Path, metric: str) -> list[tuple[int, float]]:
     """(step, value) of one metric, in the order written."""
-    with path.open(newline="") as stream:
+    with path.open(newline="", encoding="utf-8") as stream:
         return [(int(row["step"]), float(row["value"])) for row in csv.DictReader(stream) if row["metric"] == metric]
 
 
