@@ -117,7 +117,7 @@ def _header(summary: Summary, about: dict[str, Any]) -> str:
 def _cautions(summary: Summary) -> str:
     lines = [
         "Boxes and points are drawn from the ground truth: their figures say how well a prompt is obeyed. "
-        "Only the prompt kind “text” knows nothing of the truth."
+        "Only the prompt kind “text” knows nothing of the truth"
     ]
     lines += [f"{name}: asked for but absent in {count} cases" for name, count in summary.absent.items()]
     lines += [

@@ -1,0 +1,67 @@
+"""The text bank: names to vectors, from CLIP or seeded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from segvol_pl.config import TextConfig, TextSource
+from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
+
+ENDS = ("<|startoftext|>", "<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP text tower of random weights, as `save_pretrained` lays it out, with a tokenizer of single letters."""
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *ENDS]
+    (folder / "vocab.json").write_text(json.dumps({word: row for row, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=words.index(ENDS[0]),
+        eos_token_id=words.index(ENDS[1]),
+    )
+    CLIPTextModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_clip_vectors_depend_on_the_name_alone(clip: Path) -> None:
+    config = TextConfig(clip=str(clip))
+    bank = TextBank.build(["liver", "left kidney"], config, dim=32)
+    alone = TextBank.build(["left kidney"], config, dim=32)
+    assert bank.vectors_KE.shape == (2, 32) and bank.vectors_KE.dtype == torch.float32
+    assert torch.allclose(bank.vectors_KE[1], alone.vectors_KE[0], atol=1e-5)
+    assert not torch.allclose(bank.vectors_KE[0], bank.vectors_KE[1], atol=1e-2)
+
+
+def test_a_tower_of_another_width_or_none_is_refused(clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(TextError, match=r"gives 32 numbers, model\.text_dim is 512"):
+        TextBank.build(["liver"], TextConfig(clip=str(clip)), dim=512)
+    with pytest.raises(TextError, match=r"text\.clip: cannot load .*none.*text\.source=seeded"):
+        TextBank.build(["liver"], TextConfig(clip=str(tmp_path / "none")), dim=32)
+
+
+def test_seeded_vectors_are_fixed_by_the_name_and_said_to_be_no_clip(caplog: pytest.LogCaptureFixture) -> None:
+    config = TextConfig(source=TextSource.seeded)
+    first = TextBank.build(["liver", "spleen"], config, dim=16)
+    second = TextBank.build(["spleen"], config, dim=16)
+    assert torch.equal(first.vectors_KE[1], second.vectors_KE[0])
+    assert "not CLIP" in caplog.text
+
+
+def test_an_unknown_name_offers_the_nearest() -> None:
+    with pytest.raises(UnknownCategory, match=r"'livr' is not in the text bank .*nearest: liver"):
+        TextBank.seeded(["spleen", "liver"], 4).index("livr")
