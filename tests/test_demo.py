@@ -63,4 +63,4 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     assert dice["box+text"] >= dice["text"] + 0.01
     assert figures["pretrain_val_loss_last"] <= 0.7 * figures["pretrain_val_loss_first"]
     small = [summary["categories"][name]["box+text"] for name in SMALL_ORGANS]
-    assert sum(cell["zoom_in"]["mean"] > cell["zoom_out"]["mean"] for cell in small) > len(small) / 2
+    assert sum(cell["zoom_in"]["mean"] for cell in small) > sum(cell["zoom_out"]["mean"] for cell in small)

@@ -72,9 +72,10 @@ def loggers(out: Path, track: TrackConfig, after: int) -> list[Logger]:
     """metrics.csv, and wandb unless it is disabled. Without a key, wandb writes offline runs to sync later."""
     made: list[Logger] = [MetricsFile(out / "metrics.csv", after)]
     if track.wandb is not Wandb.disabled:
+        # wandb reads this once, at its first call; its summary repeats metrics.csv.
+        os.environ.setdefault("WANDB_SILENT", "true")
         offline = track.wandb is Wandb.offline or (track.wandb is Wandb.auto and not _has_key())
         name = track.name or out.name
-        os.environ.setdefault("WANDB_SILENT", "true")
         mode = "offline" if offline else "online"
         made.append(WandbLogger(project=track.project, name=name, group=track.group, save_dir=out, mode=mode))
     return made
