@@ -11,6 +11,9 @@ from segvol_pl.data.sample import Box
 INSIDE, OUTSIDE, PADDING = 1, 0, -1
 """Labels of points, as in the published model."""
 
+ABSENT = -2
+"""Label of a place in a points array that holds none: attention leaves it out. (PADDING is a token, as published.)"""
+
 
 @dataclass(frozen=True, eq=False)
 class Prompt:

@@ -18,16 +18,13 @@ import numpy as np
 
 from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import transforms
-from segvol_pl.data.prompts import PADDING, box_of, draw_points, jitter_box
+from segvol_pl.data.prompts import ABSENT, box_of, draw_points, jitter_box
 from segvol_pl.data.sample import Box, Facts, Member
 
 Read = Callable[[Member], Any]
 """Gives a member of the sample as a sliceable array, decoded only where sliced."""
 
 Arrays = dict[str, np.ndarray]
-
-ABSENT = PADDING - 1
-"""Label of a place in a points array that holds no point."""
 
 PSEUDO_EXTRA_POSITIVE = (4, 10)
 MERGE_INSIDE = 0.9

@@ -17,10 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from segvol_pl.config import Coordinates, SegVolConfig
-from segvol_pl.data.prompts import PADDING, Prompt
-
-ABSENT = -2
-"""Label of a place that holds no point at all: attention leaves it out. (PADDING is a token, as published.)"""
+from segvol_pl.data.prompts import ABSENT, PADDING, Prompt
 
 
 @dataclass(frozen=True)
