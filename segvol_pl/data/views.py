@@ -174,42 +174,52 @@ def _draw_prompt(mask_DHW: np.ndarray, row: int, config: PromptConfig, rng: np.r
 
 
 def _prompted(
-    mask_DHW: np.ndarray, row: int, config: PromptConfig, rng: np.random.Generator, positive: int, negative: int
+    mask_DHW: np.ndarray,
+    row: int,
+    config: PromptConfig,
+    rng: np.random.Generator,
+    positive: int,
+    negative: int,
+    box: Box | None = None,
 ) -> Arrays:
-    """A mask with its points and box; an empty mask gets none, and is not valid."""
+    """A mask with its points and box (`box`, or its own); an empty mask gets none, and is not valid."""
     width = 1 + config.extra_positive + config.extra_negative
     points_N3, labels_N = np.zeros((width, 3), dtype=np.int64), np.full(width, ABSENT, dtype=np.int64)
-    box: Box = (0, 0, 0, 0, 0, 0)
     valid = bool(mask_DHW.any())
     if valid:
         drawn_N3, drawn_N = draw_points(mask_DHW, rng, positive, negative)
         points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
-        box = jitter_box(box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
+        box = jitter_box(box or box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
     return {
         "masks_DHW": mask_DHW,
         "category": np.array(row, dtype=np.int64),
         "points_N3": points_N3,
         "labels_N": labels_N,
-        "boxes_6": np.array(box, dtype=np.int64),
+        "boxes_6": np.array(box or (0,) * 6, dtype=np.int64),
         "valid": np.array(valid),
     }
 
 
 def _draw_pseudo(view: View, index: int, config: PromptConfig, rng: np.random.Generator) -> Arrays:
-    """Even indices ask by points, odd ones by a box (published order)."""
+    """Even indices ask by points, odd ones by a box (published order).
+
+    The box is that of one region, as published: what is merged into its mask may reach a little beyond it.
+    """
     assert view.regions_DHW is not None
     regions_DHW = view.regions_DHW
     ids = np.flatnonzero(np.bincount(regions_DHW.reshape(-1))[1:]) + 1
     if ids.size == 0:
         return _prompted(np.zeros(regions_DHW.shape, dtype=bool), 0, config, rng, 0, 0)
     mask_DHW = regions_DHW == rng.choice(ids)
+    box = box_of(mask_DHW)
     if index % 2 == 1:
-        mask_DHW = _merged(regions_DHW, box_of(mask_DHW))
-    positive = 1 + min(int(rng.integers(*PSEUDO_EXTRA_POSITIVE)), config.extra_positive)
-    return _prompted(mask_DHW, 0, config, rng, positive, 0)
+        mask_DHW = merged_inside(regions_DHW, box)
+    positive = 1 + min(int(rng.integers(*PSEUDO_EXTRA_POSITIVE, endpoint=True)), config.extra_positive)
+    negative = int(rng.integers(config.extra_negative + 1))
+    return _prompted(mask_DHW, 0, config, rng, positive, negative, box)
 
 
-def _merged(regions_DHW: np.ndarray, box: Box) -> np.ndarray:
+def merged_inside(regions_DHW: np.ndarray, box: Box) -> np.ndarray:
     """All regions that lie almost wholly inside the box, as one mask."""
     slices = transforms.box_slices(box)
     whole = np.bincount(regions_DHW.reshape(-1))
