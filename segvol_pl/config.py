@@ -25,7 +25,9 @@ class ConfigError(ValueError):
         self.key = key
 
 
-class Coordinates(str, Enum):
+class Rule(str, Enum):
+    """One of the places where the released weights need what the published code does."""
+
     consistent = "consistent"
     published = "published"
 
@@ -49,6 +51,8 @@ class Wandb(str, Enum):
 
 
 class TextSource(str, Enum):
+    auto = "auto"
+    weights = "weights"
     clip = "clip"
     seeded = "seeded"
 
@@ -91,8 +95,9 @@ class SegVolConfig:
     """Hidden width of the mask decoder's MLP."""
     text_dim: int = 512
     """Width of the text bank's vectors (CLIP ViT-B/32: 512)."""
-    coordinates: Coordinates = Coordinates.consistent
-    """Order of coordinates in the positional encoding; `published` is what the released weights were trained with."""
+    coordinates: Rule = Rule.consistent
+    """Positional encoding of prompts and tokens. `published`: d and h are divided by each other's extent, and the
+    tokens' axes are ordered h, d, w, because the released weights were trained so."""
 
     def __post_init__(self) -> None:
         _check_triple("model.input_shape", self.input_shape)
@@ -246,10 +251,11 @@ class TrackConfig:
 class TextConfig:
     """Where the vectors of category names come from."""
 
-    source: TextSource = TextSource.clip
-    """clip: CLIP's text tower; seeded: fixed random vectors by name, where CLIP cannot be had."""
+    source: TextSource = TextSource.auto
+    """clip: CLIP's text tower; weights: the bank or the text tower of the weights that training starts from; auto:
+    weights where they can, else clip; seeded: fixed random vectors by name, where CLIP cannot be had."""
     clip: str = "openai/clip-vit-base-patch32"
-    """Local folder or hub name of the CLIP model."""
+    """Local folder or hub name of the CLIP model; of its tokenizer alone where the text tower is that of weights."""
     template: str = "A computerized tomography of a {}."
     """Sentence around a category name (paper Sec. 2.1)."""
 
@@ -282,11 +288,16 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     pretrained: str | None = None
-    """Checkpoint of a pre-training run whose encoder training starts from."""
+    """Checkpoint whose image encoder training starts from: of a pre-training run, or the released ViT."""
+    weights: str | None = None
+    """Whole model that training starts from (fine-tuning): own checkpoint, export, import or released file."""
+    allow: list[str] = field(default_factory=list)
+    """Patterns of tensor names that `weights` may lack, have beside, or have in another shape: the model's own stay."""
     pseudo_weight: float = 0.1
     """Weight of the pseudo-label loss."""
 
     def __post_init__(self) -> None:
+        _require(self.pretrained is None or self.weights is None, "pretrained", "weights=FILE brings its own encoder")
         _require(self.pseudo_weight >= 0, "pseudo_weight", "must not be negative")
 
 
@@ -302,6 +313,15 @@ class ZoomConfig:
     """Zoom-in windows encoded together."""
     points: int = 5
     """Points that a points prompt gets in each zoom-in window."""
+    interpolation: Rule = Rule.consistent
+    """How the volume is shrunk and the coarse logits are brought back: averaging and linear. `published`: both by
+    nearest neighbour, because the released weights were validated on images shrunk so."""
+    grid: Rule = Rule.consistent
+    """Where zoom-in windows lie: inside the volume, whole wherever it is large enough. `published`: on a grid of each
+    region of interest, which is cut off at the volume's border and padded with zeros around up to one window."""
+    reflection: Rule = Rule.consistent
+    """What a window is told: the user's own prompt inside it, and windows that hold nothing are skipped. `published`:
+    the coarse mask's box in place of the user's, points drawn from the enlarged user's points, no window skipped."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.overlap < 1, "zoom.overlap", "is a share between 0 and 1")
@@ -452,6 +472,23 @@ class DemoConfig:
     """Seeds phantoms and training."""
 
 
+@dataclass
+class ImportConfig:
+    """Released weights (.pth, .bin, .safetensors, the pre-trained ViT's .ckpt) into a .safetensors for every verb."""
+
+    source: str = MISSING
+    """Released file: SRC on the command line."""
+    out: str = MISSING
+    """File to write, .safetensors: DST on the command line."""
+    categories: str | None = None
+    """YAML whose category names the text bank gets, through the text tower in the file; none: no text prompts."""
+    model: SegVolConfig = field(default_factory=lambda: SegVolConfig(coordinates=Rule.published))
+    """The architecture that the file must have."""
+    text: TextConfig = field(default_factory=TextConfig)
+    allow: list[str] = field(default_factory=list)
+    """Patterns of tensor names that may be missing, unknown or of another shape; otherwise any such is refused."""
+
+
 SCHEMAS: dict[str, type] = {
     "demo": DemoConfig,
     "pack": PackConfig,
@@ -459,4 +496,5 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "import": ImportConfig,
 }

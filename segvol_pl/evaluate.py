@@ -27,19 +27,19 @@ from typing import Any, Protocol
 import numpy as np
 from rich.table import Table
 
-from segvol_pl.config import EvaluateConfig
+from segvol_pl.config import EvaluateConfig, Rule
 from segvol_pl.configure import to_yaml
 from segvol_pl.data.prompts import Prompt, box_of, draw_points
 from segvol_pl.data.sample import Facts, Member
 from segvol_pl.data.shards import SampleRecord, Source, decode_array, read_facts, read_index, read_member
-from segvol_pl.data.transforms import normalise
+from segvol_pl.data.transforms import normalise, resize_label
 from segvol_pl.data.whole import write_text
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.report import Outlined, Picture, cut, write_report
 from segvol_pl.run.strategies import autocast, resolve_device
 from segvol_pl.run.tracking import manifest
-from segvol_pl.zoom import Promptable, Zoomer, ZoomResult, binary
+from segvol_pl.zoom import Promptable, Zoomer, ZoomResult, binary, scale_prompt
 
 log = logging.getLogger(__name__)
 
@@ -334,11 +334,10 @@ class _Evaluation:
         self, zoomer: Zoomer, key: str, category: str, kind: str, truth_DHW: np.ndarray
     ) -> tuple[Row, ZoomResult]:
         seeds = [self.config.seed, zlib.crc32(key.encode()), zlib.crc32(category.encode())]
-        # Every kind with points gets the same ones, so that kinds are compared, not draws.
-        prompt = draw_prompt(kind, category, truth_DHW, np.random.default_rng([*seeds, 0]))
+        prompt, shrunk = self._drawn(kind, category, truth_DHW, zoomer.window, seeds)
         start = time.perf_counter()
         with autocast(self.device, self.config.precision):
-            result = zoomer.zoom(prompt, np.random.default_rng([*seeds, 1]))
+            result = zoomer.zoom_in(prompt, shrunk, np.random.default_rng([*seeds, 1]))
         seconds = time.perf_counter() - start
         coarse_DHW, final_DHW = self._masks(result)
         row = Row(
@@ -353,6 +352,20 @@ class _Evaluation:
             windows=result.windows,
         )
         return row, result
+
+    def _drawn(
+        self, kind: str, category: str, truth_DHW: np.ndarray, window: Sequence[int], seeds: list[int]
+    ) -> tuple[Prompt, Prompt]:
+        """The prompt, and the same in voxels of the model's input; the published one is drawn from the shrunk truth."""
+        # Every kind with points gets the same ones, so that kinds are compared, not draws.
+        rng = np.random.default_rng([*seeds, 0])
+        if self.config.zoom.reflection is Rule.published:
+            shrunk_DHW = resize_label(truth_DHW, window)
+            if shrunk_DHW.any():
+                drawn = draw_prompt(kind, category, shrunk_DHW, rng)
+                return drawn, drawn
+        drawn = draw_prompt(kind, category, truth_DHW, rng)
+        return drawn, scale_prompt(drawn, truth_DHW.shape, window)
 
     def _masks(self, result: ZoomResult) -> tuple[np.ndarray, np.ndarray]:
         threshold = self.config.zoom.threshold

@@ -11,11 +11,11 @@ import pytest
 from oracle import Oracle, save_untrained
 from rich.console import Console
 
-from segvol_pl.config import EvaluateConfig, ZoomConfig
+from segvol_pl.config import EvaluateConfig, Rule, ZoomConfig
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import CategoryFacts, Facts, Member
 from segvol_pl.data.shards import Sample, ShardError, build_index, encode_array, write_shard
-from segvol_pl.data.transforms import intensity_of
+from segvol_pl.data.transforms import intensity_of, resize_label
 from segvol_pl.evaluate import EvaluateError, Quartiles, Row, Summary, dice, draw_prompt, evaluate, evaluate_model
 from segvol_pl.model.text_encoder import TextBank, UnknownCategory
 
@@ -232,6 +232,14 @@ def test_zoom_settings_reach_the_model(shards: Path, tmp_path: Path) -> None:
     few = evaluate_model(config_for(shards, tmp_path / "a", zoom=ZoomConfig(overlap=0.0), **chosen), NamedOracle())
     many = evaluate_model(config_for(shards, tmp_path / "b", zoom=ZoomConfig(overlap=0.75), **chosen), NamedOracle())
     assert few.rows[0].windows < many.rows[0].windows
+
+
+def test_published_prompts_are_drawn_from_the_shrunk_truth(shards: Path, tmp_path: Path) -> None:
+    model, published = NamedOracle(), ZoomConfig(reflection=Rule.published)
+    evaluate_model(config_for(shards, tmp_path, prompts=["box"], categories=["liver"], limit=1, zoom=published), model)
+    truth_DHW = np.zeros(SHAPE, bool)
+    truth_DHW[5:13, 8:22, 14:30] = True
+    assert model.seen[0].box == box_of(resize_label(truth_DHW, WINDOW))
 
 
 def test_an_untrained_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> None:

@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle
 
-from segvol_pl.config import ZoomConfig
-from segvol_pl.data.prompts import Prompt, box_of
+from segvol_pl.config import Rule, ZoomConfig
+from segvol_pl.data.prompts import PADDING, Prompt, box_of
 from segvol_pl.data.sample import Box
 from segvol_pl.data.transforms import box_slices, resize_label
 from segvol_pl.zoom import (
     Zoomer,
     binary,
     clip_box,
+    cut_off_region,
+    enlarge,
     reflect,
     region_of_interest,
     scale_box,
     scale_prompt,
-    windows,
+    tiles,
     zoom,
 )
 
@@ -132,17 +134,20 @@ def test_region_holds_the_mask_and_at_least_one_window(case: tuple[tuple[int, ..
         assert high - low + 1 == wanted
 
 
-@given(volumes_with_box(), st.sampled_from([0.0, 0.25, 0.5, 0.9]))
+@given(volumes_with_box(), st.sampled_from([0.0, 0.25, 0.5, 0.9]), st.sampled_from(Rule))
 @settings(max_examples=150, deadline=None)
-def test_windows_cover_the_region_and_stay_inside_it(case: tuple[tuple[int, ...], Box], overlap: float) -> None:
+def test_windows_cover_the_region_and_stay_inside_it(
+    case: tuple[tuple[int, ...], Box], overlap: float, rule: Rule
+) -> None:
     shape, box = case
-    roi = region_of_interest(bright_box(shape, box) > 0, WINDOW)
-    starts = windows(roi, WINDOW, overlap)
+    region = cut_off_region if rule is Rule.published else region_of_interest
+    roi = region(bright_box(shape, box) > 0, WINDOW)
+    grid = tiles(roi, WINDOW, shape, ZoomConfig(overlap=overlap, grid=rule))
     covered_DHW = np.zeros(shape, bool)
-    for start in starts:
-        covered_DHW[tuple(slice(first, first + size) for first, size in zip(start, WINDOW, strict=True))] = True
+    for tile in grid:
+        covered_DHW[tile.slices(WINDOW, (0, 0, 0))] = True
     assert box_of(covered_DHW) == roi and covered_DHW[box_slices(roi)].all()
-    assert len(set(starts)) == len(starts)
+    assert len(set(grid)) == len(grid)
 
 
 @given(volumes_with_box())
@@ -211,7 +216,7 @@ def test_windows_without_coarse_mask_are_not_decoded() -> None:
     image_DHW = bright_box((32, 64, 64), (0, 0, 0, 7, 15, 15)) + bright_box((32, 64, 64), (24, 48, 48, 31, 63, 63))
     result = zoom(Oracle(WINDOW), image_DHW, Prompt(text="kidneys"), CONFIG, rng())
     assert result.roi is not None
-    assert 2 <= result.windows < len(windows(result.roi, WINDOW, CONFIG.overlap))
+    assert 2 <= result.windows < len(tiles(result.roi, WINDOW, image_DHW.shape, CONFIG))
     np.testing.assert_array_equal(binary(result.final_DHW, 0.5), image_DHW > 0.5)
 
 
@@ -247,3 +252,54 @@ def test_the_same_seed_draws_the_same_points() -> None:
         zoom(model, image_DHW, prompt, CONFIG, rng(7))
     for one, other in zip(models[0].seen, models[1].seen, strict=True):
         np.testing.assert_array_equal(one.points_N3, other.points_N3)
+
+
+# ---- as the released weights were validated ----
+
+PUBLISHED = ZoomConfig(interpolation=Rule.published, grid=Rule.published, reflection=Rule.published)
+
+
+@pytest.mark.parametrize("kind", ["text", "box+text", "points+text"])
+def test_the_published_rules_find_the_truth_too(kind: str) -> None:
+    """A bright box whose faces lie on the overview's grid: nearest neighbours lose nothing of it."""
+    image_DHW = bright_box((24, 48, 48), (6, 9, 9, 17, 35, 35))
+    box = (6, 9, 9, 17, 35, 35)
+    points = {"points_N3": np.array([[10, 20, 20]]), "labels_N": np.array([1])} if "points" in kind else {}
+    prompt = Prompt(text="liver", box=box if "box" in kind else None, **points)
+    result = zoom(Oracle(WINDOW), image_DHW, prompt, PUBLISHED, rng())
+    np.testing.assert_array_equal(binary(result.final_DHW, 0.5), image_DHW > 0.5)
+    assert result.roi is not None and result.windows == len(tiles(result.roi, WINDOW, image_DHW.shape, PUBLISHED))
+
+
+def test_the_published_region_is_cut_off_at_the_border() -> None:
+    mask_DHW = bright_box((20, 40, 40), (0, 0, 30, 1, 3, 39)) > 0
+    assert region_of_interest(mask_DHW, WINDOW) == (0, 0, 24, 7, 15, 39)
+    assert cut_off_region(mask_DHW, WINDOW) == (0, 0, 27, 4, 9, 39)
+
+
+def test_a_published_window_sees_its_region_alone_and_stands_in_its_middle() -> None:
+    image_DHW = np.ones((20, 40, 40), np.float32)
+    (tile,) = tiles((0, 0, 27, 4, 9, 39), WINDOW, image_DHW.shape, PUBLISHED)
+    assert tile.start == (-1, -3, 26)
+    seen_DHW = tile.cut(image_DHW, WINDOW)
+    assert seen_DHW.shape == WINDOW and box_of(seen_DHW > 0) == (1, 3, 1, 5, 12, 13)
+
+
+def test_enlarging_rounds_as_torch_does() -> None:
+    """61 x 64 / 122 is 32; in float32 it falls just below."""
+    assert enlarge(np.arange(64)[None, None], (1, 1, 122))[0, 0, 61] == 31
+
+
+def test_published_windows_get_the_coarse_box_and_points_of_the_enlarged_prompt() -> None:
+    model = Oracle(WINDOW)
+    image_DHW = bright_box((16, 32, 32), (0, 0, 0, 11, 23, 23))
+    zoom(model, image_DHW, Prompt(box=(2, 2, 2, 9, 20, 20)), PUBLISHED, rng())
+    coarse, *inside = [prompt.box for prompt in model.seen]
+    assert coarse == (1, 1, 1, 4, 9, 9)
+    assert inside[0] == (0, 0, 0, 7, 15, 15) and inside[-1] == (0, 0, 0, 7, 15, 15)
+    model = Oracle(WINDOW)
+    points = {"points_N3": np.array([[4, 4, 4]]), "labels_N": np.array([1])}
+    zoom(model, image_DHW, Prompt(text="liver", **points), PUBLISHED, rng())
+    windows = model.seen[1:]
+    assert {tuple(label) for prompt in windows if (label := prompt.labels_N) is not None} == {(1,) * 5, (PADDING,)}
+    assert all(prompt.box is not None for prompt in windows)

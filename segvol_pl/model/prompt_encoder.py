@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segvol_pl.config import Coordinates, SegVolConfig
+from segvol_pl.config import Rule, SegVolConfig
 from segvol_pl.data.prompts import ABSENT, PADDING, Prompt
 
 
@@ -76,9 +76,9 @@ class PositionEmbeddingRandom(nn.Module):
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, config.hidden // 2))
         depth, height, width = config.input_shape
-        self.published = config.coordinates is Coordinates.published
+        self.published = config.coordinates is Rule.published
         self.grid = config.grid
-        # The released weights were trained with coordinates divided by each other's extent, see Coordinates.
+        # The released weights were trained with coordinates divided by each other's extent, see Rule.
         self.extent = (height, depth, width) if self.published else (depth, height, width)
 
     def encode(self, unit_3: Tensor) -> Tensor:
