@@ -143,9 +143,19 @@ def _inspect(arguments: list[str]) -> int:
     return DONE
 
 
+def _import(arguments: list[str]) -> int:
+    files = [argument for argument in arguments if "=" not in argument]
+    source, destination = _take(files, "SRC", "DST")
+    keys = [argument for argument in arguments if argument not in files]
+    config = configure.load("import", [f"source={source}", f"out={destination}", *keys])
+    _function("segvol_pl.release:import_weights")(config)
+    return DONE
+
+
 def _export(arguments: list[str]) -> int:
-    source, destination = _take(arguments, "SRC", "DST")
-    _function("segvol_pl.model.checkpoint:export")(source, destination)
+    source, destination = _take(arguments[:2], "SRC", "DST")
+    published = _take(arguments[2:], "PUBLISHED")[0] if arguments[2:] else None
+    _function("segvol_pl.release:export")(source, destination, published)
     return DONE
 
 
@@ -174,7 +184,12 @@ VERBS = {
     "train": _configured("train", "segvol_pl.run.trainer:train"),
     "evaluate": _configured("evaluate", "segvol_pl.evaluate:evaluate"),
     "predict": _configured("predict", "segvol_pl.predict:predict"),
-    "export": Verb("SRC DST", "Write a training checkpoint as .safetensors for use elsewhere.", _export),
+    "import": Verb("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
+    "export": Verb(
+        "SRC DST [PUBLISHED]",
+        "Write a model as .safetensors, or as the published code's .pth (PUBLISHED: where its text tower comes from).",
+        _export,
+    ),
     "config": Verb(
         "VERB [FILE.yaml ...] [KEY=VALUE ...]", "Print the resolved configuration of VERB as YAML.", _config
     ),

@@ -175,14 +175,16 @@ def _fields(verb: str) -> dict[str, Field]:
     return {field.key: field for field in _walk(_schema(verb), "")}
 
 
-def _walk(schema: type, prefix: str) -> Iterator[Field]:
+def _walk(schema: type, prefix: str, given: Any = None) -> Iterator[Field]:
+    """`given`: the section's default, where the schema that holds it has one of its own."""
     hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
         hint, key = hints[item.name], prefix + item.name
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         if dataclasses.is_dataclass(hint):
-            yield from _walk(typing.cast(type, hint), f"{key}.")
+            yield from _walk(typing.cast(type, hint), f"{key}.", default)
         else:
-            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            default = default if given is None else getattr(given, item.name)
             yield Field(key, hint, default, _docstrings().get((schema.__name__, item.name), ""))
 
 

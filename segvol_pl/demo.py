@@ -21,7 +21,7 @@ from segvol_pl.data.pack import pack
 from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.whole import write_text
 from segvol_pl.evaluate import Summary, evaluate
-from segvol_pl.model.checkpoint import export
+from segvol_pl.release import export
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import pretrain, train
 

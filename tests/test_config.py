@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segvol_pl.config import MISSING, SCHEMAS, ConfigError, SegVolConfig
+from segvol_pl.config import MISSING, SCHEMAS, ConfigError, Rule, SegVolConfig, ZoomConfig
 from segvol_pl.configure import fields_help, load, resolved, to_yaml
 from segvol_pl.model import SegVol
 
@@ -25,9 +25,11 @@ REQUIRED = {
     "train": TRAINING,
     "evaluate": ["checkpoint=last.ckpt", "shards=shards", "out=report"],
     "predict": ["checkpoint=last.ckpt", "image=ct.nii.gz", "out=mask.nii.gz", "text=liver"],
+    "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
 }
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+ZOOMS = sorted((CONFIGS / "zoom").glob("*.yaml"))
 
 
 def named(path: Path) -> str:
@@ -51,7 +53,7 @@ def fault(verb: str, *arguments: str | Path) -> ConfigError:
 # ---- the files ----
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path not in MODELS], ids=named)
+@pytest.mark.parametrize("path", [path for path in FILES if path not in (*MODELS, *ZOOMS)], ids=named)
 def test_every_configuration_loads_for_its_verb(path: Path) -> None:
     config = load(path.stem, [str(path), *REQUIRED[path.stem]])
     assert isinstance(config, SCHEMAS[path.stem])
@@ -61,6 +63,22 @@ def test_every_configuration_loads_for_its_verb(path: Path) -> None:
 def test_every_model_loads_as_a_section(path: Path) -> None:
     for verb in ("pretrain", "train"):
         assert isinstance(load(verb, [f"model={path}", *REQUIRED[verb]]).model, SegVolConfig)
+
+
+@pytest.mark.parametrize("path", ZOOMS, ids=named)
+def test_every_zoom_loads_as_a_section(path: Path) -> None:
+    for verb in ("evaluate", "predict"):
+        assert isinstance(load(verb, [f"zoom={path}", *REQUIRED[verb]]).zoom, ZoomConfig)
+
+
+def test_the_preset_sets_every_switch_to_published() -> None:
+    """Whatever is added as a switch later belongs to the preset too."""
+    preset = {"model": MODELS[0].with_name("published.yaml"), "zoom": ZOOMS[0].with_name("published.yaml")}
+    config = load("import", [f"model={preset['model']}", *REQUIRED["import"]]).model
+    zoom = load("predict", [f"zoom={preset['zoom']}", *REQUIRED["predict"]]).zoom
+    switches = [value for value in (*vars(config).values(), *vars(zoom).values()) if isinstance(value, Rule)]
+    assert switches == [Rule.published] * 4
+    assert load("import", REQUIRED["import"]).model == config
 
 
 def test_the_full_scale_models_have_the_parameters_that_they_state() -> None:
@@ -120,7 +138,7 @@ def test_an_unknown_key_in_a_section_file_names_that_file(tmp_path: Path) -> Non
         ("optim.betas=0.9", "'0.9' is not list of float"),
         ("model.patch=[4, x, 16]", "is not list of int"),
         ("run.precision=fp8", "'fp8' is none of auto, fp32, bf16"),
-        ("text.source=bert", "'bert' is none of clip, seeded"),
+        ("text.source=bert", "'bert' is none of auto, weights, clip, seeded"),
         ("model.patch=[4, 16]", "needs 3 numbers (d, h, w), got 2"),
         ("model.input_shape=[32, 256, 256, 1]", "needs 3 numbers (d, h, w), got 4"),
         ("optim.betas=[0.9]", "needs 2 numbers, got 1"),

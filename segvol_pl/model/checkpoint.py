@@ -1,4 +1,8 @@
-"""Weights in and out: training checkpoints (.ckpt) and exported models (.safetensors). Nothing is unpickled.
+"""Weights: training checkpoints (.ckpt), exported models (.safetensors), released weights. Nothing is unpickled.
+
+1. `read_weights` makes one `Weights` of whatever the file is: this model's tensors, and what is carried along.
+2. `load_exactly` accounts for every tensor: what does not match is listed and refused, unless allowed by name.
+3. `write_weights` writes an exported model.
 
 An exported model holds the weights, and in its header the model's configuration and its category names, so that it
 stands alone. Training checkpoints hold the same under Lightning's names.
@@ -7,31 +11,38 @@ stands alone. Training checkpoints hold the same under Lightning's names.
 from __future__ import annotations
 
 import json
-import pickle
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
-from segvol_pl.config import SegVolConfig
+from segvol_pl.config import Rule, SegVolConfig
 from segvol_pl.configure import plain
 from segvol_pl.data.whole import replacing
+from segvol_pl.model.released import (
+    CheckpointError,
+    Contents,
+    Tensors,
+    encoder_of,
+    read_contents,
+    split_carried,
+    tower_of,
+    without_prefix,
+)
 from segvol_pl.model.segvol import SegVol
 from segvol_pl.model.text_encoder import TextBank
+
+__all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_model", "load_weights", "read_weights"]
 
 BANK = "text_encoder.bank_KE"
 FORMAT = "segvol_pl/1"
 LISTED = 5
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -41,88 +52,140 @@ class Weights:
     path: Path
     config: SegVolConfig
     categories: list[str]
-    tensors: dict[str, Tensor]
+    tensors: Tensors
+    carried: Tensors = field(default_factory=dict)
+    """Released tensors that this model does not hold, see `released`."""
+    order: list[str] = field(default_factory=list)
+    """Names in the order of the released file; empty where none was imported."""
+
+    @property
+    def tower(self) -> Tensors:
+        """CLIP's text tower; empty where none is carried."""
+        return tower_of(self.carried)
+
+    @property
+    def bank(self) -> TextBank:
+        """Its text bank; empty where it has none."""
+        held = self.tensors.get(BANK)
+        return TextBank.empty(self.config.text_dim) if held is None else TextBank(self.categories, held)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded into what; `str()` is one line."""
+
+    path: Path
+    loaded: int
+    kept: list[str]
+    """The model's tensors that the file does not give, or in another shape: they keep their values."""
+    unused: list[str]
+    """The file's tensors that the model does not have."""
+
+    def __str__(self) -> str:
+        text = f"{self.loaded} tensors from {self.path}"
+        for what, names in (("kept as they were", self.kept), ("not used", self.unused)):
+            text += f"; {what}: {listed(names)}" if names else ""
+        return text
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SegVol:
     """The model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError."""
     weights = read_weights(Path(path))
-    bank = TextBank(weights.categories, weights.tensors[BANK])
-    model = SegVol(weights.config, bank)
-    load_exactly(model, weights.tensors, weights.path)
+    model = SegVol(weights.config, weights.bank)
+    load_exactly(model, {**weights.tensors, BANK: weights.bank.vectors_KE}, weights.path)
     return model.to(device).eval()
 
 
-def load_weights(model: SegVol, path: str | Path) -> None:
-    """Every weight of a segmentation checkpoint into `model`, the text bank excepted. Raises CheckpointError."""
-    weights = read_weights(Path(path))
-    kept = {name: tensor for name, tensor in weights.tensors.items() if name != BANK}
-    load_exactly(model, {**kept, BANK: model.text_encoder.bank_KE}, weights.path)
+def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[str] = ()) -> LoadReport:
+    """Every weight of a segmentation model, own or released, into `model`; the text bank stays the model's.
+
+    allow: patterns (`image_encoder.*`) of names that may be missing, unexpected or of another shape.
+    Raises CheckpointError, which lists all that differs otherwise.
+    """
+    weights = source if isinstance(source, Weights) else read_weights(Path(source), model.config)
+    return load_exactly(model, {**weights.tensors, BANK: model.text_encoder.bank_KE}, weights.path, allow)
 
 
-def load_encoder(encoder: nn.Module, path: str | Path) -> int:
-    """The image encoder of a pre-training or segmentation checkpoint; returns the number of tensors loaded."""
-    state = read_checkpoint(Path(path))["state_dict"]
-    for prefix in ("encoder.", "model.image_encoder."):
-        tensors = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if tensors:
-            load_exactly(encoder, tensors, Path(path))
-            return len(tensors)
-    raise CheckpointError(f"{path}: holds no image encoder")
+def load_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
+    """The image encoder of a pre-training or segmentation checkpoint, own or released. Raises CheckpointError."""
+    contents = read_contents(Path(path))
+    return load_exactly(encoder, encoder_of(contents), contents.path)
 
 
-def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Loads, or raises CheckpointError listing missing, unexpected and wrongly shaped names."""
+def load_exactly(module: nn.Module, tensors: Tensors, path: Path, allow: Sequence[str] = ()) -> LoadReport:
+    """Loads, or raises CheckpointError listing missing, unexpected and wrongly shaped names that are not allowed."""
     own = module.state_dict()
-    problems = [f"lacks {name}" for name in own if name not in tensors]
-    problems += [f"has unknown {name}" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {list(tensors[name].shape)}, the model's is {list(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise CheckpointError(
-            f"{path} is of another model: {'; '.join(problems[:LISTED])}{more}: check the model section"
-        )
-    module.load_state_dict(tensors)
+    problems = differences(own, tensors)
+    refused = [text for name, text in problems.items() if not any(fnmatchcase(name, pattern) for pattern in allow)]
+    if refused:
+        raise CheckpointError(f"{path} is of another model: {listed(refused, '; ')}: check the model section")
+    fitting = {name: value for name, value in tensors.items() if name in own and name not in problems}
+    module.load_state_dict(fitting, strict=False)
+    kept = [name for name in own if name not in fitting]
+    return LoadReport(path, len(fitting), kept, [name for name in tensors if name not in own])
 
 
-def read_weights(path: Path) -> Weights:
-    """A segmentation model from .ckpt or .safetensors. Raises CheckpointError."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".ckpt":
-        return _read_lightning(path)
-    raise CheckpointError(f"{path}: unknown kind of checkpoint; give a .ckpt or .safetensors file")
+def differences(own: Tensors, given: Tensors) -> dict[str, str]:
+    """Name -> what is wrong with it."""
+    problems = {name: f"lacks {name}" for name in own if name not in given}
+    problems |= {name: f"has unknown {name}" for name in given if name not in own}
+    for name in own.keys() & given.keys():
+        if given[name].shape != own[name].shape:
+            problems[name] = f"{name} is {list(given[name].shape)}, the model's is {list(own[name].shape)}"
+    return dict(sorted(problems.items()))
 
 
-def _read_safetensors(path: Path) -> Weights:
-    try:
-        with safe_open(path, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): is it whole?") from error
-    if header.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: was not written by segvol-pl export (no {FORMAT} header)")
+def listed(items: Iterable[str], between: str = ", ") -> str:
+    items = list(items)
+    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
+    return f"{between.join(items[:LISTED])}{more}"
+
+
+def read_weights(source: Path | Contents, released: SegVolConfig | None = None) -> Weights:
+    """A segmentation model from any file of weights. Raises CheckpointError.
+
+    released: the architecture to take a released file for, which does not state its own (default: the published one).
+    """
+    contents = source if isinstance(source, Contents) else read_contents(source)
+    if is_exported(contents):
+        return _exported(contents)
+    if is_trained(contents):
+        return _trained(contents)
+    return _released(contents, released or SegVolConfig(coordinates=Rule.published))
+
+
+def is_exported(contents: Contents) -> bool:
+    """Whether `export` or `import` wrote it."""
+    return contents.header.get("format") == FORMAT
+
+
+def is_trained(contents: Contents) -> bool:
+    """Whether `train` or `pretrain` wrote it."""
+    return "task" in contents.header.get("hyper_parameters", {})
+
+
+def _exported(contents: Contents) -> Weights:
+    header = contents.header
     config = _model_config(json.loads(header["config"]))
-    return Weights(path, config, json.loads(header["categories"]), tensors)
+    tensors, carried = split_carried(contents.tensors)
+    order = json.loads(header.get("order", "[]"))
+    return Weights(contents.path, config, json.loads(header["categories"]), tensors, carried, order)
 
 
-def _read_lightning(path: Path) -> Weights:
-    checkpoint = read_checkpoint(path)
-    parameters = checkpoint.get("hyper_parameters", {})
-    if parameters.get("task") != "segment":
-        raise CheckpointError(
-            f"{path}: is a checkpoint of {parameters.get('task', 'something else')}, not of segvol-pl train"
-        )
-    tensors = {name.removeprefix("model."): value for name, value in checkpoint["state_dict"].items()}
-    config = _model_config(parameters["config"]["model"])
-    return Weights(path, config, list(parameters["categories"]), tensors)
+def _trained(contents: Contents) -> Weights:
+    parameters = contents.header["hyper_parameters"]
+    if parameters["task"] != "segment":
+        raise CheckpointError(f"{contents.path}: is a checkpoint of {parameters['task']}, not of segvol-pl train")
+    tensors = {name.removeprefix("model."): value for name, value in contents.tensors.items()}
+    return Weights(contents.path, _model_config(parameters["config"]["model"]), list(parameters["categories"]), tensors)
+
+
+def _released(contents: Contents, config: SegVolConfig) -> Weights:
+    named = without_prefix(contents.tensors)
+    if not any(name.startswith("mask_decoder.") for name in named):
+        raise CheckpointError(f"{contents.path}: holds no mask decoder; for an image encoder alone use pretrained=FILE")
+    tensors, carried = split_carried(named)
+    return Weights(contents.path, config, [], tensors, carried, list(named))
 
 
 def _model_config(plain_values: dict[str, Any]) -> SegVolConfig:
@@ -133,32 +196,21 @@ def _model_config(plain_values: dict[str, Any]) -> SegVolConfig:
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A training checkpoint, on the CPU, without unpickling code. Raises CheckpointError."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such checkpoint")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than weights and plain values, and is refused: code could hide in it"
-        ) from error
-    except (RuntimeError, EOFError, BadZipFile, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0]}): is it whole?") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path}: is no training checkpoint (no state_dict)")
-    return checkpoint
+    contents = read_contents(path)
+    if not is_trained(contents):
+        raise CheckpointError(f"{path}: is no training checkpoint of segvol-pl")
+    return {**contents.header, "state_dict": contents.tensors}
 
 
-def export(source: str | Path, target: str | Path) -> Path:
-    """A training checkpoint -> .safetensors with configuration and categories in its header."""
-    target = Path(target)
-    if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target}: export writes .safetensors files")
-    weights = read_weights(Path(source))
+def write_weights(weights: Weights, target: Path) -> Path:
+    """A .safetensors file that stands alone."""
     header = {
         "format": FORMAT,
         "config": json.dumps(plain(weights.config)),
         "categories": json.dumps(weights.categories),
+        "order": json.dumps(weights.order),
     }
+    tensors = {name: value.contiguous() for name, value in {**weights.tensors, **weights.carried}.items()}
     with replacing(target) as part:
-        save_file({name: tensor.contiguous() for name, tensor in weights.tensors.items()}, part, metadata=header)
+        save_file(tensors, part, metadata=header)
     return target

@@ -51,7 +51,7 @@ class SegVol(nn.Module):
     def __init__(self, config: SegVolConfig, bank: TextBank | None = None) -> None:
         super().__init__()
         self.config = config
-        self.bank = bank or TextBank.seeded(["anything"], config.text_dim)
+        self.bank = bank or TextBank.empty(config.text_dim)
         self.image_encoder = ImageEncoder(config)
         self.prompt_encoder = PromptEncoder(config)
         self.text_encoder = TextEncoder(config, self.bank)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import difflib
 import logging
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from segvol_pl.config import SegVolConfig, TextConfig, TextSource
 
 log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 class UnknownCategory(ValueError):
@@ -40,11 +44,17 @@ class TextBank:
     def index(self, name: str) -> int:
         """Raises UnknownCategory with the nearest names."""
         if name not in self._rows:
+            if not self.names:
+                raise UnknownCategory("this model holds no text bank: import its weights with categories=FILE")
             near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5) or self.names[:5]
             raise UnknownCategory(
                 f"category {name!r} is not in the text bank of this model; nearest: {', '.join(near)}"
             )
         return self._rows[name]
+
+    def rows(self, names: Sequence[str]) -> TextBank:
+        """The bank of these names alone. Raises UnknownCategory."""
+        return TextBank(names, self.vectors_KE[[self.index(name) for name in names]])
 
     @classmethod
     def build(cls, names: Sequence[str], config: TextConfig, dim: int) -> TextBank:
@@ -60,27 +70,81 @@ class TextBank:
         return bank
 
     @classmethod
+    def empty(cls, dim: int) -> TextBank:
+        """No names. One row of zeros stands where a prompt without text looks."""
+        return cls([], torch.zeros(1, dim))
+
+    @classmethod
     def seeded(cls, names: Sequence[str], dim: int) -> TextBank:
         rows = [np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(dim) for name in names]
         return cls(names, torch.tensor(np.stack(rows), dtype=torch.float32))
 
     @classmethod
     def from_clip(cls, names: Sequence[str], config: TextConfig) -> TextBank:
-        """CLIP's pooled text output of the template around each name (paper Sec. 2.1)."""
-        from transformers import AutoTokenizer, CLIPTextModel
+        """CLIP's pooled text output of the template around each name (paper Sec. 2.1). Raises TextError."""
+        from transformers import CLIPTextModel
 
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.clip)
-            tower = CLIPTextModel.from_pretrained(config.clip).eval()
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise TextError(
-                f"text.clip: cannot load {config.clip} ({reason}); give a local folder, or text.source=seeded"
-            ) from error
-        tokens = tokenizer([config.template.format(name) for name in names], padding=True, return_tensors="pt")
+        tower = _loaded(CLIPTextModel.from_pretrained, config.clip)
+        return cls._of_sentences(names, tower, config.clip, config)
+
+    @classmethod
+    def of_tower(cls, names: Sequence[str], tower: dict[str, Tensor], config: TextConfig, path: Path) -> TextBank:
+        """As `from_clip`, by the text tower that the weights at `path` carry, under transformers' names.
+
+        The tokenizer stands in the folder of `path` or, where it does not, is that of `config.clip`. Raises TextError.
+        """
+        if not tower:
+            raise TextError(f"{path}: carries no text tower: name a CLIP by text.clip, or use text.source=seeded")
+        beside = any((path.parent / name).exists() for name in TOKENIZER_FILES)
+        return cls._of_sentences(names, text_tower(tower, path), str(path.parent) if beside else config.clip, config)
+
+    @classmethod
+    def _of_sentences(cls, names: Sequence[str], tower: nn.Module, tokenizer: str, config: TextConfig) -> TextBank:
+        from transformers import CLIPTokenizer
+
+        sentences = [config.template.format(name) for name in names]
+        tokens = _loaded(CLIPTokenizer.from_pretrained, tokenizer)(sentences, padding=True, return_tensors="pt")
         with torch.inference_mode():
-            vectors_KE = tower(**tokens).pooler_output
+            vectors_KE = tower.eval()(**tokens).pooler_output
         return cls(names, vectors_KE.float().clone())
+
+
+def _loaded(load: Callable[[str], Any], clip: str) -> Any:
+    try:
+        return load(clip)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise TextError(
+            f"text.clip: cannot load {clip} ({reason}); give a local folder, or text.source=seeded"
+        ) from error
+
+
+def text_tower(tensors: dict[str, Tensor], path: Path) -> nn.Module:
+    """CLIP's text tower of these weights, its size read off their shapes. Raises TextError.
+
+    All released CLIP towers have heads of 64 and end a text by the last word of their vocabulary.
+    """
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    # Older versions of transformers put one level more into the names.
+    short = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+    try:
+        vocabulary, hidden = short["embeddings.token_embedding.weight"].shape
+        config = CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=len(short["encoder.layers.0.mlp.fc1.bias"]),
+            num_hidden_layers=len({name.split(".")[2] for name in short if name.startswith("encoder.layers.")}),
+            num_attention_heads=max(hidden // 64, 1),
+            max_position_embeddings=len(short["embeddings.position_embedding.weight"]),
+            eos_token_id=vocabulary - 1,
+        )
+        tower = CLIPTextModel(config)
+        names = tower.state_dict()
+        tower.load_state_dict({name: short[name.removeprefix("text_model.")] for name in names})
+    except (KeyError, RuntimeError) as error:
+        raise TextError(f"{path}: its text tower is incomplete ({str(error).splitlines()[0]})") from error
+    return tower
 
 
 class TextEncoder(nn.Module):

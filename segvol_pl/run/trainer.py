@@ -20,13 +20,13 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from segvol_pl.config import ConfigError, DataConfig, PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.config import ConfigError, DataConfig, PretrainConfig, Rule, RunConfig, TextSource, TrainConfig
 from segvol_pl.configure import plain, to_yaml
 from segvol_pl.data import views
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
 from segvol_pl.data.whole import replacing
-from segvol_pl.model.checkpoint import load_encoder, read_checkpoint
+from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_checkpoint, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run import strategies, tracking
 from segvol_pl.run.callbacks import StreamPosition, Throughput, ValidationLine
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Config = PretrainConfig | TrainConfig
 
-MAY_CHANGE = ("run", "track", "data.workers", "data.prefetch", "data.shards", "pretrained")
+MAY_CHANGE = ("run", "track", "data.workers", "data.prefetch", "data.shards", "pretrained", "weights", "allow")
 """Keys that may differ between a run and its resumption: they change no batch and no weight."""
 
 
@@ -65,13 +65,44 @@ def train(config: TrainConfig) -> Path:
     _check_regions(module, config)
     names = sorted(module.index.categories)
     rows.update({name: row for row, name in enumerate(names)})
-    bank = TextBank.build(names, config.text, config.model.text_dim)
+    weights = _starting_weights(config)
+    bank = _bank(names, config, weights)
     _seed(config)
     task = SegVolTask(config, bank)
+    if weights is not None:
+        log.info("model: %s", load_weights(task.model, weights, config.allow))
     if config.pretrained is not None:
-        count = load_encoder(task.model.image_encoder, config.pretrained)
-        log.info("image encoder: %d tensors from %s", count, config.pretrained)
+        log.info("image encoder: %s", load_encoder(task.model.image_encoder, config.pretrained))
     return _fit(config, task, module)
+
+
+def _starting_weights(config: TrainConfig) -> Weights | None:
+    """What fine-tuning starts from. Raises ConfigError where it is of an architecture whose tensors look alike."""
+    if config.weights is None:
+        return None
+    # A released file does not state its architecture; its coordinates alone are known, and its tensors' shapes.
+    weights = read_weights(Path(config.weights), replace(config.model, coordinates=Rule.published))
+    for key in ("coordinates", "patch", "heads", "decoder_heads"):
+        theirs, ours = plain(getattr(weights.config, key)), plain(getattr(config.model, key))
+        if theirs != ours:
+            raise ConfigError(f"model.{key}: is {ours}, that of {config.weights} is {theirs}: set model.{key}={theirs}")
+    return weights
+
+
+def _bank(names: list[str], config: TrainConfig, weights: Weights | None) -> TextBank:
+    """By `text.source`: rows of the weights' own bank, or made by their text tower, or else by CLIP or seeds."""
+    source = config.text.source
+    if weights is None or source in (TextSource.clip, TextSource.seeded):
+        if source is TextSource.weights:
+            raise ConfigError("text.source: weights needs weights=FILE")
+        return TextBank.build(names, config.text, config.model.text_dim)
+    if set(names) <= set(weights.bank.names):
+        log.info("text bank: rows of that of %s", weights.path)
+        return weights.bank.rows(names)
+    if weights.tower or source is TextSource.weights:
+        log.info("text bank: made by the text tower of %s", weights.path)
+        return TextBank.of_tower(names, weights.tower, config.text, weights.path)
+    return TextBank.build(names, config.text, config.model.text_dim)
 
 
 def _module(config: Config, draw: Any, labelled: bool) -> VolumeModule:

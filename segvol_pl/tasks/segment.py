@@ -45,7 +45,7 @@ class SegVolTask(pl.LightningModule):
         """The loss to descend, and its parts by name: loss, supervised, pseudo, and Dice loss per combination."""
         combinations = self.config.prompts.combinations
         tokens_BTE = self.model.encode(batch["image_BCDHW"])
-        dice_C, bce_C = self._decoded(tokens_BTE, batch, "", combinations)
+        dice_C, bce_C = self.prompt_losses(tokens_BTE, batch, "", combinations)
         supervised = (dice_C + bce_C).sum()
         parts = {f"dice_loss/{name}": dice.detach() for name, dice in zip(combinations, dice_C, strict=True)}
         loss = supervised
@@ -55,7 +55,9 @@ class SegVolTask(pl.LightningModule):
             loss = supervised + self.config.pseudo_weight * pseudo
         return loss, {**parts, "supervised": supervised.detach(), "loss": loss.detach()}
 
-    def _decoded(self, tokens_BTE: Tensor, batch: Batch, prefix: str, combinations: list[str]) -> tuple[Tensor, Tensor]:
+    def prompt_losses(
+        self, tokens_BTE: Tensor, batch: Batch, prefix: str, combinations: list[str]
+    ) -> tuple[Tensor, Tensor]:
         """Dice loss and BCE per combination, (C,) each: means over the batch's masks, an invalid one counting 0."""
         prompts = combined(batch, prefix, combinations)
         logits_BPDHW = self.model.decode(tokens_BTE, prompts)
@@ -71,7 +73,7 @@ class SegVolTask(pl.LightningModule):
             part = {name: value[:, first::2] for name, value in batch.items() if name.startswith("pseudo_")}
             count = part["pseudo_valid_BK"].shape[1]
             if count:
-                dice_C, bce_C = self._decoded(tokens_BTE, part, "pseudo_", [kind])
+                dice_C, bce_C = self.prompt_losses(tokens_BTE, part, "pseudo_", [kind])
                 total = total + count * (dice_C + bce_C).sum()
         return total
 

@@ -12,7 +12,8 @@ import torch
 from segvol_pl.config import SegVolConfig, TrainConfig
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.model.checkpoint import CheckpointError, export, load_encoder, load_model, load_weights
+from segvol_pl.model.checkpoint import CheckpointError, load_encoder, load_model, load_weights
+from segvol_pl.release import export
 from segvol_pl.tasks.segment import SegVolTask
 
 SMALL = {"layers": 1, "heads": 2, "mlp": 32, "decoder_heads": 2, "decoder_mlp": 32, "text_dim": 8}
@@ -56,7 +57,7 @@ def test_a_model_of_another_size_is_refused_with_names(checkpoint: Path) -> None
 
 def test_the_encoder_of_a_checkpoint_loads(checkpoint: Path) -> None:
     encoder = SegVol(MODEL).image_encoder
-    assert load_encoder(encoder, checkpoint) == len(encoder.state_dict())
+    assert load_encoder(encoder, checkpoint).loaded == len(encoder.state_dict())
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -93,8 +94,9 @@ def test_foreign_files_are_refused(tmp_path: Path, checkpoint: Path) -> None:
     other.touch()
     with pytest.raises(CheckpointError, match="unknown kind"):
         load_model(other)
-    with pytest.raises(CheckpointError, match=r"writes \.safetensors"):
-        export(checkpoint, tmp_path / "model.pth")
-    torch.save({"state_dict": {}, "hyper_parameters": {"task": "pretrain"}}, tmp_path / "pre.ckpt")
+    with pytest.raises(CheckpointError, match=r"must end in \.safetensors or \.pth"):
+        export(checkpoint, tmp_path / "model.onnx")
+    state = {"mask_token": torch.zeros(8)}
+    torch.save({"state_dict": state, "hyper_parameters": {"task": "pretrain"}}, tmp_path / "pre.ckpt")
     with pytest.raises(CheckpointError, match="checkpoint of pretrain"):
         load_model(tmp_path / "pre.ckpt")
