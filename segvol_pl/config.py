@@ -329,15 +329,22 @@ class ZoomConfig:
 
 
 @dataclass
+class CasesConfig:
+    """The packed cases that an evaluation reads."""
+
+    shards: str = MISSING
+    """Folder of packed shards (holds index.json)."""
+    split: str = "test"
+    """Split to evaluate; `all` for every sample."""
+
+
+@dataclass
 class EvaluateConfig:
     """Zoom-out-zoom-in over a split of shards: rows, tables, report."""
 
     checkpoint: str = MISSING
     """Checkpoint (.ckpt) or exported model (.safetensors)."""
-    shards: str = MISSING
-    """Folder of packed shards."""
-    split: str = "test"
-    """Split to evaluate; `all` for every sample."""
+    data: CasesConfig = field(default_factory=CasesConfig)
     out: str = MISSING
     """Folder of rows.csv, summary.json and report.html."""
     prompts: list[str] = field(default_factory=lambda: ["text", "box+text", "points+text"])

@@ -46,7 +46,7 @@ def run(config: DemoConfig) -> Summary:
     arguments = _arguments("train", shards, out, config.train_steps, config.seed)
     model = export(train(load("train", [*arguments, f"pretrained={encoder}"])), out / "model.safetensors")
     _stage("evaluation", started)
-    chosen = [f"checkpoint={model}", f"shards={shards}", f"out={out / 'evaluation'}", f"seed={config.seed}"]
+    chosen = [f"checkpoint={model}", f"data.shards={shards}", f"out={out / 'evaluation'}", f"seed={config.seed}"]
     summary = evaluate(load("evaluate", [str(CONFIGS / "evaluate.yaml"), *chosen]))
     _tell(summary, out, time.perf_counter() - started)
     return summary

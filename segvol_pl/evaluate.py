@@ -255,14 +255,14 @@ class _Selected:
 
 
 def _selected(config: EvaluateConfig) -> _Selected:
-    samples = read_index(config.shards).samples
-    chosen = [record for record in samples if config.split in ("all", record.split)]
+    samples = read_index(config.data.shards).samples
+    chosen = [record for record in samples if config.data.split in ("all", record.split)]
     labelled = sorted((record for record in chosen if record.labelled), key=lambda record: record.key)
     if not labelled:
         splits = Counter(record.split for record in samples if record.labelled)
         found = ", ".join(f"{split} ({count})" for split, count in sorted(splits.items())) or "none at all"
         raise EvaluateError(
-            f"split: {config.shards} holds no labelled case of split {config.split!r}; it holds {found}"
+            f"data.split: {config.data.shards} holds no labelled case of split {config.data.split!r}; it holds {found}"
         )
     return _Selected(labelled[: config.limit or None], len(chosen) - len(labelled))
 
@@ -287,11 +287,11 @@ class _Evaluation:
         out.mkdir(parents=True, exist_ok=True)
         with rows_file(out / "rows.csv") as write:
             for number, record in enumerate(self.records, start=1):
-                self._case(read_case(self.config.shards, record), write)
+                self._case(read_case(self.config.data.shards, record), write)
                 rate = len(self.rows) / (time.perf_counter() - start)
                 log.info("case %d/%d %s (%.2f prompts/s)", number, len(self.records), record.key, rate)
             if not self.rows:
-                raise EvaluateError(f"categories: no case of {self.config.shards} holds any that can be evaluated")
+                raise EvaluateError(f"categories: no case of {self.config.data.shards} holds any that can be evaluated")
         summary = self._summary(time.perf_counter() - start)
         about = {"config": to_yaml(self.config), **manifest()}
         text = json.dumps({**summary.to_dict(), "manifest": about}, indent=2, ensure_ascii=False)
@@ -380,8 +380,8 @@ class _Evaluation:
     def _summary(self, seconds: float) -> Summary:
         return Summary(
             checkpoint=str(self.config.checkpoint),
-            shards=str(self.config.shards),
-            split=self.config.split,
+            shards=str(self.config.data.shards),
+            split=self.config.data.split,
             cases=len({row.case for row in self.rows}),
             rows=self.rows,
             absent=dict(self.absent),

@@ -158,4 +158,4 @@ def test_an_encoder_of_another_size_cannot_be_trained_from(
 
 
 def evaluation(checkpoint: Path, shards: Path, folder: Path) -> list[str]:
-    return ["evaluate", f"checkpoint={checkpoint}", f"shards={shards}", f"out={folder / 'out'}", "device=cpu"]
+    return ["evaluate", f"checkpoint={checkpoint}", f"data.shards={shards}", f"out={folder / 'out'}", "device=cpu"]

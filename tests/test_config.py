@@ -23,7 +23,7 @@ REQUIRED = {
     "pack": ["images=ct", "out=shards"],
     "pretrain": TRAINING,
     "train": TRAINING,
-    "evaluate": ["checkpoint=last.ckpt", "shards=shards", "out=report"],
+    "evaluate": ["checkpoint=last.ckpt", "data.shards=shards", "out=report"],
     "predict": ["checkpoint=last.ckpt", "image=ct.nii.gz", "out=mask.nii.gz", "text=liver"],
     "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
 }

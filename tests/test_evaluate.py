@@ -11,7 +11,7 @@ import pytest
 from oracle import Oracle, save_untrained
 from rich.console import Console
 
-from segvol_pl.config import EvaluateConfig, Rule, ZoomConfig
+from segvol_pl.config import CasesConfig, EvaluateConfig, Rule, ZoomConfig
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import CategoryFacts, Facts, Member
 from segvol_pl.data.shards import Sample, ShardError, build_index, encode_array, write_shard
@@ -74,8 +74,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(shards: Path, out: Path, **changes: object) -> EvaluateConfig:
-    return EvaluateConfig(checkpoint="oracle", shards=str(shards), out=str(out), **changes)  # type: ignore[arg-type]
+def config_for(shards: Path, out: Path, split: str = "test", **changes: object) -> EvaluateConfig:
+    data = CasesConfig(str(shards), split)
+    return EvaluateConfig(checkpoint="oracle", data=data, out=str(out), **changes)  # type: ignore[arg-type]
 
 
 def test_dice() -> None:
@@ -244,7 +245,7 @@ def test_published_prompts_are_drawn_from_the_shrunk_truth(shards: Path, tmp_pat
 
 def test_an_untrained_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> None:
     checkpoint = save_untrained(tmp_path / "tiny.ckpt", list(CATEGORIES))
-    config = EvaluateConfig(str(checkpoint), str(shards), out=str(tmp_path / "out"), device="cpu")
+    config = EvaluateConfig(str(checkpoint), CasesConfig(str(shards)), out=str(tmp_path / "out"), device="cpu")
     summary = evaluate(config)
     assert summary.prompts == ["text", "box+text", "points+text"] and summary.cases == 3
     assert all(0 <= dice <= 1 for row in summary.rows for dice in (row.zoom_out, row.zoom_in))
