@@ -50,6 +50,17 @@ class Wandb(str, Enum):
     disabled = "disabled"
 
 
+class Tail(str, Enum):
+    drop = "drop"
+    repeat = "repeat"
+
+
+class StartMethod(str, Enum):
+    fork = "fork"
+    spawn = "spawn"
+    forkserver = "forkserver"
+
+
 class TextSource(str, Enum):
     auto = "auto"
     weights = "weights"
@@ -123,7 +134,11 @@ class DataConfig:
     """Which samples are read, and how they are drawn."""
 
     shards: str = MISSING
-    """Folder of packed shards (holds index.json)."""
+    """Folder of packed shards (holds index.json), or its URL (http, https, s3, gs)."""
+    mix: list[str] = field(default_factory=list)
+    """Further folders, each `DIR` or `WEIGHT*DIR`: how often an epoch sees each of their samples (default 1)."""
+    fraction: float = 1.0
+    """Share of each folder's samples to train on, by hash of their content: smaller shares lie within larger ones."""
     split: str = "train"
     """Split that training reads."""
     val_split: str = "test"
@@ -132,14 +147,22 @@ class DataConfig:
     """Seeds the order of samples and every draw within a sample."""
     global_batch: int = 32
     """Volumes in one optimizer step, over all ranks and accumulation steps."""
+    tail: Tail = Tail.drop
+    """The last incomplete global batch of an epoch: left out, or completed from the epoch's start."""
     workers: int = 4
     """Loader processes per rank; 0 loads in the training process."""
+    start_method: StartMethod = StartMethod.fork
+    """How loader processes start: they behave alike; fork starts fastest."""
     prefetch: int = 2
     """Batches that each worker holds ready."""
     samples_per_volume: int = 1
     """How often an epoch draws from each volume, each time with another rng."""
     overview_fraction: float = 0.5
     """Share of samples that show the whole volume; the others are crops at native resolution."""
+    max_bad_fraction: float = 0.001
+    """Share of the corpus that may turn out damaged, and is replaced by other samples; beyond it the run ends."""
+    patience: float = 60.0
+    """Seconds for which a remote store that gives no answer is asked again before the run ends."""
     flip: float = 0.2
     """Probability of a flip, for each axis."""
     intensity: float = 0.1
@@ -149,7 +172,9 @@ class DataConfig:
         _require(self.global_batch > 0, "data.global_batch", "must be positive")
         _require(self.workers >= 0, "data.workers", "must not be negative")
         _require(self.samples_per_volume > 0, "data.samples_per_volume", "must be positive")
-        for name in ("overview_fraction", "flip", "intensity"):
+        _require(0 < self.fraction <= 1, "data.fraction", "is a share above 0, up to 1")
+        _require(self.patience >= 0, "data.patience", "must not be negative")
+        for name in ("overview_fraction", "flip", "intensity", "max_bad_fraction"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name}", "is a share between 0 and 1")
 
 

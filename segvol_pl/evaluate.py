@@ -31,7 +31,7 @@ from segvol_pl.config import EvaluateConfig, Rule
 from segvol_pl.configure import to_yaml
 from segvol_pl.data.prompts import Prompt, box_of, draw_points
 from segvol_pl.data.sample import Facts, Member
-from segvol_pl.data.shards import SampleRecord, Source, decode_array, read_facts, read_index, read_member
+from segvol_pl.data.shards import SampleRecord, Source, read_array, read_facts, read_index
 from segvol_pl.data.transforms import normalise, resize_label
 from segvol_pl.data.whole import write_text
 from segvol_pl.model.checkpoint import load_model
@@ -393,9 +393,9 @@ class _Evaluation:
 
 def read_case(shards: Source, record: SampleRecord) -> Case:
     """A labelled sample of the shards, decoded. Raises ShardError where it cannot be read."""
-    hu_DHW = decode_array(read_member(shards, record, Member.CT))[:]
-    label_DHW = decode_array(read_member(shards, record, Member.LABEL))[:]
-    return Case(read_facts(shards, record), np.asarray(hu_DHW), np.asarray(label_DHW))
+    facts = read_facts(shards, record)
+    hu_DHW, label_DHW = (read_array(shards, record, facts, member)[:] for member in (Member.CT, Member.LABEL))
+    return Case(facts, np.asarray(hu_DHW), np.asarray(label_DHW))
 
 
 def _spread(outlined: list[Outlined]) -> list[Outlined]:

@@ -9,56 +9,49 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import ConfigError, DataConfig, RunConfig
-from segvol_pl.data.shards import Index, SampleRecord, read_index
+from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
+from segvol_pl.data.corpus import Corpus, open_corpus
+from segvol_pl.data.health import Health
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream, World
 
 log = logging.getLogger(__name__)
 
 
 class VolumeModule(pl.LightningDataModule):
-    """Streams the samples of `index` in `folder` for one task.
+    """Streams the samples of the configured corpus for one task.
 
     `seen` is the position in the data: samples seen so far over all ranks, the whole state of the stream.
+    `health` counts what this rank found damaged in training.
     """
 
     def __init__(self, data: DataConfig, run: RunConfig, draw: Draw, val_draw: Draw, labelled: bool) -> None:
         super().__init__()
         self.data, self.run = data, run
         self.draw, self.val_draw = draw, val_draw
-        self.folder = data.shards
-        self.index = read_index(self.folder)
-        self.train_records = self._select(self.index, data.split, labelled)
-        self.val_records = self._select(self.index, data.val_split, labelled)
+        self.train_corpus, indexes = open_corpus(data, data.split, labelled)
+        self.val_corpus, _ = open_corpus(data, data.val_split, labelled)
+        self.categories = sorted({name for index in indexes for name in index.categories})
+        self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()
         self.seen = 0
 
-    def _select(self, index: Index, split: str, labelled: bool) -> list[SampleRecord]:
-        """The records of a split, only labelled ones where the task needs labels."""
-        records = [record for record in index.samples if split in ("all", record.split)]
-        chosen = [record for record in records if record.labelled or not labelled]
-        if not chosen:
-            kind = "labelled samples" if labelled else "samples"
-            raise ConfigError(f"data.split: {self.folder} holds no {kind} in {split!r} (it has {index.splits})")
-        return chosen
-
     def _train_plan(self) -> Plan:
-        positions = len(self.train_records) * self.data.samples_per_volume
-        if positions < self.data.global_batch:
-            need = math.ceil(self.data.global_batch / len(self.train_records))
+        samples, batch = self.train_corpus.num_samples, self.data.global_batch
+        if samples < batch and self.data.tail is Tail.drop:
+            need = math.ceil(self.data.samples_per_volume * batch / max(samples, 1))
             raise ConfigError(
-                f"data.samples_per_volume: an epoch of {positions} samples is less than data.global_batch="
-                f"{self.data.global_batch}: set data.samples_per_volume={need} or more"
+                f"data.samples_per_volume: an epoch of {samples} samples is less than data.global_batch="
+                f"{batch}: set data.samples_per_volume={need} or more"
             )
-        if self.data.global_batch % self.run.accumulate:
-            raise ConfigError(
-                f"run.accumulate: {self.run.accumulate} does not divide data.global_batch={self.data.global_batch}"
-            )
-        plan = Plan(positions, self.data.global_batch, self.run.accumulate, self.data.seed)
-        if plan.usable < positions:
+        if batch % self.run.accumulate:
+            raise ConfigError(f"run.accumulate: {self.run.accumulate} does not divide data.global_batch={batch}")
+        plan = Plan(samples, batch, self.run.accumulate, self.data.seed, self.data.tail)
+        if plan.usable < samples:
             log.info(
-                "each epoch leaves out %d of %d samples: the last incomplete batch", positions - plan.usable, positions
+                "each epoch leaves out %d of %d samples: the last incomplete batch", samples - plan.usable, samples
             )
+        if plan.usable > samples:
+            log.info("each epoch repeats %d of %d samples to complete its last batch", plan.usable - samples, samples)
         return plan
 
     def _world(self) -> World:
@@ -72,17 +65,18 @@ class VolumeModule(pl.LightningDataModule):
         return World(self.trainer.global_rank, ranks)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        stream = Stream(self.folder, self.train_records, self.draw, self.plan, self._world(), self.seen)
-        return self._loader(stream, self.data.workers)
+        return self._loader(self._stream(self.train_corpus, self.draw, self.plan, self.seen), self.data.workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same `run.val_batches` batches every time."""
         wanted = self.run.val_batches * self.data.global_batch
-        repeats = math.ceil(wanted / len(self.val_records))
+        samples = len(self.val_corpus.records)
         micro = self.data.global_batch // self.run.accumulate
-        plan = Plan(len(self.val_records) * repeats, micro, seed=self.data.seed)
-        stream = Stream(self.folder, self.val_records, self.val_draw, plan, self._world())
-        return self._loader(stream, min(self.data.workers, 1))
+        plan = Plan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
+        return self._loader(self._stream(self.val_corpus, self.val_draw, plan), min(self.data.workers, 1))
+
+    def _stream(self, corpus: Corpus, draw: Draw, plan: Plan, seen: int = 0) -> Stream:
+        return Stream(corpus, draw, plan, self._world(), seen, self.data.patience)
 
     def _loader(self, stream: Stream, workers: int) -> DataLoader[Batch]:
         return DataLoader(
@@ -90,8 +84,16 @@ class VolumeModule(pl.LightningDataModule):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self.data.prefetch if workers else None,
+            multiprocessing_context=self.data.start_method.value if workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Here the batch is still in main memory: looking at it on a GPU would stop the step.
+        damaged_BA2 = batch.pop("damaged_BA2")
+        validating = self.trainer is not None and not self.trainer.training
+        (self.val_health if validating else self.health).note(damaged_BA2.numpy())
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen}

@@ -2,7 +2,8 @@
 
 1. `encode_array` turns a voxel array into a chunked Blosc2 frame; `write_shard` puts samples into a tar.
 2. `build_index` (verb `index`) walks the tars of a folder once and writes `index.json`: where every member lies.
-3. `read_index` gives it back and refuses what is missing or truncated; `read_member` reads one member by range.
+3. `read_index` gives it back and refuses what is missing or truncated; `read_member` reads one member by range, and
+   `read_facts`, `read_array` check what they read against the hashes taken at packing.
 4. `verify` (verb `verify`) recomputes every hash; `describe` (verb `inspect`) lists the samples.
 
 The format is promised in shards/README.md. Nothing in a shard is ever unpickled.
@@ -15,16 +16,18 @@ import json
 import os
 import tarfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import IO, Any, cast
 
 import blosc2
-import fsspec
 import numpy as np
 import webdataset
 
 from segvol_pl.data.sample import SCHEMA, CategoryFacts, Facts, Member, SampleError
+from segvol_pl.data.store import PATIENCE, Source, is_url, read_file, read_range
 from segvol_pl.data.whole import replacing, write_text
 
 INDEX = "index.json"
@@ -37,12 +40,26 @@ BLOCK = (8, 32, 32)
 TAR_END = 1024
 """A tar ends in two empty records of 512 bytes; without them it was cut off."""
 
-Source = str | Path
-"""A folder of shards: a path, or a URL that fsspec opens (file:, http:, https:, s3:, gs:)."""
-
 
 class ShardError(ValueError):
     """A folder of shards that cannot be used. The message names the shard and key, and the remedy."""
+
+
+class Damage(Enum):
+    """What is wrong with a sample's bytes."""
+
+    MISSING = "missing"  # the shard, or the member, is not there
+    SHORT = "short"  # the shard ends before the member does
+    ALTERED = "altered"  # the bytes are not those that were packed
+    UNREADABLE = "unreadable"  # the disk gives an error, or the bytes are no facts and no array
+
+
+class DamagedSample(ShardError):
+    """One sample that cannot be used, though its folder can; `damage` says why."""
+
+    def __init__(self, message: str, damage: Damage) -> None:
+        super().__init__(message)
+        self.damage = damage
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,10 @@ class SampleRecord:
     """Names of the categories present, sorted."""
     members: dict[str, list[int]]
     """Member ending -> [offset, size] in the shard, bytes."""
+    content: str = ""
+    """sha256 of the voxels. Empty in an index written before it held them."""
+    facts_sha256: str = ""
+    """sha256 of the facts' bytes, which hold the hashes of the other members. Empty likewise."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +254,8 @@ def _read_record(
     stream = tar.extractfile(members[Member.FACTS.value]) if Member.FACTS.value in members else None
     if stream is None:
         raise ShardError(f"shard {path}, sample {key}: has no {Member.FACTS.value}: pack it again")
-    facts = _parse_facts(stream.read(), f"shard {path}, sample {key}")
+    text = stream.read()
+    facts = _parse_facts(text, f"shard {path}, sample {key}")
     missing = sorted(set(facts.members) - set(members))
     if missing:
         raise ShardError(f"shard {path}, sample {key}: lacks {', '.join(missing)}: copy or pack it again")
@@ -246,6 +268,8 @@ def _read_record(
         spacing=facts.spacing,
         categories=sorted(facts.categories),
         members={ending: [entry.offset_data, entry.size] for ending, entry in members.items()},
+        content=facts.source.get("content_sha256", ""),
+        facts_sha256=hashlib.sha256(text).hexdigest(),
     )
     return record, facts
 
@@ -254,7 +278,7 @@ def _parse_facts(text: bytes, place: str) -> Facts:
     try:
         return Facts.from_dict(json.loads(text))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, SampleError) as error:
-        raise ShardError(f"{place}: {error}") from error
+        raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
 
 
 def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]]) -> Index:
@@ -315,20 +339,25 @@ def read_index(folder: Source) -> Index:
     Raises ShardError where it is missing, of another schema, or (in a local folder) names a shard that is missing
     or has another size. Shards behind a URL are not asked for their sizes: a short read tells.
     """
-    index = _load_index(folder)
-    if not _is_url(folder):
-        for shard in index.shards:
-            problem = _size_problem(Path(folder) / shard.name, shard)
-            if problem:
-                raise ShardError(problem)
+    index = load_index(folder)
+    for problem in size_problems(folder, index).values():
+        raise ShardError(problem)
     return index
 
 
-def _load_index(folder: Source) -> Index:
+def size_problems(folder: Source, index: Index) -> dict[str, str]:
+    """Shard -> what is wrong with its size, in words; a local folder's alone."""
+    if is_url(folder):
+        return {}
+    found = {shard.name: _size_problem(Path(_join(folder, shard.name)), shard) for shard in index.shards}
+    return {name: problem for name, problem in found.items() if problem}
+
+
+def load_index(folder: Source) -> Index:
+    """The index as it stands, its shards not looked at. Raises ShardError where there is none."""
     place = _join(folder, INDEX)
     try:
-        with fsspec.open(place, "rb") as stream:
-            text = stream.read()
+        text = read_file(place)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} does not exist: {_remedy(place)}") from None
     except OSError as error:
@@ -347,53 +376,60 @@ def _size_problem(path: Path, shard: Shard) -> str:
     return f"shard {path} {fault} ({size} bytes, the index says {shard.bytes}): copy or pack it again"
 
 
-def read_member(folder: Source, record: SampleRecord, member: Member) -> bytes:
-    """The bytes of one member, by one ranged read. Raises ShardError, naming shard and key, if some are missing."""
+def read_member(folder: Source, record: SampleRecord, member: Member, patience: float = PATIENCE) -> bytes:
+    """The bytes of one member, by one ranged read. Raises DamagedSample, naming shard and key, if some are missing.
+
+    A store behind a URL is asked again for `patience` seconds, then StoreError is raised.
+    """
     place = _join(folder, record.shard)
     if member.value not in record.members:
-        raise ShardError(f"shard {place}, sample {record.key}: has no {member.value}")
+        raise DamagedSample(f"shard {place}, sample {record.key}: has no {member.value}", Damage.MISSING)
     offset, size = record.members[member.value]
     try:
-        content = _read_range(place, offset, size) if _is_url(folder) else _pread(place, offset, size)
+        content = read_range(place, offset, size, patience)
     except OSError as error:
-        raise ShardError(f"shard {place}, sample {record.key}: {member.value} cannot be read ({error})") from error
+        damage = Damage.MISSING if isinstance(error, FileNotFoundError) else Damage.UNREADABLE
+        raise DamagedSample(
+            f"shard {place}, sample {record.key}: {member.value} cannot be read ({error})", damage
+        ) from error
     if len(content) != size:
         got = f"{len(content)} of {size} bytes"
-        raise ShardError(
-            f"shard {place}, sample {record.key}: {member.value} gave {got}: the shard is truncated, copy it again"
+        raise DamagedSample(
+            f"shard {place}, sample {record.key}: {member.value} gave {got}: the shard is truncated, copy it again",
+            Damage.SHORT,
         )
     return content
 
 
-def _pread(place: str, offset: int, size: int) -> bytes:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, size, offset)
-    finally:
-        os.close(descriptor)
-
-
-def _read_range(place: str, offset: int, size: int) -> bytes:
-    filesystem, path = fsspec.url_to_fs(place)
-    try:
-        return bytes(filesystem.cat_file(path, start=offset, end=offset + size))
-    except OSError:
-        raise
-    except Exception as error:  # the client libraries behind fsspec share no class of errors
-        raise OSError(f"{type(error).__name__}: {error}") from error
-
-
-def read_facts(folder: Source, record: SampleRecord) -> Facts:
-    """The facts of one sample. Raises ShardError for bytes that are not this sample's."""
+def read_facts(folder: Source, record: SampleRecord, patience: float = PATIENCE) -> Facts:
+    """The facts of one sample. Raises DamagedSample for bytes that are not this sample's."""
     place = f"shard {_join(folder, record.shard)}, sample {record.key}"
-    facts = _parse_facts(read_member(folder, record, Member.FACTS), place)
+    text = read_member(folder, record, Member.FACTS, patience)
+    _check_hash(text, record.facts_sha256, f"{place}: {Member.FACTS.value}")
+    facts = _parse_facts(text, place)
     if facts.key != record.key:
-        raise ShardError(f"{place}: holds the facts of {facts.key}: {_remedy(_join(folder, record.shard))}")
+        remedy = _remedy(_join(folder, record.shard))
+        raise DamagedSample(f"{place}: holds the facts of {facts.key}: {remedy}", Damage.ALTERED)
     return facts
 
 
-def _is_url(folder: Source) -> bool:
-    return "://" in str(folder)
+def read_array(
+    folder: Source, record: SampleRecord, facts: Facts, member: Member, patience: float = PATIENCE
+) -> blosc2.NDArray:
+    """One member as an array, still encoded, its bytes being those that were packed. Raises DamagedSample."""
+    content = read_member(folder, record, member, patience)
+    place = f"shard {_join(folder, record.shard)}, sample {record.key}: {member.value}"
+    _check_hash(content, facts.members.get(member.value, ""), place)
+    try:
+        return decode_array(content)
+    except ShardError as error:
+        raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
+
+
+def _check_hash(content: bytes, expected: str, place: str) -> None:
+    """`expected` is empty where a tar was not packed here: then there is nothing to compare with."""
+    if expected and hashlib.sha256(content).hexdigest() != expected:
+        raise DamagedSample(f"{place} is not what was packed: copy or pack the shard again", Damage.ALTERED)
 
 
 def _join(folder: Source, name: str) -> str:
@@ -413,40 +449,46 @@ def _remedy(place: str) -> str:
 def verify(folder: Source) -> list[str]:
     """The faults of a local folder of shards, one line each: sizes, and the sha256 of shards and of members.
 
-    An empty list means that every byte is as it was packed. Raises ShardError where there is no index.
+    Each line names the shard, the sample and the byte at which the member starts. Shards are read in parallel. An
+    empty list means that every byte is as it was packed. Raises ShardError where there is no index.
     """
-    index = _load_index(folder)
-    faults: list[str] = []
-    for shard in index.shards:
-        found = _shard_faults(Path(_join(folder, shard.name)), shard)
-        records = [record for record in index.samples if record.shard == shard.name]
-        faults += found or [fault for record in records for fault in _sample_faults(folder, record)]
-    return faults
+    index = load_index(folder)
+    records: dict[str, list[SampleRecord]] = {shard.name: [] for shard in index.shards}
+    for record in index.samples:
+        records[record.shard].append(record)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        found = threads.map(lambda shard: _faults_of(folder, shard, records[shard.name]), index.shards)
+        return [fault for faults in found for fault in faults]
 
 
-def _shard_faults(path: Path, shard: Shard) -> list[str]:
-    problem = _size_problem(path, shard)
-    if problem:
+def _faults_of(folder: Source, shard: Shard, records: list[SampleRecord]) -> list[str]:
+    path = Path(_join(folder, shard.name))
+    if problem := _size_problem(path, shard):
         return [problem]
-    if sha256_of(path) != shard.sha256:
-        return [f"shard {path}: its sha256 is not the indexed one: copy or pack it again"]
-    return []
+    faults = [fault for record in records for fault in _sample_faults(folder, record)]
+    if not faults and sha256_of(path) != shard.sha256:
+        return [f"shard {path}: its sha256 is not the indexed one, though all samples are sound: copy it again"]
+    return faults
 
 
 def _sample_faults(folder: Source, record: SampleRecord) -> list[str]:
     """Faults that a re-indexed shard would hide: the facts hold the hashes taken at packing."""
     try:
         facts = read_facts(folder, record)
-        return [fault for ending in facts.members for fault in _member_faults(folder, record, facts, ending)]
-    except ShardError as error:
-        return [str(error)]
+    except DamagedSample as error:
+        return [_at(error, record, Member.FACTS.value)]
+    faults = []
+    for ending in facts.members:
+        try:
+            read_array(folder, record, facts, Member(ending))
+        except DamagedSample as error:
+            faults.append(_at(error, record, ending))
+    return faults
 
 
-def _member_faults(folder: Source, record: SampleRecord, facts: Facts, ending: str) -> list[str]:
-    content = read_member(folder, record, Member(ending))
-    if hashlib.sha256(content).hexdigest() == facts.members[ending]:
-        return []
-    return [f"shard {_join(folder, record.shard)}, sample {record.key}: {ending} is not what was packed: pack it again"]
+def _at(error: DamagedSample, record: SampleRecord, ending: str) -> str:
+    offset, size = record.members.get(ending, (0, 0))
+    return f"{error} [{error.damage.value}, bytes {offset} to {offset + size} of {record.shard}]"
 
 
 def describe(folder: Source) -> list[dict[str, Any]]:

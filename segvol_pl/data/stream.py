@@ -2,7 +2,8 @@
 
 1. `epoch_order`: the order of an epoch is a pure function of (seed, epoch).
 2. `assign`: which positions of it a worker of a rank loads, a pure function of integers too.
-3. `Stream` reads, draws and collates them, endlessly, epoch after epoch.
+3. `Stream` reads, draws and collates them, endlessly, epoch after epoch. A damaged sample is replaced by another one,
+   decided by its position alone, so that every rank keeps its number of batches; the batch says what was replaced.
 
 The state is one integer: the samples seen so far over all ranks. Every rank and worker of any world derives its
 part from it, so that a run resumes exactly, in the middle of an epoch, with another number of GPUs.
@@ -18,14 +19,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from segvol_pl.config import Tail
+from segvol_pl.data.corpus import Corpus
 from segvol_pl.data.sample import Facts
-from segvol_pl.data.shards import SampleRecord, Source, decode_array, read_facts, read_member
+from segvol_pl.data.shards import Damage, DamagedSample, SampleRecord, ShardError, Source, read_array, read_facts
+from segvol_pl.data.store import PATIENCE
 from segvol_pl.data.views import Arrays, Read, lettered
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
 """Makes one training sample from a volume's facts, its members and the sample's own rng."""
 
 Batch = dict[str, Tensor]
+
+ATTEMPTS = 4
+"""Samples tried for one position: the one in its place and its replacements."""
+
+DAMAGES = list(Damage)
+"""A batch says by number what was wrong."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +61,17 @@ def assign(num_samples: int, global_batch: int, world: World, start: int = 0) ->
     goes to its worker k mod num_workers, so that a resumed epoch deals its batches as the uninterrupted one does.
     The last incomplete global batch is left out. Raises ValueError where the ranks do not divide the global batch.
     """
-    if global_batch % world.num_ranks:
-        raise ValueError(f"global batch {global_batch} is not a multiple of {world.num_ranks} ranks")
-    local = global_batch // world.num_ranks
     batches = (num_samples - start) // global_batch
     mine = np.arange(world.worker, batches, world.num_workers, dtype=np.int64)
-    first = start + mine * global_batch + world.rank * local
-    return first[:, None] + np.arange(local, dtype=np.int64)
+    return _share(start + mine * global_batch, global_batch, world)
+
+
+def _share(first: np.ndarray | int, batch: int, world: World) -> np.ndarray:
+    """The rank's positions of the batches that begin at `first`: int64 (..., local batch)."""
+    if batch % world.num_ranks:
+        raise ValueError(f"global batch {batch} is not a multiple of {world.num_ranks} ranks")
+    local = batch // world.num_ranks
+    return np.add.outer(first + world.rank * local, np.arange(local, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -68,11 +82,15 @@ class Plan:
     global_batch: int
     accumulate: int = 1
     seed: int = 0
+    tail: Tail = Tail.drop
 
     @property
     def usable(self) -> int:
-        """Positions of an epoch that are seen: whole global batches only."""
-        return self.num_samples - self.num_samples % self.global_batch
+        """Positions of an epoch that are seen, whole global batches only; those beyond the last start anew."""
+        rest = self.num_samples % self.global_batch
+        if self.tail is Tail.repeat and rest:
+            return self.num_samples - rest + self.global_batch
+        return self.num_samples - rest
 
     def positions(self, world: World, seen: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """(epoch, samples seen after the micro-batch, its positions) for this worker, from `seen` samples on."""
@@ -81,8 +99,7 @@ class Plan:
         batch = seen // micro + world.worker
         while True:
             epoch, index = divmod(batch, per_epoch)
-            alone = World(world.rank, world.num_ranks)
-            yield epoch, (batch + 1) * micro, assign(self.usable, micro, alone, start=index * micro)[0]
+            yield epoch, (batch + 1) * micro, _share(index * micro, micro, world)
             batch += world.num_workers
 
 
@@ -94,36 +111,61 @@ class Stream(IterableDataset[Batch]):
 
     def __init__(
         self,
-        folder: Source,
-        records: list[SampleRecord],
+        corpus: Corpus,
         draw: Draw,
         plan: Plan,
         world: World | None = None,
         seen: int = 0,
+        patience: float = PATIENCE,
     ) -> None:
-        self.folder, self.records, self.draw = folder, records, draw
-        self.plan, self.world, self.seen = plan, world or World(), seen
+        self.corpus, self.draw = corpus, draw
+        self.plan, self.world, self.seen, self.patience = plan, world or World(), seen, patience
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         own, of = (worker.id, worker.num_workers) if worker else (0, 1)
         world = World(self.world.rank, self.world.num_ranks, own, of)
-        order: dict[int, np.ndarray] = {}
+        rows: dict[int, np.ndarray] = {}
         for epoch, seen, positions in self.plan.positions(world, self.seen):
-            if epoch not in order:
-                order = {epoch: epoch_order(self.plan.num_samples, self.plan.seed, epoch)}
-            samples = [self.sample(epoch, int(position), int(order[epoch][position])) for position in positions]
+            if epoch not in rows:
+                rows = {epoch: self.rows(epoch)}
+            samples = [self.sample(epoch, int(position), rows[epoch]) for position in positions]
             yield {**collate(samples), "seen": torch.tensor(seen)}
 
-    def sample(self, epoch: int, position: int, entry: int) -> Arrays:
-        """The sample at `position` of the epoch's order, drawn with its own rng."""
-        record = self.records[entry % len(self.records)]
-        seed = np.random.SeedSequence([self.plan.seed, epoch, position])
-        rng = np.random.Generator(np.random.PCG64(seed))
-        return self.draw(read_facts(self.folder, record), self._reader(record), rng)
+    def rows(self, epoch: int) -> np.ndarray:
+        """The corpus's rows in the epoch's order; positions are places in it."""
+        dealt = self.corpus.rows(self.plan.seed, epoch)
+        return dealt[epoch_order(self.plan.num_samples, self.plan.seed, epoch) % len(dealt)]
 
-    def _reader(self, record: SampleRecord) -> Read:
-        return lambda member: decode_array(read_member(self.folder, record, member))
+    def sample(self, epoch: int, position: int, rows: np.ndarray) -> Arrays:
+        """The sample at `position` of the epoch, drawn with its own rng.
+
+        `damaged_A2` says what was replaced: (row, damage) for each attempt, -1 where there was none. Raises ShardError
+        where `ATTEMPTS` samples in a row are damaged.
+        """
+        damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
+        row, key = int(rows[position % len(rows)]), [self.plan.seed, epoch, position]
+        for attempt in range(ATTEMPTS):
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+            try:
+                return {**self._drawn(row, rng), "damaged_A2": damaged_A2}
+            except DamagedSample as error:
+                damaged_A2[attempt] = row, DAMAGES.index(error.damage)
+                last = error
+            untried = np.setdiff1d(rows, damaged_A2[:, 0])
+            if not len(untried):
+                break
+            key = [self.plan.seed, epoch, position, attempt + 1]
+            row = int(np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).choice(untried))
+        raise ShardError(f"{attempt + 1} samples in a row are damaged: run segvol-pl verify; the last: {last}")
+
+    def _drawn(self, row: int, rng: np.random.Generator) -> Arrays:
+        folder, record = self.corpus.located(row)
+        facts = read_facts(folder, record, self.patience)
+        return self.draw(facts, self._reader(folder, record, facts), rng)
+
+    def _reader(self, folder: Source, record: SampleRecord, facts: Facts) -> Read:
+        return lambda member: read_array(folder, record, facts, member, self.patience)
 
 
 def collate(samples: list[Arrays]) -> Batch:

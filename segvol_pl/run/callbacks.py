@@ -22,6 +22,33 @@ class StreamPosition(pl.Callback):
         trainer.datamodule.seen = int(batch["seen"])  # type: ignore[attr-defined]
 
 
+class DataHealth(pl.Callback):
+    """Every `every` steps (each step of a single rank): damaged samples over all ranks, logged and held to the bound.
+
+    Logs `data/damaged` (samples of the corpus, counted by each rank that met them) and `data/replaced` (draws). All
+    ranks ask together, so that all of them end together. Raises ShardError beyond `bound`.
+    """
+
+    def __init__(self, every: int, bound: float) -> None:
+        self.every, self.bound = every, bound
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        due = trainer.global_step % self.every == 0 and (index + 1) % trainer.accumulate_grad_batches == 0
+        if due or trainer.world_size == 1:
+            self._ask(trainer, module, due)
+
+    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
+        health = trainer.datamodule.health  # type: ignore[attr-defined]
+        counts = torch.tensor([len(health.rows), health.replaced], dtype=torch.float64, device=module.device)
+        damaged, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if due:
+            for logger in trainer.loggers:
+                logger.log_metrics({"data/damaged": damaged, "data/replaced": replaced}, step=trainer.global_step)
+        health.check(damaged, self.bound)
+
+
 class Throughput(pl.Callback):
     """Every `every` steps: volumes/s over all ranks, share of time that the step waited for data, peak memory.
 

@@ -29,7 +29,7 @@ from segvol_pl.data.whole import replacing
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_checkpoint, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run import strategies, tracking
-from segvol_pl.run.callbacks import StreamPosition, Throughput, ValidationLine
+from segvol_pl.run.callbacks import DataHealth, StreamPosition, Throughput, ValidationLine
 from segvol_pl.tasks.pretrain import SimMIMTask
 from segvol_pl.tasks.segment import SegVolTask
 
@@ -37,7 +37,18 @@ log = logging.getLogger(__name__)
 
 Config = PretrainConfig | TrainConfig
 
-MAY_CHANGE = ("run", "track", "data.workers", "data.prefetch", "data.shards", "pretrained", "weights", "allow")
+MAY_CHANGE = (
+    "run",
+    "track",
+    "data.workers",
+    "data.prefetch",
+    "data.start_method",
+    "data.patience",
+    "data.shards",
+    "pretrained",
+    "weights",
+    "allow",
+)
 """Keys that may differ between a run and its resumption: they change no batch and no weight."""
 
 
@@ -63,7 +74,7 @@ def train(config: TrainConfig) -> Path:
     draw = functools.partial(views.draw_segment, model=config.model, prompts=config.prompts, row_of=rows)
     module = _module(config, draw, labelled=True)
     _check_regions(module, config)
-    names = sorted(module.index.categories)
+    names = module.categories
     rows.update({name: row for row, name in enumerate(names)})
     weights = _starting_weights(config)
     bank = _bank(names, config, weights)
@@ -117,7 +128,7 @@ def _module(config: Config, draw: Any, labelled: bool) -> VolumeModule:
 
 
 def _check_regions(module: VolumeModule, config: TrainConfig) -> None:
-    lacking = [record.key for record in module.train_records if Member.REGIONS.value not in record.members]
+    lacking = [record.key for record in module.train_corpus.records if Member.REGIONS.value not in record.members]
     if config.prompts.pseudo_per_volume and lacking:
         raise ConfigError(
             f"prompts.pseudo_per_volume: {len(lacking)} samples (first: {lacking[0]}) have no pseudo-label regions: "
@@ -215,4 +226,4 @@ def _callbacks(run: RunConfig, data: DataConfig, out: Path) -> list[Callback]:
         save_on_train_epoch_end=False,
     )
     watching = [Throughput(run.log_every, data.global_batch), ValidationLine()]
-    return [StreamPosition(), *watching, checkpoint]
+    return [StreamPosition(), DataHealth(run.log_every, data.max_bad_fraction), *watching, checkpoint]

@@ -286,18 +286,31 @@ def test_samples_that_do_not_belong_together(tmp_path: Path) -> None:
 def test_verify_finds_a_changed_byte_even_after_indexing_anew(folder: Path) -> None:
     assert verify(folder) == []
     record = read_index(folder).samples[1]
-    path, offset = folder / record.shard, record.members[Member.LABEL.value][0]
+    path, (offset, size) = folder / record.shard, record.members[Member.LABEL.value]
     content = bytearray(path.read_bytes())
     content[offset + 40] ^= 0xFF
     path.write_bytes(content)
-    assert verify(folder) == [f"shard {path}: its sha256 is not the indexed one: copy or pack it again"]
-    build_index(folder)
-    assert verify(folder) == [f"shard {path}, sample b: label.b2nd is not what was packed: pack it again"]
+    named = f"shard {path}, sample b: label.b2nd is not what was packed"
+    where = f"[altered, bytes {offset} to {offset + size} of {record.shard}]"
+    for _ in range(2):
+        (fault,) = verify(folder)
+        assert fault.startswith(named) and fault.endswith(where)
+        build_index(folder)
+
+
+def test_verify_finds_what_lies_between_the_members(folder: Path) -> None:
+    path = folder / "a-00000.tar"
+    content = bytearray(path.read_bytes())
+    content[300] ^= 0xFF  # in the first header, where tar keeps nothing
+    path.write_bytes(content)
+    assert verify(folder) == [
+        f"shard {path}: its sha256 is not the indexed one, though all samples are sound: copy it again"
+    ]
 
 
 def test_facts_of_another_sample(folder: Path) -> None:
     index = read_index(folder)
-    mixed = replace(index.samples[0], members=index.samples[1].members)
+    mixed = replace(index.samples[0], members=index.samples[1].members, facts_sha256="")
     with pytest.raises(ShardError, match="sample a: holds the facts of b: run segvol-pl index"):
         read_facts(folder, mixed)
 

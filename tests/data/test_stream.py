@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
+from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig, Tail
 from segvol_pl.data import views
-from segvol_pl.data.shards import read_index
-from segvol_pl.data.stream import Batch, Plan, Stream, World, assign, epoch_order
+from segvol_pl.data.corpus import Corpus, Part
+from segvol_pl.data.health import Health
+from segvol_pl.data.sample import Member
+from segvol_pl.data.shards import Damage, SampleRecord, ShardError, read_index
+from segvol_pl.data.stream import DAMAGES, Batch, Plan, Stream, World, assign, epoch_order
 
 MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
 
@@ -90,7 +96,7 @@ def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int 
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
     draw = functools.partial(views.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
-    return Stream(folder, records, draw, Plan(3 * len(records), batch, seed=7), world, seen)
+    return Stream(Corpus([Part(folder, records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
 
 
 def _equal(a: Batch, b: Batch) -> bool:
@@ -127,7 +133,122 @@ def test_two_ranks_together_see_what_one_sees(phantom_shards: Path) -> None:
             assert torch.equal(one[name], torch.cat([half[name] for half in halves]))
 
 
-def test_spawned_workers_know_their_rank(phantom_shards: Path) -> None:
+@given(st.data())
+@settings(max_examples=500, deadline=None)
+def test_any_world_sees_the_same_samples_in_every_step(data: st.DataObject) -> None:
+    """Worlds of up to 1,024 ranks x 16 workers x 8 accumulation steps, in the middle of an epoch or beyond it."""
+    ranks, workers = data.draw(st.integers(1, 1024)), data.draw(st.integers(1, 16))
+    accumulate, local = data.draw(st.sampled_from([1, 2, 8])), data.draw(st.integers(1, 3))
+    batch = ranks * accumulate * local
+    samples, tail = (
+        batch * data.draw(st.integers(1, 5)) + data.draw(st.integers(0, batch - 1)),
+        data.draw(st.sampled_from(Tail)),
+    )
+    plan, step = Plan(samples, batch, accumulate, tail=tail), data.draw(st.integers(0, 12))
+    steps_per_epoch = plan.usable // batch
+    epoch, index = divmod(step, steps_per_epoch)
+    rank, got = data.draw(st.integers(0, ranks - 1)), []
+    for micro in range(accumulate):
+        number = step * accumulate + micro
+        stopped = data.draw(st.integers(max(0, number - 2 * workers), number))
+        worker = (number - stopped) % workers
+        dealt = plan.positions(World(rank, ranks, worker, workers), stopped * (batch // accumulate))
+        at, seen, positions = next(islice(dealt, (number - stopped) // workers, None))
+        assert (at, seen) == (epoch, (number + 1) * batch // accumulate)
+        got.append(positions)
+        first = index * batch + micro * ranks * local
+        assert np.array_equal(positions, np.arange(first + rank * local, first + (rank + 1) * local))
+    assert all(len(positions) == local for positions in got)
+
+
+def test_an_epoch_sees_every_sample_once_but_for_its_tail() -> None:
+    for tail, usable in ((Tail.drop, 24), (Tail.repeat, 32)):
+        plan = Plan(29, 8, tail=tail)
+        positions = np.concatenate([next(islice(plan.positions(World(), 0), n, None))[2] for n in range(usable // 8)])
+        assert np.array_equal(positions, np.arange(usable)) and plan.usable == usable
+
+
+def test_a_repeated_tail_starts_the_epoch_anew(phantom_shards: Path) -> None:
+    stream = _stream(phantom_shards, batch=4)
+    stream.plan = replace(stream.plan, tail=Tail.repeat)
+    assert stream.plan.num_samples == 18 and stream.plan.usable == 20
+    rows = stream.rows(0)
+    assert np.array_equal(np.bincount(rows), [3] * 6)
+    last = list(islice(iter(stream), 5))[-1]
+    assert last["image_BCDHW"].shape[0] == 4 and int(last["seen"]) == 20
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_loader_processes_behave_alike_however_they_start(phantom_shards: Path, method: str) -> None:
     stream = _stream(phantom_shards, World(1, 2))
-    loader = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context="spawn")
-    assert _equal(next(iter(loader)), next(iter(stream)))
+    loader = DataLoader(stream, batch_size=None, num_workers=2, multiprocessing_context=method)
+    assert all(_equal(a, b) for a, b in zip(islice(iter(loader), 4), islice(iter(stream), 4), strict=True))
+
+
+# ---- damage ----
+
+
+@pytest.fixture
+def broken(phantom_shards: Path, tmp_path: Path) -> Path:
+    """A copy of the shards, to be damaged."""
+    return Path(shutil.copytree(phantom_shards, tmp_path / "shards"))
+
+
+def flip(folder: Path, record: SampleRecord, member: Member) -> None:
+    path, (offset, size) = folder / record.shard, record.members[member.value]
+    content = bytearray(path.read_bytes())
+    content[offset + size // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+DAMAGED = {"altered": Member.OVERVIEW, "facts": Member.FACTS}
+
+
+@pytest.mark.parametrize("what", [*DAMAGED, "missing", "short"])
+def test_a_damaged_sample_is_replaced_alike_on_every_world(broken: Path, what: str) -> None:
+    """Two ranks together still see what one sees; batches of whole samples do not change at all."""
+    whole, stream, halves = _stream(broken), _stream(broken), [_stream(broken, World(rank, 2)) for rank in range(2)]
+    before = list(islice(iter(whole), 4))
+    record = stream.corpus.records[1]
+    if what in DAMAGED:
+        flip(broken, record, DAMAGED[what])
+    elif what == "missing":
+        (broken / record.shard).unlink()
+    else:
+        os.truncate(broken / record.shard, record.members[Member.OVERVIEW.value][0] + 10)
+    after = list(islice(iter(stream), 4))
+    lost = {row for row, other in enumerate(stream.corpus.records) if other.shard == record.shard}
+    hit = [np.isin(batch["damaged_BA2"][..., 0], list(lost)).any(axis=1) for batch in after]
+    assert any(row.any() for row in hit)
+    for old, new, replaced in zip(before, after, hit, strict=True):
+        assert torch.equal(old["image_BCDHW"][~replaced], new["image_BCDHW"][~replaced])
+        assert new["image_BCDHW"].shape == old["image_BCDHW"].shape and int(new["seen"]) == int(old["seen"])
+    parts = [next(iter(half))["image_BCDHW"] for half in halves]
+    assert torch.equal(after[0]["image_BCDHW"], torch.cat(parts))
+    causes = {Damage.ALTERED} if what in DAMAGED else {Damage[what.upper()]}
+    said = {DAMAGES[int(code)] for batch in after for code in batch["damaged_BA2"][..., 1].flatten() if code >= 0}
+    assert said == causes
+
+
+def test_damage_is_counted_by_shard_and_cause_said_once_and_bounded(
+    broken: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = _stream(broken)
+    health = Health(stream.corpus)
+    record = stream.corpus.records[2]
+    flip(broken, record, Member.FACTS)
+    for batch in islice(iter(stream), 8):
+        health.note(batch["damaged_BA2"].numpy())
+    assert health.causes == {(record.shard, Damage.ALTERED): 1} and health.rows == {2}
+    assert health.replaced > 1 and caplog.text.count(f"sample {record.key}") == 1
+    health.check(1, bound=0.5)
+    with pytest.raises(ShardError, match=rf"1 of 6 samples are damaged.*0\.1.*{record.shard}: 1 altered"):
+        health.check(1, bound=0.1)
+
+
+def test_a_corpus_of_damage_ends_the_stream(broken: Path) -> None:
+    stream = _stream(broken)
+    for shard in broken.glob("*.tar"):
+        shard.unlink()
+    with pytest.raises(ShardError, match=r"4 samples in a row are damaged: run segvol-pl verify"):
+        next(iter(stream))

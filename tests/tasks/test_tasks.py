@@ -11,6 +11,7 @@ import torch
 
 from segvol_pl.config import DataConfig, OptimConfig, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 from segvol_pl.data import views
+from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.shards import read_index
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream
 from segvol_pl.model import TextBank
@@ -27,7 +28,7 @@ OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
 
 def _batch(folder: Path, draw: Draw, size: int = 2) -> Batch:
     records = [record for record in read_index(folder).samples if record.labelled]
-    return next(iter(Stream(folder, records, draw, Plan(len(records), size))))
+    return next(iter(Stream(Corpus([Part(folder, records)]), draw, Plan(len(records), size))))
 
 
 @pytest.fixture(scope="module")

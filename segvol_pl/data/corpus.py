@@ -1,0 +1,138 @@
+"""The corpus: the samples of one or several folders of shards that a run reads, and how often an epoch sees each.
+
+1. `open_corpus` reads the indexes, and keeps a split, labelled samples alone where labels are needed, and a share of
+   them by the hash of their content: 1 % lies within 10 %, 10 % within all, on every machine and in every repacking.
+2. `rows` deals the samples of an epoch: those of a folder with weight 2 twice, with weight 0.5 every other one, and
+   which ones changes from epoch to epoch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from segvol_pl.config import ConfigError, DataConfig
+from segvol_pl.data.shards import Index, SampleRecord, ShardError, Source, load_index, size_problems
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The chosen samples of one folder."""
+
+    folder: Source
+    records: list[SampleRecord]
+    times: float = 1.0
+    """How often an epoch sees each; of a fraction, that share of them."""
+
+    @property
+    def dealt(self) -> int:
+        """Samples of it in an epoch."""
+        return round(self.times * len(self.records))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Parts, their records numbered through: a row is a place in that numbering."""
+
+    parts: list[Part]
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return sum(part.dealt for part in self.parts)
+
+    @property
+    def records(self) -> list[SampleRecord]:
+        """All of them, by row."""
+        return [record for part in self.parts for record in part.records]
+
+    def located(self, row: int) -> tuple[Source, SampleRecord]:
+        """Folder and record of a row."""
+        first = 0
+        for part in self.parts:
+            if row < first + len(part.records):
+                return part.folder, part.records[row - first]
+            first += len(part.records)
+        raise IndexError(f"row {row} is beyond the corpus of {first}")
+
+    def rows(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch before they are shuffled, int64 (num_samples,)."""
+        dealt, first = [], 0
+        for number, part in enumerate(self.parts):
+            size = len(part.records)
+            whole, rest = divmod(part.dealt, size)
+            dealt.append(first + np.tile(np.arange(size), whole))
+            if rest:
+                rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, number, rest])))
+                dealt.append(first + rng.permutation(size)[:rest])
+            first += size
+        return np.concatenate(dealt).astype(np.int64)
+
+
+def open_corpus(data: DataConfig, split: str, labelled: bool) -> tuple[Corpus, list[Index]]:
+    """The corpus that the configuration names, with the folders' indexes.
+
+    Raises ShardError for a folder that cannot be used, ConfigError where nothing of it is left.
+    """
+    folders = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
+    indexes = [_opened(folder, data.max_bad_fraction) for folder, _ in folders]
+    parts = [
+        Part(folder, _chosen(index, folder, split, labelled, data.fraction), weight * data.samples_per_volume)
+        for (folder, weight), index in zip(folders, indexes, strict=True)
+    ]
+    return Corpus(parts), indexes
+
+
+def _opened(folder: str, bound: float) -> Index:
+    """The folder's index; shards that are missing or cut are borne as far as the bound on damaged samples allows."""
+    index = load_index(folder)
+    problems = size_problems(folder, index)
+    affected = sum(record.shard in problems for record in index.samples)
+    if affected > bound * len(index.samples):
+        raise ShardError(next(iter(problems.values())))
+    for problem in problems.values():
+        log.warning("%s; its samples are replaced by others where they cannot be read", problem)
+    return index
+
+
+def parse_weighted(entry: str) -> tuple[str, float]:
+    """`DIR` or `WEIGHT*DIR`. Raises ConfigError for a weight that is no positive number."""
+    weight, star, folder = entry.partition("*")
+    if not star:
+        return entry, 1.0
+    try:
+        times = float(weight)
+    except ValueError:
+        times = 0.0
+    if not (times > 0 and math.isfinite(times)) or not folder:
+        raise ConfigError(f"data.mix: {entry!r} is not DIR or WEIGHT*DIR with a positive weight", "data.mix")
+    return folder, times
+
+
+def _chosen(index: Index, folder: str, split: str, labelled: bool, fraction: float) -> list[SampleRecord]:
+    records = [record for record in index.samples if split in ("all", record.split)]
+    chosen = [record for record in records if record.labelled or not labelled]
+    if not chosen:
+        kind = "labelled samples" if labelled else "samples"
+        raise ConfigError(f"data.split: {folder} holds no {kind} in {split!r} (it has {index.splits})")
+    return chosen if fraction == 1 else nested(chosen, fraction, folder)
+
+
+def nested(records: Sequence[SampleRecord], fraction: float, folder: str) -> list[SampleRecord]:
+    """The share of the records whose content hashes lowest, at least one, in the records' order.
+
+    Raises ConfigError where the index was written before it held the hashes.
+    """
+    if any(not record.content for record in records):
+        raise ConfigError(f"data.fraction: the index of {folder} holds no content hashes: run segvol-pl index {folder}")
+    # The split is decided by the hash itself: hashed again, the subset does not depend on it.
+    ranked = sorted(records, key=lambda record: hashlib.sha256(f"subset {record.content}".encode()).digest())
+    kept = {record.key for record in ranked[: max(1, round(fraction * len(records)))]}
+    return [record for record in records if record.key in kept]

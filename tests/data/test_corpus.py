@@ -1,0 +1,116 @@
+"""Several folders as one corpus: weights, nested shares, what an epoch deals."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segvol_pl.config import ConfigError, DataConfig
+from segvol_pl.data.corpus import Corpus, Part, nested, open_corpus, parse_weighted
+from segvol_pl.data.shards import INDEX, SampleRecord, ShardError
+
+
+def records(count: int, name: str = "case") -> list[SampleRecord]:
+    return [
+        SampleRecord(f"{name}{i}", "a.tar", "train", True, [4, 4, 4], [1.0] * 3, [], {}, content=f"{name} {i}")
+        for i in range(count)
+    ]
+
+
+parts = st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.1, 0.5, 1.0, 2.0, 2.5])), min_size=1, max_size=4)
+
+
+@given(parts, st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_deals_each_sample_as_often_as_its_folder_says(drawn: list[tuple[int, float]], epoch: int) -> None:
+    corpus = Corpus([Part(f"folder{i}", records(count), times) for i, (count, times) in enumerate(drawn)])
+    rows = corpus.rows(seed=1, epoch=epoch)
+    assert len(rows) == corpus.num_samples
+    first = 0
+    for count, times in drawn:
+        seen = np.bincount(rows, minlength=len(corpus.records))[first : first + count]
+        assert seen.sum() == round(times * count)
+        assert set(seen) <= {int(times), int(times) + 1} and (times % 1 or set(seen) == {int(times)})
+        first += count
+
+
+def test_a_fraction_is_another_one_in_every_epoch_and_the_same_on_every_machine() -> None:
+    corpus = Corpus([Part("a", records(40), 0.5)])
+    first, second = set(corpus.rows(0, 0)), set(corpus.rows(0, 1))
+    assert first != second and len(first) == len(second) == 20
+    assert set(corpus.rows(0, 0)) == first and set(corpus.rows(1, 0)) != first
+
+
+def test_rows_know_their_folder() -> None:
+    corpus = Corpus([Part("a", records(3, "a")), Part("b", records(2, "b"))])
+    assert [corpus.located(row) for row in range(5)] == [
+        *(("a", record) for record in corpus.parts[0].records),
+        *(("b", record) for record in corpus.parts[1].records),
+    ]
+    with pytest.raises(IndexError, match="row 5"):
+        corpus.located(5)
+
+
+@given(st.integers(1, 200))
+@settings(max_examples=30, deadline=None)
+def test_smaller_shares_lie_within_larger_ones(count: int) -> None:
+    whole = records(count)
+    shares = [{record.key for record in nested(whole, share, "a")} for share in (0.01, 0.1, 0.5, 1.0)]
+    assert shares[0] <= shares[1] <= shares[2] <= shares[3] == {record.key for record in whole}
+    assert [len(share) for share in shares] == [max(1, round(share * count)) for share in (0.01, 0.1, 0.5, 1.0)]
+
+
+def test_a_share_depends_on_content_not_on_names_or_order() -> None:
+    whole = records(50)
+    renamed = [replace(record, key=f"other{i}", shard="b.tar") for i, record in enumerate(reversed(whole))]
+    kept = {record.content for record in nested(whole, 0.2, "a")}
+    assert {record.content for record in nested(renamed, 0.2, "b")} == kept
+
+
+def test_an_index_without_hashes_says_how_to_get_them() -> None:
+    with pytest.raises(ConfigError, match=r"data\.fraction: .*run segvol-pl index shards/old"):
+        nested([replace(record, content="") for record in records(3)], 0.5, "shards/old")
+
+
+@pytest.mark.parametrize(
+    ("entry", "parsed"),
+    [("shards/b", ("shards/b", 1.0)), ("0.5*shards/b", ("shards/b", 0.5)), ("3*s3://x/y", ("s3://x/y", 3.0))],
+)
+def test_weights_are_read_off_the_entry(entry: str, parsed: tuple[str, float]) -> None:
+    assert parse_weighted(entry) == parsed
+
+
+@pytest.mark.parametrize("entry", ["0*a", "-1*a", "much*a", "2*", "nan*a", "inf*a"])
+def test_a_wrong_weight_is_named(entry: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.mix: .*positive weight"):
+        parse_weighted(entry)
+
+
+def test_folders_open_as_one_corpus(phantom_shards: Path) -> None:
+    data = DataConfig(shards=str(phantom_shards), mix=[f"2*{phantom_shards}"], split="all", fraction=0.5)
+    corpus, indexes = open_corpus(data, data.split, labelled=True)
+    assert [len(part.records) for part in corpus.parts] == [3, 3] and corpus.num_samples == 9
+    assert [index.dataset for index in indexes] == ["phantoms", "phantoms"]
+    with pytest.raises(ConfigError, match=r"data\.split: .*holds no labelled samples in 'none'"):
+        open_corpus(data, "none", labelled=True)
+    with pytest.raises(ShardError, match=INDEX):
+        open_corpus(replace(data, mix=["nowhere"]), "all", labelled=True)
+
+
+def test_a_missing_shard_is_borne_within_the_bound(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(shutil.copytree(phantom_shards, tmp_path / "shards"))
+    lost = sorted(folder.glob("*.tar"))[0]
+    lost.unlink()
+    data = DataConfig(shards=str(folder), max_bad_fraction=0.5)
+    corpus, _ = open_corpus(data, "all", labelled=True)
+    assert len(corpus.records) == 6 and f"{lost} is missing" in caplog.text
+    with pytest.raises(ShardError, match=f"{lost.name} is missing though the index names it"):
+        open_corpus(replace(data, max_bad_fraction=0.001), "all", labelled=True)
