@@ -22,6 +22,11 @@ from segvol_pl.data.shards import Index, SampleRecord, ShardError, Source, load_
 log = logging.getLogger(__name__)
 
 
+def rng_of(*key: int) -> np.random.Generator:
+    """The rng of a place in the data: its key alone decides what it draws, on every machine."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
 @dataclass(frozen=True)
 class Part:
     """The chosen samples of one folder."""
@@ -70,8 +75,7 @@ class Corpus:
             whole, rest = divmod(part.dealt, size)
             dealt.append(first + np.tile(np.arange(size), whole))
             if rest:
-                rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, number, rest])))
-                dealt.append(first + rng.permutation(size)[:rest])
+                dealt.append(first + rng_of(seed, epoch, number, rest).permutation(size)[:rest])
             first += size
         return np.concatenate(dealt).astype(np.int64)
 

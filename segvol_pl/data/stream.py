@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from segvol_pl.config import Tail
-from segvol_pl.data.corpus import Corpus
+from segvol_pl.data.corpus import Corpus, rng_of
 from segvol_pl.data.sample import Facts
 from segvol_pl.data.shards import Damage, DamagedSample, SampleRecord, ShardError, Source, read_array, read_facts
 from segvol_pl.data.store import PATIENCE
@@ -50,8 +50,7 @@ class World:
 
 def epoch_order(num_samples: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     """int64 permutation of range(num_samples)."""
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    return rng.permutation(num_samples)
+    return rng_of(seed, epoch).permutation(num_samples)
 
 
 def assign(num_samples: int, global_batch: int, world: World, start: int = 0) -> np.ndarray:
@@ -146,9 +145,8 @@ class Stream(IterableDataset[Batch]):
         damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
         row, key = int(rows[position % len(rows)]), [self.plan.seed, epoch, position]
         for attempt in range(ATTEMPTS):
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
             try:
-                return {**self._drawn(row, rng), "damaged_A2": damaged_A2}
+                return {**self._drawn(row, rng_of(*key)), "damaged_A2": damaged_A2}
             except DamagedSample as error:
                 damaged_A2[attempt] = row, DAMAGES.index(error.damage)
                 last = error
@@ -156,7 +154,7 @@ class Stream(IterableDataset[Batch]):
             if not len(untried):
                 break
             key = [self.plan.seed, epoch, position, attempt + 1]
-            row = int(np.random.Generator(np.random.PCG64(np.random.SeedSequence(key))).choice(untried))
+            row = int(rng_of(*key).choice(untried))
         raise ShardError(f"{attempt + 1} samples in a row are damaged: run segvol-pl verify; the last: {last}")
 
     def _drawn(self, row: int, rng: np.random.Generator) -> Arrays:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +32,8 @@ from segvol_pl.config import (
     Wandb,
 )
 from segvol_pl.configure import load, to_yaml
+from segvol_pl.data.sample import Member
+from segvol_pl.data.shards import SampleRecord, ShardError, read_index
 from segvol_pl.model.checkpoint import CheckpointError, load_model
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import pretrain, train
@@ -182,3 +189,71 @@ def test_data_that_cannot_fill_a_batch_is_refused(
     with pytest.raises(ConfigError, match=message):
         pretrain(replace(config, data=replace(config.data, **change)))
     assert not (tmp_path / "run").exists()
+
+
+# ---- damage, and being killed ----
+
+
+def _flipped(shards: Path, folder: Path) -> tuple[Path, SampleRecord]:
+    """A copy of the shards in which one sample of the train split has a wrong byte."""
+    copy = Path(shutil.copytree(shards, folder))
+    record = next(one for one in read_index(copy).samples if one.split == "train")
+    offset, size = record.members[Member.OVERVIEW.value]
+    content = bytearray((copy / record.shard).read_bytes())
+    content[offset + size // 2] ^= 0xFF
+    (copy / record.shard).write_bytes(content)
+    return copy, record
+
+
+def test_a_damaged_sample_is_replaced_counted_and_beyond_the_bound_fatal(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, record = _flipped(phantom_shards, tmp_path / "shards")
+    config = _train_config(shards, tmp_path / "run", steps=6)
+    data = replace(config.data, overview_fraction=1.0)
+    with pytest.raises(ShardError, match=rf"1 of \d samples are damaged.*{record.shard}: 1 altered"):
+        train(replace(config, data=data))
+    borne = replace(
+        config, data=replace(data, max_bad_fraction=0.5), run=replace(config.run, out=str(tmp_path / "borne"))
+    )
+    train(borne)
+    damaged = dict(read_metrics(tmp_path / "borne/metrics.csv", "data/damaged"))
+    assert damaged[6] == 1
+    assert f"sample {record.key} of" in caplog.text
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_twenty_times_end_as_if_nothing_had_happened(phantom_shards: Path, tmp_path: Path) -> None:
+    """SIGKILL of both ranks at random steps; each start goes on from the last checkpoint."""
+    steps, kills, rng = 40, 20, np.random.default_rng(0)
+    config = _train_config(phantom_shards, tmp_path / "whole", steps=steps)
+    run = replace(config.run, devices=2, checkpoint_every=1, val_every=0, val_batches=1)
+    config = replace(config, run=run, data=replace(config.data, workers=1, samples_per_volume=5))
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
+    command = [sys.executable, "-m", "segvol_pl", "train"]
+    done = subprocess.run([*command, tmp_path / "whole.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    stops = sorted(rng.choice(np.arange(1, steps), size=kills, replace=False).tolist())
+    for stop in stops:
+        _kill_after([*command, str(tmp_path / "killed.yaml")], tmp_path / "killed/metrics.csv", stop)
+    done = subprocess.run([*command, tmp_path / "killed.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "going on from step" in done.stderr, done.stderr
+    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == steps
+
+
+def _kill_after(command: list[str], metrics: Path, step: int) -> None:
+    """Starts a run and kills all its processes once it has logged `step`."""
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while running.poll() is None:
+            if metrics.exists() and max((at for at, _ in read_metrics(metrics, "train/loss")), default=0) >= step:
+                break
+            time.sleep(0.02)
+        assert running.poll() is None, f"the run ended before step {step}"
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
