@@ -103,7 +103,8 @@ def pseudo_target(iteration: int, image: int) -> tuple[np.ndarray, Box]:
     regions_DHW = regions_of(image)
     mask_DHW = regions_DHW == LOSSES["pseudo_regions"][iteration][image]
     box = box_of(mask_DHW)
-    return (merged_inside(regions_DHW, box) if iteration % 2 else mask_DHW), box
+    sizes = np.bincount(regions_DHW.reshape(-1))
+    return (merged_inside(regions_DHW, sizes, box) if iteration % 2 else mask_DHW), box
 
 
 @pytest.fixture(scope="module")

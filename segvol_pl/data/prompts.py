@@ -54,15 +54,13 @@ class Prompt:
 
 def box_of(mask_DHW: np.ndarray) -> Box:
     """Inclusive bounding box `d0 h0 w0 d1 h1 w1` of a mask. Raises ValueError for an empty one."""
-    lows, highs = [], []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        hit = np.flatnonzero(mask_DHW.any(axis=others))
-        if hit.size == 0:
-            raise ValueError("an empty mask has no box")
-        lows.append(int(hit[0]))
-        highs.append(int(hit[-1]))
-    return lows[0], lows[1], lows[2], highs[0], highs[1], highs[2]
+    deep = np.flatnonzero(mask_DHW.reshape(len(mask_DHW), -1).any(axis=1))
+    if deep.size == 0:
+        raise ValueError("an empty mask has no box")
+    d0, d1 = int(deep[0]), int(deep[-1])
+    plane_HW = np.any(mask_DHW[d0 : d1 + 1], axis=0)
+    high, wide = np.flatnonzero(plane_HW.any(axis=1)), np.flatnonzero(plane_HW.any(axis=0))
+    return d0, int(high[0]), int(wide[0]), d1, int(high[-1]), int(wide[-1])
 
 
 def draw_points(
