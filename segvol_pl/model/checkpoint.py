@@ -161,7 +161,8 @@ def is_exported(contents: Contents) -> bool:
 
 def is_trained(contents: Contents) -> bool:
     """Whether `train` or `pretrain` wrote it."""
-    return "task" in contents.header.get("hyper_parameters", {})
+    parameters = contents.header.get("hyper_parameters")
+    return isinstance(parameters, dict) and "task" in parameters
 
 
 def _exported(contents: Contents) -> Weights:

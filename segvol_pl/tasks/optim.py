@@ -23,11 +23,19 @@ def schedule(step: int, config: OptimConfig) -> float:
 
 
 def log_step(module: pl.LightningModule, metrics: dict[str, Tensor]) -> None:
-    """Logs a training step's metrics and its learning rate, numbered by the steps done: the first step is 1."""
+    """Logs a step's metrics, means over the ranks, and its learning rate, by the steps done: the first step is 1.
+
+    Steps that are not logged ask nothing of the other ranks.
+    """
+    step = module.global_step + 1
+    if step % module.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
+        return
     scheduler = module.lr_schedulers()
     assert isinstance(scheduler, LambdaLR)
-    named = {f"train/{name}": value for name, value in metrics.items()}
-    module.log_dict({**named, "train/lr": scheduler.get_last_lr()[0], "step": float(module.global_step + 1)})
+    means = module.trainer.strategy.reduce(torch.stack([value.float() for value in metrics.values()]), reduce_op="mean")
+    assert isinstance(means, Tensor)
+    named = {f"train/{name}": mean for name, mean in zip(metrics, means, strict=True)}
+    module.log_dict({**named, "train/lr": scheduler.get_last_lr()[0], "step": float(step)})
 
 
 def log_validation(module: pl.LightningModule, metrics: dict[str, Tensor], batch: Batch) -> None:

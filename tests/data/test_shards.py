@@ -29,6 +29,7 @@ from segvol_pl.data.shards import (
     decode_array,
     describe,
     encode_array,
+    read_array,
     read_facts,
     read_index,
     read_member,
@@ -131,6 +132,20 @@ def test_webdataset_reads_them(folder: Path) -> None:
     assert np.array_equal(decode_array(read[1]["ct.b2nd"])[:], _arrays(2, True)[Member.CT])
     assert json.loads(read[0]["json"])["key"] == "a"
     assert "label.b2nd" not in read[2]
+
+
+def test_tars_written_by_plain_webdataset_are_usable_once_indexed(tmp_path: Path) -> None:
+    """Members in webdataset's own order, bytes as its encoder leaves them."""
+    with webdataset.TarWriter(str(tmp_path / "plain-000000.tar")) as writer:
+        for key, seed in (("a", 1), ("b", 2)):
+            members = {member.value: content for member, content in _sample(key, seed).members.items()}
+            writer.write({"__key__": key, **members, "note.txt": "kept beside"})
+    index = build_index(tmp_path)
+    assert [record.key for record in index.samples] == ["a", "b"] and verify(tmp_path) == []
+    for record, seed in zip(index.samples, (1, 2), strict=True):
+        facts = read_facts(tmp_path, record)
+        for member, array_DHW in _arrays(seed, labelled=True).items():
+            np.testing.assert_array_equal(read_array(tmp_path, record, facts, member)[:], array_DHW)
 
 
 def test_the_index_says_what_the_shards_hold(folder: Path) -> None:
