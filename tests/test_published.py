@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from published import GOLDEN, SMALL, reference_image, released_state
 from torch import Tensor
+from transformers import CLIPTokenizer
 
-from segvol_pl.config import TrainConfig
+from segvol_pl.config import TextConfig, TrainConfig
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import Box
 from segvol_pl.data.transforms import box_slices
@@ -80,6 +84,36 @@ def test_logits_are_the_published_ones(kind: str, task: SegVolTask, tokens_BTE: 
     assert np.abs(np.subtract(picked, want["strided_0_2_4_4_and_1_0_8_12"])).max() < 1e-4 * want["range"]
     assert abs(logits.sum() - want["sum"]) < 1e-4 * want["range"] * logits.size
     assert logits.std() == pytest.approx(want["std"], rel=1e-4)
+
+
+def test_the_sentence_has_the_published_tokens(tmp_path: Path) -> None:
+    """A tokenizer that knows these words alone, by CLIP's own numbers; where a word has several, its split is ours."""
+    start, *middle, end = GOLDEN["token_ids"][0][:12]
+    words = ["a", "computerized", "tomography", "of", "a", "liver", "."]
+    numbers = [middle[0], middle[1:4], middle[4:6], middle[6], middle[7], middle[8], middle[9]]
+    pieces = {"computerized": ["comput", "eri", "zed"], "tomography": ["tom", "ography"]}
+    vocabulary = {"<|startoftext|>": start, "<|endoftext|>": end}
+    merges: list[str] = []
+    for word, number in zip(words, numbers, strict=True):
+        parts = pieces.get(word, [word])
+        for part, value in zip(parts, number if isinstance(number, list) else [number], strict=True):
+            _learn(part, "</w>" if part is parts[-1] else "", value, vocabulary, merges)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *dict.fromkeys(merges), ""]))
+    sentence = TextConfig().template.format("liver")
+    assert CLIPTokenizer.from_pretrained(tmp_path)(sentence).input_ids == GOLDEN["token_ids"][0][:12]
+
+
+def _learn(part: str, ending: str, number: int, vocabulary: dict[str, int], merges: list[str]) -> None:
+    """Adds a piece of a word, and the merges that build it letter by letter."""
+    letters = [*part[:-1], part[-1] + ending]
+    built = letters[0]
+    for letter in letters[1:]:
+        merges.append(f"{built} {letter}")
+        built += letter
+    for made in {*letters, *("".join(letters[:n]) for n in range(1, len(letters)))}:
+        vocabulary.setdefault(made, 100_000 + len(vocabulary))
+    vocabulary[built] = number
 
 
 # ---- one training step ----

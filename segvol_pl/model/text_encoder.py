@@ -115,7 +115,8 @@ def _loaded(load: Callable[[str], Any], clip: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TextError(
-            f"text.clip: cannot load {clip} ({reason}); give a local folder, or text.source=seeded"
+            f"text.clip: cannot load {clip} ({reason}); give a local folder of CLIP's files, or, for training without "
+            "CLIP, text.source=seeded"
         ) from error
 
 
