@@ -86,7 +86,7 @@ def open_corpus(data: DataConfig, split: str, labelled: bool) -> tuple[Corpus, l
     Raises ShardError for a folder that cannot be used, ConfigError where nothing of it is left.
     """
     folders = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
-    indexes = [_opened(folder, data.max_bad_fraction) for folder, _ in folders]
+    indexes = [_opened(folder, data) for folder, _ in folders]
     parts = [
         Part(folder, _chosen(index, folder, split, labelled, data.fraction), weight * data.samples_per_volume)
         for (folder, weight), index in zip(folders, indexes, strict=True)
@@ -94,12 +94,12 @@ def open_corpus(data: DataConfig, split: str, labelled: bool) -> tuple[Corpus, l
     return Corpus(parts), indexes
 
 
-def _opened(folder: str, bound: float) -> Index:
+def _opened(folder: str, data: DataConfig) -> Index:
     """The folder's index; shards that are missing or cut are borne as far as the bound on damaged samples allows."""
-    index = load_index(folder)
+    index = load_index(folder, data.patience)
     problems = size_problems(folder, index)
     affected = sum(record.shard in problems for record in index.samples)
-    if affected > bound * len(index.samples):
+    if affected > data.max_bad_fraction * len(index.samples):
         raise ShardError(next(iter(problems.values())))
     for problem in problems.values():
         log.warning("%s; its samples are replaced by others where they cannot be read", problem)

@@ -353,11 +353,11 @@ def size_problems(folder: Source, index: Index) -> dict[str, str]:
     return {name: problem for name, problem in found.items() if problem}
 
 
-def load_index(folder: Source) -> Index:
-    """The index as it stands, its shards not looked at. Raises ShardError where there is none."""
+def load_index(folder: Source, patience: float = PATIENCE) -> Index:
+    """The index as it stands, shards not looked at. Raises ShardError where there is none; StoreError, see `store`."""
     place = _join(folder, INDEX)
     try:
-        text = read_file(place)
+        text = read_file(place, patience)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} does not exist: {_remedy(place)}") from None
     except OSError as error:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from segvol_pl.config import ConfigError, DataConfig
 from segvol_pl.data.corpus import Corpus, Part, nested, open_corpus, parse_weighted
 from segvol_pl.data.shards import INDEX, SampleRecord, ShardError
+from segvol_pl.data.store import StoreError
 
 
 def records(count: int, name: str = "case") -> list[SampleRecord]:
@@ -114,3 +115,10 @@ def test_a_missing_shard_is_borne_within_the_bound(
     assert len(corpus.records) == 6 and f"{lost} is missing" in caplog.text
     with pytest.raises(ShardError, match=f"{lost.name} is missing though the index names it"):
         open_corpus(replace(data, max_bad_fraction=0.001), "all", labelled=True)
+
+
+def test_a_store_that_is_away_is_waited_for_as_long_as_stated() -> None:
+    pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
+    data = DataConfig(shards="http://127.0.0.1:9/shards", patience=0.2)
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9/shards/index\.json: the store gave no answer for 0 s"):
+        open_corpus(data, "train", labelled=False)
