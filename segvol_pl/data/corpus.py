@@ -125,7 +125,7 @@ def _chosen(index: Index, folder: str, split: str, labelled: bool, fraction: flo
     chosen = [record for record in records if record.labelled or not labelled]
     if not chosen:
         kind = "labelled samples" if labelled else "samples"
-        raise ConfigError(f"data.split: {folder} holds no {kind} in {split!r} (it has {index.splits})")
+        raise ConfigError(f"data.split, data.val_split: {folder} holds no {kind} in {split!r} (it has {index.splits})")
     return chosen if fraction == 1 else nested(chosen, fraction, folder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,7 +30,8 @@ class VolumeModule(pl.LightningDataModule):
         self.data, self.run = data, run
         self.draw, self.val_draw = draw, val_draw
         self.train_corpus, indexes = open_corpus(data, data.split, labelled)
-        self.val_corpus, _ = open_corpus(data, data.val_split, labelled)
+        # Runs on shares of the data are held against one and the same set.
+        self.val_corpus, _ = open_corpus(replace(data, fraction=1.0), data.val_split, labelled)
         self.categories = sorted({name for index in indexes for name in index.categories})
         self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()

@@ -98,7 +98,7 @@ def test_folders_open_as_one_corpus(phantom_shards: Path) -> None:
     corpus, indexes = open_corpus(data, data.split, labelled=True)
     assert [len(part.records) for part in corpus.parts] == [3, 3] and corpus.num_samples == 9
     assert [index.dataset for index in indexes] == ["phantoms", "phantoms"]
-    with pytest.raises(ConfigError, match=r"data\.split: .*holds no labelled samples in 'none'"):
+    with pytest.raises(ConfigError, match=r"data\.split, .*holds no labelled samples in 'none'"):
         open_corpus(data, "none", labelled=True)
     with pytest.raises(ShardError, match=INDEX):
         open_corpus(replace(data, mix=["nowhere"]), "all", labelled=True)

@@ -32,6 +32,7 @@ from segvol_pl.config import (
     Wandb,
 )
 from segvol_pl.configure import load, to_yaml
+from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
 from segvol_pl.data.shards import SampleRecord, ShardError, read_index
 from segvol_pl.model.checkpoint import CheckpointError, load_model
@@ -183,7 +184,7 @@ def test_wandb_writes_an_offline_run_without_a_key(
     ("change", "message"),
     [
         ({"global_batch": 500}, r"data\.samples_per_volume: .* set data\.samples_per_volume="),
-        ({"split": "nowhere"}, r"data\.split: .* holds no samples in 'nowhere'"),
+        ({"split": "nowhere"}, r"data\.split, .* holds no samples in 'nowhere'"),
     ],
 )
 def test_data_that_cannot_fill_a_batch_is_refused(
@@ -262,3 +263,13 @@ def _kill_after(command: list[str], metrics: Path, step: int) -> None:
     finally:
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+
+
+def test_a_share_of_the_data_is_held_against_the_whole_held_out_set(phantom_shards: Path) -> None:
+    config = _train_config(phantom_shards, Path("run"))
+    whole, half = (
+        VolumeModule(replace(config.data, fraction=share), config.run, None, None, labelled=True)  # type: ignore[arg-type]
+        for share in (1.0, 0.5)
+    )
+    assert len(half.train_corpus.records) < len(whole.train_corpus.records)
+    assert half.val_corpus == whole.val_corpus
