@@ -44,6 +44,7 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.start_method",
     "data.patience",
+    "data.max_bad_fraction",
     "data.shards",
     "pretrained",
     "weights",

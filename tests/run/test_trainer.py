@@ -215,6 +215,7 @@ def test_a_damaged_sample_is_replaced_counted_and_beyond_the_bound_fatal(
 ) -> None:
     shards, record = _flipped(phantom_shards, tmp_path / "shards")
     config = _train_config(shards, tmp_path / "run", steps=6)
+    config = replace(config, run=replace(config.run, checkpoint_every=1))
     data = replace(config.data, overview_fraction=1.0)
     with pytest.raises(ShardError, match=rf"1 of \d samples are damaged.*{record.shard}: 1 altered"):
         train(replace(config, data=data))
@@ -222,6 +223,8 @@ def test_a_damaged_sample_is_replaced_counted_and_beyond_the_bound_fatal(
         config, data=replace(data, max_bad_fraction=0.5), run=replace(config.run, out=str(tmp_path / "borne"))
     )
     train(borne)
+    # A run that the bound ended goes on under another bound.
+    assert train(replace(borne, run=config.run)) == tmp_path / "run/checkpoints/last.ckpt"
     damaged = dict(read_metrics(tmp_path / "borne/metrics.csv", "data/damaged"))
     assert damaged[6] == 1
     assert f"sample {record.key} of" in caplog.text
