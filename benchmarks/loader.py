@@ -28,7 +28,7 @@ from rich.table import Table
 
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import shards, stream, views
-from segvol_pl.data.corpus import open_corpus
+from segvol_pl.data.corpus import open_folders, training_corpus
 from segvol_pl.data.pack import pack
 
 PUBLISHED_SECONDS = 12.6
@@ -104,7 +104,8 @@ def main(source: Path, samples: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = packed(source, Path(name))
         data = DataConfig(shards=str(folder), overview_fraction=0.5)
-        corpus, (index,) = open_corpus(data, "train", labelled=True)
+        (packed_folder,) = folders = open_folders(data)
+        corpus, index = training_corpus(folders, data, labelled=True), packed_folder.index
         rows = {category: row for row, category in enumerate(sorted(index.categories))}
         prompts, model = PromptConfig(categories_per_volume=8), SegVolConfig()
         draw = functools.partial(views.draw_segment, model=model, data=data, prompts=prompts, row_of=rows)

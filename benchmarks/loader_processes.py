@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import views
-from segvol_pl.data.corpus import Corpus, Part, open_corpus
+from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
 from segvol_pl.data.pack import pack
 from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.shards import SampleRecord
@@ -40,8 +40,9 @@ LARGE = (512, 512, 600)
 def loader_of(folder: Path, model: SegVolConfig, batch: int, workers: int, overviews: float = 0.5) -> DataLoader[Batch]:
     """Endless batches of the folder's labelled samples, 4 categories and 6 pseudo-labels each."""
     data = DataConfig(shards=str(folder), overview_fraction=overviews, split="all", samples_per_volume=100)
-    corpus, (index,) = open_corpus(data, "all", labelled=True)
-    rows = {category: row for row, category in enumerate(sorted(index.categories))}
+    (packed_folder,) = folders = open_folders(data)
+    corpus = training_corpus(folders, data, labelled=True)
+    rows = {category: row for row, category in enumerate(sorted(packed_folder.index.categories))}
     draw = functools.partial(views.draw_segment, model=model, data=data, prompts=PromptConfig(), row_of=rows)
     stream = Stream(corpus, draw, Plan(corpus.num_samples, batch))
     return DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2)

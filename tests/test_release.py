@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from letters import WORDS, write_tokenizer
 from published import deterministic, released_state
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,9 +39,6 @@ MODEL = SegVolConfig(
     text_dim=16,
     coordinates=Rule.published,
 )
-ENDS = ("<|startoftext|>", "<|endoftext|>")
-LETTERS = [chr(code) for code in range(33, 127)]
-WORDS = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), *ENDS]
 TOWER = CLIPTextConfig(
     vocab_size=len(WORDS),
     hidden_size=16,
@@ -61,8 +58,7 @@ def state() -> dict[str, Tensor]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where the released files lie, their tokenizer beside them."""
-    (tmp_path / "vocab.json").write_text(json.dumps({word: row for row, word in enumerate(WORDS)}))
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    write_tokenizer(tmp_path)
     (tmp_path / "categories.yaml").write_text("liver: [1]\nspleen: [2]\n")
     return tmp_path
 

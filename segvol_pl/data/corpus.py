@@ -1,8 +1,10 @@
 """The corpus: the samples of one or several folders of shards that a run reads, and how often an epoch sees each.
 
-1. `open_corpus` reads the indexes, and keeps a split, labelled samples alone where labels are needed, and a share of
-   them by the hash of their content: 1 % lies within 10 %, 10 % within all, on every machine and in every repacking.
-2. `rows` deals the samples of an epoch: those of a folder with weight 2 twice, with weight 0.5 every other one, and
+1. `open_folders` reads the indexes once.
+2. `training_corpus` keeps a split, labelled samples alone where labels are needed, and a share of them by the hash of
+   their content: 1 % lies within 10 %, 10 % within all, on every machine and in every repacking. `held_out_corpus`
+   keeps a split whole.
+3. `rows` deals the samples of an epoch: those of a folder with weight 2 twice, with weight 0.5 every other one, and
    which ones changes from epoch to epoch.
 """
 
@@ -80,18 +82,39 @@ class Corpus:
         return np.concatenate(dealt).astype(np.int64)
 
 
-def open_corpus(data: DataConfig, split: str, labelled: bool) -> tuple[Corpus, list[Index]]:
-    """The corpus that the configuration names, with the folders' indexes.
+@dataclass(frozen=True)
+class Folder:
+    """A folder of shards with its index."""
 
-    Raises ShardError for a folder that cannot be used, ConfigError where nothing of it is left.
-    """
-    folders = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
-    indexes = [_opened(folder, data) for folder, _ in folders]
-    parts = [
-        Part(folder, _chosen(index, folder, split, labelled, data.fraction), weight * data.samples_per_volume)
-        for (folder, weight), index in zip(folders, indexes, strict=True)
-    ]
-    return Corpus(parts), indexes
+    path: str
+    weight: float
+    """How often an epoch of training sees each of its samples."""
+    index: Index
+
+
+def open_folders(data: DataConfig) -> list[Folder]:
+    """The folders that the configuration names. Raises ShardError for one that cannot be used; see `parse_weighted`."""
+    named = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
+    return [Folder(path, weight, _opened(path, data)) for path, weight in named]
+
+
+def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool) -> Corpus:
+    """What an epoch of training sees. Raises ConfigError where nothing is left of a folder."""
+    return Corpus(
+        [
+            Part(
+                folder.path,
+                nested(_chosen(folder, data.split, labelled), data.fraction, folder.path),
+                folder.weight * data.samples_per_volume,
+            )
+            for folder in folders
+        ]
+    )
+
+
+def held_out_corpus(folders: Sequence[Folder], split: str, labelled: bool) -> Corpus:
+    """Every sample of a split once, whatever training sees of it. Raises ConfigError as `training_corpus`."""
+    return Corpus([Part(folder.path, _chosen(folder, split, labelled)) for folder in folders])
 
 
 def _opened(folder: str, data: DataConfig) -> Index:
@@ -120,13 +143,15 @@ def parse_weighted(entry: str) -> tuple[str, float]:
     return folder, times
 
 
-def _chosen(index: Index, folder: str, split: str, labelled: bool, fraction: float) -> list[SampleRecord]:
-    records = [record for record in index.samples if split in ("all", record.split)]
+def _chosen(folder: Folder, split: str, labelled: bool) -> list[SampleRecord]:
+    records = [record for record in folder.index.samples if split in ("all", record.split)]
     chosen = [record for record in records if record.labelled or not labelled]
     if not chosen:
         kind = "labelled samples" if labelled else "samples"
-        raise ConfigError(f"data.split, data.val_split: {folder} holds no {kind} in {split!r} (it has {index.splits})")
-    return chosen if fraction == 1 else nested(chosen, fraction, folder)
+        raise ConfigError(
+            f"data.split, data.val_split: {folder.path} holds no {kind} in {split!r} (it has {folder.index.splits})"
+        )
+    return chosen
 
 
 def nested(records: Sequence[SampleRecord], fraction: float, folder: str) -> list[SampleRecord]:
@@ -134,6 +159,8 @@ def nested(records: Sequence[SampleRecord], fraction: float, folder: str) -> lis
 
     Raises ConfigError where the index was written before it held the hashes.
     """
+    if fraction == 1:
+        return list(records)
     if any(not record.content for record in records):
         raise ConfigError(f"data.fraction: the index of {folder} holds no content hashes: run segvol-pl index {folder}")
     # The split is decided by the hash itself: hashed again, the subset does not depend on it.

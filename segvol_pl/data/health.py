@@ -29,7 +29,7 @@ class Health:
 
     def note(self, damaged_BA2: np.ndarray) -> None:
         """Takes in what a batch says: (row, damage) by sample and attempt, -1 where there was none."""
-        for row, number in damaged_BA2.reshape(-1, 2)[damaged_BA2.reshape(-1, 2)[:, 0] >= 0].tolist():
+        for row, number in damaged_BA2[damaged_BA2[..., 0] >= 0].tolist():
             self.replaced += 1
             if row not in self.rows:
                 self.rows.add(row)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
-from segvol_pl.data.corpus import Corpus, open_corpus
+from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.health import Health
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream, World
 
@@ -29,10 +28,10 @@ class VolumeModule(pl.LightningDataModule):
         super().__init__()
         self.data, self.run = data, run
         self.draw, self.val_draw = draw, val_draw
-        self.train_corpus, indexes = open_corpus(data, data.split, labelled)
-        # Runs on shares of the data are held against one and the same set.
-        self.val_corpus, _ = open_corpus(replace(data, fraction=1.0), data.val_split, labelled)
-        self.categories = sorted({name for index in indexes for name in index.categories})
+        folders = open_folders(data)
+        self.train_corpus = training_corpus(folders, data, labelled)
+        self.val_corpus = held_out_corpus(folders, data.val_split, labelled)
+        self.categories = sorted({name for folder in folders for name in folder.index.categories})
         self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()
         self.seen = 0

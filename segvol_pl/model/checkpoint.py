@@ -92,7 +92,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SegVol:
     """The model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError."""
     weights = read_weights(Path(path))
     model = SegVol(weights.config, weights.bank)
-    load_exactly(model, {**weights.tensors, BANK: weights.bank.vectors_KE}, weights.path)
+    load_weights(model, weights)
     return model.to(device).eval()
 
 

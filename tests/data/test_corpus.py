@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segvol_pl.config import ConfigError, DataConfig
-from segvol_pl.data.corpus import Corpus, Part, nested, open_corpus, parse_weighted
+from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
 from segvol_pl.data.shards import INDEX, SampleRecord, ShardError
 from segvol_pl.data.store import StoreError
 
@@ -95,13 +95,15 @@ def test_a_wrong_weight_is_named(entry: str) -> None:
 
 def test_folders_open_as_one_corpus(phantom_shards: Path) -> None:
     data = DataConfig(shards=str(phantom_shards), mix=[f"2*{phantom_shards}"], split="all", fraction=0.5)
-    corpus, indexes = open_corpus(data, data.split, labelled=True)
+    folders = open_folders(data)
+    corpus, held_out = training_corpus(folders, data, labelled=True), held_out_corpus(folders, "test", labelled=True)
     assert [len(part.records) for part in corpus.parts] == [3, 3] and corpus.num_samples == 9
-    assert [index.dataset for index in indexes] == ["phantoms", "phantoms"]
+    assert [part.dealt for part in held_out.parts] == [len(part.records) for part in held_out.parts] == [3, 3]
+    assert [folder.index.dataset for folder in folders] == ["phantoms", "phantoms"]
     with pytest.raises(ConfigError, match=r"data\.split, .*holds no labelled samples in 'none'"):
-        open_corpus(data, "none", labelled=True)
+        held_out_corpus(folders, "none", labelled=True)
     with pytest.raises(ShardError, match=INDEX):
-        open_corpus(replace(data, mix=["nowhere"]), "all", labelled=True)
+        open_folders(replace(data, mix=["nowhere"]))
 
 
 def test_a_missing_shard_is_borne_within_the_bound(
@@ -111,14 +113,14 @@ def test_a_missing_shard_is_borne_within_the_bound(
     lost = sorted(folder.glob("*.tar"))[0]
     lost.unlink()
     data = DataConfig(shards=str(folder), max_bad_fraction=0.5)
-    corpus, _ = open_corpus(data, "all", labelled=True)
+    corpus = held_out_corpus(open_folders(data), "all", labelled=True)
     assert len(corpus.records) == 6 and f"{lost} is missing" in caplog.text
     with pytest.raises(ShardError, match=f"{lost.name} is missing though the index names it"):
-        open_corpus(replace(data, max_bad_fraction=0.001), "all", labelled=True)
+        open_folders(replace(data, max_bad_fraction=0.001))
 
 
 def test_a_store_that_is_away_is_waited_for_as_long_as_stated() -> None:
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
     data = DataConfig(shards="http://127.0.0.1:9/shards", patience=0.2)
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9/shards/index\.json: the store gave no answer for 0 s"):
-        open_corpus(data, "train", labelled=False)
+        open_folders(data)

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from letters import ENDS, WORDS, write_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from segvol_pl.config import TextConfig, TextSource
 from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
-
-ENDS = ("<|startoftext|>", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP text tower of random weights, as `save_pretrained` lays it out, with a tokenizer of single letters."""
     folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *ENDS]
-    (folder / "vocab.json").write_text(json.dumps({word: row for row, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    write_tokenizer(folder)
     CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)
     config = CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=len(WORDS),
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        bos_token_id=words.index(ENDS[0]),
-        eos_token_id=words.index(ENDS[1]),
+        bos_token_id=WORDS.index(ENDS[0]),
+        eos_token_id=WORDS.index(ENDS[1]),
     )
     CLIPTextModel(config).save_pretrained(folder)
     return folder
