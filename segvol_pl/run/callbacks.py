@@ -21,6 +21,13 @@ class StreamPosition(pl.Callback):
     ) -> None:
         trainer.datamodule.seen = int(batch["seen"])  # type: ignore[attr-defined]
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches to tell where a step ends; this run may have another number of them a step.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        for part in ("total", "current"):
+            progress[part] = dict.fromkeys(progress[part], done)
+
 
 class DataHealth(pl.Callback):
     """Every `every` steps (each step of a single rank): damaged samples over all ranks, logged and held to the bound.

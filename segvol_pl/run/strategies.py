@@ -66,4 +66,6 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
     if run.strategy is Strategy.auto and run.devices * run.nodes == 1:
         return "auto"
     backend = "nccl" if accelerator == "cuda" else "gloo"
-    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, static_graph=True)
+    # torch fails where the first backward pass of a static graph is one without synchronisation.
+    static = run.accumulate == 1
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True, static_graph=static)

@@ -22,20 +22,29 @@ def schedule(step: int, config: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
 
 
-def log_step(module: pl.LightningModule, metrics: dict[str, Tensor]) -> None:
-    """Logs a step's metrics, means over the ranks, and its learning rate, by the steps done: the first step is 1.
+class StepMeans:
+    """Logs a step's metrics, means over its micro-batches and the ranks, by the steps done: the first step is 1.
 
     Steps that are not logged ask nothing of the other ranks.
     """
-    step = module.global_step + 1
-    if step % module.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
-        return
-    scheduler = module.lr_schedulers()
-    assert isinstance(scheduler, LambdaLR)
-    means = module.trainer.strategy.reduce(torch.stack([value.float() for value in metrics.values()]), reduce_op="mean")
-    assert isinstance(means, Tensor)
-    named = {f"train/{name}": mean for name, mean in zip(metrics, means, strict=True)}
-    module.log_dict({**named, "train/lr": scheduler.get_last_lr()[0], "step": float(step)})
+
+    def __init__(self) -> None:
+        self.micro: list[Tensor] = []
+
+    def log(self, module: pl.LightningModule, metrics: dict[str, Tensor]) -> None:
+        """Takes in a micro-batch's metrics; logs once the step's micro-batches are complete."""
+        step = module.global_step + 1
+        if step % module.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
+            return
+        self.micro.append(torch.stack([value.float() for value in metrics.values()]))
+        if len(self.micro) < module.trainer.accumulate_grad_batches:
+            return
+        means = module.trainer.strategy.reduce(torch.stack(self.micro).mean(0), reduce_op="mean")
+        self.micro = []
+        scheduler = module.lr_schedulers()
+        assert isinstance(means, Tensor) and isinstance(scheduler, LambdaLR)
+        named = {f"train/{name}": mean for name, mean in zip(metrics, means, strict=True)}
+        module.log_dict({**named, "train/lr": scheduler.get_last_lr()[0], "step": float(step)})
 
 
 def log_validation(module: pl.LightningModule, metrics: dict[str, Tensor], batch: Batch) -> None:

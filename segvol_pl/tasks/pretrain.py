@@ -17,7 +17,7 @@ from segvol_pl.configure import plain
 from segvol_pl.data.stream import Batch
 from segvol_pl.losses import simmim_loss
 from segvol_pl.model.image_encoder import ImageEncoder
-from segvol_pl.tasks.optim import log_step, log_validation, optimizer
+from segvol_pl.tasks.optim import StepMeans, log_validation, optimizer
 
 
 class SimMIMTask(pl.LightningModule):
@@ -29,7 +29,7 @@ class SimMIMTask(pl.LightningModule):
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.means = config, StepMeans()
         self.encoder = ImageEncoder(config.model)
         self.mask_token = nn.Parameter(torch.zeros(config.model.hidden))
         self.head = nn.Linear(config.model.hidden, math.prod(config.model.patch))
@@ -43,7 +43,7 @@ class SimMIMTask(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss = self.loss(batch)
-        log_step(self, {"loss": loss.detach()})
+        self.means.log(self, {"loss": loss.detach()})
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -17,7 +17,7 @@ from segvol_pl.data.stream import Batch
 from segvol_pl.losses import mask_losses
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.prompt_encoder import PromptTensors
-from segvol_pl.tasks.optim import log_step, log_validation, optimizer
+from segvol_pl.tasks.optim import StepMeans, log_validation, optimizer
 
 
 class SegVolTask(pl.LightningModule):
@@ -28,13 +28,13 @@ class SegVolTask(pl.LightningModule):
 
     def __init__(self, config: TrainConfig, bank: TextBank) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.means = config, StepMeans()
         self.model = SegVol(config.model, bank)
         self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         loss, parts = self.losses(batch)
-        log_step(self, parts)
+        self.means.log(self, parts)
         return loss
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
