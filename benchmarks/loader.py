@@ -29,7 +29,9 @@ from rich.table import Table
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import shards, stream, views
 from segvol_pl.data.corpus import open_folders, training_corpus
+from segvol_pl.data.frames import PartialFrame
 from segvol_pl.data.pack import pack
+from segvol_pl.data.store import Store
 
 PUBLISHED_SECONDS = 12.6
 CATEGORIES = 13
@@ -76,15 +78,16 @@ def timed(spent: Counter[str]) -> Iterator[None]:
             started = time.perf_counter()
             result = function(*arguments, **keys)
             spent[name] += time.perf_counter() - started  # type: ignore[assignment]
-            if isinstance(result, bytes):
-                spent["bytes"] += len(result)
+            if isinstance(result, list):
+                spent["bytes"] += sum(map(len, result))
             return result
 
         return watched
 
     parts = {
-        "read": (shards, "read_member"),
-        "check hashes": (shards, "_check_hash"),
+        "read": (Store, "member"),
+        "check members": (shards, "_is_sound"),
+        "check chunks": (PartialFrame, "_sound"),
         "draw prompts": (views, "segment_sample"),
         "augment": (views, "augment"),
         "view (decode, resize, crop)": (views, "draw_view"),
@@ -132,7 +135,8 @@ def report(seconds: np.ndarray, spent: Counter[str], stored: int, shape: list[in
     table.add_column("ms a sample", justify="right")
     table.add_column("share", justify="right")
     view = "view (decode, resize, crop)"
-    own = {**spent, view: spent[view] - spent["read"] - spent["check hashes"] - spent["augment"]}
+    checked = spent["check members"] + spent["check chunks"]
+    own = {**spent, "check hashes": checked, view: spent[view] - spent["read"] - checked - spent["augment"]}
     for part in ("read", "check hashes", view, "augment", "draw prompts"):
         table.add_row(part, f"{1000 * own[part] / count:.1f}", f"{100 * own[part] / total:.0f} %")
     table.add_section()

@@ -134,7 +134,8 @@ class DataConfig:
     """Which samples are read, and how they are drawn."""
 
     shards: str = MISSING
-    """Folder of packed shards (holds index.json), or its URL (http, https, s3, gs)."""
+    """Folder of packed shards (holds index.json), its URL (http, https, s3, gs), or `pipe:COMMAND {file}`, a command
+    that prints a file of it: read from front to back, with weaker promises."""
     mix: list[str] = field(default_factory=list)
     """Further folders, each `DIR` or `WEIGHT*DIR`: how often an epoch sees each of their samples (default 1)."""
     fraction: float = 1.0
@@ -163,6 +164,12 @@ class DataConfig:
     """Share of the corpus that may turn out damaged, and is replaced by other samples; beyond it the run ends."""
     patience: float = 60.0
     """Seconds for which a remote store that gives no answer is asked again before the run ends."""
+    cache: str = ""
+    """Folder on the node's own disk that keeps what was read from URLs; all processes of the node share it."""
+    cache_gb: float = 100.0
+    """Bytes that the cache holds at most, in GB; what was used longest ago goes first."""
+    pipe_buffer: int = 16
+    """Volumes that each loader process of a pipe: source holds to shuffle them."""
     flip: float = 0.2
     """Probability of a flip, for each axis."""
     intensity: float = 0.1
@@ -173,6 +180,8 @@ class DataConfig:
         _require(self.workers >= 0, "data.workers", "must not be negative")
         _require(self.samples_per_volume > 0, "data.samples_per_volume", "must be positive")
         _require(0 < self.fraction <= 1, "data.fraction", "is a share above 0, up to 1")
+        _require(self.cache_gb > 0, "data.cache_gb", "must be positive")
+        _require(self.pipe_buffer > 0, "data.pipe_buffer", "must be positive")
         _require(self.patience >= 0, "data.patience", "must not be negative")
         for name in ("overview_fraction", "flip", "intensity", "max_bad_fraction"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name}", "is a share between 0 and 1")

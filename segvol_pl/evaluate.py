@@ -31,7 +31,8 @@ from segvol_pl.config import EvaluateConfig, Rule
 from segvol_pl.configure import to_yaml
 from segvol_pl.data.prompts import Prompt, box_of, draw_points
 from segvol_pl.data.sample import Facts, Member
-from segvol_pl.data.shards import SampleRecord, Source, read_array, read_facts, read_index
+from segvol_pl.data.shards import SampleRecord, read_array, read_facts, read_index
+from segvol_pl.data.store import Store
 from segvol_pl.data.transforms import normalise, resize_label
 from segvol_pl.data.whole import write_text
 from segvol_pl.model.checkpoint import load_model
@@ -255,7 +256,7 @@ class _Selected:
 
 
 def _selected(config: EvaluateConfig) -> _Selected:
-    samples = read_index(config.data.shards).samples
+    samples = read_index(Store(config.data.shards)).samples
     chosen = [record for record in samples if config.data.split in ("all", record.split)]
     labelled = sorted((record for record in chosen if record.labelled), key=lambda record: record.key)
     if not labelled:
@@ -273,6 +274,7 @@ class _Evaluation:
     def __init__(self, config: EvaluateConfig, selected: _Selected, model: Evaluable) -> None:
         self.config, self.model = config, model
         self.records, self.unlabelled = selected.records, selected.unlabelled
+        self.store = Store(config.data.shards)
         self.device = next(model.parameters()).device
         for category in config.categories:
             model.bank.index(category)
@@ -287,7 +289,7 @@ class _Evaluation:
         out.mkdir(parents=True, exist_ok=True)
         with rows_file(out / "rows.csv") as write:
             for number, record in enumerate(self.records, start=1):
-                self._case(read_case(self.config.data.shards, record), write)
+                self._case(read_case(self.store, record), write)
                 rate = len(self.rows) / (time.perf_counter() - start)
                 log.info("case %d/%d %s (%.2f prompts/s)", number, len(self.records), record.key, rate)
             if not self.rows:
@@ -391,10 +393,10 @@ class _Evaluation:
         )
 
 
-def read_case(shards: Source, record: SampleRecord) -> Case:
+def read_case(store: Store, record: SampleRecord) -> Case:
     """A labelled sample of the shards, decoded. Raises ShardError where it cannot be read."""
-    facts = read_facts(shards, record)
-    hu_DHW, label_DHW = (read_array(shards, record, facts, member)[:] for member in (Member.CT, Member.LABEL))
+    facts = read_facts(store, record)
+    hu_DHW, label_DHW = (read_array(store, record, facts, member)[:] for member in (Member.CT, Member.LABEL))
     return Case(facts, np.asarray(hu_DHW), np.asarray(label_DHW))
 
 

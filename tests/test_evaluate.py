@@ -12,9 +12,10 @@ from oracle import Oracle, save_untrained
 from rich.console import Console
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, Rule, ZoomConfig
+from segvol_pl.data.frames import encode_array
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import CategoryFacts, Facts, Member
-from segvol_pl.data.shards import Sample, ShardError, build_index, encode_array, write_shard
+from segvol_pl.data.shards import Sample, ShardError, build_index, write_shard
 from segvol_pl.data.transforms import intensity_of, resize_label
 from segvol_pl.evaluate import EvaluateError, Quartiles, Row, Summary, dice, draw_prompt, evaluate, evaluate_model
 from segvol_pl.model.text_encoder import TextBank, UnknownCategory

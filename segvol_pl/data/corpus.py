@@ -19,7 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from segvol_pl.config import ConfigError, DataConfig
-from segvol_pl.data.shards import Index, SampleRecord, ShardError, Source, load_index, size_problems
+from segvol_pl.data.cache import Cache
+from segvol_pl.data.shards import Index, SampleRecord, ShardError, load_index, size_problems
+from segvol_pl.data.store import Source, Store
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ def rng_of(*key: int) -> np.random.Generator:
 class Part:
     """The chosen samples of one folder."""
 
-    folder: Source
+    store: Store
     records: list[SampleRecord]
     times: float = 1.0
     """How often an epoch sees each; of a fraction, that share of them."""
@@ -60,12 +62,12 @@ class Corpus:
         """All of them, by row."""
         return [record for part in self.parts for record in part.records]
 
-    def located(self, row: int) -> tuple[Source, SampleRecord]:
-        """Folder and record of a row."""
+    def located(self, row: int) -> tuple[Store, SampleRecord]:
+        """Store and record of a row."""
         first = 0
         for part in self.parts:
             if row < first + len(part.records):
-                return part.folder, part.records[row - first]
+                return part.store, part.records[row - first]
             first += len(part.records)
         raise IndexError(f"row {row} is beyond the corpus of {first}")
 
@@ -86,7 +88,7 @@ class Corpus:
 class Folder:
     """A folder of shards with its index."""
 
-    path: str
+    store: Store
     weight: float
     """How often an epoch of training sees each of its samples."""
     index: Index
@@ -95,7 +97,11 @@ class Folder:
 def open_folders(data: DataConfig) -> list[Folder]:
     """The folders that the configuration names. Raises ShardError for one that cannot be used; see `parse_weighted`."""
     named = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
-    return [Folder(path, weight, _opened(path, data)) for path, weight in named]
+    cache = Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
+    stores = [(Store(path, data.patience, cache), weight) for path, weight in named]
+    if len(stores) > 1 and any(store.piped for store, _ in stores):
+        raise ConfigError("data.mix: a pipe: source cannot be mixed with others: it is read in its own order")
+    return [Folder(store, weight, _opened(store, data)) for store, weight in stores]
 
 
 def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool) -> Corpus:
@@ -103,8 +109,8 @@ def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool)
     return Corpus(
         [
             Part(
-                folder.path,
-                nested(_chosen(folder, data.split, labelled), data.fraction, folder.path),
+                folder.store,
+                nested(_chosen(folder, data.split, labelled), data.fraction, folder.store.folder),
                 folder.weight * data.samples_per_volume,
             )
             for folder in folders
@@ -114,13 +120,13 @@ def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool)
 
 def held_out_corpus(folders: Sequence[Folder], split: str, labelled: bool) -> Corpus:
     """Every sample of a split once, whatever training sees of it. Raises ConfigError as `training_corpus`."""
-    return Corpus([Part(folder.path, _chosen(folder, split, labelled)) for folder in folders])
+    return Corpus([Part(folder.store, _chosen(folder, split, labelled)) for folder in folders])
 
 
-def _opened(folder: str, data: DataConfig) -> Index:
+def _opened(store: Store, data: DataConfig) -> Index:
     """The folder's index; shards that are missing or cut are borne as far as the bound on damaged samples allows."""
-    index = load_index(folder, data.patience)
-    problems = size_problems(folder, index)
+    index = load_index(store)
+    problems = size_problems(store, index)
     affected = sum(record.shard in problems for record in index.samples)
     if affected > data.max_bad_fraction * len(index.samples):
         raise ShardError(next(iter(problems.values())))
@@ -148,13 +154,12 @@ def _chosen(folder: Folder, split: str, labelled: bool) -> list[SampleRecord]:
     chosen = [record for record in records if record.labelled or not labelled]
     if not chosen:
         kind = "labelled samples" if labelled else "samples"
-        raise ConfigError(
-            f"data.split, data.val_split: {folder.path} holds no {kind} in {split!r} (it has {folder.index.splits})"
-        )
+        place, splits = folder.store.folder, folder.index.splits
+        raise ConfigError(f"data.split, data.val_split: {place} holds no {kind} in {split!r} (it has {splits})")
     return chosen
 
 
-def nested(records: Sequence[SampleRecord], fraction: float, folder: str) -> list[SampleRecord]:
+def nested(records: Sequence[SampleRecord], fraction: float, folder: Source) -> list[SampleRecord]:
     """The share of the records whose content hashes lowest, at least one, in the records' order.
 
     Raises ConfigError where the index was written before it held the hashes.

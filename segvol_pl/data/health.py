@@ -36,11 +36,11 @@ class Health:
                 self._say(row, DAMAGES[number])
 
     def _say(self, row: int, damage: Damage) -> None:
-        folder, record = self.corpus.located(row)
+        store, record = self.corpus.located(row)
         self.causes[record.shard, damage] += 1
         log.warning(
             "sample %s of %s/%s is damaged (%s) and replaced by another; %d so far: run segvol-pl verify on the folder",
-            *(record.key, folder, record.shard, damage.value, len(self.rows)),
+            *(record.key, store.folder, record.shard, damage.value, len(self.rows)),
         )
 
     def check(self, damaged: int, bound: float) -> None:

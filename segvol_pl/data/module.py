@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
 from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.health import Health
+from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream, World
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,9 @@ class VolumeModule(pl.LightningDataModule):
         return self._loader(self._stream(self.val_corpus, self.val_draw, plan), min(self.data.workers, 1))
 
     def _stream(self, corpus: Corpus, draw: Draw, plan: Plan, seen: int = 0) -> Stream:
-        return Stream(corpus, draw, plan, self._world(), seen, self.data.patience)
+        if any(part.store.piped for part in corpus.parts):
+            return PipeStream(corpus, draw, plan, self._world(), seen, self.data.pipe_buffer)
+        return Stream(corpus, draw, plan, self._world(), seen)
 
     def _loader(self, stream: Stream, workers: int) -> DataLoader[Batch]:
         return DataLoader(

@@ -43,6 +43,7 @@ from scipy import ndimage
 
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.cases import Case, find_cases, load_categories, read_cases
+from segvol_pl.data.frames import chunk_table, encode_array
 from segvol_pl.data.pseudo import pseudo_regions
 from segvol_pl.data.sample import SCHEMA, Box, CategoryFacts, Facts, Intensity, Member, SampleError, Split
 from segvol_pl.data.shards import (
@@ -50,11 +51,11 @@ from segvol_pl.data.shards import (
     Sample,
     SampleRecord,
     build_index,
-    encode_array,
     read_member,
     walk_shard,
     write_shard,
 )
+from segvol_pl.data.store import Store
 from segvol_pl.data.transforms import body_box, box_slices, intensity_of, normalise, resize_image, resize_label
 from segvol_pl.data.volume import Volume, VolumeError, files_of, read_label, read_volume, source_sha256
 from segvol_pl.data.whole import write_text
@@ -422,7 +423,10 @@ def _affine_of_crop(volume: Volume, box: Box) -> np.ndarray:
 def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
     members = {member: encode_array(arrays[member]) for member in Member if member in arrays}
     hashes = {member.value: hashlib.sha256(frame).hexdigest() for member, frame in members.items()}
-    return Sample(facts.key, {Member.FACTS: replace(facts, members=hashes).to_json().encode(), **members})
+    tables = {member.value: chunk_table(frame) for member, frame in members.items()}
+    chunks = {ending: table for ending, table in tables.items() if table is not None}
+    text = replace(facts, members=hashes, chunks=chunks).to_json()
+    return Sample(facts.key, {Member.FACTS: text.encode(), **members})
 
 
 def _categories_of(label_DHW: np.ndarray, recipe: Recipe, content: str, case: Case) -> dict[str, CategoryFacts]:
@@ -528,8 +532,9 @@ def _join_shards(kept: list[Staged], config: PackConfig, out: Path) -> list[Path
 
 
 def _staged_samples(staging: Path, records: list[SampleRecord]) -> Iterator[Sample]:
+    store = Store(staging)
     for record in records:
-        members = {member: read_member(staging, record, member) for member in Member if member.value in record.members}
+        members = {member: read_member(store, record, member) for member in Member if member.value in record.members}
         yield Sample(record.key, members)
 
 

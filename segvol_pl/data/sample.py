@@ -69,6 +69,26 @@ class CategoryFacts:
 
 
 @dataclass(frozen=True)
+class ChunkTable:
+    """Where the chunks of one member lie, so that a crop reads those it touches alone and can check them."""
+
+    shape: list[int]
+    """(D,H,W) of the array."""
+    chunk: list[int]
+    """(D,H,W) of a chunk."""
+    bytes: int
+    """Of the whole member."""
+    start: int
+    """Byte of the first chunk; the others follow without gaps, in C order."""
+    sizes: list[int]
+    """Bytes of each chunk; 0 where a chunk of one value takes no room."""
+    hashes: str
+    """The first 16 hex digits of each chunk's sha256, one behind the other."""
+    ends: str
+    """The same of the frame's head, the first chunk's header of 32 bytes, and the frame's tail, put together."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """`<key>.json`: what is known of one sample without decoding it."""
 
@@ -91,6 +111,8 @@ class Facts:
     overview_shape: list[int]
     members: dict[str, str] = field(default_factory=dict)
     """Member ending -> sha256 of its bytes."""
+    chunks: dict[str, ChunkTable] = field(default_factory=dict)
+    """Member ending -> its chunks, for members that are worth reading in parts."""
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -104,6 +126,7 @@ class Facts:
         try:
             intensity = Intensity(**raw["intensity"])
             categories = {name: CategoryFacts(**facts) for name, facts in raw["categories"].items()}
-            return cls(**{**raw, "intensity": intensity, "categories": categories})
+            chunks = {ending: ChunkTable(**table) for ending, table in raw.get("chunks", {}).items()}
+            return cls(**{**raw, "intensity": intensity, "categories": categories, "chunks": chunks})
         except (KeyError, TypeError, AttributeError) as error:
             raise SampleError(f"sample {raw.get('key', '?')}: facts are incomplete ({error}): pack it again") from error

@@ -1,9 +1,9 @@
 """Shards: ordinary WebDataset tars with an index beside them, so that a sample is a ranged read.
 
-1. `encode_array` turns a voxel array into a chunked Blosc2 frame; `write_shard` puts samples into a tar.
+1. `write_shard` puts samples into a tar; their arrays are Blosc2 frames, see `frames`.
 2. `build_index` (verb `index`) walks the tars of a folder once and writes `index.json`: where every member lies.
-3. `read_index` gives it back and refuses what is missing or truncated; `read_member` reads one member by range, and
-   `read_facts`, `read_array` check what they read against the hashes taken at packing.
+3. `read_index` gives it back and refuses what is missing or truncated; `read_member`, `read_facts` and `read_array`
+   read by range, of large arrays the chunks that a slice touches, and check the hashes taken at packing.
 4. `verify` (verb `verify`) recomputes every hash; `describe` (verb `inspect`) lists the samples.
 
 The format is promised in shards/README.md. Nothing in a shard is ever unpickled.
@@ -15,27 +15,22 @@ import hashlib
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
-import blosc2
-import numpy as np
 import webdataset
 
+from segvol_pl.data.frames import PartialFrame, Span, decode_array
 from segvol_pl.data.sample import SCHEMA, CategoryFacts, Facts, Member, SampleError
-from segvol_pl.data.store import PATIENCE, Source, is_url, read_file, read_range
+from segvol_pl.data.store import Source, Store
+from segvol_pl.data.transforms import Sliceable
 from segvol_pl.data.whole import replacing, write_text
 
 INDEX = "index.json"
-
-CHUNK = (32, 64, 64)
-"""Voxels that are decoded at once at most."""
-BLOCK = (8, 32, 32)
-"""Voxels that are compressed together: a crop decodes only the blocks that it touches."""
 
 TAR_END = 1024
 """A tar ends in two empty records of 512 bytes; without them it was cut off."""
@@ -144,34 +139,6 @@ class Index:
             return cls(**{**raw, **parts})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{place} is no index of shards ({error}): {_remedy(place)}") from error
-
-
-# Arrays
-
-
-def encode_array(array_DHW: np.ndarray) -> bytes:
-    """A 3-D integer array as a Blosc2 frame (`.b2nd`): zstd level 5 behind a byte shuffle.
-
-    Equal arrays give equal bytes: block sizes are fixed, not chosen for this machine's caches, and one thread writes.
-    """
-    chunks = tuple(min(size, limit) for size, limit in zip(array_DHW.shape, CHUNK, strict=True))
-    blocks = tuple(min(size, limit) for size, limit in zip(chunks, BLOCK, strict=True))
-    parameters = blosc2.CParams(codec=blosc2.Codec.ZSTD, clevel=5, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
-    encoded = blosc2.asarray(np.ascontiguousarray(array_DHW), chunks=chunks, blocks=blocks, cparams=parameters)
-    return bytes(encoded.to_cframe())
-
-
-def decode_array(frame: bytes) -> blosc2.NDArray:
-    """The array of a Blosc2 frame, still encoded: slicing it decodes only what the slice touches.
-
-    Raises ShardError for bytes that are no such frame.
-    """
-    try:
-        return cast(blosc2.NDArray, blosc2.ndarray_from_cframe(frame))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ShardError(
-            f"{len(frame)} bytes are no Blosc2 frame ({error}): run segvol-pl verify on the folder"
-        ) from error
 
 
 # Writing
@@ -333,31 +300,31 @@ def sha256_of(path: Path) -> str:
 # Reading
 
 
-def read_index(folder: Source) -> Index:
+def read_index(store: Store) -> Index:
     """The index of a folder of shards.
 
     Raises ShardError where it is missing, of another schema, or (in a local folder) names a shard that is missing
-    or has another size. Shards behind a URL are not asked for their sizes: a short read tells.
+    or has another size. Shards elsewhere are not asked for their sizes: a short read tells.
     """
-    index = load_index(folder)
-    for problem in size_problems(folder, index).values():
+    index = load_index(store)
+    for problem in size_problems(store, index).values():
         raise ShardError(problem)
     return index
 
 
-def size_problems(folder: Source, index: Index) -> dict[str, str]:
+def size_problems(store: Store, index: Index) -> dict[str, str]:
     """Shard -> what is wrong with its size, in words; a local folder's alone."""
-    if is_url(folder):
+    if not store.local:
         return {}
-    found = {shard.name: _size_problem(Path(_join(folder, shard.name)), shard) for shard in index.shards}
+    found = {shard.name: _size_problem(Path(store.place(shard.name)), shard) for shard in index.shards}
     return {name: problem for name, problem in found.items() if problem}
 
 
-def load_index(folder: Source, patience: float = PATIENCE) -> Index:
+def load_index(store: Store) -> Index:
     """The index as it stands, shards not looked at. Raises ShardError where there is none; StoreError, see `store`."""
-    place = _join(folder, INDEX)
+    place = store.place(INDEX)
     try:
-        text = read_file(place, patience)
+        text = store.file(INDEX)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} does not exist: {_remedy(place)}") from None
     except OSError as error:
@@ -376,67 +343,101 @@ def _size_problem(path: Path, shard: Shard) -> str:
     return f"shard {path} {fault} ({size} bytes, the index says {shard.bytes}): copy or pack it again"
 
 
-def read_member(folder: Source, record: SampleRecord, member: Member, patience: float = PATIENCE) -> bytes:
-    """The bytes of one member, by one ranged read. Raises DamagedSample, naming shard and key, if some are missing.
+def read_member(store: Store, record: SampleRecord, member: Member, sha256: str = "") -> bytes:
+    """The bytes of one member, by one ranged read, held against their `sha256` where it is given.
 
-    A store behind a URL is asked again for `patience` seconds, then StoreError is raised.
+    Raises DamagedSample, naming shard and key, where they are not whole; StoreError, see `store`.
     """
-    place = _join(folder, record.shard)
+    size = record.members.get(member.value, (0, 0))[1]
+    return _read_parts(store, record, member, [(0, size)], lambda parts: _is_sound(parts[0], sha256), sha256)[0]
+
+
+def _read_parts(
+    store: Store,
+    record: SampleRecord,
+    member: Member,
+    spans: list[Span],
+    sound: Callable[[list[bytes]], bool],
+    sha256: str,
+) -> list[bytes]:
+    """The spans of a member; what a cache holds damaged is fetched anew, once."""
+    parts = _read_spans(store, record, member, spans, sha256)
+    if sound(parts):
+        return parts
+    if store.cache is not None:
+        store.cache.forget(sha256)
+        parts = _read_spans(store, record, member, spans, sha256)
+        if sound(parts):
+            return parts
+    raise _altered(_name(store, record, member))
+
+
+def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[Span], sha256: str) -> list[bytes]:
+    place = _name(store, record, member)
     if member.value not in record.members:
-        raise DamagedSample(f"shard {place}, sample {record.key}: has no {member.value}", Damage.MISSING)
+        raise DamagedSample(f"{place} is not there", Damage.MISSING)
     offset, size = record.members[member.value]
     try:
-        content = read_range(place, offset, size, patience)
+        parts = store.member(record.shard, offset, size, spans, sha256)
     except OSError as error:
         damage = Damage.MISSING if isinstance(error, FileNotFoundError) else Damage.UNREADABLE
-        raise DamagedSample(
-            f"shard {place}, sample {record.key}: {member.value} cannot be read ({error})", damage
-        ) from error
-    if len(content) != size:
-        got = f"{len(content)} of {size} bytes"
-        raise DamagedSample(
-            f"shard {place}, sample {record.key}: {member.value} gave {got}: the shard is truncated, copy it again",
-            Damage.SHORT,
-        )
-    return content
+        raise DamagedSample(f"{place} cannot be read ({error})", damage) from error
+    got, asked = sum(map(len, parts)), sum(last - first for first, last in spans)
+    if got != asked:
+        raise DamagedSample(f"{place} gave {got} of {asked} bytes: the shard is truncated, copy it again", Damage.SHORT)
+    return parts
 
 
-def read_facts(folder: Source, record: SampleRecord, patience: float = PATIENCE) -> Facts:
+def read_facts(store: Store, record: SampleRecord) -> Facts:
     """The facts of one sample. Raises DamagedSample for bytes that are not this sample's."""
-    place = f"shard {_join(folder, record.shard)}, sample {record.key}"
-    text = read_member(folder, record, Member.FACTS, patience)
-    _check_hash(text, record.facts_sha256, f"{place}: {Member.FACTS.value}")
-    facts = _parse_facts(text, place)
+    text = read_member(store, record, Member.FACTS, record.facts_sha256)
+    return facts_of(text, record, store.place(record.shard))
+
+
+def facts_of(text: bytes, record: SampleRecord, place: str) -> Facts:
+    """The facts in a member's bytes. Raises DamagedSample for those of another sample, or for none."""
+    facts = _parse_facts(text, f"shard {place}, sample {record.key}")
     if facts.key != record.key:
-        remedy = _remedy(_join(folder, record.shard))
-        raise DamagedSample(f"{place}: holds the facts of {facts.key}: {remedy}", Damage.ALTERED)
+        raise DamagedSample(
+            f"shard {place}, sample {record.key}: holds the facts of {facts.key}: {_remedy(place)}", Damage.ALTERED
+        )
     return facts
 
 
-def read_array(
-    folder: Source, record: SampleRecord, facts: Facts, member: Member, patience: float = PATIENCE
-) -> blosc2.NDArray:
-    """One member as an array, still encoded, its bytes being those that were packed. Raises DamagedSample."""
-    content = read_member(folder, record, member, patience)
-    place = f"shard {_join(folder, record.shard)}, sample {record.key}: {member.value}"
-    _check_hash(content, facts.members.get(member.value, ""), place)
+def read_array(store: Store, record: SampleRecord, facts: Facts, member: Member) -> Sliceable:
+    """One member as an array, still encoded, its bytes being those that were packed.
+
+    Raises DamagedSample, here or, for a large member that is read in parts, where it is sliced.
+    """
+    sha256, table = facts.members.get(member.value, ""), facts.chunks.get(member.value)
+    if table is None:
+        return array_of(read_member(store, record, member, sha256), "", _name(store, record, member))
+    if record.members.get(member.value, (0, 0))[1] != table.bytes:
+        raise _altered(_name(store, record, member))
+    return PartialFrame(table, lambda spans, sound: _read_parts(store, record, member, spans, sound, sha256))
+
+
+def array_of(content: bytes, sha256: str, place: str) -> Sliceable:
+    """The array in a member's bytes. Raises DamagedSample where they are not what was packed, or no array."""
+    if not _is_sound(content, sha256):
+        raise _altered(place)
     try:
         return decode_array(content)
-    except ShardError as error:
+    except SampleError as error:
         raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
 
 
-def _check_hash(content: bytes, expected: str, place: str) -> None:
-    """`expected` is empty where a tar was not packed here: then there is nothing to compare with."""
-    if expected and hashlib.sha256(content).hexdigest() != expected:
-        raise DamagedSample(f"{place} is not what was packed: copy or pack the shard again", Damage.ALTERED)
+def _is_sound(content: bytes, sha256: str) -> bool:
+    """`sha256` is empty where a tar was not packed here: then there is nothing to compare with."""
+    return not sha256 or hashlib.sha256(content).hexdigest() == sha256
 
 
-def _join(folder: Source, name: str) -> str:
-    # An index is data from elsewhere: a name in it must not lead out of its folder.
-    if name != Path(name).name:
-        raise ShardError(f"{folder}/{INDEX} names a shard {name!r} outside its folder: {_remedy(f'{folder}/{name}')}")
-    return f"{str(folder).rstrip('/')}/{name}"
+def _altered(place: str) -> DamagedSample:
+    return DamagedSample(f"{place} is not what was packed: copy or pack the shard again", Damage.ALTERED)
+
+
+def _name(store: Store, record: SampleRecord, member: Member) -> str:
+    return f"shard {store.place(record.shard)}, sample {record.key}: {member.value}"
 
 
 def _remedy(place: str) -> str:
@@ -452,35 +453,39 @@ def verify(folder: Source) -> list[str]:
     Each line names the shard, the sample and the byte at which the member starts. Shards are read in parallel. An
     empty list means that every byte is as it was packed. Raises ShardError where there is no index.
     """
-    index = load_index(folder)
+    store = Store(folder)
+    if not store.local:
+        raise ShardError(f"{folder} is no local folder: run segvol-pl verify where the shards lie")
+    index = load_index(store)
     records: dict[str, list[SampleRecord]] = {shard.name: [] for shard in index.shards}
     for record in index.samples:
         records[record.shard].append(record)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        found = threads.map(lambda shard: _faults_of(folder, shard, records[shard.name]), index.shards)
+        found = threads.map(lambda shard: _faults_of(store, shard, records[shard.name]), index.shards)
         return [fault for faults in found for fault in faults]
 
 
-def _faults_of(folder: Source, shard: Shard, records: list[SampleRecord]) -> list[str]:
-    path = Path(_join(folder, shard.name))
+def _faults_of(store: Store, shard: Shard, records: list[SampleRecord]) -> list[str]:
+    path = Path(store.place(shard.name))
     if problem := _size_problem(path, shard):
         return [problem]
-    faults = [fault for record in records for fault in _sample_faults(folder, record)]
+    faults = [fault for record in records for fault in _sample_faults(store, record)]
     if not faults and sha256_of(path) != shard.sha256:
         return [f"shard {path}: its sha256 is not the indexed one, though all samples are sound: copy it again"]
     return faults
 
 
-def _sample_faults(folder: Source, record: SampleRecord) -> list[str]:
+def _sample_faults(store: Store, record: SampleRecord) -> list[str]:
     """Faults that a re-indexed shard would hide: the facts hold the hashes taken at packing."""
     try:
-        facts = read_facts(folder, record)
+        facts = read_facts(store, record)
     except DamagedSample as error:
         return [_at(error, record, Member.FACTS.value)]
     faults = []
-    for ending in facts.members:
+    for ending, sha256 in facts.members.items():
         try:
-            read_array(folder, record, facts, Member(ending))
+            member = Member(ending)
+            array_of(read_member(store, record, member, sha256), "", _name(store, record, member))
         except DamagedSample as error:
             faults.append(_at(error, record, ending))
     return faults
@@ -503,5 +508,5 @@ def describe(folder: Source) -> list[dict[str, Any]]:
             "bytes": sum(size for _, size in record.members.values()),
             "shard": record.shard,
         }
-        for record in read_index(folder).samples
+        for record in read_index(Store(folder)).samples
     ]

@@ -22,8 +22,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from segvol_pl.config import Tail
 from segvol_pl.data.corpus import Corpus, rng_of
 from segvol_pl.data.sample import Facts
-from segvol_pl.data.shards import Damage, DamagedSample, SampleRecord, ShardError, Source, read_array, read_facts
-from segvol_pl.data.store import PATIENCE
+from segvol_pl.data.shards import Damage, DamagedSample, ShardError, read_array, read_facts
 from segvol_pl.data.views import Arrays, Read, lettered
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
@@ -108,24 +107,19 @@ class Stream(IterableDataset[Batch]):
     Each batch carries `seen`: the samples seen by all ranks once it has been used.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        draw: Draw,
-        plan: Plan,
-        world: World | None = None,
-        seen: int = 0,
-        patience: float = PATIENCE,
-    ) -> None:
+    def __init__(self, corpus: Corpus, draw: Draw, plan: Plan, world: World | None = None, seen: int = 0) -> None:
         self.corpus, self.draw = corpus, draw
-        self.plan, self.world, self.seen, self.patience = plan, world or World(), seen, patience
+        self.plan, self.world, self.seen = plan, world or World(), seen
 
-    def __iter__(self) -> Iterator[Batch]:
+    def worker_world(self) -> World:
+        """The world as this loader process stands in it."""
         worker = get_worker_info()
         own, of = (worker.id, worker.num_workers) if worker else (0, 1)
-        world = World(self.world.rank, self.world.num_ranks, own, of)
+        return World(self.world.rank, self.world.num_ranks, own, of)
+
+    def __iter__(self) -> Iterator[Batch]:
         rows: dict[int, np.ndarray] = {}
-        for epoch, seen, positions in self.plan.positions(world, self.seen):
+        for epoch, seen, positions in self.plan.positions(self.worker_world(), self.seen):
             if epoch not in rows:
                 rows = {epoch: self.rows(epoch)}
             samples = [self.sample(epoch, int(position), rows[epoch]) for position in positions]
@@ -158,12 +152,9 @@ class Stream(IterableDataset[Batch]):
         raise ShardError(f"{attempt + 1} samples in a row are damaged: run segvol-pl verify; the last: {last}")
 
     def _drawn(self, row: int, rng: np.random.Generator) -> Arrays:
-        folder, record = self.corpus.located(row)
-        facts = read_facts(folder, record, self.patience)
-        return self.draw(facts, self._reader(folder, record, facts), rng)
-
-    def _reader(self, folder: Source, record: SampleRecord, facts: Facts) -> Read:
-        return lambda member: read_array(folder, record, facts, member, self.patience)
+        store, record = self.corpus.located(row)
+        facts = read_facts(store, record)
+        return self.draw(facts, lambda member: read_array(store, record, facts, member), rng)
 
 
 def collate(samples: list[Arrays]) -> Batch:

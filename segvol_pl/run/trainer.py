@@ -44,6 +44,8 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.start_method",
     "data.patience",
+    "data.cache",
+    "data.pipe_buffer",
     "data.max_bad_fraction",
     "data.shards",
     "pretrained",

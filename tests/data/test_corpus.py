@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from segvol_pl.config import ConfigError, DataConfig
 from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
 from segvol_pl.data.shards import INDEX, SampleRecord, ShardError
-from segvol_pl.data.store import StoreError
+from segvol_pl.data.store import Store, StoreError
 
 
 def records(count: int, name: str = "case") -> list[SampleRecord]:
@@ -30,7 +30,7 @@ parts = st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.1, 0.5, 1.0, 2
 @given(parts, st.integers(0, 5))
 @settings(max_examples=100, deadline=None)
 def test_an_epoch_deals_each_sample_as_often_as_its_folder_says(drawn: list[tuple[int, float]], epoch: int) -> None:
-    corpus = Corpus([Part(f"folder{i}", records(count), times) for i, (count, times) in enumerate(drawn)])
+    corpus = Corpus([Part(Store(f"folder{i}"), records(count), times) for i, (count, times) in enumerate(drawn)])
     rows = corpus.rows(seed=1, epoch=epoch)
     assert len(rows) == corpus.num_samples
     first = 0
@@ -42,17 +42,17 @@ def test_an_epoch_deals_each_sample_as_often_as_its_folder_says(drawn: list[tupl
 
 
 def test_a_fraction_is_another_one_in_every_epoch_and_the_same_on_every_machine() -> None:
-    corpus = Corpus([Part("a", records(40), 0.5)])
+    corpus = Corpus([Part(Store("a"), records(40), 0.5)])
     first, second = set(corpus.rows(0, 0)), set(corpus.rows(0, 1))
     assert first != second and len(first) == len(second) == 20
     assert set(corpus.rows(0, 0)) == first and set(corpus.rows(1, 0)) != first
 
 
 def test_rows_know_their_folder() -> None:
-    corpus = Corpus([Part("a", records(3, "a")), Part("b", records(2, "b"))])
+    corpus = Corpus([Part(Store("a"), records(3, "a")), Part(Store("b"), records(2, "b"))])
     assert [corpus.located(row) for row in range(5)] == [
-        *(("a", record) for record in corpus.parts[0].records),
-        *(("b", record) for record in corpus.parts[1].records),
+        *((Store("a"), record) for record in corpus.parts[0].records),
+        *((Store("b"), record) for record in corpus.parts[1].records),
     ]
     with pytest.raises(IndexError, match="row 5"):
         corpus.located(5)

@@ -23,9 +23,11 @@ from rich.console import Console
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data import pack as packing
 from segvol_pl.data.cases import CaseError
+from segvol_pl.data.frames import decode_array
 from segvol_pl.data.pack import PackError, PackReport, pack, split_of
 from segvol_pl.data.sample import Facts, Member, Split
-from segvol_pl.data.shards import INDEX, decode_array, read_facts, read_index, read_member, verify
+from segvol_pl.data.shards import INDEX, read_facts, read_index, read_member, verify
+from segvol_pl.data.store import Store
 from segvol_pl.data.transforms import box_slices
 from segvol_pl.data.volume import read_label, read_volume
 
@@ -60,9 +62,10 @@ def _config(source: Path, out: Path, **changes: Any) -> PackConfig:
 
 
 def _read(out: Path, key: str) -> tuple[Facts, dict[Member, np.ndarray]]:
-    record = next(record for record in read_index(out).samples if record.key == key)
+    store = Store(out)
+    record = next(record for record in read_index(store).samples if record.key == key)
     stored = [member for member in Member if member.value in record.members and member is not Member.FACTS]
-    return read_facts(out, record), {member: decode_array(read_member(out, record, member))[:] for member in stored}
+    return read_facts(store, record), {member: decode_array(read_member(store, record, member))[:] for member in stored}
 
 
 def _shards(out: Path) -> dict[str, bytes]:
@@ -114,7 +117,7 @@ def test_facts_measure_every_category_present(packed: Path) -> None:
 
 
 def test_the_split_follows_the_content_alone(source: Path, packed: Path, tmp_path: Path) -> None:
-    index = read_index(packed)
+    index = read_index(Store(packed))
     assert index.splits == {"test": 2, "train": 4}
     assert all(record.split in record.shard for record in index.samples)
     for number in (4, 5):
@@ -122,7 +125,7 @@ def test_the_split_follows_the_content_alone(source: Path, packed: Path, tmp_pat
             shutil.copy(source / f"case{number}_{role}.nii.gz", tmp_path / f"renamed{number}_{role}.nii.gz")
     pack(_config(tmp_path, tmp_path / "out", categories=str(source / "categories.yaml"), regions=RegionsConfig(False)))
     before = {record.key: record.split for record in index.samples}
-    after = {record.key: record.split for record in read_index(tmp_path / "out").samples}
+    after = {record.key: record.split for record in read_index(Store(tmp_path / "out")).samples}
     assert after == {"renamed4": before["case4"], "renamed5": before["case5"]}
 
 
@@ -331,7 +334,7 @@ def test_a_bad_case_is_listed_and_left_out(source: Path, tmp_path: Path, name: s
     assert reason in report.bad[0].reason
     assert reason in console.export_text()
     assert [bad["id"] for bad in json.loads((out / "pack_report.json").read_text())["bad"]] == ["case2"]
-    assert "case2" not in [record.key for record in read_index(out).samples]
+    assert "case2" not in [record.key for record in read_index(Store(out)).samples]
 
 
 def test_too_many_bad_cases_fail_and_leave_no_index(source: Path, packed: Path, tmp_path: Path) -> None:

@@ -19,16 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from segvol_pl.data.sample import CategoryFacts, Facts, Intensity, Member
+from segvol_pl.data.frames import decode_array, encode_array
+from segvol_pl.data.sample import CategoryFacts, Facts, Intensity, Member, SampleError
 from segvol_pl.data.shards import (
     INDEX,
     Index,
     Sample,
     ShardError,
     build_index,
-    decode_array,
     describe,
-    encode_array,
     read_array,
     read_facts,
     read_index,
@@ -37,6 +36,7 @@ from segvol_pl.data.shards import (
     walk_shard,
     write_shard,
 )
+from segvol_pl.data.store import Store, StoreError
 
 SHAPE = (9, 40, 33)
 OVERVIEW = [4, 8, 8]
@@ -104,7 +104,7 @@ def test_a_slice_is_decoded_alone() -> None:
 
 
 def test_bytes_that_are_no_frame() -> None:
-    with pytest.raises(ShardError, match="5 bytes are no Blosc2 frame"):
+    with pytest.raises(SampleError, match="5 bytes are no Blosc2 frame"):
         decode_array(b"hello")
 
 
@@ -143,13 +143,13 @@ def test_tars_written_by_plain_webdataset_are_usable_once_indexed(tmp_path: Path
     index = build_index(tmp_path)
     assert [record.key for record in index.samples] == ["a", "b"] and verify(tmp_path) == []
     for record, seed in zip(index.samples, (1, 2), strict=True):
-        facts = read_facts(tmp_path, record)
+        facts = read_facts(Store(tmp_path), record)
         for member, array_DHW in _arrays(seed, labelled=True).items():
-            np.testing.assert_array_equal(read_array(tmp_path, record, facts, member)[:], array_DHW)
+            np.testing.assert_array_equal(read_array(Store(tmp_path), record, facts, member)[:], array_DHW)
 
 
 def test_the_index_says_what_the_shards_hold(folder: Path) -> None:
-    index = read_index(folder)
+    index = read_index(Store(folder))
     assert index == build_index(folder)
     assert (index.dataset, index.overview_shape, index.splits) == ("made", OVERVIEW, {"test": 1, "train": 2})
     assert (index.categories["liver"].cases, index.categories["liver"].voxels) == (2, 11 + 12)
@@ -165,10 +165,10 @@ def test_the_index_says_what_the_shards_hold(folder: Path) -> None:
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_every_member_is_read_by_range(folder: Path, scheme: str) -> None:
     place = f"{scheme}{folder}"
-    for seed, record in enumerate(read_index(place).samples, start=1):
-        assert read_facts(place, record).key == record.key
+    for seed, record in enumerate(read_index(Store(place)).samples, start=1):
+        assert read_facts(Store(place), record).key == record.key
         for member, array in _arrays(seed, record.labelled).items():
-            assert np.array_equal(decode_array(read_member(place, record, member))[:], array)
+            assert np.array_equal(decode_array(read_member(Store(place), record, member))[:], array)
 
 
 class _Ranged(SimpleHTTPRequestHandler):
@@ -202,16 +202,18 @@ def server(folder: Path) -> Iterator[str]:
 
 def test_shards_behind_http(folder: Path, server: str) -> None:
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
-    index = read_index(server)
-    assert index == read_index(folder)
-    assert read_member(server, index.samples[1], Member.CT) == read_member(folder, index.samples[1], Member.CT)
+    index = read_index(Store(server))
+    assert index == read_index(Store(folder))
+    assert read_member(Store(server), index.samples[1], Member.CT) == read_member(
+        Store(folder), index.samples[1], Member.CT
+    )
 
 
 def test_a_folder_without_index_says_how_to_get_one(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "gone"):
         remedy = rf"{place.name}/index\.json does not exist: run segvol-pl index .*{place.name}$"
         with pytest.raises(ShardError, match=remedy):
-            read_index(place)
+            read_index(Store(place))
     with pytest.raises(ShardError, match=r"holds no \*\.tar"):
         build_index(tmp_path)
     with pytest.raises(ShardError, match="is no folder"):
@@ -230,20 +232,20 @@ def test_a_folder_without_index_says_how_to_get_one(tmp_path: Path) -> None:
 def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
     (folder / INDEX).write_text(text)
     with pytest.raises(ShardError, match=message):
-        read_index(folder)
+        read_index(Store(folder))
 
 
 def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
-    index = read_index(folder)
+    index = read_index(Store(folder))
     record = replace(index.samples[0], shard="../a-00000.tar")
-    with pytest.raises(ShardError, match="outside its folder"):
-        read_member(folder, record, Member.CT)
+    with pytest.raises(StoreError, match="lies outside: index the folder anew"):
+        read_member(Store(folder), record, Member.CT)
 
 
 def test_a_missing_shard(folder: Path) -> None:
     (folder / "a-00001.tar").unlink()
     with pytest.raises(ShardError, match=r"a-00001\.tar is missing though the index names it"):
-        read_index(folder)
+        read_index(Store(folder))
 
 
 def test_a_truncated_shard_is_found_before_it_is_read(folder: Path) -> None:
@@ -251,16 +253,16 @@ def test_a_truncated_shard_is_found_before_it_is_read(folder: Path) -> None:
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size // 2])
     with pytest.raises(ShardError, match=rf"a-00000\.tar is truncated \({size // 2} bytes, the index says {size}\)"):
-        read_index(folder)
+        read_index(Store(folder))
     assert "a-00000.tar is truncated" in verify(folder)[0]
 
 
 def test_a_shard_truncated_while_it_is_read(folder: Path) -> None:
-    record = read_index(folder).samples[1]
+    record = read_index(Store(folder)).samples[1]
     path = folder / record.shard
     path.write_bytes(path.read_bytes()[: record.members[Member.CT.value][0] + 5])
     with pytest.raises(ShardError, match=r"a-00000\.tar, sample b: ct\.b2nd gave 5 of \d+ bytes: .* truncated"):
-        read_member(folder, record, Member.CT)
+        read_member(Store(folder), record, Member.CT)
 
 
 def _cuts(path: Path) -> list[int]:
@@ -300,7 +302,7 @@ def test_samples_that_do_not_belong_together(tmp_path: Path) -> None:
 
 def test_verify_finds_a_changed_byte_even_after_indexing_anew(folder: Path) -> None:
     assert verify(folder) == []
-    record = read_index(folder).samples[1]
+    record = read_index(Store(folder)).samples[1]
     path, (offset, size) = folder / record.shard, record.members[Member.LABEL.value]
     content = bytearray(path.read_bytes())
     content[offset + 40] ^= 0xFF
@@ -324,12 +326,12 @@ def test_verify_finds_what_lies_between_the_members(folder: Path) -> None:
 
 
 def test_facts_of_another_sample(folder: Path) -> None:
-    index = read_index(folder)
+    index = read_index(Store(folder))
     mixed = replace(index.samples[0], members=index.samples[1].members, facts_sha256="")
     with pytest.raises(ShardError, match="sample a: holds the facts of b: run segvol-pl index"):
-        read_facts(folder, mixed)
+        read_facts(Store(folder), mixed)
 
 
 def test_the_index_survives_its_text(folder: Path) -> None:
-    index = read_index(folder)
+    index = read_index(Store(folder))
     assert Index.from_json(index.to_json(), "here") == index

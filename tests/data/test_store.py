@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from segvol_pl.data import store
-from segvol_pl.data.store import StoreError, read_file, read_range
+from segvol_pl.data.cache import Cache
+from segvol_pl.data.store import Store, StoreError
 
 pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
 
@@ -58,17 +60,31 @@ def moody() -> Iterator[tuple[str, type[Moody]]]:
     handler = type("Handler", (Moody,), {"moods": [], "asked": 0})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}/shard.tar", handler
+        yield f"http://127.0.0.1:{running.server_port}", handler
         running.shutdown()
+
+
+def read(folder: str | Path, offset: int, size: int, patience: float = 60.0) -> bytes:
+    (part,) = Store(folder, patience).member("shard.tar", offset, size, [(0, size)])
+    return part
 
 
 @pytest.mark.parametrize("moods", [["500"], ["drop", "drop"], ["truncate"], ["500", "truncate", "drop"]])
 def test_a_store_that_fails_for_a_while_is_asked_again(moody: tuple[str, type[Moody]], moods: list[str]) -> None:
     place, handler = moody
     handler.moods[:] = moods
-    assert read_range(place, 300, 500) == CONTENT[300:800]
+    assert read(place, 300, 500) == CONTENT[300:800]
     assert handler.asked == len(moods) + 1
-    assert read_file(place) == CONTENT
+    assert Store(place).file("shard.tar") == CONTENT
+
+
+def test_of_several_ranges_those_that_fail_are_asked_for_again(moody: tuple[str, type[Moody]]) -> None:
+    place, handler = moody
+    handler.moods[:] = ["well", "500", "drop"]
+    spans = [(0, 10), (50, 90), (200, 1000)]
+    parts = Store(place).member("shard.tar", 100, 2000, spans)
+    assert parts == [CONTENT[100 + first : 100 + last] for first, last in spans]
+    assert handler.asked == 5
 
 
 def test_a_slow_answer_is_not_waited_for_for_ever(
@@ -77,7 +93,7 @@ def test_a_slow_answer_is_not_waited_for_for_ever(
     place, handler = moody
     monkeypatch.setattr(store, "REQUEST_TIMEOUT", 0.3)
     handler.moods[:] = ["delay"]
-    assert read_range(place, 0, 10) == CONTENT[:10]
+    assert read(place, 0, 10) == CONTENT[:10]
     assert handler.asked == 2
 
 
@@ -86,25 +102,109 @@ def test_a_store_that_stays_away_is_named_within_the_stated_time(moody: tuple[st
     handler.moods[:] = ["500"] * 1000
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"http://127.*no answer for \d s .*500.*goes on where it stopped"):
-        read_range(place, 0, 10, patience=1.0)
+        read(place, 0, 10, patience=1.0)
     assert time.monotonic() - started < 10 and handler.asked > 2
 
 
 def test_no_server_at_all() -> None:
     with pytest.raises(StoreError, match="no answer"):
-        read_range("http://127.0.0.1:9/shard.tar", 0, 10, patience=0.2)
+        read("http://127.0.0.1:9", 0, 10, patience=0.2)
 
 
 def test_what_is_not_there_is_not_asked_for_again(moody: tuple[str, type[Moody]]) -> None:
     place, handler = moody
     handler.moods[:] = ["404"]
     with pytest.raises(FileNotFoundError):
-        read_range(place, 0, 10)
+        read(place, 0, 10)
     assert handler.asked == 1
 
 
 def test_a_file_that_is_shorter_gives_what_it_has(moody: tuple[str, type[Moody]], tmp_path: Path) -> None:
-    place, _ = moody
-    assert read_range(place, len(CONTENT) - 5, 50, patience=0.0) == CONTENT[-5:]
-    (tmp_path / "a").write_bytes(CONTENT)
-    assert read_range(str(tmp_path / "a"), len(CONTENT) - 5, 50) == CONTENT[-5:]
+    place, handler = moody
+    assert read(place, len(CONTENT) - 5, 50) == CONTENT[-5:]
+    assert handler.asked == 3
+    (tmp_path / "shard.tar").write_bytes(CONTENT)
+    assert read(tmp_path, len(CONTENT) - 5, 50) == CONTENT[-5:]
+
+
+def test_what_the_cache_holds_is_not_asked_for(moody: tuple[str, type[Moody]], tmp_path: Path) -> None:
+    place, handler = moody
+    cached = Store(place, cache=Cache(str(tmp_path), 10**9))
+    for _ in range(3):
+        assert cached.member("shard.tar", 100, 900, [(10, 20), (500, 900)], "hash") == [
+            CONTENT[110:120],
+            CONTENT[600:1000],
+        ]
+    assert handler.asked == 1
+    cached.member("shard.tar", 100, 900, [(10, 20)])
+    assert handler.asked == 2
+
+
+@pytest.mark.parametrize("name", ["../shard.tar", "/etc/passwd", "a/b.tar", ".."])
+def test_a_name_that_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StoreError, match="lies outside"):
+        Store(tmp_path).member(name, 0, 10, [(0, 10)])
+
+
+# pipes
+
+
+def test_a_pipe_prints_a_file(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(CONTENT)
+    piped = Store(f"pipe:cat {tmp_path}/{{file}}")
+    assert piped.piped and not piped.local
+    assert piped.file("index.json") == CONTENT
+    with pytest.raises(StoreError, match=r"gone.*the command failed \(status 1\): cat: .*No such file"):
+        piped.file("gone.json")
+    with pytest.raises(StoreError, match="a pipe cannot be read in parts"):
+        piped.member("index.json", 0, 10, [(0, 10)])
+    for name in ("a;touch b.tar", "$HOME.tar", "a b.tar", "`ls`.tar"):
+        with pytest.raises(StoreError, match="lies outside"):
+            piped.file(name)
+
+
+# S3
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of an S3 server on this machine, with the content as shard.tar."""
+    server_module = pytest.importorskip("moto.server", reason="s3: needs a server to talk to")
+    s3fs = pytest.importorskip("s3fs", reason="s3: needs s3fs")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    filesystem = s3fs.S3FileSystem()
+    filesystem.makedirs("volumes", exist_ok=True)
+    filesystem.pipe_file("volumes/mine/shard.tar", CONTENT)
+    yield "s3://volumes/mine"
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_ranges_of_an_s3_bucket(bucket: str) -> None:
+    far = Store(bucket, patience=5.0)
+    assert far.file("shard.tar") == CONTENT
+    assert far.member("shard.tar", 100, 900, [(0, 10), (800, 900)]) == [CONTENT[100:110], CONTENT[900:1000]]
+    with pytest.raises(FileNotFoundError):
+        far.file("gone.tar")
+
+
+def test_an_s3_server_that_is_away(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    s3fs.S3FileSystem.clear_instance_cache()
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=r"s3://volumes/mine/shard.tar: the store gave no answer for"):
+        read(bucket, 0, 10, patience=1.0)
+    assert time.monotonic() - started < 30

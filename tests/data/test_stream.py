@@ -22,6 +22,7 @@ from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.health import Health
 from segvol_pl.data.sample import Member
 from segvol_pl.data.shards import Damage, SampleRecord, ShardError, read_index
+from segvol_pl.data.store import Store
 from segvol_pl.data.stream import DAMAGES, Batch, Plan, Stream, World, assign, epoch_order
 
 MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
@@ -91,12 +92,12 @@ def test_a_plan_goes_on_where_it_stopped(step: int, workers: int, accumulate: in
 
 
 def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int = 4) -> Stream:
-    index = read_index(folder)
+    index = read_index(Store(folder))
     records = [record for record in index.samples if record.labelled]
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
     draw = functools.partial(views.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
-    return Stream(Corpus([Part(folder, records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
+    return Stream(Corpus([Part(Store(folder), records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
 
 
 def _equal(a: Batch, b: Batch) -> bool:

@@ -35,6 +35,7 @@ from segvol_pl.configure import load, to_yaml
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
 from segvol_pl.data.shards import SampleRecord, ShardError, read_index
+from segvol_pl.data.store import Store
 from segvol_pl.model.checkpoint import CheckpointError, load_model
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import pretrain, train
@@ -202,7 +203,7 @@ def test_data_that_cannot_fill_a_batch_is_refused(
 def _flipped(shards: Path, folder: Path) -> tuple[Path, SampleRecord]:
     """A copy of the shards in which one sample of the train split has a wrong byte."""
     copy = Path(shutil.copytree(shards, folder))
-    record = next(one for one in read_index(copy).samples if one.split == "train")
+    record = next(one for one in read_index(Store(copy)).samples if one.split == "train")
     offset, size = record.members[Member.OVERVIEW.value]
     content = bytearray((copy / record.shard).read_bytes())
     content[offset + size // 2] ^= 0xFF
@@ -252,6 +253,33 @@ def test_two_ranks_killed_twenty_times_end_as_if_nothing_had_happened(phantom_sh
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_on_one_world_goes_on_on_another(phantom_shards: Path, tmp_path: Path) -> None:
+    """Two ranks, one, two with other workers and accumulation, one: the losses are those of an unbroken run."""
+    steps, base = 24, _train_config(phantom_shards, tmp_path / "whole", steps=24)
+    run = replace(base.run, checkpoint_every=1, val_every=0, val_batches=1)
+    config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5, global_batch=4))
+    for name in ("whole", "moved"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
+    command = [sys.executable, "-m", "segvol_pl", "train"]
+    worlds = [
+        ["run.devices=2"],
+        ["run.devices=1", "data.workers=0"],
+        ["run.devices=2", "run.accumulate=2", "data.workers=2"],
+        ["run.devices=1"],
+    ]
+    moved = [*command, str(tmp_path / "moved.yaml")]
+    for world, stop in zip(worlds, (5, 11, 17), strict=False):
+        _kill_after([*moved, *world], tmp_path / "moved/metrics.csv", stop)
+    for arguments in ([*command, str(tmp_path / "whole.yaml")], [*moved, *worlds[-1]]):
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    whole, other = (dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "moved"))
+    assert list(whole) == list(other) == list(range(1, steps + 1))
+    np.testing.assert_allclose(list(other.values()), list(whole.values()), rtol=1e-3)
 
 
 def _kill_after(command: list[str], metrics: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from segvol_pl.config import DataConfig, OptimConfig, PretrainConfig, PromptConf
 from segvol_pl.data import views
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.shards import read_index
+from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream
 from segvol_pl.model import TextBank
 from segvol_pl.tasks.optim import optimizer, schedule
@@ -27,13 +28,13 @@ OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
 
 
 def _batch(folder: Path, draw: Draw, size: int = 2) -> Batch:
-    records = [record for record in read_index(folder).samples if record.labelled]
-    return next(iter(Stream(Corpus([Part(folder, records)]), draw, Plan(len(records), size))))
+    records = [record for record in read_index(Store(folder)).samples if record.labelled]
+    return next(iter(Stream(Corpus([Part(Store(folder), records)]), draw, Plan(len(records), size))))
 
 
 @pytest.fixture(scope="module")
 def segment_batch(phantom_shards: Path) -> Batch:
-    rows = {name: row for row, name in enumerate(sorted(read_index(phantom_shards).categories))}
+    rows = {name: row for row, name in enumerate(sorted(read_index(Store(phantom_shards)).categories))}
     data = DataConfig(overview_fraction=1.0, flip=0.0)
     return _batch(
         phantom_shards, functools.partial(views.draw_segment, model=MODEL, data=data, prompts=PROMPTS, row_of=rows)

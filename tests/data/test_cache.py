@@ -1,0 +1,67 @@
+"""The cache of remote bytes: right, shared, bounded, and never a cause of damage."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segvol_pl.data.cache import BLOCK, Cache
+from segvol_pl.data.frames import Span
+
+SIZE = 2 * BLOCK + 1000
+CONTENT = np.random.default_rng(0).bytes(SIZE)
+
+
+class Far:
+    """A member far away, which counts what it is asked for."""
+
+    def __init__(self, content: bytes = CONTENT) -> None:
+        self.content, self.asked = content, list[Span]()
+
+    def fetch(self, spans: list[Span]) -> list[bytes]:
+        self.asked += spans
+        return [self.content[first:last] for first, last in spans]
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda ends: (min(ends), max(ends)))))
+@settings(max_examples=30, deadline=None)
+def test_spans_are_those_of_the_member(tmp_path_factory: object, spans: list[Span]) -> None:
+    folder = tmp_path_factory.mktemp("cache")  # type: ignore[attr-defined]
+    for _ in range(2):
+        cache, far = Cache(str(folder), 10 * SIZE), Far()
+        assert cache.read("key", SIZE, spans, far.fetch) == [CONTENT[first:last] for first, last in spans]
+    assert not far.asked
+
+
+def test_what_one_process_read_another_has(tmp_path: Path) -> None:
+    first, second, far = Cache(str(tmp_path), 10 * SIZE), Cache(str(tmp_path), 10 * SIZE), Far()
+    first.read("key", SIZE, [(0, 10)], far.fetch)
+    second.read("key", SIZE, [(5, BLOCK + 5)], far.fetch)
+    assert far.asked == [(0, BLOCK), (BLOCK, 2 * BLOCK)]
+    second.read("other", SIZE, [(0, 10)], far.fetch)
+    assert far.asked[2:] == [(0, BLOCK)]
+
+
+def test_a_forgotten_member_is_fetched_anew(tmp_path: Path) -> None:
+    cache, bad = Cache(str(tmp_path), 10 * SIZE), Far(bytes(SIZE))
+    cache.read("key", SIZE, [(0, SIZE)], bad.fetch)
+    cache.forget("key")
+    assert cache.read("key", SIZE, [(0, SIZE)], Far().fetch) == [CONTENT]
+
+
+def test_it_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path: Path) -> None:
+    limit = 20 * BLOCK
+    cache, far = Cache(str(tmp_path), limit), Far()
+    for number in range(40):
+        cache.read(f"key{number}", BLOCK, [(0, 10)], far.fetch)
+        for path in tmp_path.glob("??/*"):
+            # The clock of some file systems is coarser than this loop.
+            os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))
+        cache.read("kept", BLOCK, [(0, 10)], far.fetch)
+    held = sum(path.stat().st_size for path in tmp_path.glob("??/*"))
+    assert limit / 2 < held <= limit
+    assert len(far.asked) == 41
