@@ -455,6 +455,15 @@ class RegionsConfig:
         _require(2e-5 <= self.min_fraction < 1, "regions.min_fraction", "is a share between 0.00002 and 1")
 
 
+def parse_slice(text: str) -> tuple[int, int]:
+    """K/N as two numbers. Raises ConfigError unless 0 <= K < N."""
+    number, _, count = text.partition("/")
+    _require(
+        number.isdecimal() and count.isdecimal() and int(number) < int(count), "slice", f"{text!r} is not K/N, K < N"
+    )
+    return int(number), int(count)
+
+
 @dataclass
 class PackConfig:
     """CT files into tar shards."""
@@ -464,9 +473,12 @@ class PackConfig:
     labels: str | None = None
     """Label maps, given likewise; paired by case id."""
     cases: str | None = None
-    """CSV or JSON that states the pairs: id, image, label."""
+    """CSV or JSON that states the pairs: id, image, label; or id, image and a column of files for each category."""
     categories: str | None = None
-    """YAML: category name -> label values. Needed where there are labels."""
+    """YAML: category name -> label values. Needed where there are label maps."""
+    slice: str = ""
+    """K/N: stage the K-th (from 0) of N parts of the cases alone, e.g. as a task of a SLURM array; a run without it
+    joins them."""
     out: str = MISSING
     """Folder of the shards and index.json."""
     dataset: str = "unnamed"
@@ -493,6 +505,8 @@ class PackConfig:
         _require(given, "images", "give images=FILE_OR_FOLDER_OR_GLOB or cases=FILE")
         _require(0 <= self.test_fraction <= 1, "test_fraction", "is a share between 0 and 1")
         _require(self.samples_per_shard > 0, "samples_per_shard", "must be positive")
+        if self.slice:
+            parse_slice(self.slice)
         labelled = self.labels is None or self.categories is not None
         _require(labelled, "categories", "labels need categories=FILE (YAML: name -> label values)")
 

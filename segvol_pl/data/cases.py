@@ -10,12 +10,13 @@ What cannot be paired is an error that lists it: no CT is left out, or left unla
 from __future__ import annotations
 
 import csv
+import difflib
 import glob
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,24 @@ class CaseError(ValueError):
     """Cases or categories that cannot be used. The message names the files and the remedy."""
 
 
+COLUMNS = ("id", "image", "label")
+"""Columns of a list of cases; any other names a category and holds files of its own."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """A CT and, where it is labelled, its label map."""
+    """A CT and, where it is labelled, its label map or one file for each of its categories."""
 
     id: str
     image: Path
     label: Path | None = None
+    masks: dict[str, Path] = field(default_factory=dict)
+    """Category name -> a file whose voxels above 0 are it. Categories may overlap."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """All that the case is made of."""
+        return [self.image, *([self.label] if self.label else []), *self.masks.values()]
 
 
 def find_cases(images: str, labels: str | None = None) -> list[Case]:
@@ -139,7 +151,8 @@ def _listed(names: list[str]) -> str:
 def read_cases(path: str | Path) -> list[Case]:
     """The cases that a CSV (columns id, image, label) or JSON (a list of such objects) states, sorted by id.
 
-    Paths are relative to the file; `label` may be empty or left out. Raises CaseError for anything else.
+    Instead of `label`, any further column names a category and holds the file of its voxels. Paths are relative to the
+    file and may be empty or left out, but for id and image. Raises CaseError for anything else.
     """
     path = Path(path)
     if not path.is_file():
@@ -172,13 +185,24 @@ def _case_of(row: Any, path: Path, number: int) -> Case:
     place = f"cases: {path}, case {number}"
     if not isinstance(row, dict):
         raise CaseError(f"{place}: is not an object with id, image, label")
-    unknown = sorted(str(key) for key in row.keys() - {"id", "image", "label"})
-    if unknown:
-        raise CaseError(f"{place}: unknown column {_listed(unknown)}: the columns are id, image, label")
-    id, image, label = (row.get(key) or "" for key in ("id", "image", "label"))
-    if not (id and image and all(isinstance(value, str) for value in (id, image, label))):
-        raise CaseError(f"{place}: needs an id and an image, and a label where it is labelled, as text")
-    return Case(id, path.parent / image, path.parent / label if label else None)
+    if None in row:
+        raise CaseError(f"{place}: has more cells than the file has columns")
+    cells = {str(key): value or "" for key, value in row.items()}
+    id, image, label = (cells.get(key, "") for key in COLUMNS)
+    if not (id and image and all(isinstance(value, str) for value in cells.values())):
+        raise CaseError(f"{place}: needs an id and an image, and labels where it is labelled, as text")
+    masks = {name: path.parent / cells[name] for name in sorted(cells.keys() - set(COLUMNS)) if cells[name]}
+    _check_columns(sorted(cells.keys() - set(COLUMNS)), bool(label and masks), place)
+    return Case(id, path.parent / image, path.parent / label if label else None, masks)
+
+
+def _check_columns(names: list[str], both: bool, place: str) -> None:
+    for name in names:
+        meant = difflib.get_close_matches(name.lower(), [*COLUMNS, "images", "labels"], n=1, cutoff=0.75)
+        if meant or not name.strip():
+            raise CaseError(f"{place}: unknown column {name!r}: the columns are id, image, label, or category names")
+    if both:
+        raise CaseError(f"{place}: has a label map and files of categories: give one of the two")
 
 
 # Categories

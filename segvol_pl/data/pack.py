@@ -2,12 +2,13 @@
 
 1. `pack` finds the cases and hands them to worker processes, one case at a time.
 2. `pack_case` reads a CT and its label map, crops to the body and writes down every fact that training needs.
-3. Each packed case is staged as a tar of its own, named by a fingerprint of its files and the configuration,
-   so that an interrupted run goes on where it stopped and a stale file is never reused.
+3. Each packed case is staged as a tar of its own, named by a fingerprint of its files' names, sizes and times and of
+   the configuration, so that an interrupted run goes on where it stopped and a changed file is packed anew. With
+   `slice=K/N` a run stages its part of the cases alone: many machines share the work.
 4. The staged cases are joined into shards in the order of their keys; the index comes last, then staging goes.
 
 Equal cases and configuration give byte-identical shards, however often the run was interrupted and whatever the
-number of workers. Cases that cannot be used are listed and left out, up to a bound.
+number of workers and slices. Cases that cannot be used are listed and left out, up to a bound.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import wait
@@ -41,7 +42,7 @@ from rich.table import Table
 from rich.text import Text
 from scipy import ndimage
 
-from segvol_pl.config import PackConfig, RegionsConfig
+from segvol_pl.config import PackConfig, RegionsConfig, parse_slice
 from segvol_pl.data.cases import Case, find_cases, load_categories, read_cases
 from segvol_pl.data.frames import chunk_table, encode_array
 from segvol_pl.data.pseudo import pseudo_regions
@@ -64,6 +65,9 @@ log = logging.getLogger(__name__)
 
 STAGING = ".staging"
 REPORT = "pack_report.json"
+SPLITS = "splits.csv"
+COPIES = 8
+"""Shards joined side by side."""
 KEY_LENGTH = 80
 """Characters of a key at most: a member's name must fit a tar header of 100."""
 
@@ -153,6 +157,9 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     if (out / INDEX).exists():
         return _finished(out, fingerprint, console)
     jobs = _jobs_of(cases, recipe, _open_staging(out))
+    if config.slice:
+        number, count = parse_slice(config.slice)
+        return _stage_slice(jobs[number::count], config, fingerprint, console)
     outcomes = [outcome for _, outcome in sorted(_run(jobs, _workers(config, jobs), console).items())]
     kept, duplicates = _drop_duplicates([outcome for outcome in outcomes if isinstance(outcome, Staged)])
     bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
@@ -160,6 +167,21 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     _print_left_out(report, console)
     _check_bound(report, config, out, start)
     return _finish(kept, report, config, start, console)
+
+
+def _stage_slice(jobs: list[Job], config: PackConfig, fingerprint: str, console: Console) -> PackReport:
+    """Stages the jobs and leaves the rest to the run that joins; what is bad is tried again by it."""
+    if not jobs:
+        console.print(f"slice {config.slice}: no case falls into it")
+        return PackReport(0, fingerprint, [], {})
+    outcomes = _run(jobs, _workers(config, jobs), console).values()
+    bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
+    report = PackReport(len(jobs), fingerprint, bad, {})
+    _print_left_out(report, console)
+    console.print(
+        f"slice {config.slice}: {len(jobs) - len(bad)} of {len(jobs)} cases staged: run without slice to join"
+    )
+    return report
 
 
 def _recipe_of(config: PackConfig) -> Recipe:
@@ -184,9 +206,9 @@ def _cases_of(config: PackConfig) -> list[Case]:
 
 def _stat_of(case: Case) -> list[Any]:
     """What tells cheaply whether a case's files changed since they were packed."""
-    files = [file for path in (case.image, case.label) if path for file in files_of(path)]
-    stats = [(file.name, *((s := file.stat()).st_size, s.st_mtime_ns)) for file in files if file.exists()]
-    return [case.id, stats]
+    files = [file for path in case.paths for file in files_of(path)]
+    stats = [[file.name, *((s := file.stat()).st_size, s.st_mtime_ns)] for file in files if file.exists()]
+    return [case.id, sorted(case.masks), stats]
 
 
 def _finished(out: Path, fingerprint: str, console: Console) -> PackReport:
@@ -330,10 +352,9 @@ def _log_again(record: logging.LogRecord) -> None:
 def _stage(job: Job) -> Staged | BadCase:
     """Packs the case into the staging folder unless it lies there already."""
     try:
-        source = _source_of(job.case)
-        path = job.staging / f"{job.key}.{job.recipe.fingerprint(source)[:16]}.tar"
+        path = job.staging / f"{job.key}.{job.recipe.fingerprint(_stat_of(job.case))[:16]}.tar"
         if not path.exists():
-            write_shard(path, [pack_case(job.case, job.key, job.recipe, source)])
+            write_shard(path, [pack_case(job.case, job.key, job.recipe, _source_of(job.case))])
     except (VolumeError, SampleError) as error:
         return BadCase(job.case.id, str(job.case.image), str(error))
     record, facts = walk_shard(path)[0]
@@ -344,6 +365,10 @@ def _source_of(case: Case) -> dict[str, str]:
     source = {"image": case.image.name, "image_sha256": source_sha256(case.image)}
     if case.label is not None:
         source |= {"label": case.label.name, "label_sha256": source_sha256(case.label)}
+    if case.masks:
+        digests = {name: source_sha256(path) for name, path in case.masks.items()}
+        together = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+        source |= {"label": f"{len(digests)} files", "label_sha256": together}
     return source
 
 
@@ -356,7 +381,7 @@ def pack_case(case: Case, key: str, recipe: Recipe, source: dict[str, str]) -> S
     Raises VolumeError or SampleError for a CT or label map that cannot be used.
     """
     volume = read_volume(case.image)
-    label_DHW = _label_of(case, volume)
+    label_DHW, categories = _label_of(case, volume, recipe)
     content = _content_sha256(volume.array_DHW)
     intensity = intensity_of(volume.array_DHW)
     box = body_box(volume.array_DHW, intensity)
@@ -373,7 +398,7 @@ def pack_case(case: Case, key: str, recipe: Recipe, source: dict[str, str]) -> S
         split=split_of(content, recipe.test_fraction).value,
         modality=recipe.modality,
         intensity=intensity,
-        categories=_categories_of(label_DHW, recipe, content, case) if label_DHW is not None else {},
+        categories=_categories_of(label_DHW, categories, recipe, content, case) if label_DHW is not None else {},
         labelled=label_DHW is not None,
         overview_shape=list(recipe.overview_shape),
     )
@@ -391,13 +416,42 @@ def _content_sha256(hu_DHW: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _label_of(case: Case, volume: Volume) -> np.ndarray | None:
-    if case.label is None:
-        return None
-    label_DHW = read_label(case.label, volume)
+def _label_of(case: Case, volume: Volume, recipe: Recipe) -> tuple[np.ndarray | None, dict[str, list[int]]]:
+    """The case's label map, if any, and what its values mean."""
+    if not case.label and not case.masks:
+        return None, {}
+    if case.label:
+        label_DHW, categories = read_label(case.label, volume), recipe.categories
+    else:
+        files = sorted(case.masks.items())
+        label_DHW, categories = join_masks(volume.array_DHW.shape, ((name, read_label(path, volume)) for name, path in files))
     if not label_DHW.any():
-        raise SampleError(f"{case.label}: the label map is empty (all 0): leave the case out or give its label map")
-    return label_DHW
+        place = case.label or f"{case.image}: its {len(case.masks)} category files"
+        raise SampleError(f"{place}: the label map is empty (all 0): leave the case out or give its label map")
+    return label_DHW, categories
+
+
+def join_masks(
+    shape: tuple[int, ...], masks: Iterable[tuple[str, np.ndarray]]
+) -> tuple[np.ndarray, dict[str, list[int]]]:
+    """One label map (D,H,W) of masks that may overlap, one at a time, and category -> its values.
+
+    Each set of categories that meet in a voxel gets a value of its own, in the order of the sets' names.
+    """
+    groups: list[tuple[str, ...]] = [()]
+    codes_DHW = np.zeros(shape, dtype=np.int32)
+    for name, mask_DHW in masks:
+        inside_DHW = mask_DHW > 0
+        table = np.zeros(len(groups), dtype=np.int32)
+        for code in np.unique(codes_DHW[inside_DHW]):
+            table[code] = len(groups)
+            groups.append((*groups[code], name))
+        codes_DHW[inside_DHW] = table[codes_DHW[inside_DHW]]
+    present = sorted(groups[code] for code in np.unique(codes_DHW) if code)
+    value_of = {group: value for value, group in enumerate(present, start=1)}
+    values = np.array([value_of.get(group, 0) for group in groups], dtype=np.min_scalar_type(len(present)))
+    names = sorted({name for group in present for name in group})
+    return values[codes_DHW], {name: [value_of[group] for group in present if name in group] for name in names}
 
 
 def _arrays_of(
@@ -429,20 +483,22 @@ def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
     return Sample(facts.key, {Member.FACTS: text.encode(), **members})
 
 
-def _categories_of(label_DHW: np.ndarray, recipe: Recipe, content: str, case: Case) -> dict[str, CategoryFacts]:
+def _categories_of(
+    label_DHW: np.ndarray, categories: dict[str, list[int]], recipe: Recipe, content: str, case: Case
+) -> dict[str, CategoryFacts]:
     """The categories present, measured. Raises SampleError where no value of the label map is any category's."""
     places = dict(enumerate(ndimage.find_objects(label_DHW), start=1))
     present = {value: place for value, place in places.items() if place is not None}
     rng = np.random.default_rng(int(content[:16], 16))
     found = {
         name: _measure(label_DHW, values, [present[value] for value in values if value in present], recipe.anchors, rng)
-        for name, values in sorted(recipe.categories.items())
+        for name, values in sorted(categories.items())
         if any(value in present for value in values)
     }
     if not found:
         values = ", ".join(str(value) for value in sorted(present)[:10])
         raise SampleError(f"{case.label}: none of its values ({values}) is any category's: check categories=FILE")
-    unnamed = sorted(present.keys() - {value for values in recipe.categories.values() for value in values})
+    unnamed = sorted(present.keys() - {value for values in categories.values() for value in values})
     if unnamed:
         log.debug("%s: %d label values that no category names: %s", case.label, len(unnamed), unnamed)
     return found
@@ -511,6 +567,7 @@ def _finish(kept: list[Staged], report: PackReport, config: PackConfig, start: f
         seconds=time.monotonic() - start,
     )
     write_text(out / REPORT, _report_json(report))
+    write_text(out / SPLITS, _splits_csv(kept))
     build_index(out)
     shutil.rmtree(out / STAGING)
     _print_summary(report, out, console)
@@ -521,14 +578,16 @@ def _join_shards(kept: list[Staged], config: PackConfig, out: Path) -> list[Path
     """A shard holds one split only: who reads tars without the index cannot mix them up."""
     for stale in out.glob("*.tar"):
         stale.unlink()
-    shards = []
+    shards: dict[Path, list[SampleRecord]] = {}
     for split in Split:
         records = [case.record for case in kept if case.record.split == split.value]
         for first in range(0, len(records), config.samples_per_shard):
             name = f"{_key_of(config.dataset)}-{split.value}-{first // config.samples_per_shard:05d}.tar"
-            write_shard(out / name, _staged_samples(out / STAGING, records[first : first + config.samples_per_shard]))
-            shards.append(out / name)
-    return shards
+            shards[out / name] = records[first : first + config.samples_per_shard]
+    # Copying waits for the disk: threads are enough.
+    with ThreadPoolExecutor(COPIES) as threads:
+        list(threads.map(lambda path: write_shard(path, _staged_samples(out / STAGING, shards[path])), shards))
+    return list(shards)
 
 
 def _staged_samples(staging: Path, records: list[SampleRecord]) -> Iterator[Sample]:
@@ -536,6 +595,12 @@ def _staged_samples(staging: Path, records: list[SampleRecord]) -> Iterator[Samp
     for record in records:
         members = {member: read_member(store, record, member) for member in Member if member.value in record.members}
         yield Sample(record.key, members)
+
+
+def _splits_csv(kept: list[Staged]) -> str:
+    """Which case is in which split, by the sha256 of its voxels."""
+    rows = sorted((case.record.split, case.record.key, case.content_sha256) for case in kept)
+    return "\n".join(["split,key,content_sha256", *(",".join(row) for row in rows)]) + "\n"
 
 
 def _print_summary(report: PackReport, out: Path, console: Console) -> None:

@@ -179,8 +179,10 @@ def build_index(folder: Source) -> Index:
     paths = sorted(root.glob("*.tar"))
     if not paths:
         raise ShardError(f"{root} holds no *.tar: pack data into it with segvol-pl pack")
-    found = [(path, walk_shard(path)) for path in paths]
-    index = _summarise(found)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        found = list(zip(paths, threads.map(walk_shard, paths), strict=True))
+        hashes = list(threads.map(sha256_of, paths))
+    index = _summarise(found, hashes)
     write_text(root / INDEX, index.to_json() + "\n")
     return index
 
@@ -248,7 +250,7 @@ def _parse_facts(text: bytes, place: str) -> Facts:
         raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
 
 
-def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]]) -> Index:
+def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]], hashes: list[str]) -> Index:
     pairs = [pair for _, samples in found for pair in samples]
     records, facts = [record for record, _ in pairs], [fact for _, fact in pairs]
     _check_keys(records)
@@ -259,7 +261,10 @@ def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]]) -> In
     return Index(
         dataset="+".join(sorted({fact.dataset for fact in facts})),
         overview_shape=list(shapes[0]),
-        shards=[Shard(path.name, path.stat().st_size, sha256_of(path), len(samples)) for path, samples in found],
+        shards=[
+            Shard(path.name, path.stat().st_size, sha256, len(samples))
+            for (path, samples), sha256 in zip(found, hashes, strict=True)
+        ],
         splits={split: splits.count(split) for split in sorted(set(splits))},
         categories=_count_categories(facts),
         samples=records,

@@ -105,11 +105,11 @@ def test_stated_pairs_are_relative_to_their_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.csv", "id,image,liver\na,b,c\n", "case 1: unknown column liver"),
+        ("c.csv", "id,image,lable\na,b,c\n", "case 1: unknown column 'lable'"),
         ("c.csv", "id,image\na,\n", "case 1: needs an id and an image"),
         ("c.csv", "id,image\na,b\na,c\n", "states a twice"),
         ("c.csv", "id,image\n", "states no case"),
-        ("c.csv", "id,image\na,b,c\n", "case 1: unknown column None"),
+        ("c.csv", "id,image\na,b,c\n", "case 1: has more cells than the file has columns"),
         ("c.json", "{}", "holds no list"),
         ("c.json", "[1]", "case 1: is not an object"),
         ("c.json", "[", "is no JSON"),

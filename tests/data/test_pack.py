@@ -18,18 +18,21 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from ct_files import SPACING, phantom, to_image, write_case, write_dicom
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from segvol_pl.config import PackConfig, RegionsConfig
+from segvol_pl.config import ConfigError, PackConfig, RegionsConfig
 from segvol_pl.data import pack as packing
 from segvol_pl.data.cases import CaseError
 from segvol_pl.data.frames import decode_array
-from segvol_pl.data.pack import PackError, PackReport, pack, split_of
+from segvol_pl.data.pack import PackError, PackReport, join_masks, pack, split_of
+from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import Facts, Member, Split
 from segvol_pl.data.shards import INDEX, read_facts, read_index, read_member, verify
 from segvol_pl.data.store import Store
 from segvol_pl.data.transforms import box_slices
-from segvol_pl.data.volume import read_label, read_volume
+from segvol_pl.data.volume import read_label, read_volume, write_mask
 
 CATEGORIES = "liver: [1]\nlung: [2]\nboth: [1, 2]\nspleen: [3]\n"
 
@@ -140,8 +143,8 @@ def test_split_of_follows_the_fraction() -> None:
 def test_the_folder_is_whole_and_clean(packed: Path) -> None:
     assert verify(packed) == []
     names = sorted(path.name for path in packed.iterdir())
-    assert [name for name in names if not name.endswith(".tar")] == [INDEX, "pack_report.json"]
-    assert len(names) == 2 + 3
+    assert [name for name in names if not name.endswith(".tar")] == [INDEX, "pack_report.json", "splits.csv"]
+    assert len(names) == 3 + 3
     report = json.loads((packed / "pack_report.json").read_text())
     assert (report["cases"], report["splits"]) == (6, {"test": 2, "train": 4})
 
@@ -150,6 +153,65 @@ def test_workers_do_not_change_a_byte(source: Path, packed: Path, tmp_path: Path
     pack(_config(source, tmp_path / "out", workers=2))
     assert _shards(tmp_path / "out") == _shards(packed)
     assert (tmp_path / "out" / INDEX).read_bytes() == (packed / INDEX).read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 9])
+def test_slices_change_no_byte(source: Path, packed: Path, tmp_path: Path, count: int) -> None:
+    """Whatever the number of tasks, the order in which they end, and a task that never ran."""
+    out = tmp_path / "shards"
+    for number in range(count)[::-1][: count - 1 or 1]:
+        report = pack(_config(source, out, slice=f"{number}/{count}"))
+        assert not report.shards and not (out / INDEX).exists()
+    pack(_config(source, out))
+    assert _shards(out) == _shards(packed)
+    assert (out / "splits.csv").read_text() == (packed / "splits.csv").read_text()
+
+
+def test_what_slices_staged_is_not_packed_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "shards"
+    for number in range(3):
+        pack(_config(source, out, slice=f"{number}/3"))
+    monkeypatch.setattr(packing, "pack_case", None)
+    monkeypatch.setattr(packing, "source_sha256", None)
+    assert pack(_config(source, out)).packed == 6
+
+
+@pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/0"])
+def test_a_slice_that_is_none(source: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"slice: .* is not K/N"):
+        _config(source, tmp_path, slice=text)
+
+
+def test_masks_that_overlap_are_kept(source: Path, tmp_path: Path) -> None:
+    """A label file per category: each category is its file's voxels, however they overlap."""
+    volume = read_volume(source / "case0_ct.nii.gz")
+    label_DHW = read_label(source / "case0_seg.nii.gz", volume)
+    lung_DHW, liver_DHW = label_DHW == 2, label_DHW == 1
+    halved_DHW = liver_DHW | lung_DHW
+    halved_DHW[: len(halved_DHW) // 2] = False
+    masks = {"lung": lung_DHW, "liver": liver_DHW, "upper half": halved_DHW, "absent": np.zeros_like(lung_DHW)}
+    for name, mask_DHW in masks.items():
+        write_mask(mask_DHW, volume, tmp_path / f"{name}.nii.gz")
+    row = {"id": "case0", "image": str(source / "case0_ct.nii.gz"), **{name: f"{name}.nii.gz" for name in masks}}
+    (tmp_path / "cases.json").write_text(json.dumps([row]))
+    stated = str(tmp_path / "cases.json")
+    pack(_config(source, tmp_path / "out", images=None, labels=None, categories=None, cases=stated))
+    facts, arrays = _read(tmp_path / "out", "case0")
+    assert sorted(facts.categories) == ["liver", "lung", "upper half"]
+    for name, category in facts.categories.items():
+        assert np.isin(arrays[Member.LABEL], category.values).sum() == masks[name].sum() == category.voxels
+        assert category.box == list(box_of(np.isin(arrays[Member.LABEL], category.values)))
+    assert facts.source["label"] == "4 files"
+
+
+@given(st.lists(st.integers(0, 2**6 - 1), min_size=8, max_size=8), st.integers(1, 6))
+def test_joined_masks_can_be_told_apart_again(bits: list[int], count: int) -> None:
+    codes = np.array(bits).reshape(2, 2, 2)
+    masks = {f"m{number}": (codes >> number) & 1 for number in range(count)}
+    label_DHW, categories = join_masks(codes.shape, sorted(masks.items()))
+    for name, mask in masks.items():
+        assert np.array_equal(np.isin(label_DHW, categories.get(name, [])), mask > 0)
+    assert sorted(np.unique(label_DHW[label_DHW > 0])) == list(range(1, label_DHW.max() + 1))
 
 
 def test_a_complete_folder_is_left_as_it_is(source: Path, packed: Path) -> None:
