@@ -2,7 +2,8 @@
 
     python benchmarks/loader_processes.py [CT_FOLDER] [samples=10000]
 
-1. Volumes/s of one and of two processes, in turns within one run, on the volume of `benchmarks/loader.py`.
+1. Volumes/s of one and of two loader processes, in turns within one run, on the volume of `benchmarks/loader.py`;
+   and of one and of two processes that load without a loader and know nothing of each other: what the machine gives.
 2. Memory of a process over many samples of small phantoms: what it holds after a tenth of them, and after all.
 3. Memory of a process on volumes of 600 x 512 x 512 voxels (the trunk CT, enlarged).
 4. Milliseconds to plan an epoch of 90,000 volumes for a worker among 1,024 ranks x 16.
@@ -11,6 +12,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -29,8 +31,10 @@ from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import views
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
 from segvol_pl.data.pack import pack
+from segvol_pl.data.parcel import as_it_is
 from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.shards import SampleRecord
+from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Batch, Plan, Stream, World, assign
 
 LARGE = (512, 512, 600)
@@ -45,7 +49,8 @@ def loader_of(folder: Path, model: SegVolConfig, batch: int, workers: int, overv
     rows = {category: row for row, category in enumerate(sorted(packed_folder.index.categories))}
     draw = functools.partial(views.draw_segment, model=model, data=data, prompts=PromptConfig(), row_of=rows)
     stream = Stream(corpus, draw, Plan(corpus.num_samples, batch))
-    return DataLoader(stream, batch_size=None, num_workers=workers, prefetch_factor=2)
+    prefetch = 2 if workers else None
+    return DataLoader(stream, batch_size=None, collate_fn=as_it_is, num_workers=workers, prefetch_factor=prefetch)
 
 
 def rates(folder: Path, repeats: int = 3, batches: int = 40) -> dict[int, list[float]]:
@@ -62,6 +67,26 @@ def rates(folder: Path, repeats: int = 3, batches: int = 40) -> dict[int, list[f
             measured.append(batches / (time.perf_counter() - started))
             del batch
     return found
+
+
+def unloaded(folder: Path, repeats: int = 3) -> dict[int, list[float]]:
+    """Processes -> their volumes/s together, nothing passed between them, measured in turns."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(repeats):
+        for count, measured in found.items():
+            with multiprocessing.get_context("fork").Pool(count) as processes:
+                measured.append(sum(processes.map(_rate_alone, [folder] * count, chunksize=1)))
+    return found
+
+
+def _rate_alone(folder: Path, samples: int = 40) -> float:
+    batches = iter(loader_of(folder, SegVolConfig(), 1, 0))
+    for _ in islice(batches, 8):
+        pass
+    started = time.perf_counter()
+    for _ in islice(batches, samples):
+        pass
+    return samples / (time.perf_counter() - started)
 
 
 def held(folder: Path, model: SegVolConfig, samples: int, overviews: float) -> tuple[float, float]:
@@ -103,7 +128,7 @@ def pack_folder(folder: Path, overview: list[int], images: Path, labels: Path) -
 def planning(samples: int = 90_000, repeats: int = 20) -> float:
     """Median milliseconds for the order of an epoch and the part of one worker among 1,024 ranks x 16."""
     record = SampleRecord("a", "a.tar", "train", True, [1, 1, 1], [1.0] * 3, [], {})
-    stream = Stream(Corpus([Part("a", [record] * samples)]), lambda *_: {}, Plan(samples, 4096))
+    stream = Stream(Corpus([Part(Store("a"), [record] * samples)]), lambda *_: {}, Plan(samples, 4096))
     taken = []
     for epoch in range(repeats):
         started = time.perf_counter()
@@ -119,8 +144,10 @@ def main(source: Path, samples: int) -> None:
         folders = [Path(name) / part for part in ("scaling", "small", "large")]
         for folder in folders:
             folder.mkdir()
-        found = {workers: statistics.median(rate) for workers, rate in rates(packed(source, folders[0])).items()}
-        print(f"volumes/s of 1 and 2 processes: {found[1]:.1f}, {found[2]:.1f}: {found[2] / found[1]:.2f} times")
+        shards = packed(source, folders[0])
+        for kind, measure in (("loader processes", rates), ("processes apart from each other", unloaded)):
+            found = {count: statistics.median(rate) for count, rate in measure(shards).items()}
+            print(f"volumes/s of 1 and 2 {kind}: {found[1]:.1f}, {found[2]:.1f}: {found[2] / found[1]:.2f} times")
         tiny = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8])
         early, most = held(small_phantoms(folders[1]), tiny, samples, 0.5)
         print(f"a process over {samples} samples: {early:.0f} MiB early, {most:.0f} MiB at most later")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
 from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.health import Health
+from segvol_pl.data.parcel import as_it_is
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream, World
 
@@ -86,6 +87,7 @@ class VolumeModule(pl.LightningDataModule):
         return DataLoader(
             stream,
             batch_size=None,
+            collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=self.data.prefetch if workers else None,
             multiprocessing_context=self.data.start_method.value if workers else None,

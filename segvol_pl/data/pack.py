@@ -424,7 +424,9 @@ def _label_of(case: Case, volume: Volume, recipe: Recipe) -> tuple[np.ndarray | 
         label_DHW, categories = read_label(case.label, volume), recipe.categories
     else:
         files = sorted(case.masks.items())
-        label_DHW, categories = join_masks(volume.array_DHW.shape, ((name, read_label(path, volume)) for name, path in files))
+        label_DHW, categories = join_masks(
+            volume.array_DHW.shape, ((name, read_label(path, volume)) for name, path in files)
+        )
     if not label_DHW.any():
         place = case.label or f"{case.image}: its {len(case.masks)} category files"
         raise SampleError(f"{place}: the label map is empty (all 0): leave the case out or give its label map")

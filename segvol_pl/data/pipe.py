@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import webdataset
 
 from segvol_pl.data.corpus import Corpus, rng_of
@@ -65,7 +64,7 @@ class PipeStream(Stream):
         world = self.worker_world()
         samples = self._samples(world)
         for _, seen, positions in self.plan.positions(world, self.seen):
-            yield {**collate(list(itertools.islice(samples, len(positions)))), "seen": torch.tensor(seen)}
+            yield collate(list(itertools.islice(samples, len(positions))), seen)
 
     def _samples(self, world: World) -> Iterator[Arrays]:
         for number in itertools.count():

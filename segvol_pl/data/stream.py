@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from segvol_pl.config import Tail
 from segvol_pl.data.corpus import Corpus, rng_of
+from segvol_pl.data.parcel import stacked
 from segvol_pl.data.sample import Facts
 from segvol_pl.data.shards import Damage, DamagedSample, ShardError, read_array, read_facts
 from segvol_pl.data.views import Arrays, Read, lettered
@@ -102,7 +102,7 @@ class Plan:
 
 
 class Stream(IterableDataset[Batch]):
-    """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None`.
+    """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None, collate_fn=as_it_is`.
 
     Each batch carries `seen`: the samples seen by all ranks once it has been used.
     """
@@ -123,7 +123,7 @@ class Stream(IterableDataset[Batch]):
             if epoch not in rows:
                 rows = {epoch: self.rows(epoch)}
             samples = [self.sample(epoch, int(position), rows[epoch]) for position in positions]
-            yield {**collate(samples), "seen": torch.tensor(seen)}
+            yield collate(samples, seen)
 
     def rows(self, epoch: int) -> np.ndarray:
         """The corpus's rows in the epoch's order; positions are places in it."""
@@ -157,8 +157,6 @@ class Stream(IterableDataset[Batch]):
         return self.draw(facts, lambda member: read_array(store, record, facts, member), rng)
 
 
-def collate(samples: list[Arrays]) -> Batch:
+def collate(samples: list[Arrays], seen: int) -> Batch:
     """Stacks the arrays of each name along a new first axis: image_CDHW becomes image_BCDHW."""
-    return {
-        lettered(name, "B"): torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in samples[0]
-    }
+    return stacked(samples, {name: lettered(name, "B") for name in samples[0]}, {"seen": np.array(seen)})
