@@ -143,6 +143,18 @@ def _inspect(arguments: list[str]) -> int:
     return DONE
 
 
+def _overlap(arguments: list[str]) -> int:
+    if not arguments:
+        raise ConfigError("takes DIR ...")
+    groups = _function("segvol_pl.data.overlap:overlap")(arguments)
+    leaking = [group for group in groups if _function("segvol_pl.data.overlap:leaks")(group)]
+    for group in groups:
+        places = "  =  ".join(f"{place.folder} {place.key} ({place.split})" for place in group)
+        print(f"{'in two splits: ' if group in leaking else ''}{places}")
+    print(f"{len(groups)} volumes occur more than once, {len(leaking)} of them in different splits")
+    return FAILED if leaking else DONE
+
+
 def _import(arguments: list[str]) -> int:
     files = [argument for argument in arguments if "=" not in argument]
     source, destination = _take(files, "SRC", "DST")
@@ -180,6 +192,7 @@ VERBS = {
     "index": Verb("DIR", "Write index.json anew from the shards in DIR.", _index),
     "verify": Verb("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
     "inspect": Verb("DIR", "List the samples in the shards of DIR.", _inspect),
+    "overlap": Verb("DIR ...", "List volumes that occur in several of the folders, or in two splits.", _overlap),
     "pretrain": _configured("pretrain", "segvol_pl.run.trainer:pretrain"),
     "train": _configured("train", "segvol_pl.run.trainer:train"),
     "evaluate": _configured("evaluate", "segvol_pl.evaluate:evaluate"),

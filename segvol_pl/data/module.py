@@ -34,9 +34,19 @@ class VolumeModule(pl.LightningDataModule):
         self.train_corpus = training_corpus(folders, data, labelled)
         self.val_corpus = held_out_corpus(folders, data.val_split, labelled)
         self.categories = sorted({name for folder in folders for name in folder.index.categories})
+        self._warn_of_leaks()
         self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()
         self.seen = 0
+
+    def _warn_of_leaks(self) -> None:
+        trained, held_out = (
+            {record.content for record in corpus.records if record.content}
+            for corpus in (self.train_corpus, self.val_corpus)
+        )
+        both = len(trained & held_out)
+        if both and self.data.split != self.data.val_split:
+            log.warning("%d of %d held-out volumes are trained on too: run segvol-pl overlap", both, len(held_out))
 
     def _train_plan(self) -> Plan:
         samples, batch = self.train_corpus.num_samples, self.data.global_batch
