@@ -52,6 +52,8 @@ from segvol_pl.data.shards import (
     Sample,
     SampleRecord,
     build_index,
+    read_facts,
+    read_index,
     read_member,
     walk_shard,
     write_shard,
@@ -102,6 +104,13 @@ class Job:
     key: str
     recipe: Recipe
     staging: Path
+    mark: str
+    """Tells whether the case's files or the recipe changed since it was staged."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is staged."""
+        return self.staging / f"{self.key}.{self.mark}.tar"
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Staged:
     id: str
     record: SampleRecord
     content_sha256: str
+    mark: str
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,9 @@ class PackReport:
     bad: list[BadCase]
     duplicates: dict[str, str]
     """Case left out -> the case kept that holds the same voxels."""
+    staged: dict[str, str] = field(default_factory=dict)
+    """Key of each sample packed -> the mark of its files and recipe."""
+    samples_per_shard: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     """Split -> samples packed. Empty where packing failed."""
     shards: list[str] = field(default_factory=list)
@@ -146,7 +159,8 @@ class PackReport:
 def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     """Packs the configured cases into `config.out` and returns the report, also written there.
 
-    A folder already packed from the same cases and configuration is left as it is. Raises CaseError for cases or
+    A folder already packed from the same cases and configuration is left as it is; where cases were added or repaired
+    since, they alone are packed, and the shards joined anew. Raises CaseError for cases or
     categories that cannot be found or paired, and PackError where `out` holds something else, no case can be used,
     or more of them cannot than `max_bad_fraction` allows; then no index is written.
     """
@@ -155,7 +169,12 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     recipe, cases = _recipe_of(config), _cases_of(config)
     fingerprint = recipe.fingerprint(config.samples_per_shard, [_stat_of(case) for case in cases])
     if (out / INDEX).exists():
-        return _finished(out, fingerprint, console)
+        finished = _finished(out)
+        if finished.fingerprint == fingerprint:
+            return _left_as_it_is(finished, out, console)
+        if finished.samples_per_shard != config.samples_per_shard:
+            raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
+        _reopen(out, finished, _jobs_of(cases, recipe, out / STAGING), console)
     jobs = _jobs_of(cases, recipe, _open_staging(out))
     if config.slice:
         number, count = parse_slice(config.slice)
@@ -211,19 +230,52 @@ def _stat_of(case: Case) -> list[Any]:
     return [case.id, sorted(case.masks), stats]
 
 
-def _finished(out: Path, fingerprint: str, console: Console) -> PackReport:
-    """The report of a folder that is already packed. Raises PackError where it was packed otherwise."""
+def _finished(out: Path) -> PackReport:
+    """The report of a folder that is already packed. Raises PackError where something else wrote it."""
     try:
         raw = json.loads((out / REPORT).read_text(encoding="utf-8"))
         bad = [BadCase(**case) for case in raw["bad"]]
-        report = PackReport(**{**raw, "bad": bad})
+        return PackReport(**{**raw, "bad": bad})
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         raise PackError(f"out: {out} holds an index that pack did not write: give another folder") from None
-    if report.fingerprint != fingerprint:
-        raise PackError(f"out: {out} is packed from other files or with another configuration: give another folder")
+
+
+def _packed_otherwise(out: Path, how: str) -> PackError:
+    return PackError(
+        f"out: {out} is packed from other files or with another configuration ({how}): give another folder"
+    )
+
+
+def _left_as_it_is(report: PackReport, out: Path, console: Console) -> PackReport:
     shutil.rmtree(out / STAGING, ignore_errors=True)
     console.print(f"{out} is complete ({report.packed} samples): nothing to do")
     return report
+
+
+def _reopen(out: Path, report: PackReport, jobs: list[Job], console: Console) -> None:
+    """Stages the samples of a finished folder again, so that cases which were added or repaired can join them.
+
+    Raises PackError where a packed case is no longer there, has changed, or was packed with another configuration.
+    """
+    by_key = {job.key: job for job in jobs}
+    changed = [key for key, mark in report.staged.items() if key not in by_key or by_key[key].mark != mark]
+    if changed or not report.staged:
+        raise _packed_otherwise(
+            out, f"{len(changed)} cases, the first is {changed[0]}" if changed else "by an older pack"
+        )
+    (out / STAGING).mkdir(exist_ok=True)
+    store = Store(out)
+    for record in read_index(store).samples:
+        if not by_key[record.key].path.exists():
+            facts = read_facts(store, record)
+            members = {Member(ending): read_member(store, record, Member(ending)) for ending in record.members}
+            if any(hashlib.sha256(members[Member(ending)]).hexdigest() != sha for ending, sha in facts.members.items()):
+                raise PackError(f"out: sample {record.key} of {out} is damaged: run segvol-pl verify {out}")
+            write_shard(by_key[record.key].path, [Sample(record.key, members)])
+    (out / INDEX).unlink()
+    console.print(
+        f"{out}: {len(report.staged)} packed cases are kept, {len(jobs) - len(report.staged)} others are tried"
+    )
 
 
 def _open_staging(out: Path) -> Path:
@@ -238,7 +290,7 @@ def _open_staging(out: Path) -> Path:
 
 
 def _jobs_of(cases: list[Case], recipe: Recipe, staging: Path) -> list[Job]:
-    jobs = [Job(case, _key_of(case.id), recipe, staging) for case in cases]
+    jobs = [Job(case, _key_of(case.id), recipe, staging, recipe.fingerprint(_stat_of(case))[:16]) for case in cases]
     counts = Counter(job.key for job in jobs)
     twice = [job.case.id for job in jobs if counts[job.key] > 1]
     if twice:
@@ -352,13 +404,12 @@ def _log_again(record: logging.LogRecord) -> None:
 def _stage(job: Job) -> Staged | BadCase:
     """Packs the case into the staging folder unless it lies there already."""
     try:
-        path = job.staging / f"{job.key}.{job.recipe.fingerprint(_stat_of(job.case))[:16]}.tar"
-        if not path.exists():
-            write_shard(path, [pack_case(job.case, job.key, job.recipe, _source_of(job.case))])
+        if not job.path.exists():
+            write_shard(job.path, [pack_case(job.case, job.key, job.recipe, _source_of(job.case))])
     except (VolumeError, SampleError) as error:
         return BadCase(job.case.id, str(job.case.image), str(error))
-    record, facts = walk_shard(path)[0]
-    return Staged(job.case.id, record, facts.source["content_sha256"])
+    record, facts = walk_shard(job.path)[0]
+    return Staged(job.case.id, record, facts.source["content_sha256"], job.mark)
 
 
 def _source_of(case: Case) -> dict[str, str]:
@@ -563,6 +614,8 @@ def _finish(kept: list[Staged], report: PackReport, config: PackConfig, start: f
     splits = Counter(case.record.split for case in kept)
     report = replace(
         report,
+        staged={case.record.key: case.mark for case in kept},
+        samples_per_shard=config.samples_per_shard,
         splits=dict(sorted(splits.items())),
         shards=[shard.name for shard in shards],
         bytes=sum(shard.stat().st_size for shard in shards),
