@@ -1,0 +1,133 @@
+"""What packing costs: seconds and memory of a volume, two processes against one, bytes, and the choice of codec.
+
+    python benchmarks/packing.py [CT_FOLDER]
+
+1. Seconds and peak memory to pack the trunk CT with each axis doubled, 13 categories, regions included, on one core.
+2. Sixteen such volumes with one and with two processes within one run, the start of the processes included.
+3. Bytes of a packed sample against its NIfTI files (gzip).
+4. Codec and chunk shape: bytes of the CT, milliseconds to encode it, and to read a crop of 32 x 256 x 256.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import blosc2
+import nibabel
+import numpy as np
+import yaml
+from loader import double
+from rich.console import Console
+from rich.table import Table
+
+from segvol_pl.config import PackConfig
+from segvol_pl.data.pack import pack
+from segvol_pl.data.volume import read_volume
+
+COPIES, NOISE = 16, 10.0
+CODECS = {"zstd": blosc2.Codec.ZSTD, "lz4": blosc2.Codec.LZ4, "zlib": blosc2.Codec.ZLIB}
+LEVELS = (1, 5)
+CHUNKS = {(32, 64, 64): (8, 32, 32), (16, 128, 128): (8, 64, 64), (64, 128, 128): (16, 32, 32)}
+"""Chunk shape -> block shape."""
+WINDOW = (32, 256, 256)
+
+
+def corpus(source: Path, folder: Path) -> PackConfig:
+    """The doubled trunk CT under sixteen names, each with noise of 10 HU: equal neighbours compress unlike a scan."""
+    double(source / "trunk_ct.nii.gz", folder / "whole_ct.nii.gz")
+    double(source / "trunk_seg.nii.gz", folder / "seg.nii.gz")
+    image = nibabel.load(folder / "whole_ct.nii.gz")
+    hu = np.asarray(image.dataobj).astype(np.int16)
+    for number in range(COPIES):
+        path = folder / f"cases/c{number}_ct.nii.gz"
+        path.parent.mkdir(exist_ok=True)
+        noise = np.random.default_rng(number).normal(0, NOISE, hu.shape).astype(np.int16)
+        nibabel.save(nibabel.Nifti1Image(hu + noise, image.affine), path)
+        (folder / f"cases/c{number}_seg.nii.gz").write_bytes((folder / "seg.nii.gz").read_bytes())
+    named = yaml.safe_load((source / "categories.yaml").read_text())["categories"]
+    (folder / "categories.yaml").write_text(yaml.safe_dump(dict(itertools.islice(named.items(), 13))))
+    return PackConfig(
+        images=str(folder / "cases"),
+        labels=str(folder / "cases"),
+        categories=str(folder / "categories.yaml"),
+        out=str(folder / "out"),
+        workers=1,
+    )
+
+
+def seconds(config: PackConfig, out: str, workers: int) -> float:
+    started = time.perf_counter()
+    pack(replace(config, out=out, workers=workers))
+    return time.perf_counter() - started
+
+
+def processes(config: PackConfig, folder: Path, repeats: int = 1) -> dict[int, float]:
+    """Processes -> median seconds for the volumes. Starting the processes counts."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(repeats):
+        for workers, taken in found.items():
+            taken.append(seconds(config, str(folder / f"out{turn}{workers}"), workers))
+    return {workers: statistics.median(taken) for workers, taken in found.items()}
+
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
+    taken = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function()
+        taken.append(1000 * (time.perf_counter() - started))
+    return statistics.median(taken)
+
+
+def encoded(hu_DHW: np.ndarray, codec: str, level: int, chunk: tuple[int, ...]) -> bytes:
+    parameters = blosc2.CParams(codec=CODECS[codec], clevel=level, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
+    return bytes(blosc2.asarray(hu_DHW, chunks=chunk, blocks=CHUNKS[chunk], cparams=parameters).to_cframe())
+
+
+def codecs(hu_DHW: np.ndarray) -> Table:
+    """Each codec, level and chunk shape on one CT, one thread."""
+    table = Table("codec", "level", "chunk", "MB", "encode ms", "crop ms", title=f"CT of {hu_DHW.shape}, one thread")
+    start = [max((size - window) // 2, 0) for size, window in zip(hu_DHW.shape, WINDOW, strict=True)]
+    crop = tuple(slice(first, first + window) for first, window in zip(start, WINDOW, strict=True))
+    for choice in itertools.product(CODECS, LEVELS, CHUNKS):
+        encode = functools.partial(encoded, hu_DHW, *choice)
+        frame = encode()
+        array = blosc2.ndarray_from_cframe(frame)
+        figures = len(frame) / 1e6, milliseconds(encode, 1), milliseconds(functools.partial(array.__getitem__, crop), 5)
+        codec, level, chunk = choice
+        table.add_row(codec, str(level), " x ".join(map(str, chunk)), *(f"{figure:.1f}" for figure in figures))
+    return table
+
+
+def main(source: Path) -> None:
+    blosc2.set_nthreads(1)
+    console = Console(width=120)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = corpus(source, folder)
+        one = replace(config, images=str(folder / "cases/c0_ct.nii.gz"), labels=str(folder / "cases/c0_seg.nii.gz"))
+        seconds(one, str(folder / "warm"), 1)
+        alone = statistics.median(seconds(one, str(folder / f"one{turn}"), 1) for turn in range(3))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        volume = read_volume(folder / "cases/c0_ct.nii.gz")
+        console.print(f"{volume.array_DHW.shape} with 13 categories and regions: {alone:.1f} s, peak {peak:.2f} GiB")
+        stored = sum(path.stat().st_size for path in (folder / "warm").glob("*.tar"))
+        given = sum((folder / f"cases/c0_{role}.nii.gz").stat().st_size for role in ("ct", "seg"))
+        console.print(f"{stored / 1e6:.1f} MB packed, {given / 1e6:.1f} MB as NIfTI (gzip)")
+        taken = processes(config, folder)
+        times = f"{taken[1]:.1f} s by one process, {taken[2]:.1f} s by two: {taken[1] / taken[2]:.2f} times"
+        console.print(f"{COPIES} volumes: {times}")
+        console.print(codecs(np.ascontiguousarray(volume.array_DHW)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "../shared/ct"))
