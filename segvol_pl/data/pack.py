@@ -52,9 +52,9 @@ from segvol_pl.data.shards import (
     Sample,
     SampleRecord,
     build_index,
-    read_facts,
     read_index,
     read_member,
+    read_sample,
     walk_shard,
     write_shard,
 )
@@ -172,6 +172,8 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
         finished = _finished(out)
         if finished.fingerprint == fingerprint:
             return _left_as_it_is(finished, out, console)
+        if config.slice:
+            raise PackError(f"out: {out} is complete and cases were added since: pack them without slice")
         if finished.samples_per_shard != config.samples_per_shard:
             raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
         _reopen(out, finished, _jobs_of(cases, recipe, out / STAGING), console)
@@ -255,7 +257,8 @@ def _left_as_it_is(report: PackReport, out: Path, console: Console) -> PackRepor
 def _reopen(out: Path, report: PackReport, jobs: list[Job], console: Console) -> None:
     """Stages the samples of a finished folder again, so that cases which were added or repaired can join them.
 
-    Raises PackError where a packed case is no longer there, has changed, or was packed with another configuration.
+    Raises PackError where a packed case is no longer there, has changed, or was packed with another configuration, and
+    ShardError where a sample is damaged.
     """
     by_key = {job.key: job for job in jobs}
     changed = [key for key, mark in report.staged.items() if key not in by_key or by_key[key].mark != mark]
@@ -267,11 +270,7 @@ def _reopen(out: Path, report: PackReport, jobs: list[Job], console: Console) ->
     store = Store(out)
     for record in read_index(store).samples:
         if not by_key[record.key].path.exists():
-            facts = read_facts(store, record)
-            members = {Member(ending): read_member(store, record, Member(ending)) for ending in record.members}
-            if any(hashlib.sha256(members[Member(ending)]).hexdigest() != sha for ending, sha in facts.members.items()):
-                raise PackError(f"out: sample {record.key} of {out} is damaged: run segvol-pl verify {out}")
-            write_shard(by_key[record.key].path, [Sample(record.key, members)])
+            write_shard(by_key[record.key].path, [read_sample(store, record)])
     (out / INDEX).unlink()
     console.print(
         f"{out}: {len(report.staged)} packed cases are kept, {len(jobs) - len(report.staged)} others are tried"

@@ -393,6 +393,13 @@ def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[
     return parts
 
 
+def read_sample(store: Store, record: SampleRecord) -> Sample:
+    """All members of one sample, checked. Raises as `read_member`."""
+    hashes = {**read_facts(store, record).members, Member.FACTS.value: record.facts_sha256}
+    members = [member for member in Member if member.value in record.members]
+    return Sample(record.key, {one: read_member(store, record, one, hashes.get(one.value, "")) for one in members})
+
+
 def read_facts(store: Store, record: SampleRecord) -> Facts:
     """The facts of one sample. Raises DamagedSample for bytes that are not this sample's."""
     text = read_member(store, record, Member.FACTS, record.facts_sha256)

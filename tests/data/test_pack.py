@@ -176,6 +176,26 @@ def test_what_slices_staged_is_not_packed_again(source: Path, tmp_path: Path, mo
     assert pack(_config(source, out)).packed == 6
 
 
+def test_cases_that_are_added_later_join_the_others(source: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "source", tmp_path / "out"
+    for number in range(4):
+        write_case(folder, f"case{number}", number)
+    settings = {"categories": str(source / "categories.yaml")}
+    pack(_config(folder, out, **settings))
+    for number in (4, 5):
+        write_case(folder, f"case{number}", number)
+    with pytest.raises(PackError, match="is complete and cases were added since: pack them without slice"):
+        pack(_config(folder, out, **settings, slice="0/2"))
+    assert pack(_config(folder, out, **settings)).packed == 6
+    pack(_config(folder, tmp_path / "anew", **settings))
+    assert _shards(out) == _shards(tmp_path / "anew") and verify(out) == []
+    write_case(folder, "case0", 9)
+    before = _shards(out)
+    with pytest.raises(PackError, match=r"packed from other files .*case0"):
+        pack(_config(folder, out, **settings))
+    assert _shards(out) == before and verify(out) == []
+
+
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/0"])
 def test_a_slice_that_is_none(source: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"slice: .* is not K/N"):
