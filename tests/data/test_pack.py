@@ -26,7 +26,8 @@ from segvol_pl.config import ConfigError, PackConfig, RegionsConfig
 from segvol_pl.data import pack as packing
 from segvol_pl.data.cases import CaseError
 from segvol_pl.data.frames import decode_array
-from segvol_pl.data.pack import PackError, PackReport, join_masks, pack, split_of
+from segvol_pl.data.measure import join_masks, split_of
+from segvol_pl.data.pack import PackError, PackReport, pack
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import Facts, Member, Split
 from segvol_pl.data.shards import INDEX, read_facts, read_index, read_member, verify
