@@ -120,6 +120,14 @@ def _take(arguments: list[str], *names: str) -> list[str]:
     return arguments
 
 
+def _pack(arguments: list[str]) -> int:
+    config = configure.load("pack", arguments)
+    from rich.console import Console
+
+    _function("segvol_pl.data.pack:pack")(config, Console())
+    return DONE
+
+
 def _index(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
     _function("segvol_pl.data.shards:build_index")(folder)
@@ -188,7 +196,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 VERBS = {
     "demo": _configured("demo", "segvol_pl.demo:run"),
-    "pack": _configured("pack", "segvol_pl.data.pack:pack"),
+    "pack": Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["pack"].__doc__), _pack),
     "index": Verb("DIR", "Write index.json anew from the shards in DIR.", _index),
     "verify": Verb("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
     "inspect": Verb("DIR", "List the samples in the shards of DIR.", _inspect),

@@ -420,6 +420,18 @@ def test_a_bad_case_is_listed_and_left_out(source: Path, tmp_path: Path, name: s
     assert "case2" not in [record.key for record in read_index(Store(out)).samples]
 
 
+def test_the_verb_says_what_it_packed_and_left_out(source: Path, tmp_path: Path) -> None:
+    folder = _bad_source(source, tmp_path / "source")
+    _spoil_nan(folder)
+    keys = {"images": folder, "labels": folder, "categories": folder / "categories.yaml", "out": tmp_path / "out"}
+    keys |= {"overview_shape": "[8,16,16]", "max_bad_fraction": 0.2, "regions.enabled": "false", "workers": 1}
+    command = [sys.executable, "-m", "segvol_pl", "pack", *(f"{key}={value}" for key, value in keys.items())]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"})
+    assert done.returncode == 0, done.stderr
+    assert "1 of 6 cases cannot be used" in done.stdout and "are NaN or infinite" in done.stdout
+    assert "5 samples" in done.stdout and "volumes/s" in done.stdout
+
+
 def test_too_many_bad_cases_fail_and_leave_no_index(source: Path, packed: Path, tmp_path: Path) -> None:
     folder, out = _bad_source(source, tmp_path / "source"), tmp_path / "out"
     _spoil_nan(folder)
