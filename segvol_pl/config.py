@@ -17,6 +17,10 @@ MISSING: Any = "???"
 """Stands for a value that must be given."""
 
 
+SHIPPED = ("configs", "slurm", "shards/datasets")
+"""Folders of the repository that a wheel carries too, and that `segvol-pl init DIR` lays out."""
+
+
 class ConfigError(ValueError):
     """A configuration that cannot be used. The message names key and remedy; `key` is the dotted key, if one."""
 
@@ -32,44 +36,154 @@ class Rule(str, Enum):
     published = "published"
 
 
+class Coordinates(str, Enum):
+    """What numbers of a prompt's box and points are: voxels in canonical axes, or millimetres of RAS or LPS."""
+
+    voxel = "voxel"
+    ras = "ras"
+    lps = "lps"
+
+
+class Overlaps(str, Enum):
+    """Whose voxels they are that several categories claim."""
+
+    probability = "probability"
+    order = "order"
+
+
 class Precision(str, Enum):
+    """What products are computed in."""
+
     auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
 
 class Strategy(str, Enum):
+    """How weights, gradients and optimizer lie over the ranks."""
+
     auto = "auto"
     ddp = "ddp"
+    fsdp = "fsdp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+
+
+class Recompute(str, Enum):
+    """Which activations the backward pass computes again."""
+
+    none = "none"
+    cheap = "cheap"
+    blocks = "blocks"
 
 
 class Wandb(str, Enum):
+    """Where a run at wandb is written, if anywhere."""
+
     auto = "auto"
     online = "online"
     offline = "offline"
     disabled = "disabled"
 
 
+class Mode(str, Enum):
+    """How a prompt becomes a mask of the whole volume (paper Table 3)."""
+
+    zoom = "zoom"
+    resize = "resize"
+    sliding = "sliding"
+
+
+class Blend(str, Enum):
+    """How sliding windows count where they overlap."""
+
+    constant = "constant"
+    gaussian = "gaussian"
+
+
+class Timing(str, Enum):
+    """Whether a row's seconds hold what earlier prompts of the case have encoded."""
+
+    shared = "shared"
+    alone = "alone"
+
+
+class BoxSource(str, Enum):
+    """How well an evaluation draws a box from the truth."""
+
+    exact = "exact"
+    jittered = "jittered"
+    slice = "slice"
+
+
+class Slice(str, Enum):
+    """The axial slice that a box of one slice is drawn on."""
+
+    largest = "largest"
+    middle = "middle"
+
+
 class Tail(str, Enum):
+    """What becomes of an epoch's last incomplete global batch."""
+
     drop = "drop"
     repeat = "repeat"
 
 
 class StartMethod(str, Enum):
+    """How loader processes start."""
+
     fork = "fork"
     spawn = "spawn"
     forkserver = "forkserver"
 
 
 class TextSource(str, Enum):
+    """Where the vectors of category names come from."""
+
     auto = "auto"
     weights = "weights"
     clip = "clip"
     seeded = "seeded"
 
 
+class Samples(str, Enum):
+    """What D of a scaling law counts."""
+
+    seen = "seen"
+    volumes = "volumes"
+
+
+class Take(str, Enum):
+    """Which value of a metric is a run's."""
+
+    last = "last"
+    best = "best"
+
+
+EVERY_CATEGORY = "all"
+"""As the only text of a prediction: every category that the model knows."""
+
 COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points")
 """The six prompt combinations of the paper's Algorithm 1, in the published order."""
+
+MAY_CHANGE = (
+    "run",
+    "track",
+    "data.workers",
+    "data.prefetch",
+    "data.start_method",
+    "data.patience",
+    "data.cache",
+    "data.pipe_buffer",
+    "data.max_bad_fraction",
+    "data.shards",
+    "pretrained",
+    "weights",
+    "allow",
+)
+"""Keys that may differ between a run and its resumption: they change no batch and no weight."""
 
 
 def _require(condition: bool, key: str, problem: str) -> None:
@@ -244,7 +358,10 @@ class RunConfig:
     resume: bool = True
     """Go on from `out`'s last checkpoint where there is one."""
     strategy: Strategy = Strategy.auto
-    """How the work is spread over devices."""
+    """auto: one process, or ddp; ddp: whole model on each; fsdp: FSDP2, weights, gradients and optimizer split block by
+    block; zero1, zero2, zero3: DeepSpeed, optimizer, also gradients, also weights split."""
+    offload: bool = False
+    """fsdp, zero: keep what is split in main memory."""
     devices: int = 1
     """Processes (GPUs, or CPU ranks) per node."""
     nodes: int = 1
@@ -255,6 +372,21 @@ class RunConfig:
     """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
     accumulate: int = 1
     """Micro-batches per optimizer step; the global batch stays as stated."""
+    prompts_at_once: int = 6
+    """Prompts of each volume that are decoded together: bounds memory, whatever their number. The losses are the
+    same."""
+    recompute: Recompute = Recompute.none
+    """Activations of the encoder's blocks that are computed again in the backward pass in place of being held. cheap:
+    all but the results of matrix products and attention (not with zero3); blocks: everything within a block, at a third
+    more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: the first steps take minutes longer, the others less time. Not with fsdp
+    and zero3, which compute groups of prompts again."""
+    peak_tflops: float = 0.0
+    """Peak of one device's matrix products in TFLOP/s, against which MFU is stated; 0: that of the table in
+    segvol_pl/devices.py for bf16, and no MFU where it is not known."""
+    profile: int = 0
+    """Steps to profile, from the sixth on: a chrome trace of rank 0 in the run folder. 0 for none."""
     log_every: int = 10
     """Steps between logged metrics."""
     val_every: int = 500
@@ -262,9 +394,37 @@ class RunConfig:
     val_batches: int = 8
     """Batches per validation."""
     checkpoint_every: int = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints that a run goes on from; each replaces the one before."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept beside; 0 for none."""
+    keep: int = 3
+    """Of those, how many of the newest stay."""
     threads: int = 0
     """CPU threads of the math library; 0 leaves its choice."""
+    requeue: bool = True
+    """Ask SLURM to queue the job again when it is signalled (SIGUSR1, SIGTERM)."""
+    timeout: float = 1800.0
+    """Seconds without any progress after which a rank that hangs is named and the job ends. First steps that compile,
+    and saving, must fit in."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.strategy is not Strategy.zero1 or self.accumulate == 1,
+            "run.accumulate",
+            "is 1 with zero1, under which micro-batches gave other gradients: take zero2",
+        )
+        _require(self.prompts_at_once > 0, "run.prompts_at_once", "must be positive")
+        _require(self.keep > 0, "run.keep", "must be positive; run.keep_every=0 keeps none")
+        _require(self.peak_tflops >= 0, "run.peak_tflops", "must not be negative")
+        _require(self.profile >= 0, "run.profile", "must not be negative")
+        _require(self.timeout > 0, "run.timeout", "must be positive")
+        kept = self.recompute is not Recompute.cheap or self.strategy is not Strategy.zero3
+        _require(kept, "run.recompute", "cheap would give wrong gradients with zero3: use blocks")
+        # What a compiled block keeps differs between a pass and its repetition.
+        whole = self.strategy not in (Strategy.fsdp, Strategy.zero3)
+        _require(whole or not self.compile, "run.compile", "does not go with fsdp and zero3: use ddp, zero1 or zero2")
+        splits = self.strategy not in (Strategy.auto, Strategy.ddp)
+        _require(splits or not self.offload, "run.offload", "needs a strategy that splits: fsdp, zero1, zero2, zero3")
 
 
 @dataclass
@@ -327,6 +487,8 @@ class TrainConfig:
     """Whole model that training starts from (fine-tuning): own checkpoint, export, import or released file."""
     allow: list[str] = field(default_factory=list)
     """Patterns of tensor names that `weights` may lack, have beside, or have in another shape: the model's own stay."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of tensor names that do not train, as `image_encoder.*`: they cost neither gradients nor moments."""
     pseudo_weight: float = 0.1
     """Weight of the pseudo-label loss."""
 
@@ -345,14 +507,27 @@ class ZoomConfig:
     """Overlap of neighbouring zoom-in windows."""
     batch: int = 2
     """Zoom-in windows encoded together."""
+    decode_batch: int = 4
+    """Prompts decoded together, of whichever windows; one takes about 0.3 GB at the published size."""
+    cache_gb: float = 1.0
+    """Room for the tokens of encoded windows, in GB, so that further prompts only decode; at the published size a
+    window takes 6 MB, in bf16 3. What was used longest ago goes first. 0: none are kept."""
+    device_gb: float = 0.5
+    """How much of that may lie on the GPU; the rest waits in main memory."""
     points: int = 5
     """Points that a points prompt gets in each zoom-in window."""
     interpolation: Rule = Rule.consistent
     """How the volume is shrunk and the coarse logits are brought back: averaging and linear. `published`: both by
     nearest neighbour, because the released weights were validated on images shrunk so."""
     grid: Rule = Rule.consistent
-    """Where zoom-in windows lie: inside the volume, whole wherever it is large enough. `published`: on a grid of each
-    region of interest, which is cut off at the volume's border and padded with zeros around up to one window."""
+    """Where zoom-in windows lie: on one grid over the volume, whole wherever it is large enough, so that prompts share
+    them. `published`: on a grid of each region of interest, which is cut off at the volume's border and padded with
+    zeros around up to one window."""
+    reach: float = 1.0
+    """How far beyond the coarse mask's box zooming in may change anything, in voxels of the overview; the user's box
+    and points inside the structure are within reach anyway. What windows find farther off, where zooming out saw
+    nothing, is more often another organ; parts that the overview is too coarse for are farther off too. With
+    `grid: published` the region is the published one."""
     reflection: Rule = Rule.consistent
     """What a window is told: the user's own prompt inside it, and windows that hold nothing are skipped. `published`:
     the coarse mask's box in place of the user's, points drawn from the enlarged user's points, no window skipped."""
@@ -360,65 +535,231 @@ class ZoomConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.overlap < 1, "zoom.overlap", "is a share between 0 and 1")
         _require(0 < self.threshold < 1, "zoom.threshold", "is a probability between 0 and 1")
+        for name in ("batch", "decode_batch"):
+            _require(getattr(self, name) > 0, f"zoom.{name}", "must be positive")
+        for name in ("points", "cache_gb", "device_gb", "reach"):
+            _require(getattr(self, name) >= 0, f"zoom.{name}", "must not be negative")
 
 
 @dataclass
 class CasesConfig:
-    """The packed cases that an evaluation reads."""
+    """The cases that an evaluation reads: packed ones, or CT files with their label maps."""
 
-    shards: str = MISSING
+    shards: str | None = None
     """Folder of packed shards (holds index.json)."""
     split: str = "test"
-    """Split to evaluate; `all` for every sample."""
+    """Split of the shards to evaluate; `all` for every sample. Files have none: all of them are evaluated."""
+    images: str | None = None
+    """Instead of shards: a CT file, a DICOM folder, a folder of cases or a glob; prepared as `pack` does."""
+    labels: str | None = None
+    """Label maps, given likewise; paired by case id."""
+    cases: str | None = None
+    """CSV or JSON that states the pairs, as for `pack`."""
+    recipe: str | None = None
+    """YAML of a public data set, as for `pack`: names its files below images=ROOT and its categories."""
+    categories: str | None = None
+    """YAML: category name -> label values of the label maps. Needed where there are label maps."""
+
+    def __post_init__(self) -> None:
+        _require(not (self.shards and self.files), "data.shards", "and data.images or data.cases: give one of them")
+        labelled = self.labels is None or self.categories is not None
+        _require(labelled, "data.categories", "labels need data.categories=FILE (YAML: name -> label values)")
+
+    @property
+    def files(self) -> bool:
+        """Whether CT files are evaluated, not shards."""
+        return self.images is not None or self.cases is not None
+
+
+@dataclass
+class DrawConfig:
+    """How spatial prompts are drawn from the truth. Users draw none as well as `exact`."""
+
+    boxes: list[BoxSource] = field(default_factory=lambda: [BoxSource.exact])
+    """Boxes that every prompt with a box is tried with. exact: the structure's own; jittered: each face moved; slice:
+    its extent on one axial slice alone, as a user draws it."""
+    jitter: float = 0.1
+    """A face of a jittered box moves by up to this share of the box's extent."""
+    slice: Slice = Slice.largest
+    """The axial slice of a slice's box: where the structure is largest, or the middle one of those that it spans."""
+    depth: float = 0.0
+    """mm that a slice's box spans, its slice in the middle; 0: as deep as the structure."""
+    points: list[str] = field(default_factory=lambda: ["random5"])
+    """Points that every prompt with points is tried with. randomN: N drawn inside; centre: the one deepest inside."""
+    outside: int = 2
+    """Points outside that randomN gets beside."""
+    components: bool = False
+    """One prompt for each connected component (26 neighbours) of a scattered target, their masks united; text alone
+    stays one prompt."""
+    component_voxels: int = 10
+    """Components of fewer voxels get no prompt, unless all are so small: then the largest gets one."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.boxes) > 0, "draw.boxes", "needs at least one")
+        _require(len(self.points) > 0, "draw.points", "needs at least one")
+        for name in self.points:
+            _require(points_drawn(name) > 0, "draw.points", f"{name!r} is neither centre nor random and a number")
+        _require(0 <= self.jitter < 0.5, "draw.jitter", "is a share between 0 and 0.5")
+        _require(self.depth >= 0, "draw.depth", "must not be negative")
+        _require(self.outside >= 0, "draw.outside", "must not be negative")
+        _require(self.component_voxels > 0, "draw.component_voxels", "must be positive")
+
+
+def points_drawn(name: str) -> int:
+    """Points inside that one of `draw.points` means; 0 where it means nothing."""
+    number = name.removeprefix("random")
+    return 1 if name == "centre" else int(number) if name.startswith("random") and number.isdecimal() else 0
+
+
+@dataclass
+class SlidingConfig:
+    """Windows over the whole volume at native resolution."""
+
+    overlap: float = 0.5
+    """Overlap of neighbouring windows."""
+    blend: Blend = Blend.constant
+    """How windows are weighted where they overlap: alike, or their middles more (as MONAI does)."""
+    batch: int = 2
+    """Windows encoded together."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.overlap < 1, "sliding.overlap", "is a share between 0 and 1")
+        _require(self.batch > 0, "sliding.batch", "must be positive")
 
 
 @dataclass
 class EvaluateConfig:
-    """Zoom-out-zoom-in over a split of shards: rows, tables, report."""
+    """Figures of a model over a set of cases: rows, tables, report. A run that was stopped goes on where it was."""
 
     checkpoint: str = MISSING
     """Checkpoint (.ckpt) or exported model (.safetensors)."""
     data: CasesConfig = field(default_factory=CasesConfig)
     out: str = MISSING
-    """Folder of rows.csv, summary.json and report.html."""
+    """Folder of rows.csv, summary.json and report.html, and of cases/, the results so far."""
+    modes: list[Mode] = field(default_factory=lambda: [Mode.zoom])
+    """zoom: zoom-out-zoom-in; resize: the zoom-out alone; sliding: windows over the whole volume (paper Table 3)."""
     prompts: list[str] = field(default_factory=lambda: ["text", "box+text", "points+text"])
     """Prompt combinations to evaluate; spatial prompts are drawn from the truth, and the report says so."""
+    draw: DrawConfig = field(default_factory=DrawConfig)
     categories: list[str] = field(default_factory=list)
-    """Categories to evaluate; none: all that a case holds."""
+    """Categories to evaluate; none: all that a case holds. Those named are asked for by text where they are absent
+    too, to count what is found all the same."""
     seed: int = 0
-    """Seeds the drawn points."""
+    """Seeds the drawn prompts and the bootstrap."""
     limit: int = 0
     """Cases at most; 0 for all."""
+    tolerance: float = 2.0
+    """mm by which surfaces may be apart for the surface Dice."""
+    timing: Timing = Timing.shared
+    """What a row's seconds hold. shared: what the case's earlier prompts encoded comes free; alone: everything is
+    encoded anew, as for a single prompt on a new volume (paper Table 3)."""
+    readings: bool = False
+    """Also read each spatial prompt's mask: which of all categories it looks like (paper Fig. 5)."""
+    masks: bool = False
+    """Write every mask as NIfTI into masks/."""
     pictures: int = 6
-    """Cases pictured in the report."""
+    """Categories pictured in the report, the worst first: each with its worst, median and best case."""
+    max_bad_fraction: float = 0.0
+    """Share of cases that may turn out unreadable; they are listed. Beyond it there is no report."""
+    slice: str = ""
+    """K/N: evaluate the K-th (from 0) of N parts of the cases alone, e.g. as a task of a SLURM array; a run without it
+    puts the parts together."""
+    resume: bool = True
+    """Go on with the results in `out`; false: begin anew."""
+    patience: float = 3600.0
+    """Seconds for which rank 0 waits for the next case of another rank before it gives up."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
+    sliding: SlidingConfig = field(default_factory=SlidingConfig)
+    track: TrackConfig = field(default_factory=lambda: TrackConfig(wandb=Wandb.disabled))
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """cpu, cuda or auto: each rank of a node takes a GPU of its own."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
 
     def __post_init__(self) -> None:
+        given = self.data.shards is not None or self.data.files
+        _require(given, "data.shards", "give data.shards=DIR, or data.images=... or data.cases=FILE for CT files")
+        _require(len(self.modes) > 0, "modes", "needs at least one")
         _require(len(self.prompts) > 0, "prompts", "needs at least one")
         for name in self.prompts:
             _require(name in COMBINATIONS, "prompts", f"{name!r} is none of {', '.join(COMBINATIONS)}")
+        _require(self.tolerance > 0, "tolerance", "must be positive")
+        _require(self.pictures >= 0, "pictures", "must not be negative")
+        _require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "is a share between 0 and 1")
+        _require(self.patience > 0, "patience", "must be positive")
+        if self.slice:
+            parse_slice(self.slice)
 
 
 @dataclass
 class PredictConfig:
-    """One CT in, one mask on its own grid out."""
+    """One CT in, one mask or label map on its own grid out."""
 
     checkpoint: str = MISSING
     """Checkpoint (.ckpt) or exported model (.safetensors)."""
     image: str = MISSING
     """CT: NIfTI, NRRD, MHA or a DICOM folder."""
     out: str = MISSING
-    """Mask to write (.nii.gz, .nii, .nrrd, .mha)."""
-    text: str | None = None
-    """Category name."""
-    box: list[int] | None = None
-    """d0 h0 w0 d1 h1 w1: voxels of the CT in canonical axes (superior, anterior, right), inclusive maximum."""
-    points: list[list[int]] | None = None
-    """Rows of d h w label: voxels as for box; label 1 inside, 0 outside."""
+    """Mask to write (.nii.gz, .nii, .nrrd, .mha; .dcm for a DICOM SEG of a DICOM folder). Of several categories it is a
+    label map, 1 for the first, and scores are written beside it as .json."""
+    text: list[str] = field(default_factory=list)
+    """Category name, several as [liver, spleen], or `all` that the model knows."""
+    box: list[float] | None = None
+    """d0 h0 w0 d1 h1 w1: voxels of the CT in canonical axes (superior, anterior, right), inclusive maximum. In
+    millimetres x0 y0 z0 x1 y1 z1, see coordinates."""
+    points: list[list[float]] | None = None
+    """Rows of d h w label: voxels as for box, or x y z label in millimetres; label 1 inside, 0 outside."""
+    coordinates: Coordinates = Coordinates.voxel
+    """Of box and points: voxel, or millimetres in the file's world, x y z growing to right, anterior, superior (ras, as
+    in NIfTI) or to left, posterior, superior (lps, as in DICOM and ITK)."""
+    previous: str | None = None
+    """Mask of the same CT to refine: zooming out is left out, its box and points drawn from it prompt the windows."""
+    overlaps: Overlaps = Overlaps.probability
+    """A voxel that several categories claim: goes to the most probable, or, by order, to the last named of them (name a
+    tumour after its organ)."""
+    clip: str | None = None
+    """Local folder or hub name of the CLIP that made the model's text bank: for names that the bank lacks."""
+    seed: int = 0
+    """Seeds the points re-drawn in zoom-in windows."""
+    zoom: ZoomConfig = field(default_factory=ZoomConfig)
+    device: str = "auto"
+    """cpu, cuda or auto."""
+    precision: Precision = Precision.auto
+    """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
+
+    @property
+    def everything(self) -> bool:
+        """Whether all categories of the model are asked for."""
+        return self.text == [EVERY_CATEGORY]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.text, str):  # from Python
+            self.text = [self.text]
+        spatial = [name for name in ("box", "points", "previous") if getattr(self, name) is not None]
+        _require(bool(self.text or self.box or self.points), "text", "give at least one of text, box, points")
+        _require(len(set(self.text)) == len(self.text), "text", "names a category twice")
+        if len(self.text) > 1 or self.everything:
+            _require(not spatial, "text", f"several categories are asked by text alone, leave {', '.join(spatial)} out")
+        if self.box is not None:
+            _require(len(self.box) == 6, "box", f"needs 6 numbers d0 h0 w0 d1 h1 w1, got {len(self.box)}")
+        for row in self.points or []:
+            _require(len(row) == 4, "points", f"each row needs d h w label, got {row}")
+
+
+@dataclass
+class ViewConfig:
+    """Open a CT on a local page: scroll, click, draw, type, see the mask."""
+
+    checkpoint: str = MISSING
+    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    image: str = MISSING
+    """CT: NIfTI, NRRD, MHA or a DICOM folder; CT on the command line."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Any other than the loopback's shows the CT to whoever can reach it."""
+    port: int = 5006
+    """Port to listen at; 0 for any that is free."""
+    show: bool = True
+    """Open the page in this machine's browser."""
     seed: int = 0
     """Seeds the points re-drawn in zoom-in windows."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
@@ -428,12 +769,7 @@ class PredictConfig:
     """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
 
     def __post_init__(self) -> None:
-        prompted = any(given is not None for given in (self.text, self.box, self.points))
-        _require(prompted, "text", "give at least one of text, box, points")
-        if self.box is not None:
-            _require(len(self.box) == 6, "box", f"needs 6 numbers d0 h0 w0 d1 h1 w1, got {len(self.box)}")
-        for row in self.points or []:
-            _require(len(row) == 4, "points", f"each row needs d h w label, got {row}")
+        _require(0 <= self.port < 2**16, "port", "is a number below 65536")
 
 
 @dataclass
@@ -473,7 +809,10 @@ class PackConfig:
     labels: str | None = None
     """Label maps, given likewise; paired by case id."""
     cases: str | None = None
-    """CSV or JSON that states the pairs: id, image, label; or id, image and a column of files for each category."""
+    """CSV or JSON that states the pairs: id, image, label; or id, image and a column of files for each category; or the
+    CODE.json of a set in the processed M3D-Seg form."""
+    recipe: str | None = None
+    """YAML of a public data set, see shards/datasets/: names its files below images=ROOT and its categories."""
     categories: str | None = None
     """YAML: category name -> label values. Needed where there are label maps."""
     slice: str = ""
@@ -481,10 +820,10 @@ class PackConfig:
     joins them."""
     out: str = MISSING
     """Folder of the shards and index.json."""
-    dataset: str = "unnamed"
-    """Name of the data set, written to every sample."""
-    modality: str = "CT"
-    """Modality, written to every sample."""
+    dataset: str = ""
+    """Name of the data set, written to every sample. Empty: the recipe's, else unnamed."""
+    modality: str = ""
+    """Modality, written to every sample. Empty: the recipe's, else CT."""
     overview_shape: list[int] = field(default_factory=lambda: [32, 256, 256])
     """Shape (d, h, w) of the stored overview: the model's input shape."""
     samples_per_shard: int = 32
@@ -509,6 +848,22 @@ class PackConfig:
             parse_slice(self.slice)
         labelled = self.labels is None or self.categories is not None
         _require(labelled, "categories", "labels need categories=FILE (YAML: name -> label values)")
+        _require(not (self.recipe and self.labels), "labels", "the recipe says where they are: leave labels out")
+
+
+@dataclass
+class InventoryConfig:
+    """List what lies in a folder tree or a list of cases, by the headers alone."""
+
+    images: str | None = None
+    """A folder, searched with all below it, a CT file or a glob."""
+    cases: str | None = None
+    """CSV or JSON that lists cases, as for pack."""
+    out: str = "inventory.json"
+    """Where all of it is written; empty: nowhere."""
+
+    def __post_init__(self) -> None:
+        _require((self.images is None) != (self.cases is None), "images", "give one of images=FOLDER and cases=FILE")
 
 
 @dataclass
@@ -521,7 +876,7 @@ class DemoConfig:
     """Phantoms to make."""
     pretrain_steps: int = 200
     """SimMIM steps."""
-    train_steps: int = 1800
+    train_steps: int = 1500
     """Supervised steps."""
     seed: int = 0
     """Seeds phantoms and training."""
@@ -544,12 +899,70 @@ class ImportConfig:
     """Patterns of tensor names that may be missing, unknown or of another shape; otherwise any such is refused."""
 
 
+@dataclass
+class PointsConfig:
+    """Runs as points: size, data, loss."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run folders, folders of run folders, or wandb:ENTITY/PROJECT/GROUP: RUNS on the command line."""
+    table: str | None = None
+    """CSV with the columns params, samples, loss, and flops if known."""
+    metric: str | None = None
+    """What the loss is: a metric of metrics.csv, FILE.json:KEY of a run folder, a column of the table. None: val/loss,
+    of a table loss."""
+    one_minus: bool | None = None
+    """Whether 1 - metric is the loss. None: where the metric's name says dice and not loss."""
+    take: Take = Take.last
+    """The metric's last value, or its best."""
+    samples: Samples = Samples.seen
+    """What D counts: samples seen, or the volumes trained on."""
+    out: str = "scaling"
+    """Folder of the results."""
+    bootstraps: int = 400
+    """Bootstrap samples behind each interval."""
+    seed: int = 0
+    """Seeds the bootstrap."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.runs) or self.table is not None, "runs", "give run folders, or table=CSV")
+        _require(self.bootstraps >= 100, "bootstraps", "an interval of 95 % needs at least 100")
+
+
+@dataclass
+class FitConfig(PointsConfig):
+    """Fit scaling laws to runs: intervals, held-out extrapolation, frontier, verdict; JSON, CSV, figures, a page."""
+
+    held_out: float = 0.1
+    """Share of the settings, the largest, that are predicted from the others."""
+    flops_per: float = 6.0
+    """Training FLOPs per parameter and sample, where neither run nor table states them (6 where samples are tokens)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(0 < self.held_out < 0.5, "held_out", "is a share between 0 and 0.5")
+        _require(self.flops_per > 0, "flops_per", "must be positive")
+
+
+@dataclass
+class CompareConfig(PointsConfig):
+    """Compare the points of one axis of a grid by pairs of runs that are equal in all else, seed included."""
+
+    axis: str = MISSING
+    """The axis, as the grid names it."""
+    baseline: str | None = None
+    """The point that others are compared with; none: the first run's."""
+
+
 SCHEMAS: dict[str, type] = {
     "demo": DemoConfig,
+    "inventory": InventoryConfig,
     "pack": PackConfig,
     "pretrain": PretrainConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
+    "view": ViewConfig,
     "import": ImportConfig,
+    "scaling fit": FitConfig,
+    "scaling compare": CompareConfig,
 }

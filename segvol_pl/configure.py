@@ -19,7 +19,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from segvol_pl import config as schema_module
-from segvol_pl.config import MISSING, SCHEMAS, ConfigError
+from segvol_pl.config import MAY_CHANGE, MISSING, SCHEMAS, SHIPPED, ConfigError
 
 COMMAND_LINE = "command line"
 NULL = "tag:yaml.org,2002:null"
@@ -75,6 +75,7 @@ class Field:
 
     @property
     def type_name(self) -> str:
+        """As the help and errors name it; of an enum its values."""
         return _type_name(self.type)
 
 
@@ -97,9 +98,12 @@ class Source:
     """None: the command line."""
     through: tuple[Path, ...] = ()
     """The files that led here, this one last."""
+    origin: str = COMMAND_LINE
+    """Where it was written, if it is no file."""
 
     def line(self, node: yaml.Node) -> str:
-        return COMMAND_LINE if self.path is None else f"{self.path}:{node.start_mark.line + 1}"
+        """`FILE:LINE` of a node, or the origin of what is no file."""
+        return self.origin if self.path is None else f"{self.path}:{node.start_mark.line + 1}"
 
     def named(self, name: str) -> Source:
         """The file `name`, as this source names it. Raises ConfigError where it is among those that led here."""
@@ -112,7 +116,18 @@ class Source:
         return Source(self.verb, path, (*self.through, path.resolve()))
 
 
-def load(verb: str, arguments: list[str]) -> Any:
+class Written(str):
+    """An argument that was not given on the command line: text, and `FILE:LINE` as its origin."""
+
+    origin: str
+
+    def __new__(cls, text: str, origin: str) -> Written:
+        made = super().__new__(cls, text)
+        made.origin = origin
+        return made
+
+
+def load(verb: str, arguments: Sequence[str]) -> Any:
     """The checked configuration of `verb`: an instance of `SCHEMAS[verb]`.
 
     arguments: YAML files and `key=value` pairs; the rightmost wins, a file's own keys over its base's.
@@ -128,7 +143,7 @@ def load(verb: str, arguments: list[str]) -> Any:
     return _built(verb, values, settings)
 
 
-def resolved(verb: str, arguments: list[str]) -> str:
+def resolved(verb: str, arguments: Sequence[str]) -> str:
     """The configuration as YAML. Keys that still must be given stand as `???`. Raises ConfigError as `load` does."""
     values = _values(verb, _settings(verb, arguments))
     if MISSING in values.values():
@@ -150,6 +165,20 @@ def plain(config: Any) -> Any:
 def to_yaml(config: Any) -> str:
     """The configuration as YAML; `load` of it gives an equal configuration."""
     return _dump(plain(config))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """`key before -> now` of two plain configurations, but for the keys that a run may go on with changed."""
+    old, new = _flat(before), _flat(now)
+    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(MAY_CHANGE)]
+    return [f"{key} {old.get(key)} -> {new[key]}" for key in changed]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
 
 
 def fields_help(verb: str) -> list[Field]:
@@ -185,7 +214,8 @@ def _walk(schema: type, prefix: str, given: Any = None) -> Iterator[Field]:
             yield from _walk(typing.cast(type, hint), f"{key}.", default)
         else:
             default = default if given is None else getattr(given, item.name)
-            yield Field(key, hint, default, _docstrings().get((schema.__name__, item.name), ""))
+            owners = [owner.__name__ for owner in schema.__mro__ if (owner.__name__, item.name) in _docstrings()]
+            yield Field(key, hint, default, _docstrings()[owners[0], item.name] if owners else "")
 
 
 @functools.cache
@@ -226,11 +256,11 @@ def _inner_keys(verb: str) -> set[str]:
 # ---- sources to settings ----
 
 
-def _settings(verb: str, arguments: list[str]) -> list[Setting]:
+def _settings(verb: str, arguments: Sequence[str]) -> list[Setting]:
     """All sources, flattened, the decisive one of a key last. Raises ConfigError for unknown keys and bad files."""
-    source = Source(verb)
     settings: list[Setting] = []
     for argument in arguments:
+        source = Source(verb, origin=argument.origin) if isinstance(argument, Written) else Source(verb)
         pair = PAIR.fullmatch(argument)
         settings += _from_pair(source, *pair.groups()) if pair else _from_file(source.named(argument), "")
     return settings
@@ -240,8 +270,10 @@ def _from_pair(source: Source, key: str, text: str) -> Iterator[Setting]:
     field = _fields(source.verb).get(key)
     if field is not None and field.type in (str, str | None) and text != "null":
         # The shell has taken the quotes: `text=a: b` and `out=[1]` are texts, whatever YAML would read.
-        return iter([Setting(key, text, COMMAND_LINE)])
-    return _flatten(source, key, _parse(text, f"{key} ({COMMAND_LINE})"))
+        return iter([Setting(key, text, source.origin)])
+    if field is not None and field.type == list[str] and not text.startswith("["):
+        return iter([Setting(key, [text], source.origin)])  # `text=liver` is a list of one
+    return _flatten(source, key, _parse(text, f"{key} ({source.origin})"))
 
 
 def _from_file(source: Source, key: str) -> Iterator[Setting]:
@@ -264,7 +296,7 @@ def _flatten(source: Source, key: str, node: yaml.Node) -> Iterator[Setting]:
     if key in _fields(verb):
         yield Setting(key, _read_value(node, _fields(verb)[key], here), here)
     elif key not in _sections(verb):
-        raise ConfigError(f"unknown key {key} ({here}){_did_you_mean(key, _fields(verb))}", key)
+        raise ConfigError(f"unknown key {key} ({here}){did_you_mean(key, _fields(verb))}", key)
     elif isinstance(node, yaml.MappingNode):
         _refuse_doubled(source, node)
         for name, value in node.value:
@@ -286,7 +318,7 @@ def _refuse_doubled(source: Source, node: yaml.MappingNode) -> None:
 
 def _read_value(node: yaml.Node, field: Field, origin: str) -> Any:
     try:
-        return _convert(node, field.type)
+        return convert(node, field.type)
     except (ValueError, OverflowError, yaml.YAMLError):
         given = node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
         wanted = field.type_name.replace("|", ", ")
@@ -294,14 +326,16 @@ def _read_value(node: yaml.Node, field: Field, origin: str) -> Any:
         raise ConfigError(f"{field.key} ({origin}): {problem}", field.key) from None
 
 
-def _convert(node: yaml.Node, hint: Any) -> Any:
+def convert(node: yaml.Node, hint: Any) -> Any:
     """The node as a value of type `hint`. Raises ValueError where it is none."""
     if typing.get_origin(hint) is types.UnionType:
         inner, _ = typing.get_args(hint)  # `X | None` is the only union in the schema
-        return None if node.tag == NULL else _convert(node, inner)
+        return None if node.tag == NULL else convert(node, inner)
     if typing.get_origin(hint) is list and isinstance(node, yaml.SequenceNode):
-        return [_convert(item, typing.get_args(hint)[0]) for item in node.value]
-    if not isinstance(node, yaml.ScalarNode) or node.tag == NULL:
+        return [convert(item, typing.get_args(hint)[0]) for item in node.value]
+    if hint == list[str] and isinstance(node, yaml.ScalarNode) and node.tag != NULL:
+        return [str(node.value)]  # as `text=liver` on the command line
+    if not isinstance(node, yaml.ScalarNode) or node.tag == NULL or typing.get_origin(hint) is list:
         raise ValueError(node.tag)
     if hint is str or issubclass(hint, Enum):
         return hint(node.value)  # as it was written: `007` is no number where a text is wanted
@@ -344,12 +378,27 @@ def _parse(text: str, origin: str) -> yaml.Node:
         raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+def read_nodes(path: Path) -> yaml.MappingNode:
+    """A YAML file's keys with the lines that they stand on. Raises ConfigError where it is none."""
+    node = _parse(_read(Source("", path, (path.resolve(),))), str(path))
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: holds no keys")
+    return node
+
+
+def is_section(verb: str, key: str) -> bool:
+    """Whether `key` holds keys, so that a file may be given for it."""
+    return key in _inner_keys(verb)
+
+
 def _nearest_file(path: Path) -> str:
     close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
-    return f": did you mean {path.parent / close[0]}?" if close else ""
+    if close:
+        return f": did you mean {path.parent / close[0]}?"
+    return f": segvol-pl init DIR lays out {path.parts[0]}/" if path.parts[0] in SHIPPED else ""
 
 
-def _did_you_mean(wrong: str, known: Iterable[str]) -> str:
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """`: did you mean KEY?`, or nothing. A key of the right name in another section comes before a similar one."""
     known = list(known)
     leaf = wrong.rpartition(".")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,14 +21,19 @@ CONFIGS = ROOT / "configs"
 TRAINING = ["data.shards=shards", "run.out=run", "optim.max_steps=10"]
 REQUIRED = {
     "demo": [],
+    "inventory": ["images=ct"],
     "pack": ["images=ct", "out=shards"],
     "pretrain": TRAINING,
     "train": TRAINING,
     "evaluate": ["checkpoint=last.ckpt", "data.shards=shards", "out=report"],
     "predict": ["checkpoint=last.ckpt", "image=ct.nii.gz", "out=mask.nii.gz", "text=liver"],
+    "view": ["checkpoint=last.ckpt", "image=ct.nii.gz"],
     "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
+    "scaling fit": ["table=runs.csv"],
+    "scaling compare": ["runs=[runs]", "axis=size"],
 }
-FILES = sorted(CONFIGS.rglob("*.yaml"))
+# Grids are expanded in test_grid.py.
+FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "ablations")
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 ZOOMS = sorted((CONFIGS / "zoom").glob("*.yaml"))
 
@@ -157,6 +163,20 @@ def test_a_wrong_value_names_key_origin_and_what_is_wanted(tmp_path: Path, pair:
     assert in_file.startswith(f"{key} ({path}:2): ") and problem in in_file
 
 
+@pytest.mark.parametrize(
+    ("pairs", "key"),
+    [
+        (("run.strategy=zero3", "run.recompute=cheap"), "run.recompute"),
+        (("run.strategy=fsdp", "run.compile=true"), "run.compile"),
+        (("run.strategy=zero3", "run.compile=true"), "run.compile"),
+        (("run.strategy=ddp", "run.offload=true"), "run.offload"),
+    ],
+)
+def test_what_a_strategy_cannot_do_is_refused(pairs: tuple[str, ...], key: str) -> None:
+    assert str(fault("train", *TRAINING, *pairs)).startswith(f"{key} (command line): ")
+    load("train", [*TRAINING, *pairs[:1]])
+
+
 @pytest.mark.parametrize(("box", "points"), [("[1, 2, 3]", "null"), ("null", "[[1, 2, 3]]")])
 def test_prompts_of_a_wrong_length(box: str, points: str) -> None:
     required = [pair for pair in REQUIRED["predict"] if not pair.startswith("text")]
@@ -164,11 +184,17 @@ def test_prompts_of_a_wrong_length(box: str, points: str) -> None:
     assert re.match(r"(box|points) \(command line\): .*needs", message)
 
 
-@pytest.mark.parametrize("verb", [verb for verb, required in REQUIRED.items() if required])
+MANDATORY = {verb: [field.key for field in fields_help(verb) if field.default == MISSING] for verb in SCHEMAS}
+
+
+@pytest.mark.parametrize("verb", [verb for verb, mandatory in MANDATORY.items() if mandatory])
 def test_missing_keys_are_named(verb: str) -> None:
-    mandatory = [field.key for field in fields_help(verb) if field.default == MISSING]
     message = str(fault(verb))
-    assert mandatory and all(f"{key}=..." in message for key in mandatory)
+    assert all(f"{key}=..." in message for key in MANDATORY[verb])
+
+
+def test_an_inventory_needs_one_source() -> None:
+    assert "give one of images=FOLDER and cases=FILE" in str(fault("inventory"))
 
 
 def test_a_prediction_needs_a_prompt() -> None:
@@ -219,9 +245,19 @@ def test_what_is_written_loads_again_as_the_same(verb: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("text", ["null and void", "a: b # c", "007", "no", "1e-4", "[1]", "  ", "Leber, groß"])
 def test_texts_survive_being_written(tmp_path: Path, text: str) -> None:
-    config = dataclasses.replace(load("predict", REQUIRED["predict"]), text=text, box=[0, 0, 0, 1, 2, 3])
+    config = dataclasses.replace(load("predict", REQUIRED["predict"]), text=[text], clip=text, box=[0, 0, 0, 1, 2, 3])
     assert load("predict", [str(written(tmp_path, to_yaml(config)))]) == config
-    assert load("predict", [*REQUIRED["predict"], f"text={text}"]).text == text
+    assert load("predict", [*REQUIRED["predict"], f"clip={text}"]).clip == text
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [("liver", ["liver"]), ("a: b # c", ["a: b # c"]), ("[liver, left lung]", ["liver", "left lung"]), ("no", ["no"])],
+)
+def test_a_list_of_texts_may_be_one_text(tmp_path: Path, given: str, want: list[str]) -> None:
+    assert load("predict", [*REQUIRED["predict"], f"text={given}"]).text == want
+    path = written(tmp_path, f"text: {json.dumps(want[0])}\n")
+    assert load("predict", [*REQUIRED["predict"], str(path)]).text == want[:1]
 
 
 def test_an_incomplete_configuration_can_be_shown() -> None:
