@@ -3,21 +3,24 @@
     python benchmarks/packing.py [CT_FOLDER]
 
 1. Seconds and peak memory to pack the trunk CT with each axis doubled, 13 categories, regions included, on one core.
-2. Sixteen such volumes with one and with two processes within one run, the start of the processes included.
-3. Bytes of a packed sample against its NIfTI files (gzip).
-4. Codec and chunk shape: bytes of the CT, milliseconds to encode it, and to read a crop of 32 x 256 x 256.
+2. The same of that CT enlarged to 512 x 512 x 800.
+3. Sixteen of the former with one and with two processes within one run, the start of the processes included.
+4. Bytes of a packed sample against its NIfTI files (gzip).
+5. Codec and chunk shape: bytes of the CT, milliseconds to encode it, and to read a crop of 32 x 256 x 256.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +42,8 @@ LEVELS = (1, 5)
 CHUNKS = {(32, 64, 64): (8, 32, 32), (16, 128, 128): (8, 64, 64), (64, 128, 128): (16, 32, 32)}
 """Chunk shape -> block shape."""
 WINDOW = (32, 256, 256)
+LARGE = (512, 512, 800)
+"""Voxels along x, y, z."""
 
 
 def corpus(source: Path, folder: Path) -> PackConfig:
@@ -68,6 +73,34 @@ def seconds(config: PackConfig, out: str, workers: int) -> float:
     started = time.perf_counter()
     pack(replace(config, out=out, workers=workers))
     return time.perf_counter() - started
+
+
+def enlarge(source: Path, folder: Path) -> None:
+    """The trunk CT and its labels at LARGE voxels, by nearest neighbour, with noise."""
+    for role in ("ct", "seg"):
+        image = nibabel.load(source / f"trunk_{role}.nii.gz")
+        array = np.asarray(image.dataobj).astype(np.int16)
+        grown = array[np.ix_(*(np.arange(new) * old // new for new, old in zip(LARGE, array.shape, strict=True)))]
+        if role == "ct":
+            grown += np.random.default_rng(0).normal(0, NOISE, grown.shape).astype(np.int16)
+        factors = [old / new for old, new in zip(array.shape, LARGE, strict=True)]
+        nibabel.save(nibabel.Nifti1Image(grown, image.affine @ np.diag([*factors, 1])), folder / f"large_{role}.nii.gz")
+
+
+def large(config: PackConfig, source: Path, folder: Path) -> tuple[float, float]:
+    """Seconds and GiB to pack one CT of LARGE voxels in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    images, labels = (str(folder / f"large_{role}.nii.gz") for role in ("ct", "seg"))
+    with ProcessPoolExecutor(1, mp_context=context) as apart:
+        apart.submit(enlarge, source, folder).result()
+    with ProcessPoolExecutor(1, mp_context=context) as apart:
+        config = replace(config, images=images, labels=labels)
+        taken = apart.submit(seconds, config, str(folder / "large"), 1).result()
+        return taken, apart.submit(peak_gib).result()
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def processes(config: PackConfig, folder: Path, repeats: int = 1) -> dict[int, float]:
@@ -117,12 +150,14 @@ def main(source: Path) -> None:
         one = replace(config, images=str(folder / "cases/c0_ct.nii.gz"), labels=str(folder / "cases/c0_seg.nii.gz"))
         seconds(one, str(folder / "warm"), 1)
         alone = statistics.median(seconds(one, str(folder / f"one{turn}"), 1) for turn in range(3))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_gib()
         volume = read_volume(folder / "cases/c0_ct.nii.gz")
         console.print(f"{volume.array_DHW.shape} with 13 categories and regions: {alone:.1f} s, peak {peak:.2f} GiB")
         stored = sum(path.stat().st_size for path in (folder / "warm").glob("*.tar"))
         given = sum((folder / f"cases/c0_{role}.nii.gz").stat().st_size for role in ("ct", "seg"))
         console.print(f"{stored / 1e6:.1f} MB packed, {given / 1e6:.1f} MB as NIfTI (gzip)")
+        slow, much = large(config, source, folder)
+        console.print(f"{' x '.join(map(str, LARGE))}: {slow:.1f} s, peak {much:.2f} GiB")
         taken = processes(config, folder)
         times = f"{taken[1]:.1f} s by one process, {taken[2]:.1f} s by two: {taken[1] / taken[2]:.2f} times"
         console.print(f"{COPIES} volumes: {times}")

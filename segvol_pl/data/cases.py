@@ -46,13 +46,18 @@ class Case:
     id: str
     image: Path
     label: Path | None = None
-    masks: dict[str, Path] = field(default_factory=dict)
-    """Category name -> a file whose voxels above 0 are it. Categories may overlap."""
+    masks: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    """Category name -> the files whose voxels above 0 are it. Categories may overlap."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels of a `label` in the processed M3D-Seg form, see data/m3d.py."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What else is known of its origin, for `Facts.source`."""
 
     @property
     def paths(self) -> list[Path]:
         """All that the case is made of."""
-        return [self.image, *([self.label] if self.label else []), *self.masks.values()]
+        masks = [path for paths in self.masks.values() for path in paths]
+        return [self.image, *([self.label] if self.label else []), *masks]
 
 
 def find_cases(images: str, labels: str | None = None) -> list[Case]:
@@ -68,6 +73,11 @@ def find_cases(images: str, labels: str | None = None) -> list[Case]:
     if len(found_images) == len(found_labels) == 1:
         return [Case(case_id(found_images[0]), found_images[0], found_labels[0])]
     return _pair(_by_id(found_images), _by_id(found_labels))
+
+
+def find_volumes(pattern: str) -> list[Path]:
+    """The CTs that a file, a DICOM folder or a glob means. Raises CaseError where there is none."""
+    return _expand(pattern, (), "images")
 
 
 def case_id(path: Path) -> str:
@@ -87,14 +97,14 @@ def _expand(pattern: str, foreign: tuple[str, ...], key: str) -> list[Path]:
         return _expand_folder(path, foreign, key)
     if path.exists():
         return [path]
-    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if _is_volume(Path(name))]
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if is_volume(Path(name))]
     if not found:
         raise CaseError(f"{key}: {pattern} matches no CT file and no DICOM folder: check the path")
     return found
 
 
 def _expand_folder(folder: Path, foreign: tuple[str, ...], key: str) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if _is_volume(entry))
+    entries = sorted(entry for entry in folder.iterdir() if is_volume(entry))
     own = [entry for entry in entries if not _role_ending(foreign).search(_stem(entry))]
     if own:
         return own
@@ -107,7 +117,8 @@ def _stem(path: Path) -> str:
     return re.sub("|".join(re.escape(ending) + "$" for ending in READABLE[::-1]), "", path.name, flags=re.IGNORECASE)
 
 
-def _is_volume(path: Path) -> bool:
+def is_volume(path: Path) -> bool:
+    """Whether a file's ending, or a folder's content, is that of a CT."""
     return path.name.lower().endswith(READABLE) if path.is_file() else _is_dicom_folder(path)
 
 
@@ -121,7 +132,7 @@ def _by_id(paths: list[Path]) -> dict[str, Path]:
     twice = [str(path) for path in paths if counts[case_id(path)] > 1]
     if twice:
         raise CaseError(
-            f"several files have one case id: {_listed(twice)}: rename them, or state the pairs with cases=FILE"
+            f"several files have one case id: {listed(twice)}: rename them, or state the pairs with cases=FILE"
         )
     return {case_id(path): path for path in paths}
 
@@ -129,18 +140,19 @@ def _by_id(paths: list[Path]) -> dict[str, Path]:
 def _check_roles(images: list[Path], labels: list[Path]) -> None:
     both = sorted(str(path) for path in set(images) & set(labels))
     if both:
-        raise CaseError(f"image and label at once: {_listed(both)}: name them ..._ct and ..._seg, or use cases=FILE")
+        raise CaseError(f"image and label at once: {listed(both)}: name them ..._ct and ..._seg, or use cases=FILE")
 
 
 def _pair(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
     alone = [f"{images[id]} (no label)" for id in sorted(images.keys() - labels.keys())]
     alone += [f"{labels[id]} (no image)" for id in sorted(labels.keys() - images.keys())]
     if alone:
-        raise CaseError(f"cannot be paired: {_listed(alone)}: rename them, or state the pairs with cases=FILE")
+        raise CaseError(f"cannot be paired: {listed(alone)}: rename them, or state the pairs with cases=FILE")
     return [Case(id, images[id], labels[id]) for id in sorted(images)]
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The names in a line, the first ten at most."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
@@ -162,7 +174,7 @@ def read_cases(path: str | Path) -> list[Case]:
     counts = Counter(case.id for case in cases)
     twice = [id for id, count in counts.items() if count > 1]
     if twice or not cases:
-        raise CaseError(f"cases: {path} " + (f"states {_listed(twice)} twice" if twice else "states no case"))
+        raise CaseError(f"cases: {path} " + (f"states {listed(twice)} twice" if twice else "states no case"))
     return sorted(cases, key=lambda case: case.id)
 
 
@@ -191,7 +203,9 @@ def _case_of(row: Any, path: Path, number: int) -> Case:
     id, image, label = (cells.get(key, "") for key in COLUMNS)
     if not (id and image and all(isinstance(value, str) for value in cells.values())):
         raise CaseError(f"{place}: needs an id and an image, and labels where it is labelled, as text")
-    masks = {name: path.parent / cells[name] for name in sorted(cells.keys() - set(COLUMNS)) if cells[name]}
+    masks: dict[str, tuple[Path, ...]] = {
+        name: (path.parent / cells[name],) for name in sorted(cells.keys() - set(COLUMNS)) if cells[name]
+    }
     _check_columns(sorted(cells.keys() - set(COLUMNS)), bool(label and masks), place)
     return Case(id, path.parent / image, path.parent / label if label else None, masks)
 
@@ -217,33 +231,36 @@ def load_categories(path: str | Path) -> dict[str, list[int]]:
     if not path.is_file():
         raise CaseError(f"categories: {path} does not exist: check the path")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CaseError(f"categories: {path} is no YAML ({' '.join(str(error).split())})") from error
     mapping = raw["categories"] if isinstance(raw, dict) and isinstance(raw.get("categories"), dict) else raw
     if not isinstance(mapping, dict) or not mapping:
         raise CaseError(f"categories: {path} names none: write name: [label values]")
-    return {_checked_name(name, path): _checked_values(name, values, path) for name, values in mapping.items()}
+    return {checked_name(name, path): checked_values(name, values, path) for name, values in mapping.items()}
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's own loader lets a second key silently replace the first."""
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice. YAML's own loader lets a second key silently replace the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError, with the place, for a key that is given twice."""
         counts = Counter(key.value for key, _ in node.value)
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{_listed(twice)} is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{listed(twice)} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
-def _checked_name(name: Any, path: Path) -> str:
+def checked_name(name: Any, path: Path) -> str:
+    """The name. Raises CaseError for what is no text."""
     if not isinstance(name, str) or not name.strip():
         raise CaseError(f"categories: {path}: {name!r} is no name: write it as text")
     return name
 
 
-def _checked_values(name: str, values: Any, path: Path) -> list[int]:
+def checked_values(name: str, values: Any, path: Path) -> list[int]:
+    """The label values, sorted. Raises CaseError for anything but whole numbers from 1 to 65535."""
     listed: Iterable[Any] = values if isinstance(values, list) else [values]
     checked = [
         value for value in listed if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536

@@ -57,9 +57,14 @@ def decode_array(frame: bytes | bytearray) -> blosc2.NDArray:
     Raises SampleError for bytes that are no such frame.
     """
     try:
-        return cast(blosc2.NDArray, blosc2.ndarray_from_cframe(frame))
-    except (RuntimeError, ValueError, TypeError) as error:
+        array = cast(blosc2.NDArray, blosc2.ndarray_from_cframe(frame))
+        kind = array.dtype.kind
+    except (RuntimeError, ValueError, TypeError, SyntaxError) as error:
         raise SampleError(f"{len(frame)} bytes are no Blosc2 frame ({error})") from error
+    if kind not in "iu":
+        # Bytes that call themselves objects would be taken for addresses.
+        raise SampleError(f"a Blosc2 frame holds {array.dtype}, not whole numbers")
+    return array
 
 
 def chunk_table(frame: bytes, worth: int = WORTH_PARTS) -> ChunkTable | None:
@@ -106,6 +111,7 @@ class PartialFrame:
 
     @property
     def dtype(self) -> np.dtype[Any]:
+        """Of the array, read off the frame's ends."""
         return self._array().dtype
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:

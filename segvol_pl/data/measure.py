@@ -1,19 +1,21 @@
 """One CT and its label map as a sample: cropped to the body, measured, encoded.
 
-1. `pack_case` reads a CT and its label map, or the files of its categories, which `join_masks` makes one map of.
+1. `pack_case` reads a CT and its label map, or the files or channels of its categories, which `join_masks` joins.
 2. It crops to the body, makes the overview and the pseudo-label regions, and writes down the facts that training needs.
 3. The split is decided by the hash of the voxels alone.
 
-A `Recipe` and the files decide every byte.
+The `Rules` and the files decide every byte.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import blosc2
@@ -23,8 +25,9 @@ from scipy import ndimage
 from segvol_pl.config import RegionsConfig
 from segvol_pl.data.cases import Case
 from segvol_pl.data.frames import chunk_table, encode_array
+from segvol_pl.data.m3d import read_m3d_image, read_m3d_masks
 from segvol_pl.data.pseudo import pseudo_regions
-from segvol_pl.data.sample import SCHEMA, Box, CategoryFacts, Facts, Intensity, Member, SampleError, Split
+from segvol_pl.data.sample import SCHEMA, Box, CategoryFacts, Facts, Member, SampleError, Split
 from segvol_pl.data.shards import Sample
 from segvol_pl.data.transforms import body_box, box_slices, intensity_of, normalise, resize_image, resize_label
 from segvol_pl.data.volume import Volume, read_label, read_volume
@@ -33,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Rules:
     """Everything beside the files themselves that decides a packed sample's bytes."""
 
     dataset: str
@@ -45,39 +48,71 @@ class Recipe:
     categories: dict[str, list[int]]
 
     def fingerprint(self, *parts: Any) -> str:
-        """Hex sha256 of the recipe and `parts`, which must be JSON."""
+        """Hex sha256 of the rules and `parts`, which must be JSON."""
         text = json.dumps([SCHEMA, blosc2.__version__, asdict(self), parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def pack_case(case: Case, key: str, recipe: Recipe, source: dict[str, str]) -> Sample:
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What a case's files hold, in canonical axes. Spacing and affine are None where their form lost them."""
+
+    array_DHW: np.ndarray
+    spacing: tuple[float, float, float] | None
+    affine: np.ndarray | None
+    label_DHW: np.ndarray | None
+    categories: dict[str, list[int]]
+    notes: dict[str, str]
+    """What was found out about the values, for `Facts.source`."""
+    volume: Volume | None = None
+    """The CT as read from a file; None where the form is none that masks are written in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A case cropped to the body and measured, not yet encoded: `facts` lack the members' hashes."""
+
+    facts: Facts
+    hu_DHW: np.ndarray
+    label_DHW: np.ndarray | None
+    body: Box
+    """The crop, in voxels of the scan."""
+    volume: Volume | None
+    """As `Scan.volume`."""
+
+
+def pack_case(case: Case, key: str, rules: Rules, source: dict[str, str]) -> Sample:
     """Reads, crops, measures and encodes one case. `source` names and hashes its files, see `Facts.source`.
 
     Raises VolumeError or SampleError for a CT or label map that cannot be used.
     """
-    volume = read_volume(case.image)
-    label_DHW, categories = _label_of(case, volume, recipe)
-    content = _content_sha256(volume.array_DHW)
-    intensity = intensity_of(volume.array_DHW)
-    box = body_box(volume.array_DHW, intensity)
-    if label_DHW is not None:
-        label_DHW = np.ascontiguousarray(label_DHW[box_slices(box)])
-    arrays = _arrays_of(volume.array_DHW[box_slices(box)], label_DHW, intensity, recipe)
+    prepared = prepare_case(case, key, rules, source)
+    return _encode(prepared.facts, _arrays_of(prepared, rules))
+
+
+def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], blank: bool = False) -> Prepared:
+    """Reads, crops and measures one case. `blank`: whether its label map may be empty. Raises as `pack_case`."""
+    scan = _scan_of(case, rules, blank)
+    content = _content_sha256(scan.array_DHW)
+    intensity = intensity_of(scan.array_DHW)
+    box = body_box(scan.array_DHW, intensity)
+    hu_DHW = scan.array_DHW[box_slices(box)]
+    label_DHW = None if scan.label_DHW is None else np.ascontiguousarray(scan.label_DHW[box_slices(box)])
     facts = Facts(
         key=key,
-        shape=list(arrays[Member.CT].shape),
-        spacing=list(volume.spacing),
-        affine=_affine_of_crop(volume, box).tolist(),
-        source={**source, "content_sha256": content},
-        dataset=recipe.dataset,
-        split=split_of(content, recipe.test_fraction).value,
-        modality=recipe.modality,
+        shape=list(hu_DHW.shape),
+        spacing=None if scan.spacing is None else list(scan.spacing),
+        affine=None if scan.affine is None else _affine_of_crop(scan.affine, box).tolist(),
+        source={**source, **scan.notes, "content_sha256": content},
+        dataset=rules.dataset,
+        split=split_of(content, rules.test_fraction).value,
+        modality=rules.modality,
         intensity=intensity,
-        categories=_categories_of(label_DHW, categories, recipe, content, case) if label_DHW is not None else {},
+        categories=_held(label_DHW, scan.categories, rules, content, case, blank),
         labelled=label_DHW is not None,
-        overview_shape=list(recipe.overview_shape),
+        overview_shape=list(rules.overview_shape),
     )
-    return _encode(facts, arrays)
+    return Prepared(facts, hu_DHW, label_DHW, box, scan.volume)
 
 
 def split_of(content_sha256: str, test_fraction: float) -> Split:
@@ -91,21 +126,35 @@ def _content_sha256(hu_DHW: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _label_of(case: Case, volume: Volume, recipe: Recipe) -> tuple[np.ndarray | None, dict[str, list[int]]]:
-    """The case's label map, if any, and what its values mean."""
-    if not case.label and not case.masks:
-        return None, {}
-    if case.label:
-        label_DHW, categories = read_label(case.label, volume), recipe.categories
-    else:
-        files = sorted(case.masks.items())
-        label_DHW, categories = join_masks(
-            volume.array_DHW.shape, ((name, read_label(path, volume)) for name, path in files)
-        )
-    if not label_DHW.any():
-        place = case.label or f"{case.image}: its {len(case.masks)} category files"
+def _scan_of(case: Case, rules: Rules, blank: bool) -> Scan:
+    scan = _m3d_scan(case) if case.channels else _file_scan(case, rules)
+    if scan.label_DHW is not None and not scan.label_DHW.any() and not blank:
+        place = case.label or f"{case.image}: its {len(case.masks)} categories' files"
         raise SampleError(f"{place}: the label map is empty (all 0): leave the case out or give its label map")
-    return label_DHW, categories
+    return scan
+
+
+def _file_scan(case: Case, rules: Rules) -> Scan:
+    volume = read_volume(case.image)
+    label_DHW, categories = None, rules.categories
+    if case.label:
+        label_DHW = read_label(case.label, volume)
+    elif case.masks:
+        masks = ((name, _union(paths, volume)) for name, paths in sorted(case.masks.items()))
+        label_DHW, categories = join_masks(volume.array_DHW.shape, masks)
+    return Scan(volume.array_DHW, volume.spacing, volume.affine, label_DHW, categories, {}, volume)
+
+
+def _union(paths: tuple[Path, ...], volume: Volume) -> np.ndarray:
+    return functools.reduce(np.logical_or, (read_label(path, volume) > 0 for path in paths))
+
+
+def _m3d_scan(case: Case) -> Scan:
+    array_DHW, meaning = read_m3d_image(case.image)
+    notes = {"values": meaning, "axes": "D is the published array's last axis; directions unknown"}
+    masks = read_m3d_masks(Path(str(case.label)), case.channels, array_DHW.shape)
+    label_DHW, categories = join_masks(array_DHW.shape, masks)
+    return Scan(array_DHW, None, None, label_DHW, categories, notes)
 
 
 def join_masks(
@@ -131,24 +180,23 @@ def join_masks(
     return values[codes_DHW], {name: [value_of[group] for group in present if name in group] for name in names}
 
 
-def _arrays_of(
-    hu_DHW: np.ndarray, label_DHW: np.ndarray | None, intensity: Intensity, recipe: Recipe
-) -> dict[Member, np.ndarray]:
-    """The arrays to store, from the body's voxels. The regions see what the model sees: HU as stored, normalised."""
-    overview_DHW = np.rint(resize_image(hu_DHW, recipe.overview_shape)).astype(np.int16)
+def _arrays_of(prepared: Prepared, rules: Rules) -> dict[Member, np.ndarray]:
+    """The arrays to store. The regions see what the model sees: HU as stored, normalised."""
+    hu_DHW, label_DHW, intensity = prepared.hu_DHW, prepared.label_DHW, prepared.facts.intensity
+    overview_DHW = np.rint(resize_image(hu_DHW, rules.overview_shape)).astype(np.int16)
     arrays = {Member.CT: hu_DHW, Member.OVERVIEW: overview_DHW}
     if label_DHW is not None:
-        arrays |= {Member.LABEL: label_DHW, Member.OVERVIEW_LABEL: resize_label(label_DHW, recipe.overview_shape)}
-    if recipe.regions.enabled:
+        arrays |= {Member.LABEL: label_DHW, Member.OVERVIEW_LABEL: resize_label(label_DHW, rules.overview_shape)}
+    if rules.regions.enabled:
         seen_DHW = normalise(overview_DHW, intensity)
-        arrays[Member.REGIONS] = pseudo_regions(seen_DHW, arrays.get(Member.OVERVIEW_LABEL), recipe.regions)
+        arrays[Member.REGIONS] = pseudo_regions(seen_DHW, arrays.get(Member.OVERVIEW_LABEL), rules.regions)
     return arrays
 
 
-def _affine_of_crop(volume: Volume, box: Box) -> np.ndarray:
+def _affine_of_crop(affine: np.ndarray, box: Box) -> np.ndarray:
     shift = np.eye(4)
     shift[:3, 3] = box[:3]
-    return volume.affine @ shift
+    return affine @ shift
 
 
 def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
@@ -160,15 +208,29 @@ def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
     return Sample(facts.key, {Member.FACTS: text.encode(), **members})
 
 
+def _held(
+    label_DHW: np.ndarray | None,
+    categories: dict[str, list[int]],
+    rules: Rules,
+    content: str,
+    case: Case,
+    blank: bool,
+) -> dict[str, CategoryFacts]:
+    """The categories present; none without a label map, or where it may be `blank` and is."""
+    if label_DHW is None or (blank and not label_DHW.any()):
+        return {}
+    return _categories_of(label_DHW, categories, rules, content, case)
+
+
 def _categories_of(
-    label_DHW: np.ndarray, categories: dict[str, list[int]], recipe: Recipe, content: str, case: Case
+    label_DHW: np.ndarray, categories: dict[str, list[int]], rules: Rules, content: str, case: Case
 ) -> dict[str, CategoryFacts]:
     """The categories present, measured. Raises SampleError where no value of the label map is any category's."""
     places = dict(enumerate(ndimage.find_objects(label_DHW), start=1))
     present = {value: place for value, place in places.items() if place is not None}
     rng = np.random.default_rng(int(content[:16], 16))
     found = {
-        name: _measure(label_DHW, values, [present[value] for value in values if value in present], recipe.anchors, rng)
+        name: _measure(label_DHW, values, [present[value] for value in values if value in present], rules.anchors, rng)
         for name, values in sorted(categories.items())
         if any(value in present for value in values)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 class VolumeModule(pl.LightningDataModule):
     """Streams the samples of the configured corpus for one task.
 
-    `seen` is the position in the data: samples seen so far over all ranks, the whole state of the stream.
+    `seen` is the position in the data: samples seen so far over all ranks, the whole state of the stream; `drawn` the
+    same with the batch that is being trained on.
     `health` counts what this rank found damaged in training.
     """
 
@@ -37,7 +39,7 @@ class VolumeModule(pl.LightningDataModule):
         self._warn_of_leaks()
         self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()
-        self.seen = 0
+        self.seen = self.drawn = 0
 
     def _warn_of_leaks(self) -> None:
         trained, held_out = (
@@ -78,6 +80,7 @@ class VolumeModule(pl.LightningDataModule):
         return World(self.trainer.global_rank, ranks)
 
     def train_dataloader(self) -> DataLoader[Batch]:
+        """Micro-batches from `seen` on, without end. Raises ConfigError where ranks do not divide the batch."""
         return self._loader(self._stream(self.train_corpus, self.draw, self.plan, self.seen), self.data.workers)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -100,6 +103,7 @@ class VolumeModule(pl.LightningDataModule):
             collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=self.data.prefetch if workers else None,
+            worker_init_fn=_leave_signals,
             multiprocessing_context=self.data.start_method.value if workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -107,7 +111,10 @@ class VolumeModule(pl.LightningDataModule):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # Here the batch is still in main memory: looking at it on a GPU would stop the step.
         damaged_BA2 = batch.pop("damaged_BA2")
+        drawn = int(batch.pop("seen"))
         validating = self.trainer is not None and not self.trainer.training
+        if not validating:
+            self.drawn = drawn
         (self.val_health if validating else self.health).note(damaged_BA2.numpy())
         return batch
 
@@ -116,3 +123,9 @@ class VolumeModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen = state_dict["seen"]
+
+
+def _leave_signals(worker: int) -> None:
+    # SLURM signals every process of a step; the training process decides what follows.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -41,7 +41,9 @@ from rich.text import Text
 
 from segvol_pl.config import PackConfig, parse_slice
 from segvol_pl.data.cases import Case, find_cases, load_categories, read_cases
-from segvol_pl.data.measure import Recipe, pack_case
+from segvol_pl.data.datasets import DatasetRecipe, read_recipe, recipe_cases
+from segvol_pl.data.m3d import is_m3d, m3d_cases
+from segvol_pl.data.measure import Rules, pack_case
 from segvol_pl.data.sample import SampleError, Split
 from segvol_pl.data.shards import (
     INDEX,
@@ -77,10 +79,10 @@ class Job:
 
     case: Case
     key: str
-    recipe: Recipe
+    rules: Rules
     staging: Path
     mark: str
-    """Tells whether the case's files or the recipe changed since it was staged."""
+    """Tells whether the case's files or the rules changed since it was staged."""
 
     @property
     def path(self) -> Path:
@@ -117,7 +119,7 @@ class PackReport:
     duplicates: dict[str, str]
     """Case left out -> the case kept that holds the same voxels."""
     staged: dict[str, str] = field(default_factory=dict)
-    """Key of each sample packed -> the mark of its files and recipe."""
+    """Key of each sample packed -> the mark of its files and rules."""
     samples_per_shard: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     """Split -> samples packed. Empty where packing failed."""
@@ -141,8 +143,9 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     """
     console = console or Console(quiet=True)
     start, out = time.monotonic(), Path(config.out)
-    recipe, cases = _recipe_of(config), _cases_of(config)
-    fingerprint = recipe.fingerprint(config.samples_per_shard, [_stat_of(case) for case in cases])
+    recipe = read_recipe(config.recipe) if config.recipe else None
+    rules, cases = _rules_of(config, recipe), _cases_of(config, recipe, console)
+    fingerprint = rules.fingerprint(config.samples_per_shard, [_stat_of(case) for case in cases])
     if (out / INDEX).exists():
         finished = _finished(out)
         if finished.fingerprint == fingerprint:
@@ -151,8 +154,8 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
             raise PackError(f"out: {out} is complete and cases were added since: pack them without slice")
         if finished.samples_per_shard != config.samples_per_shard:
             raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
-        _reopen(out, finished, _jobs_of(cases, recipe, out / STAGING), console)
-    jobs = _jobs_of(cases, recipe, _open_staging(out))
+        _reopen(out, finished, _jobs_of(cases, rules, out / STAGING), console)
+    jobs = _jobs_of(cases, rules, _open_staging(out))
     if config.slice:
         number, count = parse_slice(config.slice)
         return _stage_slice(jobs[number::count], config, fingerprint, console)
@@ -162,7 +165,17 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     report = PackReport(len(cases), fingerprint, bad, duplicates)
     _print_left_out(report, console)
     _check_bound(report, config, out, start)
-    return _finish(kept, report, config, start, console)
+    return _finish(kept, report, config, rules.dataset, start, console)
+
+
+def listed_jobs(config: PackConfig) -> list[Job]:
+    """The cases that `pack` would take, with their keys, rules and marks, for whoever reads them without packing.
+
+    Raises as `pack` does for cases and categories that cannot be found or paired.
+    """
+    recipe = read_recipe(config.recipe) if config.recipe else None
+    cases = _cases_of(config, recipe, Console(quiet=True))
+    return _jobs_of(cases, _rules_of(config, recipe), Path(config.out) / STAGING)
 
 
 def _stage_slice(jobs: list[Job], config: PackConfig, fingerprint: str, console: Console) -> PackReport:
@@ -180,31 +193,45 @@ def _stage_slice(jobs: list[Job], config: PackConfig, fingerprint: str, console:
     return report
 
 
-def _recipe_of(config: PackConfig) -> Recipe:
+def _rules_of(config: PackConfig, recipe: DatasetRecipe | None) -> Rules:
     d, h, w = config.overview_shape
-    return Recipe(
-        dataset=config.dataset,
-        modality=config.modality,
+    return Rules(
+        dataset=config.dataset or (recipe.name if recipe else "unnamed"),
+        modality=config.modality or (recipe.modality if recipe else "CT"),
         overview_shape=(d, h, w),
         anchors=config.anchors,
         test_fraction=config.test_fraction,
         regions=config.regions,
-        categories=load_categories(config.categories) if config.categories else {},
+        categories=load_categories(config.categories) if config.categories else recipe.categories if recipe else {},
     )
 
 
-def _cases_of(config: PackConfig) -> list[Case]:
-    cases = read_cases(config.cases) if config.cases else find_cases(str(config.images), config.labels)
-    if any(case.label for case in cases) and not config.categories:
+def _cases_of(config: PackConfig, recipe: DatasetRecipe | None, console: Console) -> list[Case]:
+    cases = _listed_cases(config, recipe)
+    if recipe:
+        found = len(cases)
+        cases = [case for case in cases if not recipe.excludes(case.id)]
+        console.print(f"{recipe.title}: {len(cases)} cases of the paper's {recipe.volumes}")
+        if len(cases) < found:
+            console.print(f"{found - len(cases)} cases are left out: {recipe.exclude_reason}")
+        if not recipe.certain:
+            log.warning("%s: not certain: %s", config.recipe, recipe.doubts)
+    elif any(case.label and not case.channels for case in cases) and not config.categories:
         raise PackError("categories: the cases are labelled: give categories=FILE (YAML: name -> label values)")
     return cases
+
+
+def _listed_cases(config: PackConfig, recipe: DatasetRecipe | None) -> list[Case]:
+    if config.cases:
+        return m3d_cases(config.cases, recipe) if is_m3d(config.cases) else read_cases(config.cases)
+    return recipe_cases(recipe, str(config.images)) if recipe else find_cases(str(config.images), config.labels)
 
 
 def _stat_of(case: Case) -> list[Any]:
     """What tells cheaply whether a case's files changed since they were packed."""
     files = [file for path in case.paths for file in files_of(path)]
     stats = [[file.name, *((s := file.stat()).st_size, s.st_mtime_ns)] for file in files if file.exists()]
-    return [case.id, sorted(case.masks), stats]
+    return [case.id, sorted(case.masks), case.channels, case.notes, stats]
 
 
 def _finished(out: Path) -> PackReport:
@@ -263,8 +290,8 @@ def _open_staging(out: Path) -> Path:
     return staging
 
 
-def _jobs_of(cases: list[Case], recipe: Recipe, staging: Path) -> list[Job]:
-    jobs = [Job(case, _key_of(case.id), recipe, staging, recipe.fingerprint(_stat_of(case))[:16]) for case in cases]
+def _jobs_of(cases: list[Case], rules: Rules, staging: Path) -> list[Job]:
+    jobs = [Job(case, _key_of(case.id), rules, staging, rules.fingerprint(_stat_of(case))[:16]) for case in cases]
     counts = Counter(job.key for job in jobs)
     twice = [job.case.id for job in jobs if counts[job.key] > 1]
     if twice:
@@ -314,7 +341,9 @@ def _run_here(jobs: list[Job]) -> Iterator[tuple[str, Staged | BadCase]]:
 
 
 def _run_apart(jobs: list[Job], workers: int) -> Iterator[tuple[str, Staged | BadCase]]:
-    context = multiprocessing.get_context("spawn")
+    # One process imports what they all need; it has no threads, so forking it is safe.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
     try:
         futures = {executor.submit(_stage_apart, job): job.key for job in jobs}
@@ -379,7 +408,7 @@ def _stage(job: Job) -> Staged | BadCase:
     """Packs the case into the staging folder unless it lies there already."""
     try:
         if not job.path.exists():
-            write_shard(job.path, [pack_case(job.case, job.key, job.recipe, _source_of(job.case))])
+            write_shard(job.path, [pack_case(job.case, job.key, job.rules, _source_of(job.case))])
     except (VolumeError, SampleError) as error:
         return BadCase(job.case.id, str(job.case.image), str(error))
     record, facts = walk_shard(job.path)[0]
@@ -387,11 +416,11 @@ def _stage(job: Job) -> Staged | BadCase:
 
 
 def _source_of(case: Case) -> dict[str, str]:
-    source = {"image": case.image.name, "image_sha256": source_sha256(case.image)}
+    source = {"image": case.image.name, "image_sha256": source_sha256(case.image), **case.notes}
     if case.label is not None:
         source |= {"label": case.label.name, "label_sha256": source_sha256(case.label)}
     if case.masks:
-        digests = {name: source_sha256(path) for name, path in case.masks.items()}
+        digests = {name: [source_sha256(path) for path in paths] for name, paths in case.masks.items()}
         together = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
         source |= {"label": f"{len(digests)} files", "label_sha256": together}
     return source
@@ -435,10 +464,12 @@ def _report_json(report: PackReport) -> str:
     return json.dumps(asdict(report), indent=1) + "\n"
 
 
-def _finish(kept: list[Staged], report: PackReport, config: PackConfig, start: float, console: Console) -> PackReport:
+def _finish(
+    kept: list[Staged], report: PackReport, config: PackConfig, dataset: str, start: float, console: Console
+) -> PackReport:
     """Shards, then the report, then the index that makes the folder whole, then the staging folder goes."""
     out = Path(config.out)
-    shards = _join_shards(kept, config, out)
+    shards = _join_shards(kept, config, dataset)
     splits = Counter(case.record.split for case in kept)
     report = replace(
         report,
@@ -457,15 +488,17 @@ def _finish(kept: list[Staged], report: PackReport, config: PackConfig, start: f
     return report
 
 
-def _join_shards(kept: list[Staged], config: PackConfig, out: Path) -> list[Path]:
+def _join_shards(kept: list[Staged], config: PackConfig, dataset: str) -> list[Path]:
     """A shard holds one split only: who reads tars without the index cannot mix them up."""
+    out = Path(config.out)
     for stale in out.glob("*.tar"):
         stale.unlink()
     shards: dict[Path, list[SampleRecord]] = {}
+    stem = _key_of(dataset)
     for split in Split:
         records = [case.record for case in kept if case.record.split == split.value]
         for first in range(0, len(records), config.samples_per_shard):
-            name = f"{_key_of(config.dataset)}-{split.value}-{first // config.samples_per_shard:05d}.tar"
+            name = f"{stem}-{split.value}-{first // config.samples_per_shard:05d}.tar"
             shards[out / name] = records[first : first + config.samples_per_shard]
     staging = Store(out / STAGING)
 

@@ -34,6 +34,8 @@ class Member(str, Enum):
 
 
 class Split(str, Enum):
+    """What a case is for, decided by the hash of its voxels."""
+
     TRAIN = "train"
     TEST = "test"
 
@@ -95,12 +97,13 @@ class Facts:
     key: str
     shape: list[int]
     """(D,H,W) of the packed volume."""
-    spacing: list[float]
-    """mm along d, h, w."""
-    affine: list[list[float]]
-    """4x4: packed voxel (d, h, w, 1) -> RAS millimetres."""
+    spacing: list[float] | None
+    """mm along d, h, w. None: unknown, the source had lost it."""
+    affine: list[list[float]] | None
+    """4x4: packed voxel (d, h, w, 1) -> RAS millimetres. None: unknown likewise."""
     source: dict[str, str]
-    """image, image_sha256 and, where labelled, label, label_sha256. File names, never folders."""
+    """image, image_sha256 and, where labelled, label, label_sha256. File names, never folders. content_sha256 of the
+    voxels. Where the form lost something: form, published_split, values, axes."""
     dataset: str
     split: str
     modality: str
@@ -116,6 +119,7 @@ class Facts:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
+        """The bytes of `<key>.json`: the same facts give the same."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod

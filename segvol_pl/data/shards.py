@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,9 @@ from segvol_pl.data.transforms import Sliceable
 from segvol_pl.data.whole import replacing, write_text
 
 INDEX = "index.json"
+
+KEY = re.compile(r"[A-Za-z0-9_-]+")
+"""What a sample is called. Files are named after it: it holds no dot and no slash."""
 
 TAR_END = 1024
 """A tar ends in two empty records of 512 bytes; without them it was cut off."""
@@ -94,8 +98,8 @@ class SampleRecord:
     labelled: bool
     shape: list[int]
     """(D,H,W) of the packed volume."""
-    spacing: list[float]
-    """mm along d, h, w."""
+    spacing: list[float] | None
+    """mm along d, h, w. None: unknown."""
     categories: list[str]
     """Names of the categories present, sorted."""
     members: dict[str, list[int]]
@@ -120,6 +124,7 @@ class Index:
     schema: int = SCHEMA
 
     def to_json(self) -> str:
+        """The bytes of `index.json`: the same index gives the same."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -136,9 +141,26 @@ class Index:
                 "categories": {name: Category(**facts) for name, facts in raw["categories"].items()},
                 "samples": [SampleRecord(**record) for record in raw["samples"]],
             }
-            return cls(**{**raw, **parts})
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            index = cls(**{**raw, **parts})
+            index._check(place)
+            return index
+        except ShardError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardError(f"{place} is no index of shards ({error}): {_remedy(place)}") from error
+
+    def _check(self, place: str) -> None:
+        """An index is data from elsewhere: what it names lies within its shards. Raises ShardError."""
+        sizes = {shard.name: shard.bytes for shard in self.shards}
+        for record in self.samples:
+            _check_key(record.key, place)
+            if record.shard not in sizes:
+                raise ShardError(f"{place}: sample {record.key} is in no shard that it lists: {_remedy(place)}")
+            for ending, (offset, size) in record.members.items():
+                if not (0 <= offset <= offset + size <= sizes[record.shard]):
+                    raise ShardError(
+                        f"{place}: sample {record.key}: {ending} lies outside {record.shard}: {_remedy(place)}"
+                    )
 
 
 # Writing
@@ -207,6 +229,8 @@ def _check_end(path: Path) -> None:
 def _group_members(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     key, members = "", dict[str, tarfile.TarInfo]()
     for entry in tar:
+        if not entry.isreg():
+            raise tarfile.ReadError(f"{entry.name!r} is no file")
         stem, _, ending = entry.name.partition(".")
         if stem != key and members:
             yield key, members
@@ -220,6 +244,7 @@ def _group_members(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfil
 def _read_record(
     path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]
 ) -> tuple[SampleRecord, Facts]:
+    _check_key(key, f"shard {path}")
     stream = tar.extractfile(members[Member.FACTS.value]) if Member.FACTS.value in members else None
     if stream is None:
         raise ShardError(f"shard {path}, sample {key}: has no {Member.FACTS.value}: pack it again")
@@ -241,6 +266,11 @@ def _read_record(
         facts_sha256=hashlib.sha256(text).hexdigest(),
     )
     return record, facts
+
+
+def _check_key(key: str, place: str) -> None:
+    if not KEY.fullmatch(key):
+        raise ShardError(f"{place}: {key!r} names no sample (letters, digits, _ and -): pack the data again")
 
 
 def _parse_facts(text: bytes, place: str) -> Facts:
@@ -515,7 +545,7 @@ def describe(folder: Source) -> list[dict[str, Any]]:
             "key": record.key,
             "split": record.split,
             "shape": tuple(record.shape),
-            "spacing": tuple(round(step, 3) for step in record.spacing),
+            "spacing": tuple(round(step, 3) for step in record.spacing) if record.spacing else "unknown",
             "categories": record.categories,
             "bytes": sum(size for _, size in record.members.values()),
             "shard": record.shard,

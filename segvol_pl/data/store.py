@@ -58,10 +58,12 @@ class Store:
 
     @property
     def local(self) -> bool:
+        """Whether it is a folder on this machine."""
         return not self.piped and "://" not in str(self.folder)
 
     @property
     def piped(self) -> bool:
+        """Whether it is a command, which cannot seek."""
         return str(self.folder).startswith(PIPE)
 
     def place(self, name: str) -> str:

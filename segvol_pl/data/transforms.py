@@ -25,10 +25,12 @@ class Sliceable(Protocol):
     """A numpy array, or an encoded one that decodes only the slice asked for."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """(D,H,W)."""
 
     @property
-    def dtype(self) -> Any: ...
+    def dtype(self) -> Any:
+        """As numpy names it."""
 
     def __getitem__(self, key: Any) -> np.ndarray: ...
 
@@ -57,6 +59,18 @@ def normalise(hu_DHW: np.ndarray, intensity: Intensity) -> np.ndarray:
     return np.clip(image_DHW, 0.0, 1.0, out=image_DHW)
 
 
+class Normalised:
+    """`normalise` of a CT, done for the part that is read: the CT stays int16, whatever its size."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, hu_DHW: np.ndarray, intensity: Intensity) -> None:
+        self._hu_DHW, self._intensity, self.shape = hu_DHW, intensity, hu_DHW.shape
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        return normalise(self._hu_DHW[key], self._intensity)
+
+
 def body_box(hu_DHW: np.ndarray, intensity: Intensity) -> Box:
     """Inclusive bounding box of the voxels above the foreground's lower percentile."""
     return box_of(hu_DHW > intensity.low)
@@ -78,10 +92,21 @@ def resize_tensor(image_BCDHW: torch.Tensor, shape: Sequence[int]) -> torch.Tens
     return image_BCDHW
 
 
-def resize_image(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Float32 array of `shape`, see `resize_tensor`."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array_DHW, dtype=np.float32))
-    return resize_tensor(tensor[None, None], shape)[0, 0].numpy()
+def resize_image(array_DHW: Sliceable, shape: Sequence[int]) -> np.ndarray:
+    """Float32 array of `shape`, see `resize_tensor`. Only a few slices of a large volume are held at a time."""
+    deep = min(array_DHW.shape[0], int(shape[0]))
+    smaller = [min(old, int(new)) for old, new in zip(array_DHW.shape[1:], shape[1:], strict=True)]
+    slabs = [resize_tensor(_tensor(array_DHW[slab]), (1, *smaller)) for slab in _slabs(array_DHW.shape[0], deep)]
+    return resize_tensor(torch.cat(slabs, dim=2), shape)[0, 0].numpy()
+
+
+def _tensor(array_DHW: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array_DHW, dtype=np.float32))[None, None]
+
+
+def _slabs(source: int, target: int) -> list[slice]:
+    """For each of `target` cells, no more than there are, the source cells that area averaging takes together."""
+    return [slice(cell * source // target, -((cell + 1) * source // -target)) for cell in range(target)]
 
 
 def nearest_index(source: int, target: int) -> np.ndarray:
@@ -90,7 +115,7 @@ def nearest_index(source: int, target: int) -> np.ndarray:
     return np.minimum(index, source - 1)
 
 
-def resize_label(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+def resize_label(array_DHW: Sliceable, shape: Sequence[int]) -> np.ndarray:
     """Same dtype, nearest neighbour: no label or region id is ever invented."""
     indices = [nearest_index(old, new) for old, new in zip(array_DHW.shape, shape, strict=True)]
     return np.ascontiguousarray(array_DHW[np.ix_(*indices)])

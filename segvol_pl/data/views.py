@@ -69,6 +69,7 @@ def _fit_label(label_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def has_regions(facts: Facts) -> bool:
+    """Whether the volume was packed with pseudo-label regions."""
     return Member.REGIONS.value in facts.members
 
 

@@ -23,7 +23,9 @@ from typing import cast
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
+from nibabel.volumeutils import apply_read_scaling
 
 from segvol_pl.data.whole import replacing
 
@@ -87,6 +89,45 @@ class Volume:
         return float(d), float(h), float(w)
 
 
+@dataclass(frozen=True)
+class VolumeHeader:
+    """What a CT or label file says of itself, its voxels unread."""
+
+    shape: tuple[int, int, int]
+    """(D,H,W), canonical axes."""
+    spacing: tuple[float, float, float]
+    """mm along d, h, w."""
+    orientation: str
+    """Where the file's own x, y, z point: three of R L A P S I."""
+    dtype: str
+    placed: bool
+    """Whether the file states an orientation. A NIfTI may state none; the reader then makes one up."""
+    missing_bytes: int = 0
+    """What an uncompressed NIfTI lacks of the size that its header promises."""
+
+
+def read_header(path: str | Path) -> VolumeHeader:
+    """The header of a CT file, or the headers of a DICOM folder's slices.
+
+    Raises VolumeError as `read_volume` does, for what headers tell.
+    """
+    path = Path(path)
+    shape, affine, dtype = _folder_header(path) if path.is_dir() else _file_header(path)
+    _check_geometry(shape, affine, path)
+    native = _native_grid(shape, affine)
+    depth, height, width = native.axes
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    placed, missing = _nifti_state(path) if _ending(path) in NIFTI else (True, 0)
+    return VolumeHeader(
+        shape=(native.shape[depth], native.shape[height], native.shape[width]),
+        spacing=(float(steps[depth]), float(steps[height]), float(steps[width])),
+        orientation="".join(nibabel.aff2axcodes(affine[:, [2, 1, 0, 3]])),
+        dtype=dtype,
+        placed=placed,
+        missing_bytes=missing,
+    )
+
+
 def read_volume(path: str | Path) -> Volume:
     """The CT in a file or a DICOM folder, HU rounded and clipped to int16.
 
@@ -94,15 +135,10 @@ def read_volume(path: str | Path) -> Volume:
     holds NaN or infinite voxels, or is constant; for a DICOM folder also where it holds several series or lacks slices.
     """
     path = Path(path)
-    native_array, affine = _read_array(path)
-    _check_values(native_array, path)
-    if native_array.min() == native_array.max():
-        raise VolumeError(f"{path}: every voxel is {native_array.flat[0]}: it holds no image, leave it out")
-    native = _native_grid(native_array.shape, affine)
-    canonical_DHW = _to_canonical(native_array, native)
-    limits = np.iinfo(np.int16)
-    hu_DHW = np.clip(np.rint(canonical_DHW), limits.min, limits.max).astype(np.int16)
-    return Volume(hu_DHW, _canonical_affine(native), native, path)
+    stored, affine = _read_stored(path)
+    hu = _hounsfield(stored, path)
+    native = _native_grid(hu.shape, affine)
+    return Volume(_to_canonical(hu, native), _canonical_affine(native), native, path)
 
 
 def read_label(path: str | Path, like: Volume) -> np.ndarray:
@@ -112,13 +148,27 @@ def read_label(path: str | Path, like: Volume) -> np.ndarray:
     cannot be read, does not cover the CT, or holds anything but whole numbers from 0 to 65535.
     """
     path = Path(path)
-    native_array, affine = _read_array(path)
-    labels = _whole_numbers(native_array, path)
+    stored, affine = _read_stored(path)
+    labels = _whole_numbers(stored.values(), path)
     native = _native_grid(labels.shape, affine)
     label_DHW, label_affine = _to_canonical(labels, native), _canonical_affine(native)
     if _same_grid(label_DHW.shape, label_affine, like):
         return np.ascontiguousarray(label_DHW)
     return _resample_label(label_DHW, label_affine, like, path)
+
+
+def voxels_of(world_N3: np.ndarray, volume: Volume, lps: bool = False) -> np.ndarray:
+    """Places in millimetres, RAS or LPS, as (d, h, w) of the CT, not rounded: a voxel's centre is a whole number."""
+    world_4N = np.concatenate([np.asarray(world_N3, float), np.ones((len(world_N3), 1))], axis=1).T
+    ras_4N = RAS_FROM_LPS @ world_4N if lps else world_4N
+    return np.linalg.solve(volume.affine, ras_4N)[:3].T
+
+
+def world_of(voxels_N3: np.ndarray, volume: Volume, lps: bool = False) -> np.ndarray:
+    """The inverse of `voxels_of`: millimetres."""
+    voxels_4N = np.concatenate([np.asarray(voxels_N3, float), np.ones((len(voxels_N3), 1))], axis=1).T
+    ras_4N = volume.affine @ voxels_4N
+    return (RAS_FROM_LPS @ ras_4N if lps else ras_4N)[:3].T
 
 
 def to_native(mask_DHW: np.ndarray, volume: Volume) -> np.ndarray:
@@ -130,7 +180,9 @@ def to_native(mask_DHW: np.ndarray, volume: Volume) -> np.ndarray:
 
 
 def write_mask(mask_DHW: np.ndarray, volume: Volume, path: str | Path) -> None:
-    """The mask (bool or whole numbers up to 255) as uint8 on the grid and in the orientation of the CT's file.
+    """The mask, bool or a label map, on the grid and in the orientation of the CT's file.
+
+    uint8, or uint16 where it holds numbers above 255.
 
     Written under a temporary name in the same folder, then renamed. Raises VolumeError for an ending that is none of
     WRITABLE, a missing folder, or a mask of another shape.
@@ -141,7 +193,8 @@ def write_mask(mask_DHW: np.ndarray, volume: Volume, path: str | Path) -> None:
         raise VolumeError(f"{path}: a mask is written as one of {', '.join(WRITABLE)}: change the ending")
     if not path.parent.is_dir():
         raise VolumeError(f"{path}: there is no folder {path.parent}: make it first")
-    image = _to_sitk(to_native(mask_DHW, volume).astype(np.uint8), volume.native.affine)
+    kind = np.uint16 if mask_DHW.max() > np.iinfo(np.uint8).max else np.uint8
+    image = _to_sitk(to_native(mask_DHW, volume).astype(kind), volume.native.affine)
     try:
         with replacing(path, ending) as part:
             sitk.WriteImage(image, str(part), useCompression=True)
@@ -179,15 +232,63 @@ def source_sha256(path: Path) -> str:
 # Reading
 
 
-def _read_array(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels, slowest axis first, and the affine from their indices to RAS."""
-    array, header = _read_folder(path) if path.is_dir() else _read_file(path)
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """Voxels as a file holds them, slowest axis first; their values are `slope` times that and `shift`."""
+
+    array: np.ndarray
+    slope: float = 1.0
+    shift: float = 0.0
+
+    def values(self, part: slice = slice(None)) -> np.ndarray:
+        """Those of some slices. A scaled NIfTI becomes float64, four times what a CT is stored in."""
+        return apply_read_scaling(self.array[part], self.slope, self.shift)
+
+
+def _read_stored(path: Path) -> tuple[_Stored, np.ndarray]:
+    """Voxels, and the affine from their indices, slowest axis first, to RAS."""
+    stored, header = _read_folder(path) if path.is_dir() else _read_file(path)
     affine = _affine_of(header)
-    _check_geometry(header, affine, path)
-    return array, affine
+    _check_geometry(stored.array.shape, affine, path)
+    return stored, affine
 
 
-def _read_file(path: Path) -> tuple[np.ndarray, Header]:
+def _hounsfield(stored: _Stored, path: Path) -> np.ndarray:
+    """HU rounded and clipped to int16, slice by slice: all of a large CT in floating point would not fit."""
+    limits, slices = np.iinfo(np.int16), range(len(stored.array))
+    hu = np.empty(stored.array.shape, np.int16)
+    broken, lowest, highest = 0, np.inf, -np.inf
+    for place in slices:
+        values = stored.values(slice(place, place + 1))[0]
+        broken += _broken(values)
+        lowest, highest = min(lowest, values.min()), max(highest, values.max())
+        with np.errstate(invalid="ignore"):  # told below, with their number
+            hu[place] = np.clip(np.rint(values), limits.min, limits.max)
+    _check_unbroken(broken, hu.size, path)
+    if lowest == highest:
+        raise VolumeError(f"{path}: every voxel is {lowest}: it holds no image, leave it out")
+    return hu
+
+
+def _read_file(path: Path) -> tuple[_Stored, Header]:
+    reader = _open_file(path)
+    try:
+        if _ending(path) in NIFTI:
+            return _read_nifti(path, reader.GetSize()), reader
+        image = reader.Execute()
+        return _Stored(sitk.GetArrayFromImage(image)), image
+    except RuntimeError as error:
+        raise _unreadable(path, error) from error
+
+
+def _file_header(path: Path) -> tuple[tuple[int, ...], np.ndarray, str]:
+    """Shape, slowest axis first, affine and type of the voxels."""
+    reader = _open_file(path)
+    return reader.GetSize()[::-1], _affine_of(reader), sitk.GetPixelIDValueAsString(reader.GetPixelID())
+
+
+def _open_file(path: Path) -> sitk.ImageFileReader:
+    """The reader with its header read, which is one of a 3-D scalar image."""
     if not path.exists():
         raise VolumeError(f"{path} does not exist: check the path")
     if path.suffix == ".npy":
@@ -200,26 +301,40 @@ def _read_file(path: Path) -> tuple[np.ndarray, Header]:
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
-        _check_kind(reader.GetDimension(), reader.GetNumberOfComponents(), path)
-        if _ending(path) in NIFTI:
-            return _read_nifti(path, reader.GetSize()), reader
-        image = reader.Execute()
-        return sitk.GetArrayFromImage(image), image
     except RuntimeError as error:
-        raise VolumeError(f"{path} cannot be read ({_reason(error)}): check or convert it") from error
+        raise _unreadable(path, error) from error
+    _check_kind(reader.GetDimension(), reader.GetNumberOfComponents(), path)
+    return reader
 
 
-def _read_nifti(path: Path, size: tuple[int, ...]) -> np.ndarray:
-    """The voxels of a NIfTI, slowest axis first.
+def _unreadable(path: Path, error: RuntimeError) -> VolumeError:
+    return VolumeError(f"{path} cannot be read ({_reason(error)}): check or convert it")
+
+
+def _nifti_state(path: Path) -> tuple[bool, int]:
+    """Whether a NIfTI states its place, and how many bytes it lacks, if it is not compressed."""
+    try:
+        image = cast(nibabel.Nifti1Image, nibabel.load(path))
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise VolumeError(f"{path} cannot be read ({' '.join(str(error).split())}): copy it again") from error
+    header = image.header
+    placed = bool(header["qform_code"] or header["sform_code"])
+    promised = cast(ArrayProxy, image.dataobj).offset + int(np.prod(image.shape)) * header.get_data_dtype().itemsize
+    return placed, max(0, promised - path.stat().st_size) if _ending(path) == ".nii" else 0
+
+
+def _read_nifti(path: Path, size: tuple[int, ...]) -> _Stored:
+    """The voxels of a NIfTI.
 
     Not through ITK, whose NIfTI reader gives a truncated file whatever its memory held, and 0 for NaN.
     """
     try:
-        array = np.asanyarray(cast(SpatialImage, nibabel.load(path)).dataobj)
+        proxy = cast(ArrayProxy, cast(SpatialImage, nibabel.load(path)).dataobj)
+        array = np.asanyarray(proxy.get_unscaled())
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         reason = " ".join(str(error).split())
         raise VolumeError(f"{path} cannot be read ({reason}): it is truncated or damaged, copy it again") from error
-    return array.reshape(size, order="F").T
+    return _Stored(array.reshape(size, order="F").T, proxy.slope, proxy.inter)
 
 
 def _ending(path: Path) -> str:
@@ -241,23 +356,26 @@ def _check_kind(dimension: int, components: int, path: Path) -> None:
         raise VolumeError(f"{path}: {components} values a voxel: give a scalar image")
 
 
-def _check_geometry(image: Header, affine: np.ndarray, path: Path) -> None:
-    if min(image.GetSize()) < 2:
-        raise VolumeError(f"{path}: a 2-D image, {image.GetSize()} voxels: give a volume of several slices")
+def _check_geometry(shape: tuple[int, ...], affine: np.ndarray, path: Path) -> None:
+    if min(shape) < 2:
+        raise VolumeError(f"{path}: a 2-D image, {shape[::-1]} voxels: give a volume of several slices")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        spacing = tuple(round(step, 4) for step in image.GetSpacing())
+        spacing = tuple(np.linalg.norm(affine[:3, 2::-1], axis=0).round(4).tolist())
         raise VolumeError(f"{path}: its affine is singular (spacing {spacing} mm): mend its header")
 
 
-def _check_values(array: np.ndarray, path: Path) -> None:
-    if np.issubdtype(array.dtype, np.floating):
-        broken = int(np.count_nonzero(~np.isfinite(array)))
-        if broken:
-            raise VolumeError(f"{path}: {broken} of {array.size} voxels are NaN or infinite: mend or leave it out")
+def _broken(values: np.ndarray) -> int:
+    """How many are NaN or infinite."""
+    return int(np.count_nonzero(~np.isfinite(values))) if np.issubdtype(values.dtype, np.floating) else 0
+
+
+def _check_unbroken(broken: int, size: int, path: Path) -> None:
+    if broken:
+        raise VolumeError(f"{path}: {broken} of {size} voxels are NaN or infinite: mend or leave it out")
 
 
 def _whole_numbers(array: np.ndarray, path: Path) -> np.ndarray:
-    _check_values(array, path)
+    _check_unbroken(_broken(array), array.size, path)
     if np.issubdtype(array.dtype, np.floating) and not np.array_equal(array, np.rint(array)):
         raise VolumeError(f"{path}: holds fractions such as {_first_fraction(array)}: a label map holds whole numbers")
     lowest, highest = array.min(), array.max()
@@ -273,9 +391,7 @@ def _first_fraction(array: np.ndarray) -> float:
 # DICOM
 
 
-def _read_folder(folder: Path) -> tuple[np.ndarray, Header]:
-    if not files_of(folder):
-        raise VolumeError(f"{folder} is empty: give a folder with the slices of one DICOM series")
+def _read_folder(folder: Path) -> tuple[_Stored, Header]:
     reader = sitk.ImageSeriesReader()
     names = _series_files(reader, folder)
     _check_slices(names, folder)
@@ -285,12 +401,30 @@ def _read_folder(folder: Path) -> tuple[np.ndarray, Header]:
     except RuntimeError as error:
         raise VolumeError(f"{folder} cannot be read ({_reason(error)}): check its slices") from error
     _check_kind(image.GetDimension(), image.GetNumberOfComponentsPerPixel(), folder)
-    return sitk.GetArrayFromImage(image), image
+    return _Stored(sitk.GetArrayFromImage(image)), image
+
+
+def slice_files(folder: Path) -> list[Path]:
+    """The DICOM files of a CT's slices, in the order of the native grid's first axis. Raises VolumeError."""
+    return [Path(name) for name in _series_files(sitk.ImageSeriesReader(), folder)]
+
+
+def _folder_header(folder: Path) -> tuple[tuple[int, ...], np.ndarray, str]:
+    """Shape, slowest axis first, affine and type of the voxels of a series, by its first and its last slice."""
+    names = _series_files(sitk.ImageSeriesReader(), folder)
+    _check_slices(names, folder)
+    first, last = _slice_header(Path(names[0])), _slice_header(Path(names[-1]))
+    affine, step = _affine_of(first), (_affine_of(last) - _affine_of(first))[:, 3] / (len(names) - 1)
+    affine[:, 0] = step
+    width, height = first.GetSize()[:2]
+    return (len(names), height, width), affine, sitk.GetPixelIDValueAsString(first.GetPixelID())
 
 
 def _series_files(reader: sitk.ImageSeriesReader, folder: Path) -> tuple[str, ...]:
     """The slices of the one series in the folder, in spatial order."""
     series = {uid: reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))}
+    if not files_of(folder):
+        raise VolumeError(f"{folder} is empty: give a folder with the slices of one DICOM series")
     if not series:
         raise VolumeError(f"{folder} holds no DICOM series: give a CT file, or a folder with the slices of one series")
     if len(series) > 1:
@@ -326,6 +460,14 @@ def _check_slices(names: tuple[str, ...], folder: Path) -> None:
 
 def _slice_position(path: Path) -> float:
     """mm along the normal of the slice."""
+    reader = _slice_header(path)
+    origin, direction = np.array(reader.GetOrigin()), np.array(reader.GetDirection())
+    if origin.size != 3:
+        raise VolumeError(f"{path} says not where its slice lies: export the series again")
+    return float(origin @ direction.reshape(3, 3)[:, 2])
+
+
+def _slice_header(path: Path) -> sitk.ImageFileReader:
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.SetImageIO("GDCMImageIO")
@@ -333,10 +475,7 @@ def _slice_position(path: Path) -> float:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise VolumeError(f"{path} cannot be read ({_reason(error)}): replace the slice") from error
-    origin, direction = np.array(reader.GetOrigin()), np.array(reader.GetDirection())
-    if origin.size != 3:
-        raise VolumeError(f"{path} says not where its slice lies: export the series again")
-    return float(origin @ direction.reshape(3, 3)[:, 2])
+    return reader
 
 
 # Geometry

@@ -63,6 +63,7 @@ def write_dicom(folder: Path, hu: np.ndarray, series: str = "1.2.3.4", skip: tup
             "0020|000e": series,
             "0020|0013": str(number),
             "0020|0032": "\\".join(str(coordinate) for coordinate in place),
+            "0020|0052": "1.2.3.9",
             "0020|0037": "1\\0\\0\\0\\1\\0",
             "0018|0050": str(SPACING[2]),
         }

@@ -303,9 +303,9 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(source: Path, packed: Path, tmp
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     _wait_for_end(process.pid)
+    # Workers may finish what they hold before they see their parent gone, but the index is the parent's.
     assert not (tmp_path / "out" / INDEX).exists()
-    staged = {path: path.stat().st_mtime_ns for path in staging.glob("case*.tar")}
-    assert 2 <= len(staged) < 6
+    assert len(list(staging.glob("case*.tar"))) >= 2
     assert _start(config).wait() == 0
     assert _shards(tmp_path / "out") == _shards(packed)
     assert (tmp_path / "out" / INDEX).read_bytes() == (packed / INDEX).read_bytes()
@@ -333,8 +333,8 @@ def _group_lives(group: int) -> bool:
 
 def test_what_is_staged_is_used_again_but_not_if_stale(source: Path, packed: Path, tmp_path: Path) -> None:
     config, out = _config(source, tmp_path / "out"), tmp_path / "out"
-    recipe = packing._recipe_of(config)
-    jobs = packing._jobs_of(packing._cases_of(config), recipe, packing._open_staging(out))
+    cases = packing._cases_of(config, None, Console(quiet=True))
+    jobs = packing._jobs_of(cases, packing._rules_of(config, None), packing._open_staging(out))
     for job in jobs[:3]:
         packing._stage(job)
     first, second, _ = sorted((out / packing.STAGING).glob("case*.tar"))
