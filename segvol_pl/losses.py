@@ -1,6 +1,6 @@
 """The losses of the paper: Eq. 1 (SimMIM), Eq. 2 (BCE), Eq. 3 (Dice), Eq. 4 (their sum).
 
-Letters: B batch, K masks, P prompts (of one mask), D H W voxels, T tokens, V voxels of one patch.
+Letters: B batch, K masks, P prompts (of one mask), D H W voxels, M hidden tokens, V voxels of one patch.
 """
 
 from __future__ import annotations
@@ -25,6 +25,6 @@ def mask_losses(logits_BKPDHW: Tensor, masks_BKDHW: Tensor) -> tuple[Tensor, Ten
     return dice_BKP, bce_BKP
 
 
-def simmim_loss(predicted_BTV: Tensor, patches_BTV: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean absolute error over the voxels of the masked tokens (paper Eq. 1)."""
-    return F.l1_loss(predicted_BTV[mask_BT].float(), patches_BTV[mask_BT].float())
+def simmim_loss(predicted_BMV: Tensor, patches_BMV: Tensor) -> Tensor:
+    """Mean absolute error over the voxels of the hidden tokens (paper Eq. 1)."""
+    return F.l1_loss(predicted_BMV.float(), patches_BMV.float())

@@ -53,6 +53,20 @@ class Oracle(nn.Module):
         return torch.where((image_DHW > 0.5) & allowed_DHW, 5.0, -5.0)
 
 
+class RangeOracle(Oracle):
+    """As Oracle, but a text means a range of intensity and how sure the oracle is of it: name -> low, high, logit."""
+
+    def __init__(self, input_shape: tuple[int, int, int], known: dict[str, tuple[float, float, float]]) -> None:
+        super().__init__(input_shape)
+        self.known = known
+        self.bank = TextBank(list(known), torch.zeros(len(known), 1))
+
+    def _one(self, image_DHW: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        low, high, logit = self.known[str(prompt.text)]
+        self.seen.append(prompt)
+        return torch.where((image_DHW > low) & (image_DHW < high), logit, -5.0)
+
+
 def save_untrained(path: Path, categories: list[str]) -> Path:
     """A training checkpoint of a tiny SegVol that has seen nothing."""
     torch.manual_seed(0)
@@ -67,7 +81,7 @@ def save_untrained(path: Path, categories: list[str]) -> Path:
         decoder_mlp=64,
         text_dim=16,
     )
-    model = SegVol(config, TextBank.seeded(categories, config.text_dim))
+    model = SegVol(config, TextBank.seeded(categories, config.text_dim) if categories else None)
     parameters = {
         "task": "segment",
         "config": plain(TrainConfig(model=config, optim=OptimConfig(max_steps=1))),

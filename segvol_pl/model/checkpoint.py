@@ -136,6 +136,7 @@ def differences(own: Tensors, given: Tensors) -> dict[str, str]:
 
 
 def listed(items: Iterable[str], between: str = ", ") -> str:
+    """The first of them for a message, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
     return f"{between.join(items[:LISTED])}{more}"

@@ -5,12 +5,15 @@ Letters: B batch, C channel, D H W voxels, T tokens, E embedding, V voxels of on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
 from monai.networks.blocks.transformerblock import TransformerBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from segvol_pl.config import SegVolConfig
+from segvol_pl.config import Recompute, SegVolConfig
 
 
 def _block(config: SegVolConfig) -> TransformerBlock:
@@ -41,6 +44,8 @@ class ImageEncoder(nn.Module):
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden)
 
+        self.recompute = Recompute.none
+
     def patches(self, image_BCDHW: Tensor) -> Tensor:
         """The image cut into patches_BTV, in the order of the tokens."""
         patches_BTV: Tensor = self._embedding()[0](image_BCDHW)
@@ -51,13 +56,41 @@ class ImageEncoder(nn.Module):
         assert isinstance(embedding, nn.Sequential)
         return embedding
 
-    def forward(self, image_BCDHW: Tensor, mask_BT: Tensor | None = None, mask_token_E: Tensor | None = None) -> Tensor:
-        """Tokens of the image; where `mask_BT` is set, `mask_token_E` stands in for the patch (SimMIM)."""
-        tokens_BTE = self._embedding()[1](self.patches(image_BCDHW))
+    def forward(self, image_BCDHW: Tensor) -> Tensor:
+        """tokens_BTE of images in [0, 1] of shape (B, 1, *config.input_shape)."""
+        return self.encode_patches(self.patches(image_BCDHW))
+
+    def encode_patches(
+        self, patches_BTV: Tensor, mask_BT: Tensor | None = None, mask_token_E: Tensor | None = None
+    ) -> Tensor:
+        """Tokens of an image's patches; where `mask_BT` is set, `mask_token_E` stands in for the patch (SimMIM)."""
+        tokens_BTE = self._embedding()[1](patches_BTV)
         if mask_BT is not None and mask_token_E is not None:
             tokens_BTE = torch.where(mask_BT[..., None], mask_token_E.to(tokens_BTE.dtype), tokens_BTE)
         tokens_BTE = tokens_BTE + self.patch_embedding.position_embeddings
         for block in self.blocks:
-            tokens_BTE = block(tokens_BTE)
+            tokens_BTE = self._through(block, tokens_BTE)
         normed_BTE: Tensor = self.norm(tokens_BTE)
         return normed_BTE
+
+    def _through(self, block: nn.Module, tokens_BTE: Tensor) -> Tensor:
+        if self.recompute is Recompute.none or not torch.is_grad_enabled():
+            plain: Tensor = block(tokens_BTE)
+            return plain
+        keep = _kept_products if self.recompute is Recompute.cheap else noop_context_fn
+        out: Tensor = checkpoint(block, tokens_BTE, use_reentrant=False, context_fn=keep)
+        return out
+
+
+def _kept_products() -> tuple[Any, Any]:
+    """What a block holds where only what is cheap is computed again."""
+    aten = torch.ops.aten
+    attention = [
+        aten._scaled_dot_product_flash_attention_for_cpu,
+        aten._scaled_dot_product_flash_attention,
+        aten._scaled_dot_product_efficient_attention,
+        aten._scaled_dot_product_cudnn_attention,
+    ]
+    products = [aten.mm, aten.addmm, aten.bmm, *attention]
+    kept: list[Any] = [operation.default for operation in products]
+    return create_selective_checkpoint_contexts(kept)

@@ -3,10 +3,13 @@
 SAM's two-way transformer, upscaling by transposed 3-D convolutions, a hyper-network for the mask, and SegVol's
 text branch, whose similarity map is added to the mask (the paper's prose multiplies, its released code adds).
 
-Letters: A images x prompts flattened, S prompt tokens, T image tokens, E embedding, D H W low-resolution voxels.
+Letters: B images, A images x prompts flattened, S prompt tokens, T image tokens, E embedding, I inner width of an
+attention, D H W low-resolution voxels.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +47,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.k_proj.bias)
 
     def forward(self, q_ASE: Tensor, k_ATE: Tensor, v_ATE: Tensor, keep_AT: Tensor | None = None) -> Tensor:
-        q, k, v = self._split(self.q_proj(q_ASE)), self._split(self.k_proj(k_ATE)), self._split(self.v_proj(v_ATE))
+        """(A,S,E): what each query takes from the values. keep_AT: False where a key is left out."""
+        return self.mix(self.q_proj(q_ASE), self.k_proj(k_ATE), self.v_proj(v_ATE), keep_AT)
+
+    def mix(self, q_ASI: Tensor, k_ATI: Tensor, v_ATI: Tensor, keep_AT: Tensor | None = None) -> Tensor:
+        """What follows the projections."""
         mask = None if keep_AT is None else keep_AT[:, None, None, :]
+        q, k, v = self._split(q_ASI), self._split(k_ATI), self._split(v_ATI)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
@@ -55,14 +63,36 @@ class Attention(nn.Module):
 
 
 class MLPBlock(nn.Module):
+    """Two linear layers with a ReLU between them: (..., E) -> (..., E)."""
+
     def __init__(self, hidden: int, mlp: int) -> None:
         super().__init__()
         self.lin1 = nn.Linear(hidden, mlp)
         self.lin2 = nn.Linear(mlp, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., E) -> (..., E)."""
         out: Tensor = self.lin2(F.relu(self.lin1(x)))
         return out
+
+
+class ImageSide(NamedTuple):
+    """The image in a layer's two cross attentions. In the first layer it is the same for all prompts of an image."""
+
+    image_BTE: Tensor
+    place_TE: Tensor
+    """The tokens' positions."""
+    keys_BTI: Tensor
+    values_BTI: Tensor
+    """Keys and values where prompt tokens look at the image."""
+    queries_BTI: Tensor
+    """Queries where the image looks at the prompt tokens."""
+
+    def spread(self, count: int) -> ImageSide:
+        """For `count` prompts of each image. A single image is not copied."""
+        image, place, *projected = self
+        image, *projected = (x[:, None].expand(-1, count, -1, -1).flatten(0, 1) for x in (image, *projected))
+        return ImageSide(image, place, *projected)
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -81,15 +111,28 @@ class TwoWayAttentionBlock(nn.Module):
         self.norm4 = nn.LayerNorm(hidden)
         self.cross_attn_image_to_token = Attention(hidden, heads, downsample=2)
 
+    def look(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
+        """This layer's projections of the image, for whoever stands outside: FSDP2 gathers the layer around it."""
+        return self._projected(image_BTE, place_TE)
+
+    def _projected(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
+        placed_BTE = image_BTE + place_TE
+        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        keys, values = to_image.k_proj(placed_BTE), to_image.v_proj(image_BTE)
+        return ImageSide(image_BTE, place_TE, keys, values, to_token.q_proj(placed_BTE))
+
     def forward(
-        self, tokens_ASE: Tensor, image_ATE: Tensor, prompt_ASE: Tensor, place_TE: Tensor, keep_AS: Tensor
+        self, tokens_ASE: Tensor, seen: ImageSide | tuple[Tensor, Tensor], prompt_ASE: Tensor, keep_AS: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """`seen` is what the layer sees of the image, or image_ATE and place_TE to be looked at."""
+        side = seen if isinstance(seen, ImageSide) else self._projected(*seen)
+        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         tokens_ASE = self.norm1(self._attend_self(tokens_ASE, prompt_ASE, keep_AS))
-        q, k = tokens_ASE + prompt_ASE, image_ATE + place_TE
-        tokens_ASE = self.norm2(tokens_ASE + self.cross_attn_token_to_image(q, k, image_ATE))
+        q = to_image.q_proj(tokens_ASE + prompt_ASE)
+        tokens_ASE = self.norm2(tokens_ASE + to_image.mix(q, side.keys_BTI, side.values_BTI))
         tokens_ASE = self.norm3(tokens_ASE + self.mlp(tokens_ASE))
-        q = tokens_ASE + prompt_ASE
-        image_ATE = self.norm4(image_ATE + self.cross_attn_image_to_token(k, q, tokens_ASE, keep_AS))
+        k, v = to_token.k_proj(tokens_ASE + prompt_ASE), to_token.v_proj(tokens_ASE)
+        image_ATE = self.norm4(side.image_BTE + to_token.mix(side.queries_BTI, k, v, keep_AS))
         return tokens_ASE, image_ATE
 
     def _attend_self(self, tokens_ASE: Tensor, prompt_ASE: Tensor, keep_AS: Tensor) -> Tensor:
@@ -101,18 +144,27 @@ class TwoWayAttentionBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
+    """Prompt tokens and image tokens look at each other, block by block, prompts once more at the end."""
+
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TwoWayAttentionBlock(config, first=i == 0) for i in range(config.decoder_layers))
         self.final_attn_token_to_image = Attention(config.hidden, config.decoder_heads, downsample=2)
         self.norm_final_attn = nn.LayerNorm(config.hidden)
 
-    def forward(
-        self, prompt_ASE: Tensor, image_ATE: Tensor, place_TE: Tensor, keep_AS: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        tokens_ASE = prompt_ASE
+    def look(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
+        """What the first layer sees of the images, whatever is asked of them."""
+        first = self.layers[0]
+        assert isinstance(first, TwoWayAttentionBlock)
+        return first.look(image_BTE, place_TE)
+
+    def forward(self, prompt_ASE: Tensor, side: ImageSide, keep_AS: Tensor) -> tuple[Tensor, Tensor]:
+        """`side` has been spread over the prompts."""
+        place_TE, tokens_ASE = side.place_TE, prompt_ASE
+        seen: ImageSide | tuple[Tensor, Tensor] = side
         for layer in self.layers:
-            tokens_ASE, image_ATE = layer(tokens_ASE, image_ATE, prompt_ASE, place_TE, keep_AS)
+            tokens_ASE, image_ATE = layer(tokens_ASE, seen, prompt_ASE, keep_AS)
+            seen = (image_ATE, place_TE)
         q, k = tokens_ASE + prompt_ASE, image_ATE + place_TE
         tokens_ASE = self.norm_final_attn(tokens_ASE + self.final_attn_token_to_image(q, k, image_ATE))
         return tokens_ASE, image_ATE
@@ -126,6 +178,7 @@ class HyperNetwork(nn.Module):
         self.layers = nn.ModuleList([nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, out)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """(A, hidden) -> (A, out)."""
         x = F.relu(self.layers[0](x))
         out: Tensor = self.layers[2](F.relu(self.layers[1](x)))
         return out
@@ -158,10 +211,13 @@ class Upscaling(nn.Sequential):
         return [module for module in self if isinstance(module, nn.ConvTranspose3d)]
 
     def forward(self, image_ATE: Tensor, weights_AE: Tensor) -> Tensor:  # type: ignore[override]
+        """logits_ADHW, four times the token grid along each axis."""
         first, second = self._convolutions()
         fine = self._normed(self._double(image_ATE, first))
         finest = F.gelu(self._double(F.gelu(fine), second))
-        return self._in_volume_order((finest.flatten(1, 3) @ weights_AE[..., None].to(finest.dtype))[..., 0])
+        # Prompt by prompt: a batched product with a single column is several times slower, backward above all.
+        pairs = zip(finest.flatten(1, 3), weights_AE.to(finest.dtype), strict=True)
+        return self._in_volume_order(torch.stack([voxels_VE @ weight_E for voxels_VE, weight_E in pairs]))
 
     @staticmethod
     def _double(x: Tensor, conv: nn.ConvTranspose3d) -> Tensor:
@@ -190,7 +246,7 @@ class Upscaling(nn.Sequential):
 
 
 class MaskDecoder(nn.Module):
-    """image_BTE, prompt tokens and text -> low-resolution logits (A, D, H, W), four times finer than the token grid.
+    """Images, prompt tokens and text -> low-resolution logits (A, D, H, W), four times finer than the token grid.
 
     Parameter names are those of the released weights. Their unused parts (three of four hyper-networks and the
     IoU head) are left out: a parameter that never gets a gradient breaks DDP.
@@ -207,18 +263,14 @@ class MaskDecoder(nn.Module):
         self.txt_align_upscaled_embedding = nn.Linear(hidden, hidden // 8)
 
     def forward(
-        self,
-        image_ATE: Tensor,
-        place_TE: Tensor,
-        prompt_ASE: Tensor,
-        keep_AS: Tensor,
-        text_AE: Tensor,
-        has_text_A: Tensor,
+        self, side: ImageSide, prompt_ASE: Tensor, keep_AS: Tensor, text_AE: Tensor, has_text_A: Tensor
     ) -> Tensor:
+        """`side`: the first layer's, of the B images; every image has A / B prompts."""
         own_SE = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens_ASE = torch.cat([own_SE.expand(len(prompt_ASE), -1, -1), prompt_ASE], dim=1)
         keep_AS = F.pad(keep_AS, (len(own_SE), 0), value=True)
-        tokens_ASE, image_ATE = self.transformer(tokens_ASE, image_ATE, place_TE, keep_AS)
+        spread = side.spread(len(prompt_ASE) // len(side.image_BTE))
+        tokens_ASE, image_ATE = self.transformer(tokens_ASE, spread, keep_AS)
         weights_AE = self.output_hypernetworks_mlps[0](tokens_ASE[:, 1])
         weights_AE = weights_AE + self.txt_align_upscaled_embedding(text_AE) * has_text_A[:, None]
         logits_ADHW: Tensor = self.output_upscaling(image_ATE, weights_AE)

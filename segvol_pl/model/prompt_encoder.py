@@ -37,7 +37,17 @@ class PromptTensors:
     has_text_BP: Tensor
 
     def to(self, device: torch.device | str) -> PromptTensors:
+        """The same on another device."""
         return PromptTensors(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+
+    def at(self, places: slice) -> PromptTensors:
+        """Some of each image's prompts."""
+        return PromptTensors(**{item.name: getattr(self, item.name)[:, places] for item in fields(self)})
+
+    def joined(self, other: PromptTensors) -> PromptTensors:
+        """With the other's prompts of the same images behind them; as many points in each."""
+        pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
+        return PromptTensors(**{name: torch.cat(pair, dim=1) for name, pair in pairs.items()})
 
     @classmethod
     def from_prompts(cls, prompts: Sequence[Sequence[Prompt]], index_of: Callable[[str], int]) -> PromptTensors:
@@ -71,15 +81,22 @@ class PositionEmbeddingRandom(nn.Module):
     """Random Fourier features of a position in the volume (Tancik et al. 2020), fixed at initialisation."""
 
     positional_encoding_gaussian_matrix: Tensor
+    extent_3: Tensor
 
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, config.hidden // 2))
-        depth, height, width = config.input_shape
+        # A buffer, since a tensor made of numbers would stop a GPU at every step.
+        extent = torch.tensor(self._extent(config), dtype=torch.float32)
+        self.register_buffer("extent_3", extent, persistent=False)
         self.published = config.coordinates is Rule.published
         self.grid = config.grid
+
+    @staticmethod
+    def _extent(config: SegVolConfig) -> tuple[int, int, int]:
+        depth, height, width = config.input_shape
         # The released weights were trained with coordinates divided by each other's extent, see Rule.
-        self.extent = (height, depth, width) if self.published else (depth, height, width)
+        return (height, depth, width) if config.coordinates is Rule.published else (depth, height, width)
 
     def encode(self, unit_3: Tensor) -> Tensor:
         """Positions in [0, 1] (..., 3) -> (..., E)."""
@@ -88,7 +105,7 @@ class PositionEmbeddingRandom(nn.Module):
 
     def voxels(self, position_3: Tensor) -> Tensor:
         """Voxel positions (..., 3) of the model's input -> (..., E), at the voxels' centres."""
-        return self.encode((position_3 + 0.5) / position_3.new_tensor(self.extent))
+        return self.encode((position_3 + 0.5) / self.extent_3)
 
     def dense(self) -> Tensor:
         """The encoding of every image token, (T,E)."""
@@ -111,6 +128,7 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, config.hidden)
 
     def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens_BPSE, float32: points, the padding point, the box's two corners, text; keep_BPS, bool."""
         # Fourier features of voxel positions lose their meaning in bf16.
         with torch.autocast(text_BPE.device.type, enabled=False):
             points_BPNE = self._points(prompts.points_BPN3, prompts.labels_BPN)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from segvol_pl.config import SegVolConfig
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.model.image_encoder import ImageEncoder
-from segvol_pl.model.mask_decoder import MaskDecoder
+from segvol_pl.model.mask_decoder import ImageSide, MaskDecoder
 from segvol_pl.model.prompt_encoder import PromptEncoder, PromptTensors
 from segvol_pl.model.text_encoder import TextBank, TextEncoder
 
@@ -30,6 +30,7 @@ class Trilinear(nn.Module):
 
     def __init__(self, source: Sequence[int], target: Sequence[int]) -> None:
         super().__init__()
+        self.deepens = source[0] != target[0]
         for axis, old, new in zip("dhw", source, target, strict=True):
             matrix = F.interpolate(torch.eye(old)[None], size=new, mode="linear", align_corners=False)[0].T
             self.register_buffer(f"matrix_{axis}", matrix.contiguous(), persistent=False)
@@ -39,8 +40,11 @@ class Trilinear(nn.Module):
     matrix_w: Tensor
 
     def forward(self, x_BPDHW: Tensor) -> Tensor:
+        """(..., D,H,W) of the source's shape -> (..., D,H,W) of the target's."""
         wide = x_BPDHW @ self.matrix_w.T
         high = self.matrix_h @ wide
+        if not self.deepens:
+            return high
         deep = self.matrix_d @ high.flatten(-2)
         return deep.unflatten(-1, high.shape[-2:])
 
@@ -75,19 +79,24 @@ class SegVol(nn.Module):
 
     def decode_low(self, tokens_BTE: Tensor, prompts: PromptTensors) -> Tensor:
         """logits_BPDHW at the decoder's resolution: four times the token grid."""
-        batch, count = prompts.text_BP.shape
+        return self.decode_side(self.side(tokens_BTE), prompts)
+
+    def side(self, tokens_BTE: Tensor) -> ImageSide:
+        """What decoding needs of the images, the same for all prompts: made once, for any number of `decode_side`."""
+        # The positions of tokens and of prompts are compared: both are exact.
+        with torch.autocast(tokens_BTE.device.type, enabled=False):
+            place_TE = self.prompt_encoder.pe_layer.dense()
+        return self.mask_decoder.transformer.look(tokens_BTE + self.prompt_encoder.no_mask_embed.weight, place_TE)
+
+    def decode_side(self, side: ImageSide, prompts: PromptTensors) -> Tensor:
+        """As `decode_low`, of what `side` gave."""
         text_BPE = self.text_encoder(prompts.text_BP)
         prompt_BPSE, keep_BPS = self.prompt_encoder(prompts, text_BPE)
-        image_ATE = (tokens_BTE + self.prompt_encoder.no_mask_embed.weight).repeat_interleave(count, dim=0)
+        has_text_A = prompts.has_text_BP.flatten()
         logits_ADHW = self.mask_decoder(
-            image_ATE,
-            self.prompt_encoder.pe_layer.dense(),
-            prompt_BPSE.flatten(0, 1),
-            keep_BPS.flatten(0, 1),
-            text_BPE.flatten(0, 1),
-            prompts.has_text_BP.flatten(),
+            side, prompt_BPSE.flatten(0, 1), keep_BPS.flatten(0, 1), text_BPE.flatten(0, 1), has_text_A
         )
-        low_BPDHW: Tensor = logits_ADHW.unflatten(0, (batch, count))
+        low_BPDHW: Tensor = logits_ADHW.unflatten(0, prompts.text_BP.shape)
         return low_BPDHW
 
     def upsample(self, low_BPDHW: Tensor) -> Tensor:

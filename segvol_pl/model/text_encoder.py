@@ -76,6 +76,7 @@ class TextBank:
 
     @classmethod
     def seeded(cls, names: Sequence[str], dim: int) -> TextBank:
+        """Fixed random vectors (K, dim), each by its name alone."""
         rows = [np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(dim) for name in names]
         return cls(names, torch.tensor(np.stack(rows), dtype=torch.float32))
 
@@ -159,5 +160,6 @@ class TextEncoder(nn.Module):
         self.dim_align = nn.Linear(config.text_dim, config.hidden)
 
     def forward(self, text_BP: Tensor) -> Tensor:
+        """text_BPE of rows text_BP (int64) of the bank."""
         aligned: Tensor = self.dim_align(self.bank_KE[text_BP])
         return aligned

@@ -1,13 +1,18 @@
 """Supervised training: every category of a volume asked for in every prompt combination (paper Algorithm 1).
 
-Letters: B batch, K categories (or pseudo-labels) of one volume, C prompt combinations, D H W voxels, N points.
+1. Each volume is encoded once, and what its prompts have in common is made once.
+2. All its prompts, those of categories in every combination and those of pseudo-labels, are decoded group by group.
+3. A group is brought to full resolution and compared with its masks before the next one is decoded, see `groups`.
+
+Letters: B batch, K categories (or pseudo-labels) of one volume, C prompt combinations, P prompts of one volume, D H W
+voxels, N points.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
@@ -16,11 +21,13 @@ from segvol_pl.configure import plain
 from segvol_pl.data.stream import Batch
 from segvol_pl.losses import mask_losses
 from segvol_pl.model import SegVol, TextBank
+from segvol_pl.model.mask_decoder import ImageSide
 from segvol_pl.model.prompt_encoder import PromptTensors
-from segvol_pl.tasks.optim import StepMeans, log_validation, optimizer
+from segvol_pl.tasks.groups import sum_over_groups
+from segvol_pl.tasks.optim import Task, log_validation
 
 
-class SegVolTask(pl.LightningModule):
+class SegVolTask(Task):
     """BCE + Dice over the prompt combinations plus `pseudo_weight` x the same over pseudo-labels (paper Eq. 2-4).
 
     A pure function of the batch: it draws nothing.
@@ -28,71 +35,119 @@ class SegVolTask(pl.LightningModule):
 
     def __init__(self, config: TrainConfig, bank: TextBank) -> None:
         super().__init__()
-        self.config, self.means = config, StepMeans()
+        self.config, self.optim = config, config.optim
         self.model = SegVol(config.model, bank)
+        self.model.image_encoder.recompute = config.run.recompute
         self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The loss of a micro-batch; it and its parts are logged as their step's means."""
         loss, parts = self.losses(batch)
         self.means.log(self, parts)
         return loss
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        _, parts = self.losses(batch)
+    def validation_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The masks of the categories in every combination, for whoever looks on: bool (B,K,C,D,H,W)."""
+        answers: list[Tensor] = []
+        _, parts = self.losses(batch, answers)
         log_validation(self, parts, batch)
+        combinations = len(self.config.prompts.combinations)
+        count = batch["valid_BK"].shape[1] * combinations
+        return torch.cat(answers, dim=1)[:, :count].unflatten(1, (-1, combinations))
 
-    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to descend, and its parts by name: loss, supervised, pseudo, and Dice loss per combination."""
+    def losses(self, batch: Batch, answers: list[Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to descend, and its parts by name: loss, supervised, pseudo, and Dice loss and BCE per combination.
+
+        answers: if given, the masks are appended to it, group by group, bool (B,P,D,H,W); without gradients alone.
+        """
         combinations = self.config.prompts.combinations
-        tokens_BTE = self.model.encode(batch["image_BCDHW"])
-        dice_C, bce_C = self.prompt_losses(tokens_BTE, batch, "", combinations)
-        supervised = (dice_C + bce_C).sum()
-        parts = {f"dice_loss/{name}": dice.detach() for name, dice in zip(combinations, dice_C, strict=True)}
-        loss = supervised
-        if "pseudo_boxes_BK6" in batch:
-            pseudo = self._pseudo(tokens_BTE, batch)
-            parts["pseudo"] = pseudo.detach()
-            loss = supervised + self.config.pseudo_weight * pseudo
-        return loss, {**parts, "supervised": supervised.detach(), "loss": loss.detach()}
+        asked = questions = supervised_questions(batch, combinations)
+        pseudo = pseudo_questions(batch) if "pseudo_boxes_BK6" in batch else None
+        if pseudo is not None:
+            asked = questions.joined(pseudo, self.config.pseudo_weight)
+        loss, dice_BP, bce_BP = self.prompt_losses(self.model.encode(batch["image_BCDHW"]), asked, answers)
+        count = questions.weights_BP.shape[1]
+        parts: dict[str, Tensor] = {}
+        for kind, loss_BP in (("dice_loss", dice_BP), ("bce", bce_BP)):
+            loss_C = (questions.weights_BP * loss_BP[:, :count]).unflatten(1, (-1, len(combinations))).sum((0, 1))
+            parts |= {f"{kind}/{name}": each for name, each in zip(combinations, loss_C, strict=True)}
+        both_BP = dice_BP + bce_BP
+        if pseudo is not None:
+            parts["pseudo"] = (pseudo.weights_BP * both_BP[:, count:]).sum()
+        supervised = (questions.weights_BP * both_BP[:, :count]).sum()
+        return loss, {**parts, "supervised": supervised, "loss": loss.detach()}
 
     def prompt_losses(
-        self, tokens_BTE: Tensor, batch: Batch, prefix: str, combinations: list[str]
-    ) -> tuple[Tensor, Tensor]:
-        """Dice loss and BCE per combination, (C,) each: means over the batch's masks, an invalid one counting 0."""
-        prompts = combined(batch, prefix, combinations)
-        logits_BPDHW = self.model.decode(tokens_BTE, prompts)
-        logits_BKCDHW = logits_BPDHW.unflatten(1, (-1, len(combinations)))
-        dice_BKC, bce_BKC = mask_losses(logits_BKCDHW, batch[f"{prefix}masks_BKDHW"])
-        valid_BK1 = batch[f"{prefix}valid_BK"][..., None]
-        return (dice_BKC * valid_BK1).mean((0, 1)), (bce_BKC * valid_BK1).mean((0, 1))
+        self, tokens_BTE: Tensor, asked: Questions, answers: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The weighted loss (), and Dice loss and BCE of every prompt, detached, (B,P) each; `answers` as above."""
 
-    def _pseudo(self, tokens_BTE: Tensor, batch: Batch) -> Tensor:
-        """Even pseudo-labels are asked for by points, odd ones by their box: the sum over them, as in Algorithm 1."""
-        total = tokens_BTE.new_zeros(())
-        for first, kind in enumerate(("points", "box")):
-            part = {name: value[:, first::2] for name, value in batch.items() if name.startswith("pseudo_")}
-            count = part["pseudo_valid_BK"].shape[1]
-            if count:
-                dice_C, bce_C = self.prompt_losses(tokens_BTE, part, "pseudo_", [kind])
-                total = total + count * (dice_C + bce_C).sum()
-        return total
+        def term(group: slice, *side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            logits_BPDHW = self.model.upsample(self.model.decode_side(ImageSide(*side), asked.prompts.at(group)))
+            if answers is not None:
+                answers.append(logits_BPDHW > 0)
+            masks_BPDHW = torch.stack(asked.masks[group], dim=1)
+            dice_BP, bce_BP = (loss[..., 0] for loss in mask_losses(logits_BPDHW[:, :, None], masks_BPDHW))
+            return (asked.weights_BP[:, group] * (dice_BP + bce_BP)).sum(), dice_BP, bce_BP
 
-    def configure_optimizers(self) -> Any:
-        adamw, scheduler = optimizer(self.parameters(), self.config.optim)
-        return {"optimizer": adamw, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        size = self.config.run.prompts_at_once
+        groups = [slice(first, first + size) for first in range(0, len(asked.masks), size)]
+        decoding = (self.model.prompt_encoder, self.model.text_encoder, self.model.mask_decoder)
+        weights = [parameter for part in decoding for parameter in part.parameters()]
+        return sum_over_groups(term, groups, self.model.side(tokens_BTE), weights, self.whole_weights)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Prompts with the masks that answer them, and what each counts in the loss."""
+
+    prompts: PromptTensors
+    masks: list[Tensor]
+    """P of (B,D,H,W), bool: prompts of one mask share it."""
+    weights_BP: Tensor
+
+    def joined(self, other: Questions, weight: float) -> Questions:
+        """With the other's behind them, which count `weight` times as much."""
+        weights_BP = torch.cat([self.weights_BP, weight * other.weights_BP], dim=1)
+        return Questions(self.prompts.joined(other.prompts), self.masks + other.masks, weights_BP)
+
+
+def supervised_questions(batch: Batch, combinations: list[str]) -> Questions:
+    """The categories in every combination: a combination counts its mean over the batch's masks, an invalid one 0."""
+    valid_BK = batch["valid_BK"]
+    weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
+    return Questions(combined(batch, "", combinations), _masks(batch["masks_BKDHW"], len(combinations)), weights_BP)
+
+
+def pseudo_questions(batch: Batch) -> Questions:
+    """Even pseudo-labels are asked for by points, odd ones by their box: the sum over them, as in Algorithm 1."""
+    valid_BK = batch["pseudo_valid_BK"]
+    kinds = ["box" if place % 2 else "points" for place in range(valid_BK.shape[1])]
+    weights_BP = valid_BK.float() / len(valid_BK)
+    return Questions(_prompts(batch, "pseudo_", kinds), _masks(batch["pseudo_masks_BKDHW"], 1), weights_BP)
+
+
+def _masks(masks_BKDHW: Tensor, each: int) -> list[Tensor]:
+    return [mask_BDHW for mask_BDHW in masks_BKDHW.unbind(1) for _ in range(each)]
 
 
 def combined(batch: Batch, prefix: str, combinations: list[str]) -> PromptTensors:
     """Each of the batch's K prompts in each of C combinations: P = K x C prompts, combination fastest."""
-    count = len(combinations)
+    return _prompts(batch, prefix, combinations * batch[f"{prefix}valid_BK"].shape[1])
+
+
+def _prompts(batch: Batch, prefix: str, kinds: Sequence[str]) -> PromptTensors:
+    """The batch's K prompts, each P / K times in a row, with the parts that the P `kinds` name."""
+    valid_BK = batch[f"{prefix}valid_BK"]
+    each = len(kinds) // valid_BK.shape[1]
+    # Made on the device: a tensor of Python's own booleans would stop a GPU.
+    yes, no = valid_BK.new_ones(()), valid_BK.new_zeros(())
 
     def spread(name: str) -> Tensor:
-        return batch[prefix + name].repeat_interleave(count, dim=1)
+        return batch[prefix + name].repeat_interleave(each, dim=1)
 
     def has(part: str) -> Tensor:
-        valid_BK = batch[f"{prefix}valid_BK"]
-        flags = torch.tensor([part in name for name in combinations], device=valid_BK.device)
-        return flags.repeat(valid_BK.shape[1]).expand(len(valid_BK), -1)
+        return torch.stack([yes if part in kind else no for kind in kinds]).expand(len(valid_BK), -1)
 
     return PromptTensors(
         points_BPN3=spread("points_BKN3").float(),

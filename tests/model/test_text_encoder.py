@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from letters import ENDS, WORDS, write_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from letters import write_clip
 
 from segvol_pl.config import TextConfig, TextSource
 from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
@@ -15,22 +14,7 @@ from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP text tower of random weights, as `save_pretrained` lays it out, with a tokenizer of single letters."""
-    folder = tmp_path_factory.mktemp("clip")
-    write_tokenizer(folder)
-    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=WORDS.index(ENDS[0]),
-        eos_token_id=WORDS.index(ENDS[1]),
-    )
-    CLIPTextModel(config).save_pretrained(folder)
-    return folder
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def test_clip_vectors_depend_on_the_name_alone(clip: Path) -> None:
