@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import psutil
 import torch
+
+from segvol_pl import flops
+from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.data.whole import replacing
+from segvol_pl.devices import accelerator
+from segvol_pl.run.strategies import uses_bf16
+from segvol_pl.tasks.optim import Task
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +30,7 @@ class StreamPosition(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        trainer.datamodule.seen = int(batch["seen"])  # type: ignore[attr-defined]
+        trainer.datamodule.seen = trainer.datamodule.drawn  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning counts micro-batches to tell where a step ends; this run may have another number of them a step.
@@ -48,7 +59,9 @@ class DataHealth(pl.Callback):
 
     def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
         health = trainer.datamodule.health  # type: ignore[attr-defined]
-        counts = torch.tensor([len(health.rows), health.replaced], dtype=torch.float64, device=module.device)
+        # A single rank asks at every step, and nobody else: a GPU need not be stopped for it.
+        device = module.device if trainer.world_size > 1 else torch.device("cpu")
+        counts = torch.tensor([len(health.rows), health.replaced], dtype=torch.float64, device=device)
         damaged, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
         if due:
             for logger in trainer.loggers:
@@ -56,23 +69,82 @@ class DataHealth(pl.Callback):
         health.check(damaged, self.bound)
 
 
-class Throughput(pl.Callback):
-    """Every `every` steps: volumes/s over all ranks, share of time that the step waited for data, peak memory.
+@dataclass(frozen=True)
+class Load:
+    """What a step amounts to."""
 
-    Logs `rate/volumes_per_s`, `rate/data_wait` (0 to 1) and `rate/memory_gib`, and writes one progress line.
+    volumes: int
+    """Over all ranks."""
+    pairs: int = 0
+    """(volume, category) pairs of one volume; 0 in pre-training."""
+    operations: int = 0
+    """Floating-point operations for one volume, see `flops`; 0: not known."""
+    peak: float = 0.0
+    """Operations a second of one device at its best; 0: not known."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig | TrainConfig, device: torch.device) -> Load:
+        """Of a run on devices of one kind. Operations are 0, and no FLOP/s stated, where parts are frozen."""
+        operations, pairs = flops.total(flops.volume_work(config)).total, 0
+        if isinstance(config, TrainConfig):
+            pairs = config.prompts.categories_per_volume
+            # What a frozen part saves depends on where it lies; no figure then.
+            operations = 0 if config.freeze else operations
+        return cls(config.data.global_batch, pairs, operations, peak_rate(config.run, device))
+
+
+def peak_rate(run: RunConfig, device: torch.device) -> float:
+    """Operations a second: as stated, or of a known accelerator in bf16; 0 where there is nothing to hold on to."""
+    if run.peak_tflops or device.type != "cuda" or not uses_bf16(device, run.precision):
+        return run.peak_tflops * 1e12
+    known = accelerator(torch.cuda.get_device_name(device))
+    return known.tflops * 1e12 if known else 0.0
+
+
+class Clock:
+    """Moments between which steps lie. On a GPU they are its own, taken without stopping it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moments: list[Any] = []
+
+    def mark(self) -> None:
+        """Notes the moment; on a GPU when it gets there, without waiting for it."""
+        if self.device.type != "cuda":
+            self.moments.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.moments.append(event)
+
+    def seconds(self) -> list[float]:
+        """Between each moment and the next; waits for the last one."""
+        if self.device.type != "cuda":
+            return [after - before for before, after in pairwise(self.moments)]
+        self.moments[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.moments)]
+
+
+class Throughput(pl.Callback):
+    """Every `every` steps: rates, what they are held against, peak memory; one progress line.
+
+    Logs under `rate/`: volumes_per_s and pairs_per_s ((volume, category) pairs) over all ranks; data_wait, the share
+    of time that the step waited for data (0 to 1); step_p50_s and step_p95_s; tflops, achieved by one device; mfu, its
+    share of the peak; memory_gib. What is not known, see `Load`, is left out.
     """
 
-    def __init__(self, every: int, global_batch: int) -> None:
-        self.every, self.global_batch = every, global_batch
-        self._restart()
+    def __init__(self, every: int, load: Load) -> None:
+        self.every, self.load = every, load
+        self._restart(torch.device("cpu"))
 
-    def _restart(self) -> None:
+    def _restart(self, device: torch.device) -> None:
         self.since = self.ended = time.perf_counter()
         self.waited = 0.0
-        self.steps = 0
+        self.clock = Clock(device)
+        self.clock.mark()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._restart()
+        self._restart(module.device)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
         self.waited += time.perf_counter() - self.ended
@@ -83,31 +155,84 @@ class Throughput(pl.Callback):
         self.ended = time.perf_counter()
         if (index + 1) % trainer.accumulate_grad_batches:
             return
-        self.steps += 1
+        self.clock.mark()
         if trainer.global_step % self.every == 0:
             self._report(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Validation is not training time: the rate starts anew behind it.
-        self._restart()
+        self._restart(module.device)
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        elapsed = self.ended - self.since
-        volumes = self.steps * self.global_batch / elapsed
-        metrics = {
-            "rate/volumes_per_s": volumes,
-            "rate/data_wait": self.waited / elapsed,
-            "rate/memory_gib": peak_memory(),
-        }
+        seconds = self.clock.seconds()
+        elapsed = time.perf_counter() - self.since
+        metrics = self.rates(seconds, elapsed, trainer.world_size)
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
-        loss = float(trainer.callback_metrics.get("train/loss", torch.nan))
-        left = (trainer.max_steps - trainer.global_step) * elapsed / self.steps
-        line = "step %d/%d  loss %.4f  %.1f volumes/s  data wait %.0f %%  %.1f GiB  %.0f s left"
-        rates = (volumes, 100 * metrics["rate/data_wait"], metrics["rate/memory_gib"], left)
+            logger.log_metrics({f"rate/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         if trainer.is_global_zero:
-            log.info(line, trainer.global_step, trainer.max_steps, loss, *rates)
-        self._restart()
+            assert isinstance(module, Task)
+            loss = module.means.latest["loss"]
+            left = (trainer.max_steps - trainer.global_step) * elapsed / len(seconds)
+            head = f"step {trainer.global_step}/{trainer.max_steps}  loss {loss:.4f}"
+            log.info("%s  %s  %.0f s left", head, progress(metrics), left)
+        self._restart(module.device)
+
+    def rates(self, seconds: list[float], elapsed: float, ranks: int) -> dict[str, float]:
+        """The metrics of the last steps, whose times are `seconds`."""
+        volumes = len(seconds) * self.load.volumes / elapsed
+        achieved = volumes * self.load.operations / ranks
+        low, high = (float(np.percentile(seconds, share)) for share in (50, 95))
+        found = {
+            "volumes_per_s": volumes,
+            "pairs_per_s": volumes * self.load.pairs,
+            "data_wait": self.waited / elapsed,
+            "step_p50_s": low,
+            "step_p95_s": high,
+            "tflops": achieved / 1e12,
+            "mfu": achieved / self.load.peak if self.load.peak else 0.0,
+            "memory_gib": peak_memory(),
+        }
+        unknown = {"pairs_per_s": self.load.pairs, "tflops": achieved, "mfu": found["mfu"]}
+        return {name: value for name, value in found.items() if unknown.get(name, 1)}
+
+
+def progress(rates: dict[str, float]) -> str:
+    """The rates as a part of the progress line."""
+    parts = [f"{rates['volumes_per_s']:.1f} volumes/s", f"data wait {100 * rates['data_wait']:.0f} %"]
+    if "mfu" in rates:
+        parts.append(f"MFU {100 * rates['mfu']:.1f} %")
+    return "  ".join([*parts, f"{rates['memory_gib']:.1f} GiB"])
+
+
+class Profile(pl.Callback):
+    """torch's profiler over some steps, once the first ones are done: `folder`/profile.json, a chrome trace."""
+
+    WARM_UP = 5
+
+    def __init__(self, steps: int, folder: Path) -> None:
+        self.steps, self.folder = steps, folder
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            when = torch.profiler.schedule(wait=self.WARM_UP - 1, warmup=1, active=self.steps, repeat=1)
+            self.profiler = torch.profiler.profile(schedule=when, on_trace_ready=self._write)
+            self.profiler.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if self.profiler is not None:
+            self.profiler.step()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        with replacing(self.folder / "profile.json") as part:
+            profiler.export_chrome_trace(str(part))
+        log.info("profile: %s", self.folder / "profile.json")
 
 
 def peak_memory() -> float:

@@ -2,65 +2,47 @@
 
 1. The configuration and the manifest are written to the run folder.
 2. Where the folder holds a checkpoint of the same configuration, the run goes on from it.
-3. Validation comes before the first step too, so that every curve has its start.
-4. `checkpoints/last.ckpt` is the newest state; it is written to another name first, then renamed.
+3. Validation comes before the first step too, so that every curve has its start (but with DeepSpeed).
+4. `checkpoints/last.ckpt` is the newest state, see `checkpoints`.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import logging
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
 
-from segvol_pl.config import ConfigError, DataConfig, PretrainConfig, Rule, RunConfig, TextSource, TrainConfig
-from segvol_pl.configure import plain, to_yaml
+from segvol_pl.config import ConfigError, PretrainConfig, Rule, TextSource, TrainConfig
+from segvol_pl.configure import differences, plain, to_yaml
 from segvol_pl.data import views
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
-from segvol_pl.data.whole import replacing
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_checkpoint, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run import strategies, tracking
-from segvol_pl.run.callbacks import DataHealth, StreamPosition, Throughput, ValidationLine
+from segvol_pl.run.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
+from segvol_pl.run.checkpoints import AtomicCheckpointIO, Checkpoints, writer
+from segvol_pl.run.preemption import Preemption, StopSignal
+from segvol_pl.run.startup import StartUp
+from segvol_pl.run.validation import CorpusSize, GradientNorm, ValidationDice
+from segvol_pl.run.watchdog import Watchdog
 from segvol_pl.tasks.pretrain import SimMIMTask
 from segvol_pl.tasks.segment import SegVolTask
 
 log = logging.getLogger(__name__)
 
 Config = PretrainConfig | TrainConfig
-
-MAY_CHANGE = (
-    "run",
-    "track",
-    "data.workers",
-    "data.prefetch",
-    "data.start_method",
-    "data.patience",
-    "data.cache",
-    "data.pipe_buffer",
-    "data.max_bad_fraction",
-    "data.shards",
-    "pretrained",
-    "weights",
-    "allow",
-)
-"""Keys that may differ between a run and its resumption: they change no batch and no weight."""
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to another name, then renames: a kill while saving leaves the previous checkpoint whole."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        with replacing(Path(path)) as part:
-            super().save_checkpoint(checkpoint, part, storage_options)
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -87,7 +69,25 @@ def train(config: TrainConfig) -> Path:
         log.info("model: %s", load_weights(task.model, weights, config.allow))
     if config.pretrained is not None:
         log.info("image encoder: %s", load_encoder(task.model.image_encoder, config.pretrained))
+    _freeze(task.model, config.freeze)
     return _fit(config, task, module)
+
+
+def _freeze(model: torch.nn.Module, patterns: list[str]) -> None:
+    """Raises ConfigError where a pattern names no tensor, or nothing is left to train."""
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        frozen = fnmatch.filter(named, pattern)
+        if not frozen:
+            parts = ", ".join(f"{name}.*" for name, _ in model.named_children())
+            raise ConfigError(f"freeze: {pattern!r} matches no tensor of the model: {parts}")
+        for name in frozen:
+            named[name].requires_grad_(False)
+    trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
+    if not trained:
+        raise ConfigError("freeze: nothing is left to train")
+    if patterns:
+        log.info("frozen: all but %.1f of %.1f M", trained / 1e6, sum(map(torch.numel, named.values())) / 1e6)
 
 
 def _starting_weights(config: TrainConfig) -> Weights | None:
@@ -145,6 +145,8 @@ def _seed(config: Config) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+        # Lightning's launcher sets a number of its own where it does not find one here.
+        os.environ["OMP_NUM_THREADS"] = str(config.run.threads)
     torch.manual_seed(config.data.seed)
 
 
@@ -157,18 +159,33 @@ def _fit(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path
         return last
     last.parent.mkdir(parents=True, exist_ok=True)
     tracking.write_manifest(out, to_yaml(config))
-    trainer = _trainer(config, out, done)
+    if config.run.compile:
+        strategies.compile_blocks(task)
+    with StopSignal() as stop, _quiet():
+        trainer = _trainer(config, out, done, stop)
+        # DeepSpeed would hook the modules once for validation and again for training.
+        if done == 0 and config.run.strategy not in strategies.STAGES:
+            trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
+        trainer.fit(task, datamodule=module, ckpt_path=str(last) if done else None, weights_only=True)
+        trainer.save_checkpoint(last)
+        writer(trainer).wait()
+    tracking.finish(trainer.loggers)
+    return last
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning advises for other programs than this."""
     with warnings.catch_warnings():
-        # Lightning advises on loaders of map-style data sets; ours is a stream whose workers are set by config.
+        # It advises on loaders of map-style data sets; ours is a stream whose workers are set by config.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # A resumed run's folder is not empty, and should not be.
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        if done == 0:
-            trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
-        trainer.fit(task, datamodule=module, ckpt_path=str(last) if done else None, weights_only=True)
-    trainer.save_checkpoint(last)
-    tracking.finish(trainer.loggers)
-    return last
+        # Lightning's own use of torch.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+        # Outside of a job, on a machine that has SLURM, the ranks are started without srun.
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+        yield
 
 
 def _done_steps(config: Config, last: Path) -> int:
@@ -176,10 +193,9 @@ def _done_steps(config: Config, last: Path) -> int:
     if not config.run.resume or not last.exists():
         return 0
     checkpoint = read_checkpoint(last)
-    before, now = _flat(checkpoint["hyper_parameters"]["config"]), _flat(plain(config))
-    changed = [key for key in now if before.get(key) != now[key] and not key.startswith(MAY_CHANGE)]
+    changed = differences(checkpoint["hyper_parameters"]["config"], plain(config))
     if changed:
-        described = ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed[:5])
+        described = ", ".join(changed[:5])
         raise ConfigError(
             f"run.out: {last.parents[1]} holds a run with {described}: choose another folder, or run.resume=false"
         )
@@ -188,14 +204,7 @@ def _done_steps(config: Config, last: Path) -> int:
     return step
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
-
-
-def _trainer(config: Config, out: Path, done: int) -> pl.Trainer:
+def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Trainer:
     run = config.run
     return pl.Trainer(
         **strategies.trainer_placement(run),
@@ -210,23 +219,22 @@ def _trainer(config: Config, out: Path, done: int) -> pl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=run.log_every,
         logger=tracking.loggers(out, config.track, done),
-        callbacks=_callbacks(run, config.data, out),
-        plugins=[AtomicCheckpointIO()],
+        callbacks=[StartUp(to_yaml(config), out, config.data.workers), *_callbacks(config, out, stop)],
+        plugins=[AtomicCheckpointIO(), *strategies.environments()],
         default_root_dir=str(out),
         use_distributed_sampler=False,
         enable_progress_bar=False,
+        enable_checkpointing=False,
         enable_model_summary=False,
     )
 
 
-def _callbacks(run: RunConfig, data: DataConfig, out: Path) -> list[Callback]:
-    checkpoint = ModelCheckpoint(
-        dirpath=out / "checkpoints",
-        filename="last",
-        every_n_train_steps=run.checkpoint_every,
-        save_top_k=1,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-    watching = [Throughput(run.log_every, data.global_batch), ValidationLine()]
-    return [StreamPosition(), DataHealth(run.log_every, data.max_bad_fraction), *watching, checkpoint]
+def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
+    run = config.run
+    checkpoints = Checkpoints(out / "checkpoints", run)
+    watching = [Throughput(run.log_every, Load.of(config, strategies.run_device(run))), ValidationLine()]
+    watching += [ValidationDice(), GradientNorm(run.log_every), CorpusSize()]
+    if run.profile:
+        watching.append(Profile(run.profile, out))
+    surviving = [Watchdog(out / "ranks", run.timeout), Preemption(stop, checkpoints.last, run.requeue), checkpoints]
+    return [StreamPosition(), DataHealth(run.log_every, config.data.max_bad_fraction), *watching, *surviving]

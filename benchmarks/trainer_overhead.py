@@ -1,0 +1,114 @@
+"""What the trainer and all its callbacks cost over a bare loop of the same step.
+
+    python benchmarks/trainer_overhead.py [steps=120]
+
+Both read the same stream of phantoms with one loader process and train on one core, by turns; the fastest turn of each
+counts. The bare loop is loss, backward, clipping, AdamW, schedule.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import lightning.pytorch as pl
+import torch
+from rich.console import Console
+from torch import nn
+
+from segvol_pl.config import TrainConfig
+from segvol_pl.configure import load
+from segvol_pl.data import views
+from segvol_pl.data.module import VolumeModule
+from segvol_pl.data.pack import pack
+from segvol_pl.data.phantom import write_phantoms
+from segvol_pl.model import TextBank
+from segvol_pl.run import trainer
+from segvol_pl.tasks.optim import optimizer
+from segvol_pl.tasks.segment import SegVolTask
+
+WARM, TURNS = 10, 3
+MODEL = (
+    "{input_shape: [16, 32, 32], patch: [4, 8, 8], hidden: 96, layers: 4, heads: 4, mlp: 384, decoder_heads: 4, "
+    "decoder_mlp: 192}"
+)
+
+
+def configured(folder: Path, steps: int) -> TrainConfig:
+    """Packs six phantoms and configures a run over them."""
+    write_phantoms(folder, 6, seed=0, scale=0.45)
+    sources = [f"{part}={folder / part}" for part in ("images", "labels")]
+    keys = [f"categories={folder / 'categories.yaml'}", f"out={folder / 'shards'}", "overview_shape=[16,32,32]"]
+    pack(load("pack", [*sources, *keys, "test_fraction=0.4", "workers=1"]))
+    data = [f"data.shards={folder / 'shards'}", "data.global_batch=1", "data.samples_per_volume=80", "data.workers=1"]
+    prompts = ["prompts.categories_per_volume=1", "prompts.pseudo_per_volume=2", "text.source=seeded"]
+    run = [
+        "run.accelerator=cpu",
+        "run.val_every=0",
+        "run.val_batches=1",
+        "run.checkpoint_every=100000",
+        "run.threads=1",
+    ]
+    goal = [f"model={MODEL}", f"run.out={folder / 'run'}", f"optim.max_steps={steps}", "track.wandb=disabled"]
+    config: TrainConfig = load("train", [*data, *prompts, *run, *goal])
+    return config
+
+
+def seconds_a_step(marks: list[float]) -> float:
+    return (marks[-1] - marks[WARM]) / (len(marks) - 1 - WARM)
+
+
+def by_trainer(config: TrainConfig) -> float:
+    """The verb's own function; the moments at which the optimizer has stepped are noted on its way."""
+    marks: list[float] = []
+
+    class Noted(SegVolTask):
+        def on_train_batch_end(self, *_: Any) -> None:
+            marks.append(time.perf_counter())
+
+    with mock.patch.object(trainer, "SegVolTask", Noted):
+        trainer.train(config)
+    return seconds_a_step(marks)
+
+
+def by_bare_loop(config: TrainConfig) -> float:
+    rows: dict[str, int] = {}
+    draw = partial(views.draw_segment, model=config.model, prompts=config.prompts, row_of=rows, data=config.data)
+    module = VolumeModule(config.data, config.run, draw, draw, labelled=True)
+    rows.update({name: row for row, name in enumerate(module.categories)})
+    task = SegVolTask(config, TextBank.seeded(module.categories, config.model.text_dim))
+    adamw, scheduler = optimizer(task.parameters(), config.optim)
+    marks = []
+    for _, batch in zip(range(config.optim.max_steps), module.train_dataloader(), strict=False):
+        loss, _ = task.losses(module.on_before_batch_transfer(batch, 0))
+        loss.backward()
+        nn.utils.clip_grad_norm_(task.parameters(), config.optim.clip_norm)
+        adamw.step()
+        scheduler.step()
+        adamw.zero_grad()
+        marks.append(time.perf_counter())
+    return seconds_a_step(marks)
+
+
+def main(steps: int) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        config = configured(Path(name), steps)
+        bare, ours = [], []
+        for turn in range(TURNS):
+            bare.append(by_bare_loop(config))
+            ours.append(by_trainer(replace(config, run=replace(config.run, out=f"{name}/run{turn}"))))
+    over = 100 * (min(ours) / min(bare) - 1)
+    console = Console()
+    console.print(f"bare loop: {1000 * min(bare):.1f} ms a step; trainer with callbacks: {1000 * min(ours):.1f} ms")
+    console.print(f"overhead: {over:.1f} % (lightning {pl.__version__})")
+
+
+if __name__ == "__main__":
+    main(int(dict(argument.split("=") for argument in sys.argv[1:]).get("steps", 120)))

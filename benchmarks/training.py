@@ -1,0 +1,303 @@
+"""Seconds and memory of a training step, against its own arithmetic and against plain implementations.
+
+    python benchmarks/training.py [--small] [--only NAME,...] [--threads N] [--trace FOLDER]
+
+Each row is a process of its own, on the GPU where there is one: the matrix rate is measured in it first, the step runs
+once to warm up, then a few times; the fastest counts, peak memory is the process's (on a GPU: torch's). `limit` is the
+step's operations (`segvol_pl.flops`) at that matrix rate. The full-size model takes minutes on a CPU; --small tries
+the script out. --trace writes a chrome trace of the last step of each row. Plain forms, for comparison, are below:
+
+    plain       the published step: image encoded, prompts decoded and compared one by one, MONAI's default attention,
+                convolutions and interpolation by torch
+    simmim      against MONAI's default attention, the head on every token, the loss picked from the full image
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks.selfattention import SABlock
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from segvol_pl import flops
+from segvol_pl.config import OptimConfig, Precision, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
+from segvol_pl.model import TextBank
+from segvol_pl.run.strategies import autocast, resolve_device, uses_bf16
+from segvol_pl.tasks.optim import Task, optimizer
+from segvol_pl.tasks.pretrain import SimMIMTask
+from segvol_pl.tasks.segment import SegVolTask, pseudo_questions, supervised_questions
+
+SMALL = SegVolConfig(
+    input_shape=[16, 64, 64], patch=[4, 8, 8], hidden=192, layers=4, heads=4, mlp=768, decoder_heads=4, decoder_mlp=256
+)
+OPTIM = OptimConfig(max_steps=1000)
+Batch = dict[str, Tensor]
+Step = Callable[[], Tensor]
+
+
+def train_config(model: SegVolConfig, categories: int, pseudo: int) -> TrainConfig:
+    return TrainConfig(
+        model=model, optim=OPTIM, prompts=PromptConfig(categories_per_volume=categories, pseudo_per_volume=pseudo)
+    )
+
+
+def train_batch(config: TrainConfig) -> Batch:
+    """One volume of noise; every mask is a box, its points are drawn within."""
+    generator = torch.Generator().manual_seed(0)
+    shape, prompts = config.model.input_shape, config.prompts
+    batch = {"image_BCDHW": torch.rand(1, 1, *shape, generator=generator)}
+    for prefix, count in (("", prompts.categories_per_volume), ("pseudo_", prompts.pseudo_per_volume)):
+        low = torch.stack([torch.randint(0, size // 2, (1, count), generator=generator) for size in shape], dim=-1)
+        high = low + torch.tensor([size // 2 - 1 for size in shape])
+        grids = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
+        inside = [
+            (grid >= low[..., i, None, None, None]) & (grid <= high[..., i, None, None, None])
+            for i, grid in enumerate(grids)
+        ]
+        width = 1 + prompts.extra_positive + prompts.extra_negative
+        batch |= {
+            f"{prefix}masks_BKDHW": functools.reduce(torch.logical_and, inside),
+            f"{prefix}category_BK": torch.zeros(1, count, dtype=torch.int64),
+            f"{prefix}points_BKN3": low[:, :, None] + torch.arange(width)[:, None] % 4,
+            f"{prefix}labels_BKN": torch.ones(1, count, width, dtype=torch.int64),
+            f"{prefix}boxes_BK6": torch.cat([low, high], dim=-1),
+            f"{prefix}valid_BK": torch.ones(1, count, dtype=torch.bool),
+        }
+    return batch
+
+
+# ---- plain forms ----
+
+
+def default_attention(task: nn.Module) -> None:
+    """MONAI's ViT as it comes."""
+    for module in task.modules():
+        if isinstance(module, SABlock):
+            module.use_flash_attention = False
+
+
+def plain_logits(task: SegVolTask, tokens_BTE: Tensor, prompts: Any) -> Tensor:
+    """One prompt's logits (B,D,H,W) by the decoder's own modules: convolutions, and torch's interpolation."""
+    model, decoder = task.model, task.model.mask_decoder
+    upscaling = decoder.output_upscaling
+
+    def by_modules(image_ATE: Tensor, weights_AE: Tensor) -> Tensor:
+        volume = image_ATE.transpose(1, 2).unflatten(2, upscaling.grid)
+        for module in upscaling:
+            volume = module(volume)
+        return torch.einsum("ae,aedhw->adhw", weights_AE, volume)
+
+    kept, upscaling.forward = upscaling.forward, by_modules  # type: ignore[method-assign]
+    try:
+        low_BPDHW = model.decode_low(tokens_BTE, prompts).float()
+    finally:
+        upscaling.forward = kept  # type: ignore[method-assign]
+    shape = task.config.model.input_shape
+    return F.interpolate(low_BPDHW, size=shape, mode="trilinear", align_corners=False)[:, 0]
+
+
+def plain_loss(task: SegVolTask, batch: Batch) -> Tensor:
+    """A category's step as published: 6 + 6 prompts decoded and compared one by one."""
+    asked = supervised_questions(batch, task.config.prompts.combinations)
+    asked = asked.joined(pseudo_questions(batch), task.config.pseudo_weight)
+    tokens_BTE = task.model.encode(batch["image_BCDHW"])
+    loss = tokens_BTE.new_zeros(())
+    for place, mask_BDHW in enumerate(asked.masks):
+        logits = plain_logits(task, tokens_BTE, asked.prompts.at(slice(place, place + 1))).flatten(1)
+        truth, probability = mask_BDHW.float().flatten(1), logits.sigmoid()
+        bce = F.binary_cross_entropy_with_logits(logits, truth)
+        overlap = (probability * truth).sum(1)
+        dice = 1 - 2 * overlap / (probability.sum(1) + truth.sum(1) + 1)
+        loss = loss + (asked.weights_BP[:, place] * (dice + bce)).sum()
+    return loss
+
+
+def plain_simmim(task: SimMIMTask, batch: Batch) -> Tensor:
+    """The restored image as a whole; the loss is masked voxel by voxel, as in MIM codes."""
+    encoder, mask_BT = task.encoder, batch["mask_BT"]
+    tokens_BTE = encoder.encode_patches(encoder.patches(batch["image_BCDHW"]), mask_BT, task.mask_token)
+    d, h, w = task.config.model.grid
+    a, b, c = task.config.model.patch
+    blocks = task.head(tokens_BTE).reshape(-1, d, h, w, a, b, c)
+    image = blocks.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, 1, d * a, h * b, w * c)
+    mask = mask_BT.view(-1, 1, d, h, w).repeat_interleave(a, 2).repeat_interleave(b, 3).repeat_interleave(c, 4)
+    loss = F.l1_loss(image.float(), batch["image_BCDHW"], reduction="none")
+    return (loss * mask).sum() / mask.sum()
+
+
+# ---- measuring ----
+
+
+def matrix_rate(device: torch.device, bf16: bool, rows: int, inner: int, columns: int) -> float:
+    """Operations a second of the model's largest kind of product, the best of some tries."""
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(inner, columns, device=device, dtype=dtype)
+    return 2 * rows * inner * columns / min(timed(lambda: left @ right, device) for _ in range(20))
+
+
+def timed(work: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """One row: forward, backward and AdamW."""
+    device, model = resolve_device("auto"), task.config.model  # type: ignore[attr-defined]
+    bf16 = uses_bf16(device, Precision.auto)
+    rate = matrix_rate(device, bf16, math.prod(model.grid), model.hidden, model.mlp)
+    adamw, _ = optimizer(task.parameters(), OPTIM)
+
+    def step() -> None:
+        with autocast(device, Precision.auto):
+            value = loss()
+        value.backward()
+        adamw.step()
+        adamw.zero_grad()
+
+    seconds = [timed(step, device) for _ in range(1 + arguments.repeats)]
+    rate = max(rate, matrix_rate(device, bf16, math.prod(model.grid), model.hidden, model.mlp))
+    peak = peak_gib(device)
+    if arguments.trace:
+        trace(step, Path(arguments.trace) / f"{arguments.row}.json")
+    return {"seconds": min(seconds[1:] or seconds), "operations": operations, "rate": rate, "peak_gib": peak}
+
+
+def trace(step: Callable[[], None], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profile:
+        step()
+    profile.export_chrome_trace(str(path))
+
+
+def train_row(arguments: argparse.Namespace, categories: int, pseudo: int, plain: bool = False) -> dict[str, float]:
+    torch.manual_seed(0)
+    config = train_config(SMALL if arguments.small else SegVolConfig(), categories, pseudo)
+    device = resolve_device("auto")
+    task = SegVolTask(config, TextBank.seeded(["one"], config.model.text_dim)).to(device)
+    batch = {name: value.to(device) for name, value in train_batch(config).items()}
+    operations = flops.total(flops.train_work(config.model, config.prompts)).total
+    if plain:
+        default_attention(task)
+        return measured(task, lambda: plain_loss(task, batch), operations, arguments)
+    return measured(task, lambda: task.losses(batch)[0], operations, arguments)
+
+
+def simmim_row(arguments: argparse.Namespace, plain: bool = False) -> dict[str, float]:
+    torch.manual_seed(0)
+    config = PretrainConfig(model=SMALL if arguments.small else SegVolConfig(), optim=OPTIM)
+    device, tokens = resolve_device("auto"), math.prod(config.model.grid)
+    task = SimMIMTask(config).to(device)
+    mask_BT = torch.randperm(tokens)[None] < task.hidden
+    batch = {"image_BCDHW": torch.rand(1, 1, *config.model.input_shape).to(device), "mask_BT": mask_BT.to(device)}
+    operations = flops.total(flops.pretrain_work(config.model, config.mask_ratio)).total
+    if plain:
+        default_attention(task)
+        return measured(task, lambda: plain_simmim(task, batch), operations, arguments)
+    return measured(task, lambda: task.loss(batch), operations, arguments)
+
+
+# ---- the table ----
+
+ROWS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
+    "plain: 1 category, 6 + 6 prompts": lambda given: train_row(given, 1, 6, plain=True),
+    "1 category, 6 + 6 prompts": lambda given: train_row(given, 1, 6),
+    "8 categories, 8 x (6 + 6) prompts": lambda given: train_row(given, 8, 48),
+    "8 categories, 8 x 6 + 6 prompts": lambda given: train_row(given, 8, 6),
+    "plain: simmim": lambda given: simmim_row(given, plain=True),
+    "simmim": simmim_row,
+}
+
+
+def run_row(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+    given = [sys.executable, __file__, "--row", name, "--repeats", str(arguments.repeats)]
+    given += ["--small"] if arguments.small else []
+    given += ["--trace", arguments.trace] if arguments.trace else []
+    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
+    done = subprocess.run(given, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def report(rows: dict[str, dict[str, float]], small: bool) -> None:
+    device = resolve_device("auto")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    precision = "bf16 autocast" if uses_bf16(device, Precision.auto) else "float32"
+    table = Table(title=f"one step of one volume, {'small' if small else 'full-size'} model, {name}, {precision}")
+    for column in ("step", "s", "TFLOP", "TFLOP/s of matrices", "limit, s", "s / limit", "peak GiB"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for step, row in rows.items():
+        cells = [step, f"{row['seconds']:.3g}"]
+        limit = row["operations"] / row["rate"]
+        figures = (row["operations"] / 1e12, row["rate"] / 1e12, limit, row["seconds"] / limit)
+        cells += [f"{figure:.3g}" for figure in figures]
+        table.add_row(*cells, f"{row['peak_gib']:.1f}")
+    console = Console(width=120)
+    console.print(table)
+    for line in ratios({step: row["seconds"] for step, row in rows.items()}):
+        console.print(line)
+    if device.type == "cpu" and precision == "float32":
+        console.print("bf16 is left out: this CPU has no AMX and emulates it.")
+
+
+def ratios(seconds: dict[str, float]) -> list[str]:
+    plain, one, eight, once, whole_image, simmim = ROWS
+    lines = []
+    for above, below, count, text in (
+        (one, plain, 1, "1 category: {:.2f} of the plain step"),
+        (eight, one, 8, "8 categories together, a category: {:.2f} of the 1-category step"),
+        (once, one, 8, "the same, pseudo prompts once a volume: {:.2f}"),
+        (simmim, whole_image, 1, "SimMIM: {:.2f} of the plain step"),
+    ):
+        if above in seconds and below in seconds:
+            lines.append(text.format(seconds[above] / count / seconds[below]))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--only", default="", help="rows whose names begin so, comma-separated")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--trace", default="", help="folder for chrome traces")
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = ROWS[arguments.row](arguments)
+        print(json.dumps(found))
+        return
+    wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
+    report({name: run_row(name, arguments) for name in ROWS if name.startswith(wanted)}, arguments.small)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""When a run saves, and where: whole, in one form for every strategy, under another name first, while training goes on.
+
+1. Between two steps all ranks gather the state; rank 0 copies it to main memory, and training goes on.
+2. A thread writes the copy. The next save waits for it, and so does whatever ends the run.
+
+    checkpoints/last.ckpt      every `run.checkpoint_every` steps, at a signal, and at the end: what a run goes on from
+    checkpoints/best.ckpt      after the validation of the lowest loss
+    checkpoints/step-N.ckpt    every `run.keep_every` steps, the newest `run.keep` of them
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+
+from segvol_pl.config import RunConfig
+from segvol_pl.data.whole import replacing
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes to another name, then renames: a kill or a full disk while saving leaves the previous checkpoint whole.
+
+    Writes in a thread, one checkpoint after the other, from a copy taken when it is told to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.pending: list[Future[None]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Returns when the state is copied. Raises what writing an earlier one raised."""
+        # Two copies at once would need the memory of both.
+        self.wait()
+        copy = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True))
+        self.afterwards(lambda: self._write(copy, Path(path)))
+
+    @staticmethod
+    def _write(checkpoint: dict[str, Any], path: Path) -> None:
+        with replacing(path) as part:
+            # Given a name, torch writes without the interpreter's lock; Lightning would first write to memory.
+            torch.save(checkpoint, part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())  # the name must not be there before the content, should the power fail
+
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """Does `work` when all that was saved so far lies on the disk."""
+        self.pending.append(self.thread.submit(work))
+
+    def check(self) -> None:
+        """Raises what writing raised, as soon as that is known."""
+        done = [future for future in self.pending if future.done()]
+        self.pending = [future for future in self.pending if future not in done]
+        for future in done:
+            future.result()
+
+    def wait(self) -> None:
+        """Until all that was saved lies on the disk. Raises what writing raised."""
+        wait(self.pending)
+        self.check()
+
+    def teardown(self) -> None:
+        self.wait()
+
+
+def remove_parts(folder: Path) -> None:
+    """What runs that were killed had half written: with every kill one more whole checkpoint's bytes would be lost."""
+    for part in folder.glob(".*.ckpt.*.part"):
+        part.unlink()
+
+
+def writer(trainer: pl.Trainer) -> AtomicCheckpointIO:
+    """The trainer's writer of checkpoints."""
+    io = trainer.strategy.checkpoint_io
+    assert isinstance(io, AtomicCheckpointIO)
+    return io
+
+
+class Checkpoints(pl.Callback):
+    """Saves between two steps, when the metrics of the step before are logged."""
+
+    def __init__(self, folder: Path, run: RunConfig) -> None:
+        self.folder, self.run = folder, run
+        self.best = math.inf
+        self.saved = -1
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that a run goes on from."""
+        return self.folder / "last.ckpt"
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.saved = trainer.global_step
+        if trainer.is_global_zero:
+            remove_parts(self.folder)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        step = trainer.global_step
+        writer(trainer).check()
+        if index % trainer.accumulate_grad_batches or step == self.saved:
+            return
+        self.saved = step
+        if step % self.run.checkpoint_every == 0:
+            trainer.save_checkpoint(self.last)
+        if self.run.keep_every and step % self.run.keep_every == 0:
+            trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+            if trainer.is_global_zero:
+                writer(trainer).afterwards(self._leave_newest)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        loss = float(trainer.callback_metrics.get("val/loss", math.inf))
+        if trainer.state.fn == TrainerFn.FITTING and loss < self.best:
+            self.best = loss
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+
+    def _leave_newest(self) -> None:
+        kept = sorted(self.folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
+        for path in kept[: -self.run.keep]:
+            path.unlink()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]

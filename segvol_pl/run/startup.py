@@ -1,0 +1,116 @@
+"""What must be alike on all ranks, and be there at all: looked at before training, so that it fails in seconds.
+
+1. Every rank states its configuration, packages, samples and clock; the first that differs from rank 0 is named.
+2. Room for checkpoints in the run folder and for batches in shared memory is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from segvol_pl.data.module import VolumeModule
+from segvol_pl.run.tracking import manifest
+
+log = logging.getLogger(__name__)
+
+CLOCK = 60.0
+"""Seconds by which the ranks' clocks may differ before it is said."""
+BYTES_A_WEIGHT = 12
+"""In a checkpoint: float32, and AdamW's two moments."""
+CHECKPOINTS = 3
+"""Those that must fit at once: last, best, and the one being written."""
+LEAST_SHARED = 2**28
+"""Bytes of shared memory for loader processes; containers come with 64 MiB."""
+
+Statement = dict[str, str]
+"""What is compared -> what this rank says of it."""
+
+
+class StartUpError(ValueError):
+    """Ranks that differ, or a place without room. The message names the rank or place, and the remedy."""
+
+
+class StartUp(pl.Callback):
+    """Compares the ranks once, before the first step or validation. Raises StartUpError."""
+
+    def __init__(self, config_yaml: str, out: Path, workers: int) -> None:
+        self.config_yaml, self.out, self.workers = config_yaml, out, workers
+        self.looked = False
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if self.looked:
+            return
+        self.looked = True
+        check_room(self.out, sum(parameter.numel() for parameter in module.parameters()))
+        check_shared_memory(self.workers)
+        if trainer.world_size > 1:
+            group = dist.new_group(backend="gloo")
+            stated: list[Any] = [None] * trainer.world_size
+            dist.all_gather_object(stated, (self._statement(trainer), socket.gethostname(), time.time()), group=group)
+            hosts = [host for _, host, _ in stated]
+            compare([statement for statement, _, _ in stated], hosts)
+            compare_clocks([clock for _, _, clock in stated], hosts)
+            log.info("%d ranks on %s", trainer.world_size, ", ".join(dict.fromkeys(hosts)))
+
+    def _statement(self, trainer: pl.Trainer) -> Statement:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, VolumeModule)
+        packages = ", ".join(f"{name} {version}" for name, version in manifest()["packages"].items())
+        return {"configuration": _digest(self.config_yaml), "packages": packages, "samples": _digest(samples_of(data))}
+
+
+def samples_of(data: VolumeModule) -> str:
+    """The samples of both corpora and where they lie, as their index states them."""
+    records = [*data.train_corpus.records, *data.val_corpus.records]
+    return "\n".join(f"{record.key} {record.facts_sha256} {record.shard} {record.members}" for record in records)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def compare(statements: list[Statement], hosts: list[str]) -> None:
+    """Raises StartUpError naming the first rank that differs from rank 0, and in what."""
+    first = statements[0]
+    for rank, (statement, host) in enumerate(zip(statements, hosts, strict=True)):
+        for what, said in statement.items():
+            if said != first[what]:
+                raise StartUpError(
+                    f"rank {rank} on {host} has other {what} than rank 0 on {hosts[0]} ({said}; {first[what]}): "
+                    "give all nodes the same environment, arguments and shards"
+                )
+
+
+def compare_clocks(clocks: list[float], hosts: list[str]) -> None:
+    """Warns of clocks apart: logs and file times cannot be put in order."""
+    apart = max(clocks) - min(clocks)
+    if apart > CLOCK:
+        late, early = hosts[clocks.index(max(clocks))], hosts[clocks.index(min(clocks))]
+        log.warning("the clocks of %s and %s are %.0f s apart", late, early, apart)
+
+
+def check_room(out: Path, weights: int) -> None:
+    """Raises StartUpError where the run folder's disk cannot hold the checkpoints."""
+    needed, free = CHECKPOINTS * BYTES_A_WEIGHT * weights, shutil.disk_usage(out).free
+    if free < needed:
+        raise StartUpError(
+            f"run.out: {out} has {free / 1e9:.1f} GB free, its checkpoints need {needed / 1e9:.1f}: make room"
+        )
+
+
+def check_shared_memory(workers: int, place: Path = Path("/dev/shm")) -> None:
+    """Raises StartUpError where loader processes could not hand over their batches."""
+    if workers and place.is_dir() and (size := shutil.disk_usage(place).total) < LEAST_SHARED:
+        raise StartUpError(
+            f"data.workers: {place} has {size / 2**20:.0f} MiB, too little for loader processes: "
+            "start the container with --shm-size=8g or --ipc=host, or set data.workers=0"
+        )

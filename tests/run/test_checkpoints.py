@@ -1,0 +1,76 @@
+"""Writing checkpoints while training goes on: the state of the moment, whole files, errors that are not lost."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from segvol_pl.run import checkpoints
+from segvol_pl.run.checkpoints import AtomicCheckpointIO, remove_parts
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing begins when this is set."""
+    event, save = threading.Event(), torch.save
+
+    def wait_and_save(*arguments: Any) -> None:
+        assert event.wait(30)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoints.torch, "save", wait_and_save)
+    return event
+
+
+def test_what_is_written_is_the_state_when_it_was_saved(tmp_path: Path, held: threading.Event) -> None:
+    io, weight = AtomicCheckpointIO(), torch.zeros(3)
+    io.save_checkpoint({"state_dict": {"weight": weight}, "steps": [1]}, tmp_path / "last.ckpt")
+    weight += 1
+    assert not (tmp_path / "last.ckpt").exists(), "saving returns before the file is there"
+    held.set()
+    io.wait()
+    written = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(written["state_dict"]["weight"], torch.zeros(3)) and written["steps"] == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_what_follows_a_checkpoint_is_done_when_it_is_there(tmp_path: Path, held: threading.Event) -> None:
+    io, found = AtomicCheckpointIO(), []
+    io.save_checkpoint({}, tmp_path / "step-1.ckpt")
+    io.afterwards(lambda: found.extend(tmp_path.glob("*.ckpt")))
+    assert not found
+    held.set()
+    io.wait()
+    assert [path.name for path in found] == ["step-1.ckpt"]
+
+
+@pytest.mark.parametrize("ask", ["check", "wait", "teardown", "save_checkpoint"])
+def test_an_error_of_writing_is_raised_and_the_last_checkpoint_stays(
+    tmp_path: Path, ask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
+    io.wait()
+
+    def disk_full(state: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.torch, "save", disk_full)
+    io.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
+    checkpoints.wait(io.pending)
+    with pytest.raises(OSError, match="No space left"):
+        getattr(io, ask)(*([{}, tmp_path / "next.ckpt"] if ask == "save_checkpoint" else []))
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"step": 1}
+
+
+def test_what_a_killed_run_had_half_written_is_removed(tmp_path: Path) -> None:
+    for name in (".last.ckpt.77.part", "last.ckpt", "step-3.ckpt"):
+        (tmp_path / name).write_bytes(b"")
+    remove_parts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-3.ckpt"]

@@ -1,0 +1,105 @@
+"""A grid as an array on a real SLURM of two nodes, one of which fails in between: the results of the runs at home."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from slurm.lab import SlurmLab, available
+
+from segvol_pl.run.tracking import read_metrics
+
+REASON = available()
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 200
+GRID = f"""\
+verb: train
+files: [{ROOT}/configs/tiny/train.yaml]
+set:
+  - model.input_shape=[8,16,16]
+  - model.patch=[4,8,8]
+  - model.heads=2
+  - model.mlp=32
+  - model.layers=1
+  - model.decoder_heads=2
+  - model.decoder_mlp=32
+  - data.global_batch=2
+  - optim.max_steps={STEPS}
+  - run.log_every=1
+  - run.checkpoint_every=10
+  - run.threads=1
+  - run.val_batches=1
+  - track.wandb=disabled
+seeds: [0, 1]
+axes:
+  model.hidden: [16, 32]
+"""
+SIZE = ["--array=0-3%2", "--cpus-per-task=1", f"--chdir={ROOT}", "--job-name=grid"]
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[SlurmLab]:
+    with SlurmLab(tmp_path / "lab", nodes=2, gpus=1) as lab:
+        yield lab
+
+
+def at_home(grid: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "segvol_pl", "grid", str(grid), *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def losses(run: Path) -> dict[int, float]:
+    path = run / "metrics.csv"
+    return dict(read_metrics(path, "train/loss")) if path.exists() else {}
+
+
+def node_of(run: Path) -> str:
+    path = run / "grid.json"
+    return str(json.loads(path.read_text())["host"]) if path.exists() else ""
+
+
+def test_an_array_survives_a_node_and_gives_the_results_of_the_runs_at_home(
+    lab: SlurmLab, phantom_shards: Path, tmp_path: Path
+) -> None:
+    grid, shards = tmp_path / "tiny.yaml", f"data.shards={phantom_shards}"
+    grid.write_text(GRID)
+    here = tmp_path / "array"
+    places = [f"--output={tmp_path}/grid-%a.log", f"--export=ALL,LOGS={tmp_path}"]
+    arguments = [str(grid), shards, f"out={here}"]
+    job = lab.sbatch(*SIZE, *places, script=ROOT / "slurm/grid.sbatch", arguments=arguments)
+
+    deadline = time.monotonic() + 120
+    names = [f"hidden-{hidden}_seed-{seed}" for hidden in (16, 32) for seed in (0, 1)]
+    while not (
+        lost := [
+            name for name in names if node_of(here / name) == "n2" and 30 < max(losses(here / name), default=0) < STEPS
+        ]
+    ):
+        assert time.monotonic() < deadline, lab.log(f"{job}_0")
+        time.sleep(0.05)
+    lab.fail("n2")
+    assert max(losses(here / lost[0])) < STEPS, "the node was lost in mid-training"
+    lab.heal("n2")
+    for task in range(4):
+        lab.wait(f"{job}_{task}", {"COMPLETED"}, timeout=200)
+    assert lab.record(f"{job}_{names.index(lost[0])}")["Restarts"] == "1"
+
+    at_home(grid, shards, f"out={tmp_path / 'home'}", "run=all")
+    for name in names:
+        array, home = losses(here / name), losses(tmp_path / "home" / name)
+        assert array == home and len(home) == STEPS
+
+    listed = at_home(grid, shards, f"out={here}")
+    assert listed.count(f"finished  {STEPS}/{STEPS}") == 4 and "none of them is trained on" in listed
+    before = (here / names[0] / "metrics.csv").stat().st_mtime_ns
+    again = lab.sbatch(*SIZE, *places, script=ROOT / "slurm/grid.sbatch", arguments=arguments)
+    for task in range(4):
+        lab.wait(f"{again}_{task}", {"COMPLETED"}, timeout=60)
+    assert (here / names[0] / "metrics.csv").stat().st_mtime_ns == before, "finished runs are skipped"

@@ -1,0 +1,139 @@
+"""Training on a real SLURM: two nodes, signals, requeues, the loss of a node; losses as in an unbroken run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from slurm.lab import SlurmLab, available
+
+from segvol_pl.config import (
+    DataConfig,
+    OptimConfig,
+    PromptConfig,
+    RunConfig,
+    SegVolConfig,
+    TextConfig,
+    TextSource,
+    TrackConfig,
+    TrainConfig,
+    Wandb,
+)
+from segvol_pl.configure import to_yaml
+from segvol_pl.run.tracking import read_metrics
+
+REASON = available()
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 240
+SIZE = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", f"--chdir={ROOT}"]
+MODEL = SegVolConfig(
+    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+)
+
+Losses = dict[int, float]
+
+
+@pytest.fixture(scope="module")
+def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    run = RunConfig(
+        out=str(tmp_path_factory.mktemp("runs") / "whole"),
+        log_every=1,
+        val_every=0,
+        val_batches=1,
+        checkpoint_every=20,
+        accelerator="cpu",
+        threads=1,
+    )
+    return TrainConfig(
+        model=MODEL,
+        data=DataConfig(shards=str(phantom_shards), global_batch=2, workers=1, samples_per_volume=5),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2, max_steps=STEPS),
+        run=run,
+        track=TrackConfig(wandb=Wandb.disabled),
+        prompts=PromptConfig(categories_per_volume=1, pseudo_per_volume=2),
+        text=TextConfig(source=TextSource.seeded),
+    )
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    with SlurmLab(tmp_path_factory.mktemp("lab"), nodes=2, gpus=1) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def whole(lab: SlurmLab, config: TrainConfig) -> Losses:
+    """The losses of an unbroken job on two nodes."""
+    out = Path(config.run.out)
+    job = _submit(lab, config, out)
+    lab.wait(job, {"COMPLETED"}, timeout=120)
+    assert "2 ranks on n1, n2" in (out.parent / f"lab-{job}-0.log").read_text()
+    return _losses(out)
+
+
+def _submit(lab: SlurmLab, config: TrainConfig, out: Path, *sizes: str) -> str:
+    file = out.with_suffix(".yaml")
+    file.write_text(to_yaml(replace(config, run=replace(config.run, out=str(out)))))
+    places = [f"--output={out}-job.log", "--job-name=lab", f"--export=ALL,LOGS={out.parent}"]
+    return lab.sbatch(*SIZE, *sizes, *places, script=ROOT / "slurm/train.sbatch", arguments=[str(file)])
+
+
+def _losses(out: Path) -> Losses:
+    path = out / "metrics.csv"
+    return dict(read_metrics(path, "train/loss")) if path.exists() else {}
+
+
+def _await_step(lab: SlurmLab, job: str, out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while max(_losses(out), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step}: {lab.state(job)}\n{lab.log(job)}"
+        time.sleep(0.05)
+
+
+def test_two_nodes_train_like_one_process(lab: SlurmLab, config: TrainConfig, whole: Losses, tmp_path: Path) -> None:
+    file = tmp_path / "alone.yaml"
+    file.write_text(to_yaml(replace(config, run=replace(config.run, out=str(tmp_path / "alone")))))
+    subprocess.run([sys.executable, "-m", "segvol_pl", "train", str(file)], check=True, capture_output=True)
+    alone = _losses(tmp_path / "alone")
+    assert len(whole) == STEPS
+    np.testing.assert_allclose(
+        [whole[step] for step in range(1, 21)], [alone[step] for step in range(1, 21)], rtol=1e-5
+    )
+
+
+def test_signalled_jobs_are_queued_again_and_go_on_exactly(
+    lab: SlurmLab, config: TrainConfig, whole: Losses, tmp_path: Path
+) -> None:
+    """SIGUSR1, as before a time limit, then SIGTERM: each time saved, queued again, gone on by itself."""
+    out = tmp_path / "signalled"
+    job = _submit(lab, config, out)
+    for number, (name, step) in enumerate((("USR1", 30), ("TERM", 100)), start=1):
+        _await_step(lab, job, out, step)
+        lab.scancel(job, signal=name)
+        lab.wait_log(job, f"restart {number} on n[1-2]")
+    lab.wait(job, {"COMPLETED"}, timeout=120)
+    assert lab.record(job)["Restarts"] == "2"
+    assert _losses(out) == whole
+
+
+def test_the_loss_of_a_node_costs_a_checkpoints_interval_at_most(
+    lab: SlurmLab, config: TrainConfig, whole: Losses, tmp_path: Path
+) -> None:
+    out = tmp_path / "lost"
+    job = _submit(lab, config, out)
+    _await_step(lab, job, out, 50)
+    lab.fail("n2")
+    before = max(_losses(out))
+    lab.heal("n2")
+    lab.wait(job, {"COMPLETED"}, timeout=180)
+    assert lab.record(job)["Restarts"] == "1"
+    assert _losses(out) == whole
+    assert before < STEPS, "the node was lost in mid-training"
