@@ -1,0 +1,115 @@
+"""The planner's memory of a step against what a process really takes: CPU, float32, one volume.
+
+    python benchmarks/memory.py [SIZE ...]
+
+A row is a process of its own. Measured is the highest resident size over three steps, less that before the model was
+built. malloc is told to map every larger block by itself, so that what is freed is gone: as it comes, glibc's holds 10
+to 30 % more than a process has in use. Sizes: mini (4 layers), and small, base, large of configs/model; the larger ones
+take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from training import OPTIM, train_batch, train_config
+
+from segvol_pl import memory
+from segvol_pl.config import PretrainConfig, SegVolConfig, TrainConfig
+from segvol_pl.configure import load
+from segvol_pl.model import TextBank
+from segvol_pl.tasks.optim import optimizer
+from segvol_pl.tasks.pretrain import SimMIMTask
+from segvol_pl.tasks.segment import SegVolTask
+
+MINI = SegVolConfig(
+    input_shape=[32, 128, 128],
+    patch=[4, 8, 8],
+    hidden=192,
+    layers=4,
+    heads=4,
+    mlp=768,
+    decoder_heads=4,
+    decoder_mlp=256,
+)
+ROWS = [f"{verb} {size}" for size in ("mini", "small", "base") for verb in ("train", "pretrain")]
+STEPS = 3
+MAPPED = "MALLOC_MMAP_THRESHOLD_"
+
+
+def model_of(size: str) -> SegVolConfig:
+    if size == "mini":
+        return MINI
+    path = Path(__file__).parents[1] / "configs" / "model" / f"{size}.yaml"
+    config: SegVolConfig = load("import", [f"model={path}", "source=-", "out=-"]).model
+    return config
+
+
+def configured(row: str) -> TrainConfig | PretrainConfig:
+    verb, size = row.split()
+    model = model_of(size)
+    return train_config(model, 1, 6) if verb == "train" else PretrainConfig(model=model, optim=OPTIM)
+
+
+def measure(row: str) -> tuple[float, float]:
+    """Bytes beyond those of a process that has imported everything and multiplied once; and as planned."""
+    config = configured(row)
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    before = psutil.Process().memory_info().rss
+    task: SegVolTask | SimMIMTask
+    if isinstance(config, TrainConfig):
+        batch = train_batch(config)
+        task = SegVolTask(config, TextBank.seeded(["one"], config.model.text_dim))
+    else:
+        task = SimMIMTask(config)
+        tokens = config.model.grid[0] * config.model.grid[1] * config.model.grid[2]
+        mask_BT = torch.randperm(tokens)[None] < task.hidden
+        batch = {"image_BCDHW": torch.rand(1, 1, *config.model.input_shape), "mask_BT": mask_BT}
+    adamw, _ = optimizer(task.parameters(), OPTIM)
+    for _ in range(STEPS):
+        loss = task.losses(batch)[0] if isinstance(task, SegVolTask) else task.loss(batch)
+        loss.backward()
+        adamw.step()
+        adamw.zero_grad()
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return taken, memory.peak(config, 1, bf16=False).total
+
+
+def compare(rows: list[str]) -> dict[str, tuple[float, float]]:
+    """Row -> measured and planned bytes."""
+    found = {}
+    for row in rows:
+        command = [sys.executable, __file__, "--row", row]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{row}: {done.stderr[-2000:]}")
+        found[row] = tuple(json.loads(done.stdout))
+    return found
+
+
+def main(rows: list[str]) -> None:
+    table = Table(title="peak memory of a step, one volume, CPU, float32")
+    for column in ("run", "measured, GiB", "planned, GiB", "planned / measured"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for row, (measured, planned) in compare(rows).items():
+        table.add_row(row, f"{measured / 2**30:.2f}", f"{planned / 2**30:.2f}", f"{planned / measured:.2f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--row"] and MAPPED not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, MAPPED: "65536"})
+    if sys.argv[1:2] == ["--row"]:
+        print(json.dumps(measure(sys.argv[2])))
+    else:
+        sizes = sys.argv[1:]
+        main([row for row in ROWS if not sizes or row.split()[1] in sizes])

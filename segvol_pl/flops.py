@@ -1,0 +1,211 @@
+"""Parameters and floating-point operations by the model's own arithmetic; nothing is built and nothing heavy imported.
+
+1. `parameters`, `pretrain_parameters`: what trains, by part.
+2. `pretrain_work`, `train_work`: operations of one step for one volume, by part, forward and backward.
+
+A multiplication and an addition are two operations. Counted are matrix products and attention, as torch's
+FlopCounterMode does; recomputation is not: it is no progress. Letters: T image tokens, E embedding, V voxels of one
+patch, S prompt tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from segvol_pl.config import PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
+
+MASK_TOKENS = 4
+"""As in `model/mask_decoder.py`, which cannot be imported without torch."""
+OWN_TOKENS = 1 + MASK_TOKENS
+"""Tokens that the decoder puts in front of a prompt's."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forward + other.forward, self.backward + other.backward)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(times * self.forward, times * self.backward)
+
+    __rmul__ = __mul__
+
+
+def total(parts: dict[str, Work]) -> Work:
+    """The sum over the parts."""
+    return sum(parts.values(), Work())
+
+
+# ---- parameters ----
+
+
+def parameters(config: SegVolConfig) -> dict[str, int]:
+    """SegVol's trainable parameters by part; the text tower and the bank do not train."""
+    return {
+        "image_encoder": _encoder_parameters(config),
+        "prompt_encoder": 6 * config.hidden,
+        "text_encoder": _linear(config.text_dim, config.hidden),
+        "mask_decoder": _decoder_parameters(config),
+    }
+
+
+def pretrain_parameters(config: SegVolConfig) -> dict[str, int]:
+    """The same of SimMIM pre-training."""
+    return {
+        "image_encoder": _encoder_parameters(config),
+        "mask_token": config.hidden,
+        "head": _linear(config.hidden, math.prod(config.patch)),
+    }
+
+
+def _linear(inner: int, outer: int) -> int:
+    return inner * outer + outer
+
+
+def _encoder_parameters(config: SegVolConfig) -> int:
+    embedding = _linear(math.prod(config.patch), config.hidden) + math.prod(config.grid) * config.hidden
+    return embedding + config.layers * encoder_block(config) + _norm(config.hidden)
+
+
+def encoder_block(config: SegVolConfig) -> int:
+    """Parameters of one of the encoder's blocks."""
+    hidden = config.hidden
+    # The product that makes queries, keys and values has no bias.
+    attention = 3 * hidden * hidden + _linear(hidden, hidden)
+    return attention + _linear(hidden, config.mlp) + _linear(config.mlp, hidden) + 2 * _norm(hidden)
+
+
+def _norm(width: int) -> int:
+    return 2 * width
+
+
+def _attention_parameters(hidden: int, inner: int) -> int:
+    return 3 * _linear(hidden, inner) + _linear(inner, hidden)
+
+
+def _decoder_parameters(config: SegVolConfig) -> int:
+    hidden = config.hidden
+    transformer = config.decoder_layers * decoder_block(config)
+    transformer += _attention_parameters(hidden, hidden // 2) + _norm(hidden)
+    quarter, eighth = hidden // 4, hidden // 8
+    doubled = (8 * hidden * quarter + quarter) + (8 * quarter * eighth + eighth)
+    upscaling = doubled + _norm(8 * math.prod(config.grid) * quarter)
+    mask = 2 * _linear(hidden, hidden) + _linear(hidden, eighth)
+    return transformer + OWN_TOKENS * hidden + upscaling + mask + _linear(hidden, eighth)
+
+
+def decoder_block(config: SegVolConfig) -> int:
+    """Parameters of one of the decoder's two-way blocks."""
+    hidden = config.hidden
+    across = _attention_parameters(hidden, hidden // 2)
+    mlp = _linear(hidden, config.decoder_mlp) + _linear(config.decoder_mlp, hidden)
+    return _attention_parameters(hidden, hidden) + 2 * across + mlp + 4 * _norm(hidden)
+
+
+# ---- operations ----
+
+
+def volume_work(config: PretrainConfig | TrainConfig) -> dict[str, Work]:
+    """A step of the run for one volume. Frozen parts are counted as if they trained."""
+    if isinstance(config, PretrainConfig):
+        return pretrain_work(config.model, config.mask_ratio)
+    return train_work(config.model, config.prompts)
+
+
+def run_parameters(config: PretrainConfig | TrainConfig) -> dict[str, int]:
+    """Of the run's model, by part."""
+    return pretrain_parameters(config.model) if isinstance(config, PretrainConfig) else parameters(config.model)
+
+
+def pretrain_work(config: SegVolConfig, mask_ratio: float) -> dict[str, Work]:
+    """SimMIM's step for one volume: the head restores the hidden tokens alone."""
+    hidden = round(mask_ratio * math.prod(config.grid))
+    head = _product(hidden, config.hidden, math.prod(config.patch))
+    return {"encoder": encoder_work(config), "head": head}
+
+
+def train_work(config: SegVolConfig, prompts: PromptConfig) -> dict[str, Work]:
+    """The supervised step for one volume: all its prompts, those of pseudo-labels included."""
+    count = prompts_per_volume(prompts)
+    points = 1 + prompts.extra_positive + prompts.extra_negative
+    return {
+        "encoder": encoder_work(config),
+        "decoder": image_work(config) + count * prompt_work(config, points),
+        "upsampling": count * upsampling_work(config),
+    }
+
+
+def prompts_per_volume(prompts: PromptConfig) -> int:
+    """Prompts that are decoded from one volume in a step."""
+    return prompts.categories_per_volume * len(prompts.combinations) + prompts.pseudo_per_volume
+
+
+def _product(rows: int, inner: int, columns: int, gradients: int = 2) -> Work:
+    """A matrix product; each operand that needs a gradient costs as much again."""
+    forward = 2 * rows * inner * columns
+    return Work(forward, gradients * forward)
+
+
+def encoder_work(config: SegVolConfig) -> Work:
+    """Encoding one volume. The image itself needs no gradient."""
+    tokens, hidden = math.prod(config.grid), config.hidden
+    attention = _product(tokens, hidden, 3 * hidden) + 2 * _product(tokens, hidden, tokens)
+    block = attention + _product(tokens, hidden, hidden) + 2 * _product(tokens, hidden, config.mlp)
+    return _product(tokens, math.prod(config.patch), hidden, gradients=1) + config.layers * block
+
+
+def image_work(config: SegVolConfig) -> Work:
+    """What the decoder does once for all prompts of a volume: the tokens' positions, the first layer's projections."""
+    tokens, half = math.prod(config.grid), config.hidden // 2
+    return _product(tokens, 3, half, gradients=0) + 3 * _product(tokens, config.hidden, half)
+
+
+def prompt_work(config: SegVolConfig, points: int) -> Work:
+    """Encoding one prompt of so many points (padding included) and decoding its mask at low resolution."""
+    hidden = config.hidden
+    # Box corners are two points more. Positions are no weights, and the text bank does not train.
+    positions = _product(points + 2, 3, hidden // 2, gradients=0)
+    encoded = positions + _product(1, config.text_dim, hidden, gradients=1)
+    # Behind the points stand SAM's padding point, the box's corners and the text.
+    sparse = OWN_TOKENS + points + 4
+    mask = 2 * _product(1, hidden, hidden) + 2 * _product(1, hidden, hidden // 8)
+    return encoded + _two_way(config, sparse) + mask + _upscaling(config)
+
+
+def _two_way(config: SegVolConfig, sparse: int) -> Work:
+    tokens, hidden, half = math.prod(config.grid), config.hidden, config.hidden // 2
+    among = 4 * _product(sparse, hidden, hidden) + 2 * _product(sparse, hidden, sparse)
+    mlp = 2 * _product(sparse, hidden, config.decoder_mlp)
+    across = 2 * _product(sparse, hidden, half) + 2 * _product(sparse, half, tokens)
+    attentions = 2 * config.decoder_layers + 1
+    # Three of the image's projections are those of `image_work`.
+    projections = (2 * attentions - 3) * _product(tokens, hidden, half)
+    return config.decoder_layers * (among + mlp) + attentions * across + projections
+
+
+def _upscaling(config: SegVolConfig) -> Work:
+    tokens, hidden = math.prod(config.grid), config.hidden
+    quarter, eighth = hidden // 4, hidden // 8
+    doubled = _product(tokens, hidden, 8 * quarter) + _product(8 * tokens, quarter, 8 * eighth)
+    return doubled + _product(64 * tokens, eighth, 1)
+
+
+def upsampling_work(config: SegVolConfig) -> Work:
+    """Bringing one prompt's logits to the input's shape, axis by axis. Interpolation weights need no gradient."""
+    depth, height, width = (4 * size for size in config.grid)
+    deep, high, wide = config.input_shape
+    along_w = _product(depth * height, width, wide, gradients=1)
+    along_h = _product(high, height, depth * wide, gradients=1)
+    along_d = _product(deep, depth, high * wide, gradients=1)
+    return along_w + along_h + (Work() if deep == depth else along_d)

@@ -1,0 +1,170 @@
+"""Memory of a training step on one device, by the model's own arithmetic; nothing heavy is imported.
+
+1. `encoder_bytes`, `side_bytes`, `prompt_bytes` and `head_bytes` count what autograd keeps of one volume.
+2. `moments`: while prompts are decoded, when the encoder's backward pass begins, and when the optimizer steps. What a
+   device must have is the largest of them, `peak`.
+3. A strategy splits weights, gradients and moments over the ranks, and adds what it sends in one piece.
+
+All in bytes. Letters: T image tokens, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from segvol_pl import flops
+from segvol_pl.config import PretrainConfig, Recompute, RunConfig, SegVolConfig, Strategy, TrainConfig
+
+WIDE = 4
+"""Bytes of a float32."""
+NARROW = 2
+"""Bytes of a bfloat16."""
+BUCKET = 50_000_000
+"""Elements that DeepSpeed sends at once, see `run/strategies.py`."""
+
+Config = PretrainConfig | TrainConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Parts of one moment."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All parts, bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def peak(config: Config, volumes: int, bf16: bool) -> Memory:
+    """The largest moment of a step with so many volumes at once on a device."""
+    return max(moments(config, volumes, bf16), key=lambda moment: moment.total)
+
+
+def moments(config: Config, volumes: int, bf16: bool) -> list[Memory]:
+    """Decoding (in pre-training: the head), the start of the encoder's backward pass, the optimizer's step."""
+    parts = flops.run_parameters(config)
+    trained = sum(parts.values())
+    weights, gradients, optimizer = state(config.run, config.model, trained, bf16)
+    cast = NARROW * trained if bf16 else 0
+    encoder = volumes * encoder_bytes(config.model, config.run.recompute, bf16)
+    # Without buckets that outlive it, a gradient is there from the backward pass to the optimizer's step alone.
+    lasting = 0.0 if _plain(config.run) else gradients
+    if isinstance(config, PretrainConfig):
+        decoding, early = volumes * head_bytes(config, bf16), 0.0
+    else:
+        group = min(config.run.prompts_at_once, flops.prompts_per_volume(config.prompts))
+        decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16))
+        early = float(WIDE * (trained - parts["image_encoder"])) if gathers_ahead(config.run) else 0.0
+    block = volumes * block_bytes(config.model, bf16)
+    return [
+        Memory(weights, lasting + early, optimizer, cast + encoder + decoding),
+        Memory(weights, max(lasting, 2 * early), optimizer, cast + encoder + block),
+        Memory(weights, gradients, optimizer, 0.0),
+    ]
+
+
+def _plain(run: RunConfig) -> bool:
+    return run.strategy is Strategy.auto and run.devices * run.nodes == 1
+
+
+def gathers_ahead(run: RunConfig) -> bool:
+    """Whether a group's gradients are taken in the forward pass, see `tasks/groups.py`."""
+    return run.strategy not in (Strategy.fsdp, Strategy.zero3)
+
+
+def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
+    """Weights, gradients and AdamW's moments on one device."""
+    whole, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
+    buckets = 2.0 * WIDE * min(BUCKET, trained)
+    match run.strategy:
+        case Strategy.auto | Strategy.ddp:
+            return whole, whole, 2 * whole
+        # DeepSpeed's optimizer holds weights of its own besides.
+        case Strategy.zero1:
+            weights, gradients, optimizer = whole, whole + buckets, 3 * share
+        case Strategy.zero2:
+            weights, gradients, optimizer = whole, share + buckets, 3 * share
+        # Below a milliard parameters it lets go of none that it has gathered.
+        case Strategy.zero3:
+            weights, gradients, optimizer = share + whole, share + buckets, 3 * share
+        case Strategy.fsdp:
+            gathered = _gathered(model, trained, bf16)
+            weights, gradients, optimizer = share + gathered, share + gathered, 2 * share
+            weights -= share if run.offload else 0
+    return weights, gradients, 0.0 if run.offload else optimizer
+
+
+def _gathered(model: SegVolConfig, trained: int, bf16: bool) -> float:
+    """What FSDP2 gathers at once: all that lies outside of blocks, and two blocks (one computes, one is on its way)."""
+    encoder, decoder = flops.encoder_block(model), flops.decoder_block(model)
+    outside = trained - model.layers * encoder
+    # Pre-training has no decoder.
+    if outside > model.decoder_layers * decoder:
+        outside -= model.decoder_layers * decoder
+    return float((NARROW if bf16 else WIDE) * (outside + 2 * max(encoder, decoder)))
+
+
+# ---- activations of one volume ----
+
+
+def _tokens(model: SegVolConfig) -> int:
+    """Elements of image_TE."""
+    return math.prod(model.grid) * model.hidden
+
+
+def block_bytes(model: SegVolConfig, bf16: bool) -> int:
+    """An encoder block: two residual streams, two norms, queries, keys, values, what they mix; the MLP twice."""
+    narrow = NARROW if bf16 else WIDE
+    hidden = math.prod(model.grid) * model.mlp
+    return _tokens(model) * (2 * WIDE + 6 * narrow) + 2 * narrow * hidden
+
+
+def encoder_bytes(model: SegVolConfig, recompute: Recompute, bf16: bool) -> int:
+    """All blocks, the patches and the last norm."""
+    narrow = NARROW if bf16 else WIDE
+    tokens, hidden = _tokens(model), math.prod(model.grid) * model.mlp
+    around = narrow * math.prod(model.input_shape) + 2 * WIDE * tokens
+    if recompute is Recompute.blocks:
+        return around + model.layers * WIDE * tokens + block_bytes(model, bf16)
+    if recompute is Recompute.cheap:
+        # Its input, and the results of its four products and of attention.
+        kept = tokens * (WIDE + 6 * narrow) + narrow * hidden
+        return around + model.layers * kept + block_bytes(model, bf16) - kept
+    return around + model.layers * block_bytes(model, bf16)
+
+
+def head_bytes(config: PretrainConfig, bf16: bool) -> float:
+    """Hidden tokens, and their patches as they are, as restored, and the difference's gradients."""
+    hidden = config.mask_ratio * math.prod(config.model.grid)
+    voxels = math.prod(config.model.patch)
+    return hidden * ((NARROW if bf16 else WIDE) * config.model.hidden + 4 * WIDE * voxels)
+
+
+def side_bytes(model: SegVolConfig, bf16: bool) -> float:
+    """What all prompts share, with its gradients: the image, its positions, the first layer's three projections."""
+    narrow = NARROW if bf16 else WIDE
+    return _tokens(model) * (4 * WIDE + 2 * 1.5 * narrow)
+
+
+def prompt_bytes(model: SegVolConfig, bf16: bool) -> float:
+    """Decoding one prompt and taking its gradients, at the moment when the finest features have theirs too."""
+    narrow = NARROW if bf16 else WIDE
+    tokens = _tokens(model)
+    first = 0.5 * narrow + 2 * WIDE
+    later = first + (3 * narrow if bf16 else narrow) + 1.5 * narrow
+    final = narrow + narrow + (narrow if bf16 else 0)
+    # Twice the image's size, its norm in float32, then eight times.
+    fine, finest = (4 * WIDE + 2 * narrow) + (narrow if bf16 else 0), 8 * narrow
+    transformer = first + (model.decoder_layers - 1) * later + final
+    # Features before and after their activation, and the gradients of the latter, in pieces and together.
+    upscaled = tokens * (fine + 3 * finest + finest * 0.75)
+    voxels = math.prod(model.input_shape)
+    # Logits, probabilities, the mask as a number and the logits' gradients in part.
+    compared = 4 * WIDE * voxels + voxels
+    return tokens * transformer + max(upscaled, tokens * (fine + 2 * finest) + compared)

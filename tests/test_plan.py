@@ -1,0 +1,99 @@
+"""The planner: its promise on the command line, and what its figures must obey."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from segvol_pl import flops
+from segvol_pl.config import ConfigError, PretrainConfig, Strategy, TrainConfig
+from segvol_pl.plan import Plan, lines, plan, strategies
+
+ROOT = Path(__file__).parents[1]
+TRAIN, PRETRAIN = str(ROOT / "configs" / "train.yaml"), str(ROOT / "configs" / "pretrain.yaml")
+PLACE = ["nodes=4", "gpus=8", "device=h100"]
+
+
+def test_the_promised_command_states_all_without_importing_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "segvol_pl", "plan", TRAIN, *PLACE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for stated in ("parameters: 113.682 M", "TFLOP", "weights", "gradients", "optimizer", "activations", "volumes/s"):
+        assert stated in done.stdout
+    assert all(f"\n  {name} " in done.stdout for name in ("ddp", "fsdp", "zero1", "zero2", "zero3"))
+    assert not {"torch", "lightning", "numpy"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+
+
+def test_place_and_kind_of_run_are_read() -> None:
+    made = plan([TRAIN, *PLACE])
+    assert isinstance(made.config, TrainConfig) and (made.ranks, made.micro_batch) == (32, 1)
+    assert isinstance(plan([PRETRAIN]).config, PretrainConfig)
+    assert strategies(plan([TRAIN]).config.run) == [Strategy.auto]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([TRAIN, "nodes=3"], r"data\.global_batch: 32 cannot be shared by 3 devices"),
+        ([TRAIN, "device=abacus"], "device: 'abacus' is none of h100"),
+        ([TRAIN, "optim.lrr=1"], r"unknown key optim\.lrr .*did you mean optim\.lr"),
+        ([TRAIN, "gpus=two"], r"run\.devices"),
+    ],
+)
+def test_misuse_names_the_key(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(arguments)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("file", [TRAIN, PRETRAIN])
+def test_the_largest_micro_batch_is_the_last_that_fits(file: str, strategy: str) -> None:
+    made = plan([file, *PLACE, "device=a30"])
+    most, room = made.largest(Strategy(strategy)), (24 - 2) * 2**30
+    assert most > 0
+    assert made.peak(Strategy(strategy), most).total <= room < made.peak(Strategy(strategy), most + 1).total
+    huge = plan([file, *PLACE, "device=l4", f"model={ROOT / 'configs' / 'model' / 'huge.yaml'}"])
+    assert huge.largest(Strategy.fsdp) > huge.largest(Strategy.ddp)
+
+
+def test_memory_falls_with_what_is_split_and_computed_again() -> None:
+    made = plan([TRAIN, *PLACE])
+
+    def fixed(strategy: str) -> float:
+        peak = made.peak(Strategy(strategy), 1)
+        return peak.weights + peak.gradients + peak.optimizer
+
+    assert fixed("fsdp") < fixed("zero2") < fixed("zero1") < fixed("ddp")
+    kept = [
+        plan([TRAIN, *PLACE, f"run.recompute={name}"]).peak(Strategy.ddp, 4) for name in ("none", "cheap", "blocks")
+    ]
+    assert all(after.activations < before.activations for before, after in pairwise(kept))
+    groups = [plan([TRAIN, *PLACE, f"run.prompts_at_once={size}"]).peak(Strategy.ddp, 4).total for size in (30, 6, 1)]
+    assert groups == sorted(groups, reverse=True)
+
+
+def test_rates_are_the_peaks_share_over_the_operations() -> None:
+    made = plan([PRETRAIN, "gpus=2", "device=a100"])
+    operations = flops.total(flops.pretrain_work(made.config.model, 0.6)).total
+    assert made.rates() == pytest.approx((2 * 0.2 * 312e12 / operations, 2 * 0.5 * 312e12 / operations))
+    assert any(f"{made.rates()[0]:.1f} to {made.rates()[1]:.1f}" in line for line in lines(made))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_planned_memory_is_what_a_process_takes() -> None:
+    """Within 15 %, for both kinds of run."""
+    for row in ("train mini", "pretrain mini"):
+        command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--row", row]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        measured, planned = json.loads(done.stdout)
+        assert planned == pytest.approx(measured, rel=0.15), row
+
+
+def test_a_plan_needs_bf16_only_where_the_run_has_it() -> None:
+    assert isinstance(plan([TRAIN]), Plan) and plan([TRAIN]).bf16 and not plan([TRAIN, "run.precision=fp32"]).bf16
