@@ -1,35 +1,39 @@
 """Zoom-out-zoom-in over a promptable model (paper Sec. 2.3). Knows no files and no checkpoints.
 
-1. Zoom out: the whole volume is shrunk to the model's input, the prompt's coordinates with it; the logits are brought
-   back to the volume's grid.
-2. The region of interest is the box of the coarse mask, grown to at least one window.
-3. Zoom in: windows of the model's input shape slide over the region at native resolution; the prompt is reflected into
-   each window from the user's prompt and the coarse mask.
-4. The windows' logits, averaged where they overlap, are pasted over the coarse logits.
+1. Zoom out: the whole volume is shrunk to the model's input, the prompt's coordinates with it; the logits stand for the
+   volume's grid, and are brought there where they are needed.
+2. Zoom in: windows of the model's input shape lie on one grid over the volume at native resolution, so that prompts
+   share them; those that the region of interest needs are looked at. The prompt is reflected into each of them from the
+   user's prompt and the coarse mask.
+3. The windows' logits, averaged where they overlap, are pasted over the coarse logits of that region.
+4. Many prompts are answered at once: each window is encoded once for all of them, and its tokens are kept as long as
+   there is room.
+5. To refine, the mask found before takes the place of the coarse mask.
 
 `config.interpolation`, `grid` and `reflection` say how each of these is done; set to `published` they give what the
 released weights were validated with (configs/zoom/published.yaml).
-
-Several prompts on one volume share the encoding of the overview and, in a bounded cache, of the windows.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from segvol_pl.config import Rule, ZoomConfig
 from segvol_pl.data.prompts import INSIDE, PADDING, Prompt, box_of, draw_points
 from segvol_pl.data.sample import Box
-from segvol_pl.data.transforms import box_slices, resize_image, resize_label, resize_tensor
+from segvol_pl.data.transforms import Sliceable, box_slices, resize_image, resize_label
+from segvol_pl.logits import Certain, Coarse, Ground, binary, enlarge
+from segvol_pl.tokens import TokenStore
+
+__all__ = ["Promptable", "Prompted", "ZoomResult", "Zoomer", "binary", "scale_prompt", "zoom"]
 
 Start = tuple[int, int, int]
 """First voxel (d, h, w) of a window."""
@@ -37,8 +41,13 @@ Start = tuple[int, int, int]
 NOWHERE: Box = (-1, -1, -1, -1, -1, -1)
 """What the published code gives as the box of an empty mask."""
 
-CACHED_WINDOWS = 64
-"""Windows whose tokens a Zoomer keeps: about 400 MB at the published size (2048 x 768 float32 tokens)."""
+GIGABYTE = 1e9
+
+TOGETHER = 2**27
+"""Voxels of regions of interest beyond which no more prompts are worked on at once: 0.7 GB at 5 bytes each."""
+
+Progress = Callable[[int, int], None]
+"""Told the windows decoded and those to be decoded, of the prompts worked on at once."""
 
 
 class Shaped(Protocol):
@@ -52,27 +61,68 @@ class Promptable(Protocol):
 
     config: Any
 
-    def encode(self, image_BCDHW: torch.Tensor) -> torch.Tensor: ...
+    def encode(self, image_BCDHW: torch.Tensor) -> torch.Tensor:
+        """tokens_BTE of images (B, 1, *config.input_shape) in [0, 1]."""
 
-    def decode(self, tokens_BTE: torch.Tensor, prompts: Any) -> torch.Tensor: ...
+    def decode(self, tokens_BTE: torch.Tensor, prompts: Any) -> torch.Tensor:
+        """logits_BPDHW at the input's resolution, of what `prompts` gave."""
 
-    def prompts(self, prompts: list[list[Prompt]]) -> Any: ...
+    def prompts(self, prompts: list[list[Prompt]]) -> Any:
+        """What `decode` takes, of a list of prompts for each image, in voxels of the model's input."""
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The first of them tells the device."""
 
 
 @dataclass(frozen=True, eq=False)
 class ZoomResult:
-    """Logits of one prompt on the volume's grid, float32."""
+    """What one prompt gave, as float32 logits and as masks, on the volume's grid."""
 
-    coarse_DHW: np.ndarray
-    """Zoom-out."""
-    final_DHW: np.ndarray
-    """Zoom-in pasted over zoom-out; the zoom-out logits themselves where the coarse mask is empty."""
+    ground: Ground
+    """Zoom-out; in refining, the mask found before."""
     roi: Box | None
-    """Region of interest, inclusive; None where the coarse mask is empty."""
+    """Region of interest, inclusive: what zooming in may change, see `region_of`; None: the coarse mask is empty."""
+    patch_DHW: np.ndarray
+    """Final logits of the region of interest."""
     windows: int
     """Windows decoded in the zoom-in."""
+
+    @cached_property
+    def coarse_DHW(self) -> np.ndarray:
+        """Zoom-out's logits of the whole volume, worked out at the first call. `coarse_mask` needs far less memory."""
+        return self.ground.logits(_whole(self.ground.shape))
+
+    @cached_property
+    def final_DHW(self) -> np.ndarray:
+        """Zoom-in pasted over zoom-out, likewise; the zoom-out logits themselves where the coarse mask is empty."""
+        if self.roi is None:
+            return self.coarse_DHW
+        final_DHW = self.coarse_DHW.copy()
+        final_DHW[box_slices(self.roi)] = self.patch_DHW
+        return final_DHW
+
+    def coarse_mask(self, threshold: float) -> np.ndarray:
+        """Bool mask (D,H,W) of zoom-out."""
+        return self.ground.mask(threshold)
+
+    def mask(self, threshold: float) -> np.ndarray:
+        """Bool mask (D,H,W), the threshold being the one that was zoomed with: nothing lies outside of the region."""
+        mask_DHW = np.zeros(self.ground.shape, bool)
+        if self.roi is not None:
+            mask_DHW[box_slices(self.roi)] = binary(self.patch_DHW, threshold)
+        return mask_DHW
+
+
+@dataclass(frozen=True, eq=False)
+class Prompted:
+    """A prompt to be answered."""
+
+    prompt: Prompt
+    """In the volume's voxels."""
+    shrunk: Prompt
+    """The same in voxels of the model's input: all that published reflection reads."""
+    rng: np.random.Generator
+    """Draws the windows' points."""
 
 
 @dataclass(frozen=True)
@@ -82,25 +132,24 @@ class Tile:
     start: Start
     bound: Box
 
-    def slices(self, window: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-        """The part of the window inside the bound, in voxels counted from `origin`."""
+    def slices(self, window: Sequence[int], box: Box, origin: Sequence[int]) -> tuple[slice, ...]:
+        """The part of the window inside the box, in voxels counted from `origin`."""
         return tuple(
             slice(max(first, low) - base, min(first + size, high + 1) - base)
-            for first, size, low, high, base in zip(
-                self.start, window, self.bound[:3], self.bound[3:], origin, strict=True
-            )
+            for first, size, low, high, base in zip(self.start, window, box[:3], box[3:], origin, strict=True)
         )
 
-    def cut(self, array_DHW: np.ndarray, window: Sequence[int]) -> np.ndarray:
+    def cut(self, array_DHW: Sliceable, window: Sequence[int]) -> np.ndarray:
         """The window of a volume; zero outside the bound."""
         tile_DHW = np.zeros(tuple(window), array_DHW.dtype)
-        tile_DHW[self.slices(window, self.start)] = array_DHW[self.slices(window, (0, 0, 0))]
+        seen = self.slices(window, self.bound, self.start), self.slices(window, self.bound, (0, 0, 0))
+        tile_DHW[seen[0]] = array_DHW[seen[1]]
         return tile_DHW
 
 
-def binary(logits_DHW: np.ndarray, threshold: float) -> np.ndarray:
-    """Bool mask of the voxels whose probability exceeds `threshold`."""
-    return logits_DHW > math.log(threshold / (1 - threshold))
+def _whole(shape: Sequence[int]) -> Box:
+    d, h, w = shape
+    return 0, 0, 0, d - 1, h - 1, w - 1
 
 
 def scale_prompt(prompt: Prompt, source: Sequence[int], target: Sequence[int]) -> Prompt:
@@ -130,26 +179,6 @@ def scale_box(box: Box, source: Sequence[int], target: Sequence[int]) -> Box:
     return lows[0], lows[1], lows[2], highs[0], highs[1], highs[2]
 
 
-def region_of_interest(mask_DHW: np.ndarray, window: Sequence[int]) -> Box:
-    """Inclusive box of the mask, grown about its middle to at least one window and kept inside the volume.
-
-    Along an axis where the volume is shorter than the window it is the whole axis. Raises ValueError for an empty mask.
-    """
-    box = box_of(mask_DHW)
-    spans = [
-        _grow(low, high, size, extent)
-        for low, high, size, extent in zip(box[:3], box[3:], window, mask_DHW.shape, strict=True)
-    ]
-    return spans[0][0], spans[1][0], spans[2][0], spans[0][1], spans[1][1], spans[2][1]
-
-
-def _grow(low: int, high: int, size: int, extent: int) -> tuple[int, int]:
-    size = min(size, extent)
-    missing = max(size - (high - low + 1), 0)
-    low = min(max(low - missing // 2, 0), extent - max(size, high - low + 1))
-    return low, max(high, low + size - 1)
-
-
 def cut_off_region(mask_DHW: np.ndarray, window: Sequence[int]) -> Box:
     """The published region of interest: grown likewise, but cut off at the volume's border, hence maybe smaller."""
     box = box_of(mask_DHW)
@@ -161,20 +190,69 @@ def cut_off_region(mask_DHW: np.ndarray, window: Sequence[int]) -> Box:
     return d0, h0, w0, d1, h1, w1
 
 
-def tiles(roi: Box, window: Sequence[int], shape: Sequence[int], config: ZoomConfig) -> list[Tile]:
-    """The windows that cover the region, neighbours overlapping by at least the share `config.overlap`.
+def widened_box(mask_DHW: np.ndarray, window: Sequence[int], reach: float) -> Box:
+    """Inclusive box of the mask and of `reach` overview voxels around, inside the volume.
 
-    The last window of an axis ends where the region ends, as in MONAI's sliding window. Windows see the whole volume
-    of `shape`; those of the published grid see the region alone, in their middle where it is smaller than they are.
+    Raises ValueError for an empty mask.
     """
-    d, h, w = shape
-    published = config.grid is Rule.published
-    bound: Box = roi if published else (0, 0, 0, d - 1, h - 1, w - 1)
-    axes = []
-    for low, high, size in zip(roi[:3], roi[3:], window, strict=True):
-        lacking = max(size - (high - low + 1), 0) // 2 if published else 0
-        axes.append(_starts(low - lacking, high - low + 1, size, config.overlap))
+    box = box_of(mask_DHW)
+    more = [math.ceil(reach * extent / size) for extent, size in _pairs(mask_DHW.shape, window)]
+    d0, h0, w0 = (max(low - by, 0) for low, by in _pairs(box[:3], more))
+    d1, h1, w1 = (min(high + by, size - 1) for high, by, size in zip(box[3:], more, mask_DHW.shape, strict=True))
+    return d0, h0, w0, d1, h1, w1
+
+
+def region_of(mask_DHW: np.ndarray, prompt: Prompt, window: Sequence[int], reach: float) -> Box:
+    """What zooming in may change: the widened box of the coarse mask, and what the user's box and inner points reach.
+
+    Windows see more than that.
+    """
+    boxes = [widened_box(mask_DHW, window, reach)]
+    if prompt.box is not None and (said := clip_box(prompt.box, (0, 0, 0), mask_DHW.shape)) is not None:
+        boxes.append(said)
+    points_N3, labels_N = _points_inside(prompt, (0, 0, 0), mask_DHW.shape)
+    boxes += [(d, h, w, d, h, w) for d, h, w in points_N3[labels_N == INSIDE].tolist()]
+    d0, h0, w0 = (min(box[axis] for box in boxes) for axis in range(3))
+    d1, h1, w1 = (max(box[axis] for box in boxes) for axis in range(3, 6))
+    return d0, h0, w0, d1, h1, w1
+
+
+def _pairs(one: Sequence[int], other: Sequence[int]) -> Iterator[tuple[int, int]]:
+    return zip(one, other, strict=True)
+
+
+def tiles(box: Box, window: Sequence[int], shape: Sequence[int], config: ZoomConfig) -> list[Tile]:
+    """The windows that cover the box, neighbours overlapping by at least the share `config.overlap`.
+
+    They lie on one grid over the volume of `shape`, so that another box needs the same ones; as few as will do. Those
+    of the published grid begin where the box begins, and see the box alone, in their middle where it is smaller than
+    they are. The last window of either grid ends where that ends, as in MONAI's sliding window.
+    """
+    if config.grid is Rule.published:
+        return _tiles_of(box, window, config.overlap)
+    bound = _whole(shape)
+    axes = [
+        _covering(_starts(0, extent, size, config.overlap), size, low, high)
+        for low, high, size, extent in zip(box[:3], box[3:], window, shape, strict=True)
+    ]
     return [Tile((d, h, w), bound) for d, h, w in product(*axes)]
+
+
+def _tiles_of(box: Box, window: Sequence[int], overlap: float) -> list[Tile]:
+    axes = []
+    for low, high, size in zip(box[:3], box[3:], window, strict=True):
+        lacking = max(size - (high - low + 1), 0) // 2
+        axes.append(_starts(low - lacking, high - low + 1, size, overlap))
+    return [Tile((d, h, w), box) for d, h, w in product(*axes)]
+
+
+def _covering(starts: list[int], size: int, low: int, high: int) -> list[int]:
+    """The fewest neighbouring windows that hold `low` to `high`; of several single ones the one around its middle."""
+    first = max(place for place, start in enumerate(starts) if start <= low)
+    last = min((place for place, start in enumerate(starts) if start + size > high), default=len(starts) - 1)
+    if last > first:
+        return starts[first : last + 1]
+    return [min(starts[last : first + 1], key=lambda start: abs(2 * start + size - low - high))]
 
 
 def _starts(low: int, extent: int, size: int, overlap: float) -> list[int]:
@@ -214,18 +292,6 @@ def prompt_map(prompt: Prompt, shape: Sequence[int]) -> np.ndarray:
     elif prompt.box is not None:
         said_DHW[box_slices(prompt.box)] = True
     return said_DHW
-
-
-def enlarge(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """By the published nearest neighbour: torch's own, which takes the voxel under a cell's first corner, not centre.
-
-    Its rounding in float32 is part of it: a whole number of voxels may fall to the voxel before.
-    """
-    indices = []
-    for old, new in zip(array_DHW.shape, shape, strict=True):
-        source = torch.arange(old, dtype=torch.float32)[None, None]
-        indices.append(F.interpolate(source, size=new, mode="nearest")[0, 0].long().numpy())
-    return array_DHW[np.ix_(*indices)]
 
 
 def reflect(
@@ -275,20 +341,48 @@ def clip_box(box: Box, start: Sequence[int], shape: Sequence[int]) -> Box | None
     return d0, h0, w0, d1, h1, w1
 
 
-class Zoomer:
-    """One volume before one model: encodes the overview once and each window once while it stays in the cache.
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """One prompt's zoom-in: the windows to decode, and the sum of what they gave so far."""
 
-    image_DHW: float32 in [0, 1], the body crop. The model is expected in eval mode.
+    ground: Ground
+    roi: Box | None
+    local: list[tuple[Tile, Prompt]]
+    total_DHW: np.ndarray
+    count_DHW: np.ndarray
+
+    def add(self, tile: Tile, logits_DHW: np.ndarray, window: Sequence[int]) -> None:
+        assert self.roi is not None
+        place = tile.slices(window, self.roi, self.roi[:3])
+        self.total_DHW[place] += logits_DHW[tile.slices(window, self.roi, tile.start)]
+        self.count_DHW[place] += 1
+
+    def result(self) -> ZoomResult:
+        """What no window covered keeps its coarse logits."""
+        if self.roi is not None:
+            d, h, w = self.roi[:3]
+            for place, (total_HW, count_HW) in enumerate(zip(self.total_DHW, self.count_DHW, strict=True), start=d):
+                if (count_HW == 0).any():
+                    below = self.ground.logits((place, h, w, place, *self.roi[4:]))[0]
+                    total_HW[count_HW == 0] = below[count_HW == 0]
+                np.divide(total_HW, count_HW, out=total_HW, where=count_HW > 0)
+        return ZoomResult(self.ground, self.roi, self.total_DHW, len(self.local))
+
+
+class Zoomer:
+    """One volume before one model: encodes the overview once, and each window once while there is room for its tokens.
+
+    image_DHW: in [0, 1], the body crop; an array, or what reads like one. The model is expected in eval mode.
     """
 
     def __init__(
-        self, model: Promptable, image_DHW: np.ndarray, config: ZoomConfig, cached: int = CACHED_WINDOWS
+        self, model: Promptable, image_DHW: Sliceable, config: ZoomConfig, progress: Progress | None = None
     ) -> None:
         self.model, self.image_DHW, self.config = model, image_DHW, config
         self.window = tuple(int(size) for size in model.config.input_shape)
         self.device = next(model.parameters()).device
-        self._cached = max(cached, config.batch)
-        self._windows: OrderedDict[Tile, torch.Tensor] = OrderedDict()
+        self.tokens = TokenStore(config.cache_gb * GIGABYTE, config.device_gb * GIGABYTE)
+        self._progress = progress or (lambda done, wanted: None)
         self._overview_BTE: torch.Tensor | None = None
 
     @torch.inference_mode()
@@ -303,85 +397,148 @@ class Zoomer:
     def _nearest(self) -> bool:
         return self.config.interpolation is Rule.published
 
-    def zoom_out(self, prompt: Prompt) -> np.ndarray:
-        """Coarse logits of a prompt (in the volume's voxels) on the volume's grid, float32."""
-        return self._coarse(scale_prompt(prompt, self.image_DHW.shape, self.window))
-
     @torch.inference_mode()
-    def _coarse(self, shrunk: Prompt) -> np.ndarray:
-        logits_BPDHW = self.model.decode(self.encode_overview(), self.model.prompts([[shrunk]])).float()
-        if self._nearest:
-            return enlarge(logits_BPDHW[0, 0].cpu().numpy(), self.image_DHW.shape)
-        return resize_tensor(logits_BPDHW, self.image_DHW.shape)[0, 0].cpu().numpy()
+    def zoom_out(self, prompt: Prompt) -> Coarse:
+        """Zooming out alone. The prompt is in the volume's voxels."""
+        return self._coarse([scale_prompt(prompt, self.image_DHW.shape, self.window)])[0]
+
+    def _coarse(self, shrunk: list[Prompt]) -> list[Coarse]:
+        logits_BPDHW = self.model.decode(self.encode_overview(), self.model.prompts([shrunk]))
+        low_PDHW = logits_BPDHW[0].float().cpu().numpy()
+        return [Coarse(low_DHW, self.image_DHW.shape, self._nearest) for low_DHW in low_PDHW]
+
+    def prompted(self, prompt: Prompt, rng: np.random.Generator) -> Prompted:
+        """A prompt in the volume's voxels, to be answered."""
+        return Prompted(prompt, scale_prompt(prompt, self.image_DHW.shape, self.window), rng)
 
     def zoom(self, prompt: Prompt, rng: np.random.Generator) -> ZoomResult:
         """Zoom-out-zoom-in of a prompt, given in the volume's voxels. `rng` draws the windows' points."""
-        return self.zoom_in(prompt, scale_prompt(prompt, self.image_DHW.shape, self.window), rng)
+        return next(self.zoom_all([self.prompted(prompt, rng)]))
 
-    @torch.inference_mode()
     def zoom_in(self, prompt: Prompt, shrunk: Prompt, rng: np.random.Generator) -> ZoomResult:
         """As `zoom`, `shrunk` being the prompt in voxels of the model's input: all that published reflection reads."""
-        coarse_DHW = self._coarse(shrunk)
-        mask_DHW = binary(coarse_DHW, self.config.threshold)
-        if not mask_DHW.any():
-            return ZoomResult(coarse_DHW, coarse_DHW, None, 0)
-        region = cut_off_region if self.config.grid is Rule.published else region_of_interest
-        roi = region(mask_DHW, self.window)
-        grid = tiles(roi, self.window, self.image_DHW.shape, self.config)
-        reflected = list(self._reflected(prompt, shrunk, mask_DHW, grid, rng))
-        return ZoomResult(coarse_DHW, self._paste(coarse_DHW, roi, reflected), roi, len(reflected))
+        return next(self.zoom_all([Prompted(prompt, shrunk, rng)]))
 
-    def _reflected(
-        self, prompt: Prompt, shrunk: Prompt, mask_DHW: np.ndarray, grid: list[Tile], rng: np.random.Generator
-    ) -> Iterator[tuple[Tile, Prompt]]:
-        points, published = self.config.points, self.config.reflection is Rule.published
-        said_DHW = enlarge(prompt_map(shrunk, self.window), mask_DHW.shape) if published else mask_DHW
+    @torch.inference_mode()
+    def zoom_all(self, asked: Sequence[Prompted]) -> Iterator[ZoomResult]:
+        """Zoom-out-zoom-in of each, in order, as many at once as memory allows: a window is encoded once for those."""
+        plans: list[_Plan] = []
+        for first in range(0, len(asked), self.config.decode_batch):
+            group = asked[first : first + self.config.decode_batch]
+            for one, coarse in zip(group, self._coarse([one.shrunk for one in group]), strict=True):
+                plans.append(self._planned(one, coarse))
+                if sum(plan.total_DHW.size for plan in plans) > TOGETHER:
+                    yield from self._carried_out(plans)
+                    plans = []
+        yield from self._carried_out(plans)
+
+    @torch.inference_mode()
+    def refine(self, prompt: Prompt, previous_DHW: np.ndarray, rng: np.random.Generator) -> ZoomResult:
+        """Zoom-in of a prompt in the volume's voxels with a mask found before in the place of the coarse mask.
+
+        The model takes no masks: `previous_DHW` (bool, not empty) says where to look, and is reflected into each window
+        as a coarse mask is. A prompt without a box gets the one around that mask and the points inside the structure.
+        What the windows say replaces it.
+        """
+        mask_DHW = previous_DHW | (prompt_map(prompt, previous_DHW.shape) if prompt.points_N3 is not None else False)
+        if prompt.box is None:
+            prompt = replace(prompt, box=box_of(mask_DHW))
+        (result,) = self._carried_out([self._planned(self.prompted(prompt, rng), Certain(mask_DHW), Rule.consistent)])
+        return result
+
+    def _planned(self, asked: Prompted, ground: Ground, reflection: Rule | None = None) -> _Plan:
+        mask_DHW = ground.mask(self.config.threshold)
+        if not mask_DHW.any():
+            nothing = np.zeros((0, 0, 0), np.float32)
+            return _Plan(ground, None, [], nothing, nothing)
+        if self.config.grid is Rule.published:
+            roi = cut_off_region(mask_DHW, self.window)
+        else:
+            roi = region_of(mask_DHW, asked.prompt, self.window, self.config.reach)
+        grid = tiles(roi, self.window, mask_DHW.shape, self.config)
+        published = (reflection or self.config.reflection) is Rule.published
+        reflected = self._reflected_as_published if published else self._reflected
+        local = list(reflected(asked, mask_DHW, grid))
+        shape = [high - low + 1 for low, high in _pairs(roi[:3], roi[3:])]
+        counts = np.zeros(shape, np.min_scalar_type(len(local)))
+        return _Plan(ground, roi, local, np.zeros(shape, np.float32), counts)
+
+    def _reflected(self, asked: Prompted, mask_DHW: np.ndarray, grid: list[Tile]) -> Iterator[tuple[Tile, Prompt]]:
         for tile in grid:
             inside_DHW = tile.cut(mask_DHW, self.window)
-            if published:
-                said = tile.cut(said_DHW, self.window)
-                yield tile, _reflected_as_published(prompt, inside_DHW, said, len(grid) == 1, points, rng)
-            elif (local := reflect(prompt, inside_DHW, tile.start, points, rng)) is not None:
+            local = reflect(asked.prompt, inside_DHW, tile.start, self.config.points, asked.rng)
+            if local is not None:
                 yield tile, local
 
-    def _paste(self, coarse_DHW: np.ndarray, roi: Box, reflected: list[tuple[Tile, Prompt]]) -> np.ndarray:
-        total_DHW = np.zeros([high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)], np.float32)
-        count_DHW = np.zeros(total_DHW.shape, np.uint16)
-        for first in range(0, len(reflected), self.config.batch):
-            batch = reflected[first : first + self.config.batch]
-            for (tile, _), logits_DHW in zip(batch, self._decode(batch), strict=True):
-                place = tile.slices(self.window, roi[:3])
-                total_DHW[place] += logits_DHW[tile.slices(self.window, tile.start)]
-                count_DHW[place] += 1
-        final_DHW = coarse_DHW.copy()
-        covered_DHW = count_DHW > 0
-        # A view: what no window covered keeps its coarse logits.
-        final_DHW[box_slices(roi)][covered_DHW] = total_DHW[covered_DHW] / count_DHW[covered_DHW]
-        return final_DHW
+    def _reflected_as_published(
+        self, asked: Prompted, mask_DHW: np.ndarray, grid: list[Tile]
+    ) -> Iterator[tuple[Tile, Prompt]]:
+        said_DHW = enlarge(prompt_map(asked.shrunk, self.window), mask_DHW.shape)
+        for tile in grid:
+            inside_DHW, said = tile.cut(mask_DHW, self.window), tile.cut(said_DHW, self.window)
+            yield (
+                tile,
+                _reflected_as_published(asked.prompt, inside_DHW, said, len(grid) == 1, self.config.points, asked.rng),
+            )
 
-    def _decode(self, batch: list[tuple[Tile, Prompt]]) -> np.ndarray:
-        tokens_BTE = self._tokens([tile for tile, _ in batch])
-        logits_BPDHW = self.model.decode(tokens_BTE, self.model.prompts([[prompt] for _, prompt in batch]))
-        return logits_BPDHW[:, 0].float().cpu().numpy()
+    def _carried_out(self, plans: list[_Plan]) -> Iterator[ZoomResult]:
+        """Window after window, each for all prompts that look at it; then the prompts' results in their order."""
+        wanted: dict[Tile, list[tuple[_Plan, Prompt]]] = {}
+        for plan in plans:
+            for tile, prompt in plan.local:
+                wanted.setdefault(tile, []).append((plan, prompt))
+        ordered, done = sorted(wanted, key=lambda tile: tile.start), 0
+        for first in range(0, len(ordered), self.config.batch):
+            tokens = self._encoded(ordered[first : first + self.config.batch])
+            self._decode({tile: wanted[tile] for tile in tokens}, tokens)
+            done += sum(len(wanted[tile]) for tile in tokens)
+            self._progress(done, sum(len(plan.local) for plan in plans))
+        for plan in plans:
+            yield plan.result()
 
-    def _tokens(self, wanted: list[Tile]) -> torch.Tensor:
-        new = [tile for tile in wanted if tile not in self._windows]
+    def _decode(self, wanted: dict[Tile, list[tuple[_Plan, Prompt]]], tokens: dict[Tile, torch.Tensor]) -> None:
+        """A window's prompts together, and windows that have equally many; `decode_batch` of them at a time."""
+        size = self.config.decode_batch
+        groups: dict[int, list[tuple[Tile, list[tuple[_Plan, Prompt]]]]] = {}
+        for tile, asked in wanted.items():
+            for first in range(0, len(asked), size):
+                part = asked[first : first + size]
+                groups.setdefault(len(part), []).append((tile, part))
+        for count, group in groups.items():
+            for first in range(0, len(group), max(size // count, 1)):
+                self._decode_together(group[first : first + max(size // count, 1)], tokens)
+
+    def _decode_together(
+        self, group: list[tuple[Tile, list[tuple[_Plan, Prompt]]]], tokens: dict[Tile, torch.Tensor]
+    ) -> None:
+        tokens_BTE = torch.cat([tokens[tile] for tile, _ in group])
+        prompts = self.model.prompts([[prompt for _, prompt in part] for _, part in group])
+        logits_BPDHW = self.model.decode(tokens_BTE, prompts)
+        for (tile, part), logits_PDHW in zip(group, logits_BPDHW.float().cpu().numpy(), strict=True):
+            for (plan, _), logits_DHW in zip(part, logits_PDHW, strict=True):
+                plan.add(tile, logits_DHW, self.window)
+
+    def _encoded(self, wanted: list[Tile]) -> dict[Tile, torch.Tensor]:
+        kept = {tile: self.tokens.get(tile, self.device) for tile in wanted}
+        new = [tile for tile, tokens_BTE in kept.items() if tokens_BTE is None]
+        found = {tile: tokens_BTE for tile, tokens_BTE in kept.items() if tokens_BTE is not None}
         if new:
             encoded_BTE = self._encode([tile.cut(self.image_DHW, self.window) for tile in new])
-            self._windows.update(zip(new, encoded_BTE.split(1), strict=True))
-        for tile in wanted:
-            self._windows.move_to_end(tile)
-        while len(self._windows) > self._cached:
-            self._windows.popitem(last=False)
-        return torch.cat([self._windows[tile] for tile in wanted])
+            for tile, tokens_BTE in zip(new, encoded_BTE.split(1), strict=True):
+                found[tile] = tokens_BTE.clone()
+                self.tokens.put(tile, found[tile])
+        return {tile: found[tile] for tile in wanted}
 
     def _encode(self, images: list[np.ndarray]) -> torch.Tensor:
+        """Under autocast the last norm gives float32 though what it was given had less: it is kept as that."""
         image_BCDHW = torch.from_numpy(np.stack(images, dtype=np.float32)[:, None])
-        return self.model.encode(image_BCDHW.to(self.device))
+        tokens_BTE = self.model.encode(image_BCDHW.to(self.device))
+        kind = self.device.type
+        return tokens_BTE.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens_BTE
 
 
 def zoom(
-    model: Promptable, image_DHW: np.ndarray, prompt: Prompt, config: ZoomConfig, rng: np.random.Generator
+    model: Promptable, image_DHW: Sliceable, prompt: Prompt, config: ZoomConfig, rng: np.random.Generator
 ) -> ZoomResult:
     """Zoom-out-zoom-in of one prompt on one volume, see `Zoomer`, which several prompts should share."""
     return Zoomer(model, image_DHW, config).zoom(prompt, rng)

@@ -180,7 +180,7 @@ def test_zooming_equals_the_published_one(
     kind: str, small: SegVol, trunk: np.ndarray, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures, config = figures_of(shared, "zoom_small"), published_zoom()
-    zoomer = Zoomer(small, trunk, config, cached=200)
+    zoomer = Zoomer(small, trunk, config)
     logs = list(logged(shared, kind)) if kind != "text" else [[("text", np.zeros(0))]] * 3
     for organ, (name, entries) in enumerate(zip(ORGANS, logs, strict=True)):
         drawn = iter([value for what, value in entries[1:] if what == "points" and value[0, 3] == 1])
