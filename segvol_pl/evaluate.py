@@ -1,9 +1,11 @@
-"""Zoom-out-zoom-in over a split of shards: rows, tables, report.
+"""Figures of a model over a set of cases: rows, tables, report.
 
-1. Every labelled case of the split is read from its shard: CT, label map, facts.
-2. For each of its categories and each prompt kind a prompt is drawn from the truth, seeded by case and category.
-3. The model answers; Dice of zoom-out and of zoom-in, and the time, are a `Row`, written down at once.
-4. `Summary` puts the rows together by category and prompt kind; the report adds figures and pictures.
+1. The labelled cases are listed (`evaluation.subjects`) and shared out to the ranks and array tasks.
+2. For each category of a case, prompts are drawn from the truth (`evaluation.prompting`) as well or as badly as
+   configured, and answered in each mode (`evaluation.examination`); the scores of an answer are a `Row`.
+3. A case's rows are written whole (`evaluation.ledger`); a restart goes on with the cases that have none.
+4. Rank 0, or a run without `slice`, waits for all of them and puts them together: rows.csv, readings.csv, summary.json,
+   report.html, and wandb where it is configured.
 
 Spatial prompts come from the truth, as in the paper: the figures say how well a prompt is obeyed, not how well a
 structure is found without one. Only `text` is free of the truth.
@@ -11,219 +13,50 @@ structure is found without one. Only `text` is free of the truth.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
-import os
+import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from rich.table import Table
+import torch
+from rich.console import Console
 
-from segvol_pl.config import EvaluateConfig, Rule
+from segvol_pl.config import EvaluateConfig, Mode, Wandb
 from segvol_pl.configure import to_yaml
-from segvol_pl.data.prompts import Prompt, box_of, draw_points
-from segvol_pl.data.sample import Facts, Member
-from segvol_pl.data.shards import SampleRecord, read_array, read_facts, read_index
-from segvol_pl.data.store import Store
-from segvol_pl.data.transforms import normalise, resize_label
+from segvol_pl.data.sample import SampleError
+from segvol_pl.data.shards import ShardError, sha256_of
+from segvol_pl.data.volume import VolumeError
 from segvol_pl.data.whole import write_text
+from segvol_pl.evaluation.examination import Answer, Examination
+from segvol_pl.evaluation.ledger import CaseResult, Ledger, Share, local_rank
+from segvol_pl.evaluation.metrics import dice, score
+from segvol_pl.evaluation.pictures import Picture, cut, draw_picture
+from segvol_pl.evaluation.prompting import Setting, settings
+from segvol_pl.evaluation.reading import Reading, likeness, readings_of
+from segvol_pl.evaluation.rows import Row, Summary, csv_text, number
+from segvol_pl.evaluation.subjects import EvaluateError, Subject, Subjects, find_subjects
+from segvol_pl.evaluation.tracked import track
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
-from segvol_pl.report import Outlined, Picture, cut, write_report
+from segvol_pl.report import write_report
 from segvol_pl.run.strategies import autocast, resolve_device
 from segvol_pl.run.tracking import manifest
-from segvol_pl.zoom import Promptable, Zoomer, ZoomResult, binary, scale_prompt
+from segvol_pl.zoom import Promptable
+
+__all__ = ["EvaluateError", "Row", "Summary", "evaluate", "evaluate_model"]
 
 log = logging.getLogger(__name__)
 
-POSITIVE_POINTS, NEGATIVE_POINTS = 5, 2
-"""Points drawn from the truth for a points prompt: 1 + 4 inside, 2 outside."""
-
-PICTURED = 3
-"""Categories pictured in a case: those of worst, middle and best Dice."""
-
-
-class EvaluateError(ValueError):
-    """Shards or categories that cannot be evaluated. The message names the key and the remedy."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt on one case."""
-
-    case: str
-    category: str
-    prompt: str
-    zoom_out: float
-    """Dice of the coarse mask."""
-    zoom_in: float
-    """Dice of the final mask."""
-    seconds: float
-    """Zoom-out-zoom-in of this prompt; windows already encoded for an earlier prompt of the case come free."""
-    truth_voxels: int
-    predicted_voxels: int
-    windows: int
-
-
-@dataclass(frozen=True)
-class Quartiles:
-    """Of Dice over the cases of one category and prompt kind."""
-
-    mean: float
-    q1: float
-    median: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Quartiles:
-        q1, median, q3 = np.percentile(values, (25, 50, 75))
-        return cls(float(np.mean(values)), float(q1), float(median), float(q3))
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One category with one prompt kind."""
-
-    n: int
-    zoom_out: Quartiles
-    zoom_in: Quartiles
-    seconds: float
-    """Mean over the cases."""
-
-
-@dataclass(frozen=True)
-class Overall:
-    """One prompt kind: means over the categories of their mean Dice, and over all rows of their seconds."""
-
-    categories: int
-    zoom_out: float
-    zoom_in: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """An evaluation put together; `rows` are its particulars."""
-
-    checkpoint: str
-    shards: str
-    split: str
-    cases: int
-    rows: list[Row]
-    absent: dict[str, int] = field(default_factory=dict)
-    """Category asked for -> cases that do not hold it."""
-    unknown: dict[str, int] = field(default_factory=dict)
-    """Category that a case holds and the model's text bank does not -> cases; left out of text prompts."""
-    unlabelled: int = 0
-    """Cases without a label map."""
-    seconds: float = 0.0
-    """Wall time of all cases, reading and encoding included."""
-
-    @property
-    def prompts(self) -> list[str]:
-        return list(dict.fromkeys(row.prompt for row in self.rows))
-
-    @property
-    def categories(self) -> list[str]:
-        return sorted({row.category for row in self.rows})
-
-    def cells(self) -> dict[tuple[str, str], Cell]:
-        """(category, prompt kind) -> cell, for all that have rows."""
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in sorted(self.rows, key=lambda row: row.category):
-            groups.setdefault((row.category, row.prompt), []).append(row)
-        return {key: _cell(rows) for key, rows in groups.items()}
-
-    def overall(self) -> dict[str, Overall]:
-        """Prompt kind -> overall figures."""
-        cells = self.cells()
-        return {
-            prompt: Overall(
-                categories=len(chosen := [cell for (_, kind), cell in cells.items() if kind == prompt]),
-                zoom_out=float(np.mean([cell.zoom_out.mean for cell in chosen])),
-                zoom_in=float(np.mean([cell.zoom_in.mean for cell in chosen])),
-                seconds=float(np.mean([row.seconds for row in self.rows if row.prompt == prompt])),
-            )
-            for prompt in self.prompts
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """summary.json, without the rows."""
-        categories: dict[str, dict[str, Any]] = {}
-        for (category, prompt), cell in self.cells().items():
-            categories.setdefault(category, {})[prompt] = asdict(cell)
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "rows"}
-        overall = {prompt: asdict(figures) for prompt, figures in self.overall().items()}
-        return {**plain, "prompts_from_truth": True, "overall": overall, "categories": categories}
-
-    def table(self) -> Table:
-        """Mean Dice by category and prompt kind, `zoom-out -> zoom-in`, for a terminal."""
-        table = Table(title=f"Dice, zoom-out → zoom-in: {self.split} split, {self.cases} cases")
-        table.add_column("category")
-        table.add_column("n", justify="right")
-        for prompt in self.prompts:
-            table.add_column(prompt, justify="right")
-        cells = self.cells()
-        for category in self.categories:
-            table.add_row(category, *_table_cells([cells.get((category, prompt)) for prompt in self.prompts]))
-        means = [f"{figures.zoom_out:.3f} → {figures.zoom_in:.3f}" for figures in self.overall().values()]
-        table.add_section()
-        table.add_row("mean of categories", "", *means)
-        return table
-
-
-def _cell(rows: list[Row]) -> Cell:
-    return Cell(
-        n=len(rows),
-        zoom_out=Quartiles.of([row.zoom_out for row in rows]),
-        zoom_in=Quartiles.of([row.zoom_in for row in rows]),
-        seconds=float(np.mean([row.seconds for row in rows])),
-    )
-
-
-def _table_cells(cells: Sequence[Cell | None]) -> list[str]:
-    count = max(cell.n for cell in cells if cell is not None)
-    figures = ["" if cell is None else f"{cell.zoom_out.mean:.3f} → {cell.zoom_in.mean:.3f}" for cell in cells]
-    return [str(count), *figures]
-
-
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One labelled sample, decoded."""
-
-    facts: Facts
-    hu_DHW: np.ndarray
-    label_DHW: np.ndarray
-
-    def truth(self, category: str) -> np.ndarray:
-        """Bool mask of a category that the case holds."""
-        return np.isin(self.label_DHW, self.facts.categories[category].values)
-
-
-def dice(prediction_DHW: np.ndarray, truth_DHW: np.ndarray) -> float:
-    """2 |A and B| / (|A| + |B|) of two bool masks. Raises ValueError where both are empty: it is undefined."""
-    total = int(np.count_nonzero(prediction_DHW)) + int(np.count_nonzero(truth_DHW))
-    if total == 0:
-        raise ValueError("Dice of two empty masks is undefined")
-    return 2 * int(np.count_nonzero(prediction_DHW & truth_DHW)) / total
-
-
-def draw_prompt(kind: str, category: str, truth_DHW: np.ndarray, rng: np.random.Generator) -> Prompt:
-    """A prompt of one of config.COMBINATIONS for a non-empty mask."""
-    parts = kind.split("+")
-    points_N3, labels_N = None, None
-    if "points" in parts:
-        points_N3, labels_N = draw_points(truth_DHW, rng, POSITIVE_POINTS, NEGATIVE_POINTS)
-    box = box_of(truth_DHW) if "box" in parts else None
-    return Prompt(text=category if "text" in parts else None, points_N3=points_N3, labels_N=labels_N, box=box)
+MASKS = "masks"
+LOOK = 0.5
+"""Seconds between two looks for the results of other ranks."""
+LISTED = 5
 
 
 class Evaluable(Promptable, Protocol):
@@ -232,197 +65,303 @@ class Evaluable(Promptable, Protocol):
     bank: TextBank
 
 
-def evaluate(config: EvaluateConfig) -> Summary:
-    """Evaluate and write rows.csv, summary.json and report.html into `config.out`.
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary | None:
+    """Evaluate this process's share of the cases into `config.out`; put all together where it is its turn.
 
-    Raises EvaluateError where the split holds no labelled case or none of the categories, UnknownCategory for a
-    category that the model does not know, CheckpointError and ShardError for files that cannot be used.
+    Returns None from ranks but the first and with `slice`, whose shares others put together. Raises EvaluateError
+    where there is no labelled case or none of the categories, or `out` holds other results; UnknownCategory for a
+    category that the model does not know, CheckpointError, ShardError and CaseError for files that cannot be used.
     """
-    selected = _selected(config)
-    return _Evaluation(config, selected, load_model(config.checkpoint, resolve_device(config.device))).run()
+    subjects = find_subjects(config.data)
+    model = load_model(config.checkpoint, _own_device(config.device))
+    summary = _Evaluation(config, subjects, model, sha256_of(Path(config.checkpoint))).run()
+    if summary and console:
+        console.print(summary.table())
+    return summary
 
 
-def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary:
+def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary | None:
     """`evaluate` with a model at hand (in eval mode); `config.checkpoint` is only its name, `config.device` unused."""
-    return _Evaluation(config, _selected(config), model).run()
+    return _Evaluation(config, find_subjects(config.data), model, config.checkpoint).run()
 
 
-@dataclass(frozen=True)
-class _Selected:
-    """Samples of the split: the labelled ones, sorted by key, and how many have no labels."""
-
-    records: list[SampleRecord]
-    unlabelled: int
-
-
-def _selected(config: EvaluateConfig) -> _Selected:
-    samples = read_index(Store(config.data.shards)).samples
-    chosen = [record for record in samples if config.data.split in ("all", record.split)]
-    labelled = sorted((record for record in chosen if record.labelled), key=lambda record: record.key)
-    if not labelled:
-        splits = Counter(record.split for record in samples if record.labelled)
-        found = ", ".join(f"{split} ({count})" for split, count in sorted(splits.items())) or "none at all"
-        raise EvaluateError(
-            f"data.split: {config.data.shards} holds no labelled case of split {config.data.split!r}; it holds {found}"
-        )
-    return _Selected(labelled[: config.limit or None], len(chosen) - len(labelled))
+def _own_device(name: str) -> torch.device:
+    device = resolve_device(name)
+    shared = name == "auto" and device.type == "cuda" and torch.cuda.device_count() > 1
+    return torch.device("cuda", local_rank() % torch.cuda.device_count()) if shared else device
 
 
 class _Evaluation:
-    """The state of one evaluation: what is read, and what was found so far."""
+    """One process's part of an evaluation."""
 
-    def __init__(self, config: EvaluateConfig, selected: _Selected, model: Evaluable) -> None:
-        self.config, self.model = config, model
-        self.records, self.unlabelled = selected.records, selected.unlabelled
-        self.store = Store(config.data.shards)
-        self.device = next(model.parameters()).device
+    def __init__(self, config: EvaluateConfig, subjects: Subjects, model: Evaluable, identity: str) -> None:
+        self.config, self.subjects, self.model = config, subjects, model
+        self.out = Path(config.out)
+        self.keys = list(subjects.marks)[: config.limit or None]
+        self.share = Share.of(config.slice)
+        if not config.resume and (self.share.ranks > 1 or config.slice):
+            raise EvaluateError("resume: false would remove what other ranks have done: give another folder as out")
         for category in config.categories:
             model.bank.index(category)
-        self.absent: Counter[str] = Counter()
-        self.unknown: Counter[str] = Counter()
-        self.rows: list[Row] = []
-        self.pictures: list[Picture] = []
+        self.settings = settings(config)
+        self.ledger = Ledger(self.out, config, identity)
+        self.tried: set[str] = set()
 
-    def run(self) -> Summary:
-        start = time.perf_counter()
-        out = Path(self.config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        with rows_file(out / "rows.csv") as write:
-            for number, record in enumerate(self.records, start=1):
-                self._case(read_case(self.store, record), write)
-                rate = len(self.rows) / (time.perf_counter() - start)
-                log.info("case %d/%d %s (%.2f prompts/s)", number, len(self.records), record.key, rate)
-            if not self.rows:
-                raise EvaluateError(f"categories: no case of {self.config.data.shards} holds any that can be evaluated")
-        summary = self._summary(time.perf_counter() - start)
+    def run(self) -> Summary | None:
+        self.ledger.open(anew=not self.config.resume)
+        self._evaluate(self.share.of_list(self.keys))
+        if self.config.slice:
+            log.info("slice %s is done: run without slice to put all together", self.config.slice)
+            return None
+        if self.share.rank > 0:
+            return None
+        self._await(self.keys)
+        return self._join()
+
+    # ---- cases ----
+
+    def _evaluate(self, keys: Sequence[str]) -> None:
+        """Those that have no result yet. What cannot be read is written down as that, and tried again by every run."""
+        missing = [key for key in keys if not self._done(key)]
+        if len(missing) < len(keys):
+            log.info("%d of %d cases are done already", len(keys) - len(missing), len(keys))
+        start, prompts = time.perf_counter(), 0
+        for count, key in enumerate(missing, start=1):
+            result = self._case(key)
+            self.ledger.write(result)
+            self.tried.add(key)
+            prompts += len(result.rows)
+            rate = prompts / (time.perf_counter() - start)
+            log.info("case %d/%d %s (%.2f prompts/s)", count, len(missing), key, rate)
+
+    def _done(self, key: str) -> bool:
+        result = self.ledger.find(key, self.subjects.marks[key])
+        return result is not None and (not result.problem or key in self.tried)
+
+    def _case(self, key: str) -> CaseResult:
+        start, mark = time.perf_counter(), self.subjects.marks[key]
+        try:
+            subject = self.subjects.read(key)
+            examination = Examination(self.model, subject, self.config)
+            rows = list(self._rows(examination))
+            readings = self._readings(examination) if self.config.readings else []
+        except (ShardError, SampleError, VolumeError) as error:
+            log.warning("case %s cannot be evaluated: %s", key, error)
+            return CaseResult(key, mark, time.perf_counter() - start, problem=" ".join(str(error).split()))
+        held = set(subject.facts.categories)
+        return CaseResult(
+            key,
+            mark,
+            time.perf_counter() - start,
+            rows,
+            readings,
+            absent=[category for category in self.config.categories if category not in held],
+            unknown=sorted(held - set(self.model.bank.names)),
+        )
+
+    def _rows(self, examination: Examination) -> Iterator[Row]:
+        subject = examination.subject
+        for category in self.config.categories or sorted(subject.facts.categories):
+            truth_DHW = subject.truth(category)
+            for setting in self._settings_for(category, bool(truth_DHW.any())):
+                answer = examination.answer(setting, category, truth_DHW)
+                yield self._row(subject, category, setting, truth_DHW, answer)
+
+    def _settings_for(self, category: str, present: bool) -> list[Setting]:
+        """A category that the model does not know has no text; one that the case does not hold has nothing else."""
+        known = category in self.model.bank.names
+        return [
+            setting
+            for setting in self.settings
+            if (known or not setting.has_text) and (present or setting.free_of_truth)
+        ]
+
+    def _row(self, subject: Subject, category: str, setting: Setting, truth_DHW: np.ndarray, answer: Answer) -> Row:
+        scores = score(answer.mask_DHW, truth_DHW, subject.facts.spacing, self.config.tolerance)
+        present, coarse_DHW = bool(truth_DHW.any()), answer.coarse_DHW
+        return Row(
+            case=subject.facts.key,
+            category=category,
+            mode=setting.mode,
+            prompt=setting.prompt,
+            box=setting.box,
+            points=setting.points,
+            components=len(answer.prompts) if present else 0,
+            dice=scores.dice,
+            zoom_out=dice(coarse_DHW, truth_DHW) if present and coarse_DHW is not None else None,
+            surface_dice=scores.surface_dice,
+            volume_error=scores.volume_error,
+            seconds=answer.seconds,
+            memory_mb=answer.memory_mb,
+            truth_voxels=int(np.count_nonzero(truth_DHW)),
+            predicted_voxels=int(np.count_nonzero(answer.mask_DHW)),
+            windows=answer.windows,
+            mask=self._saved(subject, category, setting, answer) if self.config.masks else "",
+        )
+
+    def _saved(self, subject: Subject, category: str, setting: Setting, answer: Answer) -> str:
+        """The mask's file below `out`; empty where the case's place is unknown."""
+        if subject.grid is None:
+            log.warning("case %s has no affine: its masks are not written", subject.facts.key)
+            return ""
+        folder = self.out / MASKS / subject.facts.key
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{file_stem(category)}__{file_stem(str(setting))}.nii.gz"
+        subject.save(answer.mask_DHW, path)
+        return path.relative_to(self.out).as_posix()
+
+    def _readings(self, examination: Examination) -> list[Reading]:
+        """How the masks of a case's categories are read, each from one spatial prompt without text."""
+        subject, setting, names = examination.subject, self._read(), self.model.bank.names
+        categories = self.config.categories or sorted(subject.facts.categories)
+        truths = {name: truth for name in categories if (truth := subject.truth(name)).any()}
+        if not truths or not names:
+            return []
+        asked = [examination.asked(setting, name, truth)[0].shrunk for name, truth in truths.items()]
+        tokens_BTE = examination.overview()
+        with autocast(examination.device, self.config.precision):
+            table_JK = likeness(self.model, tokens_BTE, asked, names)
+        prompt, _ = setting.named
+        found = (
+            readings_of(subject.facts.key, name, prompt, likeness_K, names)
+            for name, likeness_K in zip(truths, table_JK, strict=True)
+        )
+        return [reading for readings in found for reading in readings]
+
+    def _read(self) -> Setting:
+        """The first spatial prompt configured, its text left out; else an exact box."""
+        for setting in self.settings:
+            parts = [part for part in setting.prompt.split("+") if part != "text"]
+            if parts:
+                return Setting(Mode.resize.value, "+".join(parts), setting.box, setting.points)
+        return Setting(Mode.resize.value, "box", "exact")
+
+    # ---- putting together ----
+
+    def _await(self, keys: Sequence[str]) -> None:
+        """Until every case has a result. Raises EvaluateError where no further one comes for `config.patience` s."""
+        pending, last = list(keys), time.monotonic()
+        while pending:
+            left = [key for key in pending if self.ledger.find(key, self.subjects.marks[key]) is None]
+            if len(left) < len(pending):
+                last = time.monotonic()
+            pending = left
+            if pending and time.monotonic() - last > self.config.patience:
+                raise EvaluateError(
+                    f"patience: no further case of another rank in {self.config.patience:.0f} s, {len(pending)} are "
+                    f"missing, the first is {pending[0]}: see that rank's log, then run again to go on"
+                )
+            if pending:
+                time.sleep(LOOK)
+
+    def _join(self) -> Summary:
+        # What another rank could not read may be readable here, or by now.
+        failed = [key for key in self.keys if not self._done(key)]
+        if failed:
+            self._evaluate(failed)
+        summary = self._summary(self._results())
+        self._check(summary)
+        pictures = self._pictures(summary)
         about = {"config": to_yaml(self.config), **manifest()}
+        write_text(self.out / "rows.csv", csv_text(Row, summary.rows))
+        if self.config.readings:
+            write_text(self.out / "readings.csv", csv_text(Reading, summary.readings))
         text = json.dumps({**summary.to_dict(), "manifest": about}, indent=2, ensure_ascii=False)
-        write_text(out / "summary.json", text + "\n")
-        write_report(out / "report.html", summary, self.pictures, about)
+        write_text(self.out / "summary.json", text + "\n")
+        write_report(self.out / "report.html", summary, pictures, about)
+        if self.config.track.wandb is not Wandb.disabled:
+            track(self.out, self.config, summary, pictures)
         return summary
 
-    def _case(self, case: Case, write: Callable[[Iterable[Row]], None]) -> None:
-        zoomer = Zoomer(self.model, normalise(case.hu_DHW, case.facts.intensity), self.config.zoom)
-        with autocast(self.device, self.config.precision):
-            zoomer.encode_overview()
-        rows: list[Row] = []
-        outlined: list[Outlined] = []
-        for category in self._categories(case):
-            truth_DHW = case.truth(category)
-            for kind in self._kinds(category):
-                row, result = self._prompt(zoomer, case.facts.key, category, kind, truth_DHW)
-                rows.append(row)
-                if kind == self._pictured_kind() and len(self.pictures) < self.config.pictures:
-                    outlined.append(self._outline(case, row, truth_DHW, result))
-        write(rows)
-        self.rows += rows
-        if outlined:
-            self.pictures.append(Picture(case.facts.key, _spread(outlined)))
+    def _results(self) -> list[CaseResult]:
+        found = [self.ledger.find(key, self.subjects.marks[key]) for key in self.keys]
+        return [result for result in found if result is not None]
 
-    def _categories(self, case: Case) -> list[str]:
-        present = set(case.facts.categories)
-        self.absent.update(category for category in self.config.categories if category not in present)
-        self.unknown.update(category for category in present if category not in self.model.bank.names)
-        return [category for category in self.config.categories or sorted(present) if category in present]
-
-    def _kinds(self, category: str) -> list[str]:
-        known = category in self.model.bank.names
-        return [kind for kind in self.config.prompts if known or "text" not in kind.split("+")]
-
-    def _pictured_kind(self) -> str:
-        return "box+text" if "box+text" in self.config.prompts else self.config.prompts[0]
-
-    def _prompt(
-        self, zoomer: Zoomer, key: str, category: str, kind: str, truth_DHW: np.ndarray
-    ) -> tuple[Row, ZoomResult]:
-        seeds = [self.config.seed, zlib.crc32(key.encode()), zlib.crc32(category.encode())]
-        prompt, shrunk = self._drawn(kind, category, truth_DHW, zoomer.window, seeds)
-        start = time.perf_counter()
-        with autocast(self.device, self.config.precision):
-            result = zoomer.zoom_in(prompt, shrunk, np.random.default_rng([*seeds, 1]))
-        seconds = time.perf_counter() - start
-        coarse_DHW, final_DHW = self._masks(result)
-        row = Row(
-            case=key,
-            category=category,
-            prompt=kind,
-            zoom_out=dice(coarse_DHW, truth_DHW),
-            zoom_in=dice(final_DHW, truth_DHW),
-            seconds=seconds,
-            truth_voxels=int(np.count_nonzero(truth_DHW)),
-            predicted_voxels=int(np.count_nonzero(final_DHW)),
-            windows=result.windows,
-        )
-        return row, result
-
-    def _drawn(
-        self, kind: str, category: str, truth_DHW: np.ndarray, window: Sequence[int], seeds: list[int]
-    ) -> tuple[Prompt, Prompt]:
-        """The prompt, and the same in voxels of the model's input; the published one is drawn from the shrunk truth."""
-        # Every kind with points gets the same ones, so that kinds are compared, not draws.
-        rng = np.random.default_rng([*seeds, 0])
-        if self.config.zoom.reflection is Rule.published:
-            shrunk_DHW = resize_label(truth_DHW, window)
-            if shrunk_DHW.any():
-                drawn = draw_prompt(kind, category, shrunk_DHW, rng)
-                return drawn, drawn
-        drawn = draw_prompt(kind, category, truth_DHW, rng)
-        return drawn, scale_prompt(drawn, truth_DHW.shape, window)
-
-    def _masks(self, result: ZoomResult) -> tuple[np.ndarray, np.ndarray]:
-        threshold = self.config.zoom.threshold
-        return binary(result.coarse_DHW, threshold), binary(result.final_DHW, threshold)
-
-    def _outline(self, case: Case, row: Row, truth_DHW: np.ndarray, result: ZoomResult) -> Outlined:
-        coarse_DHW, final_DHW = self._masks(result)
-        caption = f"{row.category}, {row.prompt}: Dice {row.zoom_out:.3f} → {row.zoom_in:.3f}"
-        planes = cut(case.hu_DHW, case.facts.spacing, truth_DHW, coarse_DHW, final_DHW)
-        return Outlined(caption, row.zoom_in, planes)
-
-    def _summary(self, seconds: float) -> Summary:
+    def _summary(self, results: Sequence[CaseResult]) -> Summary:
         return Summary(
             checkpoint=str(self.config.checkpoint),
-            shards=str(self.config.data.shards),
-            split=self.config.data.split,
-            cases=len({row.case for row in self.rows}),
-            rows=self.rows,
-            absent=dict(self.absent),
-            unknown=dict(self.unknown),
-            unlabelled=self.unlabelled,
-            seconds=seconds,
+            source=self.subjects.source,
+            split=self.subjects.split,
+            cases=sum(not result.problem for result in results),
+            rows=[row for result in results for row in result.rows],
+            absent=dict(Counter(name for result in results for name in result.absent)),
+            unknown=dict(Counter(name for result in results for name in result.unknown)),
+            unlabelled=self.subjects.unlabelled,
+            unusable={result.key: result.problem for result in results if result.problem},
+            readings=[reading for result in results for reading in result.readings],
+            seconds=sum(result.seconds for result in results),
+            seed=self.config.seed,
         )
 
+    def _check(self, summary: Summary) -> None:
+        bad = len(summary.unusable)
+        if bad > self.config.max_bad_fraction * len(self.keys):
+            named = "; ".join(f"{case}: {why}" for case, why in list(summary.unusable.items())[:LISTED])
+            raise EvaluateError(
+                f"{bad} of {len(self.keys)} cases cannot be read, max_bad_fraction={self.config.max_bad_fraction} "
+                f"allows fewer: mend them and run again, or allow them. {named}"
+            )
+        if all(row.empty for row in summary.rows):
+            raise EvaluateError(f"categories: no case of {summary.source} holds any that can be evaluated")
 
-def read_case(store: Store, record: SampleRecord) -> Case:
-    """A labelled sample of the shards, decoded. Raises ShardError where it cannot be read."""
-    facts = read_facts(store, record)
-    hu_DHW, label_DHW = (read_array(store, record, facts, member)[:] for member in (Member.CT, Member.LABEL))
-    return Case(facts, np.asarray(hu_DHW), np.asarray(label_DHW))
+    # ---- pictures ----
+
+    def _pictures(self, summary: Summary) -> list[Picture]:
+        """Worst, median and best case of the worst categories, answered once more: no rank keeps all its masks."""
+        chosen = picked(summary, self.config.pictures)
+        drawn = {
+            (row.case, row.category): picture
+            for case in dict.fromkeys(row.case for _, row in chosen)
+            for row, picture in self._pictured(case, [(label, row) for label, row in chosen if row.case == case])
+        }
+        return [drawn[row.case, row.category] for _, row in chosen]
+
+    def _pictured(self, case: str, rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[Row, Picture]]:
+        subject = self.subjects.read(case)
+        examination = Examination(self.model, subject, self.config)
+        for label, row in rows:
+            truth_DHW = subject.truth(row.category)
+            answer = examination.answer(row.setting, row.category, truth_DHW)
+            coarse = {} if answer.coarse_DHW is None else {"zoom-out": answer.coarse_DHW}
+            masks = {**coarse, "prediction": answer.mask_DHW}
+            planes = cut(subject.hu_DHW, subject.facts.spacing or (1, 1, 1), truth_DHW, masks, answer.prompts)
+            came = "" if row.zoom_out is None else f"{row.zoom_out:.3f} → "
+            caption = f"{row.category}, {label}: {case}, {row.setting}: Dice {came}{number(row.dice)}"
+            yield row, Picture(case, row.category, caption, draw_picture(planes))
 
 
-def _spread(outlined: list[Outlined]) -> list[Outlined]:
-    """Worst, middle and best by Dice."""
-    ranked = sorted(outlined, key=lambda one: one.dice)
-    places = np.linspace(0, len(ranked) - 1, min(PICTURED, len(ranked))).round()
-    return [ranked[int(place)] for place in places]
+def picked(summary: Summary, categories: int) -> list[tuple[str, Row]]:
+    """Worst, median and best row of up to `categories` categories, the lowest median Dice first, with what it is.
+
+    Of one setting: zooming with box and text where that was evaluated, else the first.
+    """
+    wanted = [setting for setting in summary.settings if (setting.mode, setting.prompt) == ("zoom", "box+text")]
+    setting = [*wanted, *summary.settings][0]
+    cells = {category: cell for (category, where), cell in summary.cells.items() if where == setting and cell.dice}
+    worst = sorted(cells, key=lambda category: (_median(summary, category, setting), category))[:categories]
+    return [
+        found
+        for category in worst
+        for found in _extremes([row for row in summary.rows if (row.category, row.setting) == (category, setting)])
+    ]
 
 
-@contextmanager
-def rows_file(path: Path) -> Iterator[Callable[[Iterable[Row]], None]]:
-    """A function that appends rows to a CSV at once; the file gets its name when all are written."""
-    partial = path.with_name(path.name + ".part")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(Row)])
-        writer.writeheader()
-
-        def write(rows: Iterable[Row]) -> None:
-            writer.writerows(_plain(row) for row in rows)
-            file.flush()
-
-        yield write
-    os.replace(partial, path)
+def _median(summary: Summary, category: str, setting: Setting) -> float:
+    spread = summary.cells[category, setting].dice
+    assert spread is not None
+    return spread.median
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    rounded = {name: round(getattr(row, name), 6) for name in ("zoom_out", "zoom_in", "seconds")}
-    return {**asdict(row), **rounded}
+def _extremes(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    ranked = sorted((row for row in rows if row.dice is not None), key=lambda row: (row.dice, row.case))
+    places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    labels: dict[int, list[str]] = {}
+    for label, place in places.items():
+        labels.setdefault(place, []).append(label)
+    return [(" and ".join(names) if len(ranked) > 1 else "only case", ranked[place]) for place, names in labels.items()]
+
+
+def file_stem(name: str) -> str:
+    """A name as a file's; one that had to be changed for that carries a number, so that two stay apart."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"

@@ -1,98 +1,44 @@
 """The report of an evaluation: one HTML file that needs nothing else.
 
-1. `cut` takes from a case the three slices that show a structure best, as soon as it is segmented.
-2. `write_report` puts tables, box plots and pictures (PNG, inline) into a page.
+`write_report` puts tables, box plots, readings and pictures (PNG, inline) into a page. Only the masks, where they were
+written, lie beside it and are linked.
 """
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from urllib.parse import quote
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from segvol_pl.data.whole import write_text
+from segvol_pl.evaluation.metrics import Spread
+from segvol_pl.evaluation.pictures import COARSE, FINAL, GIVEN, TRUTH, Picture, png_of
+from segvol_pl.evaluation.prompting import Setting
+from segvol_pl.evaluation.rows import Cell, ReadAs, Row, Summary, interval_text, number
 
-if TYPE_CHECKING:
-    from segvol_pl.evaluate import Cell, Quartiles, Summary
-
-LEVEL, WIDTH = 40.0, 400.0
-"""Soft tissue window, HU."""
-
-TRUTH, COARSE, FINAL, NEUTRAL = "#2e9e5b", "#4f7fd6", "#e0752d", "#8a93a0"
-
-
-@dataclass(frozen=True, eq=False)
-class Plane:
-    """One slice through a CT, rows and columns as shown: patient's right on the left, anterior or superior up."""
-
-    name: str
-    grey_RC: np.ndarray
-    """float32 in [0, 1], windowed."""
-    truth_RC: np.ndarray
-    coarse_RC: np.ndarray
-    final_RC: np.ndarray
-    aspect: float
-    """Height of a pixel over its width, mm."""
-
-
-@dataclass(frozen=True, eq=False)
-class Outlined:
-    """One category of a case: three planes with the outlines of truth, zoom-out and zoom-in."""
-
-    caption: str
-    dice: float
-    planes: list[Plane]
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """A case of the report and some of its categories."""
-
-    case: str
-    outlined: list[Outlined]
-
-
-def cut(
-    hu_DHW: np.ndarray,
-    spacing: Sequence[float],
-    truth_DHW: np.ndarray,
-    coarse_DHW: np.ndarray,
-    final_DHW: np.ndarray,
-) -> list[Plane]:
-    """Axial, coronal and sagittal slice, each where the truth is largest. spacing: mm along d, h, w."""
-    planes = []
-    for axis, name in enumerate(("axial", "coronal", "sagittal")):
-        others = tuple(other for other in range(3) if other != axis)
-        at = int(truth_DHW.sum(axis=others).argmax())
-        grey, truth, coarse, final = (
-            # Rows and columns fall as D, H and W grow: superior, anterior up, right on the left. A copy: the case goes.
-            np.flip(array_DHW.take(at, axis=axis), (0, 1)).copy()
-            for array_DHW in (hu_DHW, truth_DHW, coarse_DHW, final_DHW)
-        )
-        windowed = np.clip((grey.astype(np.float32) - LEVEL) / WIDTH + 0.5, 0, 1)
-        planes.append(Plane(name, windowed, truth, coarse, final, spacing[others[0]] / spacing[others[1]]))
-    return planes
+LONG = 8
+"""Settings beyond which their names stand upright below a plot."""
 
 
 def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], about: dict[str, Any]) -> None:
     """The page of an evaluation. about: config (YAML), commit, python, packages (name -> version)."""
-    sections = [
-        _header(summary, about),
-        _section("Overall", _overall(summary)),
-        _section("By category", _by_category(summary)),
-        _section("Spread", _box_plots(summary)),
-        _section("Cases", "".join(_pictured(picture) for picture in pictures)) if pictures else "",
-        _section("What was run", _about(about)),
-    ]
+    parts = {
+        "Overall": _overall(summary),
+        "By category": _by_category(summary),
+        "Empty truths": _empty_truths(summary),
+        "Spread": _box_plots(summary),
+        "What the masks look like": _readings(summary),
+        "Pictures": _pictures(pictures),
+        "Masks": _masks(summary),
+        "What was run": _about(about),
+    }
+    sections = [_header(summary, about), *(_section(title, content) for title, content in parts.items() if content)]
     write_text(path, PAGE.format(style=STYLE, body="\n".join(sections)))
 
 
@@ -103,11 +49,11 @@ def _section(title: str, content: str) -> str:
 def _header(summary: Summary, about: dict[str, Any]) -> str:
     facts = {
         "checkpoint": summary.checkpoint,
-        "shards": summary.shards,
+        "data": summary.source,
         "split": summary.split,
         "cases": f"{summary.cases}" + (f" ({summary.unlabelled} more without labels)" if summary.unlabelled else ""),
-        "prompts": f"{len(summary.rows)}, of kinds {', '.join(summary.prompts)}",
-        "time": f"{summary.seconds:.0f} s",
+        "prompts": f"{len(summary.rows)}: {', '.join(map(str, summary.settings))}",
+        "time": f"{summary.seconds:.0f} s of all cases together",
         "commit": about["commit"],
     }
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
@@ -119,11 +65,14 @@ def _cautions(summary: Summary) -> str:
         "Boxes and points are drawn from the ground truth: their figures say how well a prompt is obeyed. "
         "Only the prompt kind “text” knows nothing of the truth"
     ]
+    lines += [f"{case} cannot be read and is in no figure: {why}" for case, why in summary.unusable.items()]
     lines += [f"{name}: asked for but absent in {count} cases" for name, count in summary.absent.items()]
     lines += [
         f"{name}: unknown to the model’s text bank ({count} cases), so not prompted by text"
         for name, count in summary.unknown.items()
     ]
+    without = len({row.case for row in summary.rows if row.dice is not None and row.surface_dice is None})
+    lines += [f"{without} cases have no known spacing, hence no surface Dice"] if without else []
     return "".join(f'<p class="note">{escape(line)}.</p>' for line in lines)
 
 
@@ -133,46 +82,79 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
+def _named(setting: Setting) -> tuple[str, str]:
+    prompt, mode = setting.named
+    return escape(prompt), mode
+
+
 def _overall(summary: Summary) -> str:
     rows = [
         (
-            escape(prompt),
+            *_named(setting),
             str(figures.categories),
-            f"{figures.zoom_out:.3f}",
-            f"<b>{figures.zoom_in:.3f}</b>",
-            f"{figures.zoom_in - figures.zoom_out:+.3f}",
-            f"{figures.seconds:.2f}",
+            f"<b>{number(figures.dice)}</b>",
+            f"<small>{interval_text(figures.dice_interval)}</small>",
+            number(figures.zoom_out),
+            number(figures.surface_dice),
+            number(figures.seconds),
+            number(figures.memory_mb, 0),
         )
-        for prompt, figures in summary.overall().items()
+        for setting, figures in summary.overall.items()
     ]
-    head = ("prompt", "categories", "zoom-out", "zoom-in", "difference", "seconds / prompt")
-    return "<p>Mean over categories of their mean Dice.</p>" + _table(head, rows)
+    head = ("prompt", "mode", "categories", "Dice", "95 % interval", "of the zoom-out", "surface Dice")
+    told = (
+        "Mean over categories of their mean over cases; the interval is a bootstrap over the cases. Seconds are a mean "
+        "over prompts, memory (MiB) the most of any prompt."
+    )
+    return f"<p>{told}</p>" + _table((*head, "seconds / prompt", "memory"), rows)
 
 
 def _by_category(summary: Summary) -> str:
-    rows = [_category_row(category, prompt, cell) for (category, prompt), cell in summary.cells().items()]
-    head = ("category", "prompt", "n", "zoom-out", "zoom-in", "mean out", "mean in", "seconds")
-    return "<p>Dice: median [first quartile, third quartile] over cases.</p>" + _table(head, rows)
+    rows = [_category_row(category, setting, cell) for (category, setting), cell in summary.cells.items() if cell.n]
+    head = ("category", "prompt", "mode", "n", "Dice", "mean", "95 % interval", "of the zoom-out", "surface Dice")
+    told = (
+        "Median [first quartile, third quartile] over cases, and the mean Dice with its interval. The volume error is "
+        "(predicted - true) / true."
+    )
+    return f"<p>{told}</p>" + _table((*head, "volume error", "seconds"), rows)
 
 
-def _category_row(category: str, prompt: str, cell: Cell) -> tuple[str, ...]:
-    bar = f'<span class="bar" style="--share:{100 * cell.zoom_in.median:.0f}%">{_quartiles(cell.zoom_in)}</span>'
-    means = f"{cell.zoom_out.mean:.3f}", f"{cell.zoom_in.mean:.3f}"
+def _category_row(category: str, setting: Setting, cell: Cell) -> tuple[str, ...]:
+    assert cell.dice is not None
+    bar = f'<span class="bar" style="--share:{100 * cell.dice.median:.0f}%">{_quartiles(cell.dice)}</span>'
     return (
-        *(escape(category), escape(prompt), str(cell.n)),
-        *(_quartiles(cell.zoom_out), bar, *means),
-        f"{cell.seconds:.2f}",
+        *(escape(category), *_named(setting), str(cell.n), bar),
+        *(number(cell.dice.mean), f"<small>{interval_text(cell.dice.mean_interval)}</small>"),
+        *(_quartiles(spread) for spread in (cell.zoom_out, cell.surface_dice, cell.volume_error)),
+        number(cell.seconds, 2),
     )
 
 
-def _quartiles(dice: Quartiles) -> str:
-    return f"{dice.median:.3f} <small>[{dice.q1:.3f}, {dice.q3:.3f}]</small>"
+def _quartiles(spread: Spread | None) -> str:
+    return "" if spread is None else f"{spread.median:.3f} <small>[{spread.q1:.3f}, {spread.q3:.3f}]</small>"
+
+
+def _empty_truths(summary: Summary) -> str:
+    """Cases that lack a category asked for; none of the other figures counts them."""
+    cells = [(category, setting, cell) for (category, setting), cell in summary.cells.items() if cell.empty]
+    if not cells:
+        return ""
+    rows = [
+        (escape(category), *_named(setting), str(cell.empty), str(cell.false_alarms))
+        for category, setting, cell in cells
+    ]
+    told = "Cases without the category, asked for it by text: they have no Dice and count in no other figure."
+    return f"<p>{told}</p>" + _table(("category", "prompt", "mode", "cases", "something found"), rows)
 
 
 def _box_plots(summary: Summary) -> str:
-    plots = "".join(_image(_box_plot(summary, category), f"Dice of {category}") for category in summary.categories)
-    legend = f"<p>{_swatch(COARSE)} zoom-out {_swatch(FINAL)} zoom-in; a dot is a case.</p>"
-    return f'{legend}<div class="grid">{plots}</div>'
+    plots = "".join(
+        _image(png_of(_box_plot(summary, category)), f"Dice of {category}")
+        for category in summary.categories
+        if any(row.category == category and not row.empty for row in summary.rows)
+    )
+    legend = f"<p>{_swatch(COARSE)} zoom-out alone {_swatch(FINAL)} the mask; a dot is a case.</p>"
+    return f'{legend}<div class="grid">{plots}</div>' if plots else ""
 
 
 def _swatch(colour: str) -> str:
@@ -180,20 +162,28 @@ def _swatch(colour: str) -> str:
 
 
 def _box_plot(summary: Summary, category: str) -> Figure:
-    rows = [row for row in summary.rows if row.category == category]
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    figure = Figure(figsize=(3.3, 2.4), layout="constrained")
+    rows = [row for row in summary.rows if row.category == category and not row.empty]
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    figure = Figure(figsize=(max(3.3, 0.55 * len(settings)), 2.8), layout="constrained")
     axes = figure.add_subplot()
-    for place, prompt in enumerate(prompts):
-        _one_box(axes, place - 0.19, [row.zoom_out for row in rows if row.prompt == prompt], COARSE)
-        _one_box(axes, place + 0.19, [row.zoom_in for row in rows if row.prompt == prompt], FINAL)
-    axes.set_xticks(range(len(prompts)), prompts, fontsize=8)
-    axes.set(ylim=(-0.03, 1.03), xlim=(-0.6, len(prompts) - 0.4))
+    for place, setting in enumerate(settings):
+        _boxes(axes, place, [row for row in rows if row.setting == setting])
+    names = [str(setting).replace("+", "\n+").replace(" ", "\n") for setting in settings]
+    axes.set_xticks(range(len(settings)), names, fontsize=6, rotation=90 if len(settings) > LONG else 0)
+    axes.set(ylim=(-0.03, 1.03), xlim=(-0.6, len(settings) - 0.4))
     axes.set_title(category, fontsize=9)
     axes.tick_params(axis="y", labelsize=8)
     axes.grid(axis="y", linewidth=0.4, color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _boxes(axes: Axes, place: int, rows: Sequence[Row]) -> None:
+    """Of one setting: the mask's, and beside it the zoom-out's where there is one."""
+    coarse = [row.zoom_out for row in rows if row.zoom_out is not None]
+    if coarse:
+        _one_box(axes, place - 0.19, coarse, COARSE)
+    _one_box(axes, place + (0.19 if coarse else 0), [row.dice for row in rows if row.dice is not None], FINAL)
 
 
 def _one_box(axes: Axes, place: float, values: Sequence[float], colour: str) -> None:
@@ -211,38 +201,64 @@ def _one_box(axes: Axes, place: float, values: Sequence[float], colour: str) -> 
     axes.plot([place] * len(values), values, ".", color=colour, markersize=3, alpha=0.6)
 
 
-def _pictured(picture: Picture) -> str:
-    legend = f"{_swatch(TRUTH)} truth {_swatch(COARSE)} zoom-out {_swatch(FINAL)} zoom-in"
-    figures = "".join(
-        f"<figure>{_image(_planes(one), one.caption)}<figcaption>{escape(one.caption)}</figcaption></figure>"
-        for one in picture.outlined
+def _readings(summary: Summary) -> str:
+    if not summary.readings:
+        return ""
+    told = (
+        f"The mask of a spatial prompt without text ({summary.readings[0].prompt}), held against the mask that the "
+        "model finds for each category by text alone, on the overview: mean soft Dice of the two over the cases, the "
+        "eight likeliest. Filled: the category that the prompt was drawn for."
     )
-    return f"<h3>{escape(picture.case)}</h3><p>{legend}</p>{figures}"
+    plots = "".join(
+        _image(png_of(_reading_plot(category, read)), f"What masks of {category} look like")
+        for category, read in summary.read_as.items()
+    )
+    return f'<p>{escape(told)}</p><div class="grid">{plots}</div>'
 
 
-def _planes(outlined: Outlined) -> Figure:
-    ratios = [plane.grey_RC.shape[1] / (plane.grey_RC.shape[0] * plane.aspect) for plane in outlined.planes]
-    figure = Figure(figsize=(3.0 * sum(ratios), 3.2), layout="constrained", facecolor="black")
-    shown = figure.subplots(1, 3, width_ratios=ratios)
-    for axes, plane in zip(shown, outlined.planes, strict=True):
-        _plane(axes, plane)
+def _reading_plot(category: str, read: ReadAs) -> Figure:
+    figure = Figure(figsize=(3.3, 2.4), layout="constrained")
+    axes = figure.add_subplot()
+    names = list(read.likeness)
+    colours = [FINAL if name == category else FINAL + "33" for name in names]
+    axes.barh(range(len(names)), list(read.likeness.values()), color=colours)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.set_title(f"{category}: first in {read.first:.0%} of {read.n}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _plane(axes: Axes, plane: Plane) -> None:
-    axes.imshow(plane.grey_RC, cmap="gray", vmin=0, vmax=1, aspect=plane.aspect, interpolation="bilinear")
-    outlines = ((plane.truth_RC, TRUTH, 2.4), (plane.coarse_RC, COARSE, 0.8), (plane.final_RC, FINAL, 1.0))
-    for mask_RC, colour, width in outlines:
-        if mask_RC.any() and not mask_RC.all():
-            axes.contour(mask_RC.astype(np.float32), levels=[0.5], colors=[colour], linewidths=[width])
-    axes.set_title(plane.name, fontsize=8, color=NEUTRAL, pad=2)
-    axes.set_axis_off()
+def _pictures(pictures: Sequence[Picture]) -> str:
+    if not pictures:
+        return ""
+    legend = (
+        f"<p>{_swatch(TRUTH)} truth {_swatch(COARSE)} zoom-out {_swatch(FINAL)} prediction {_swatch(GIVEN)} prompt "
+        "(dotted or pale: on another slice). The categories with the lowest median Dice.</p>"
+    )
+    return legend + "".join(
+        f"<figure>{_image(picture.png, picture.caption)}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        for picture in pictures
+    )
 
 
-def _image(figure: Figure, text: str) -> str:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+def _masks(summary: Summary) -> str:
+    """Links to the masks that were written, by case."""
+    by_case: dict[str, list[str]] = {}
+    for row in summary.rows:
+        if row.mask:
+            text = f"{row.category}, {row.setting}: Dice {number(row.dice) or 'none, the truth is empty'}"
+            by_case.setdefault(row.case, []).append(f'<li><a href="{quote(row.mask)}">{escape(text)}</a></li>')
+    return "".join(
+        f"<details><summary>{escape(case)}</summary><ul>{''.join(links)}</ul></details>"
+        for case, links in by_case.items()
+    )
+
+
+def _image(png: bytes, text: str) -> str:
+    data = base64.b64encode(png).decode("ascii")
     return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{data}">'
 
 
@@ -272,8 +288,8 @@ p { margin: .3rem 0 .6rem; color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0 0 1rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .note { background: var(--tint); border-left: 3px solid #8a93a0; padding: .45rem .8rem; color: var(--ink); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .25rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .2rem .55rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 small { color: var(--soft); }
 .bar { display: inline-block; padding: 0 .4rem; border-radius: 2px;
