@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import logging
+import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from segvol_pl import __version__, configure
@@ -20,6 +24,8 @@ from segvol_pl.config import MISSING, SCHEMAS, ConfigError
 
 PROGRAM = "segvol-pl"
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+RANK_VARIABLES = ("SLURM_PROCID", "RANK", "LOCAL_RANK")
+"""Where this process's rank stands, before torch knows it: under SLURM, torchrun, Lightning's own launcher."""
 FLAGS = {"--help", "-h", "--debug", "--version"}
 
 
@@ -29,6 +35,8 @@ class Verb(NamedTuple):
     usage: str
     summary: str
     call: Callable[[list[str]], int]
+    details: str = ""
+    """`module:text` of what its help says beside."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,13 +46,27 @@ def main(arguments: list[str] | None = None) -> int:
     words = [argument for argument in given if argument not in FLAGS]
     _set_up_logging("--debug" in flags)
     try:
-        return _dispatch(words, flags)
+        status = _dispatch(words, flags)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return _complain(words, "interrupted", INTERRUPTED)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return DONE
         if "--debug" in flags:
             traceback.print_exc()
         return _complain(words, f"error: {_explain(error)}", MISUSED if isinstance(error, ConfigError) else FAILED)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout was closed by its reader, as `head` does; what is left unwritten then goes nowhere."""
+    closed = select.poll()
+    closed.register(sys.stdout.fileno(), 0)
+    if not closed.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _dispatch(words: list[str], flags: set[str]) -> int:
@@ -73,8 +95,16 @@ def _verb(name: str) -> Verb:
 
 
 def _set_up_logging(debug: bool) -> None:
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("segvol_pl").setLevel(logging.DEBUG if debug else logging.INFO)
+    """All that goes well is said once, by rank 0; what does not, by the rank that met it."""
+    rank = _rank()
+    told = "" if rank == "0" else f"rank {rank}: "
+    logging.basicConfig(format=f"%(asctime)s {told}%(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    usual = logging.INFO if rank == "0" else logging.WARNING
+    logging.getLogger("segvol_pl").setLevel(logging.DEBUG if debug else usual)
+
+
+def _rank() -> str:
+    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
 
 
 def _complain(words: list[str], message: str, status: int) -> int:
@@ -106,11 +136,10 @@ def _configured(name: str, target: str) -> Verb:
     return Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS[name].__doc__), call)
 
 
-def _function(target: str) -> Callable[..., Any]:
+def _function(target: str) -> Any:
     """`module:function`, imported."""
     module, _, name = target.partition(":")
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return function
+    return getattr(importlib.import_module(module), name)
 
 
 def _take(arguments: list[str], *names: str) -> list[str]:
@@ -120,11 +149,25 @@ def _take(arguments: list[str], *names: str) -> list[str]:
     return arguments
 
 
+def _init(arguments: list[str]) -> int:
+    (folder,) = _take(arguments, "DIR")
+    print("\n".join(_function("segvol_pl.shipped:lay_out")(Path(folder))))
+    return DONE
+
+
 def _pack(arguments: list[str]) -> int:
     config = configure.load("pack", arguments)
     from rich.console import Console
 
     _function("segvol_pl.data.pack:pack")(config, Console())
+    return DONE
+
+
+def _evaluate(arguments: list[str]) -> int:
+    config = configure.load("evaluate", arguments)
+    from rich.console import Console
+
+    _function("segvol_pl.evaluate:evaluate")(config, Console())
     return DONE
 
 
@@ -163,6 +206,14 @@ def _overlap(arguments: list[str]) -> int:
     return FAILED if leaking else DONE
 
 
+def _view(arguments: list[str]) -> int:
+    files = [argument for argument in arguments if "=" not in argument and not argument.endswith((".yaml", ".yml"))]
+    image = [f"image={_take(files, 'CT')[0]}"] if files else []
+    config = configure.load("view", [*image, *(argument for argument in arguments if argument not in files)])
+    _function("segvol_pl.view:view")(config)
+    return DONE
+
+
 def _import(arguments: list[str]) -> int:
     files = [argument for argument in arguments if "=" not in argument]
     source, destination = _take(files, "SRC", "DST")
@@ -179,10 +230,59 @@ def _export(arguments: list[str]) -> int:
     return DONE
 
 
+def _grid(arguments: list[str]) -> int:
+    files = [argument for argument in arguments if "=" not in argument]
+    (file,) = _take(files, "FILE")
+    keys = {name: value for name, _, value in (a.partition("=") for a in arguments) if name in ("run", "sweep", "out")}
+    given = [a for a in arguments if a not in files and a.partition("=")[0] not in keys]
+    grid = _function("segvol_pl.grid:read")(Path(file), keys.get("out"))
+    runs = _function("segvol_pl.grid:expand")(grid, given)
+    passed = [*given, *(f"out={keys['out']}" for _ in range("out" in keys))]
+    if "sweep" in keys:
+        text = _function("segvol_pl.launch:sweep")(grid, runs, passed)
+        _function("segvol_pl.data.whole:write_text")(Path(keys["sweep"]), text)
+    elif keys.get("run") == "all":
+        _function("segvol_pl.launch:start_all")(grid, runs, passed)
+    elif "run" in keys:
+        run = _numbered(runs, keys["run"])
+        _function("segvol_pl.launch:start")(run, _function(f"segvol_pl.run.trainer:{run.verb}"), _rank() == "0")
+    else:
+        print(_table(_function("segvol_pl.launch:describe")(runs)))
+        print(_function("segvol_pl.launch:held_out")(runs))
+    return DONE
+
+
+def _numbered(runs: list[Any], number: str) -> Any:
+    if not number.isdecimal() or int(number) >= len(runs):
+        raise ConfigError(f"run={number}: is none of the runs 0 to {len(runs) - 1}, or all")
+    return runs[int(number)]
+
+
+def _scaling(arguments: list[str]) -> int:
+    kinds = {"fit": "segvol_pl.scaling.fit:fit_runs", "compare": "segvol_pl.scaling.compare:compare_runs"}
+    if not arguments or arguments[0] not in kinds:
+        raise ConfigError(f"takes {' or '.join(kinds)}, then RUNS and KEY=VALUE")
+    verb = f"scaling {arguments[0]}"
+    given = [a for a in arguments[1:] if "=" in a or a.endswith((".yaml", ".yml"))]
+    folders = [argument for argument in arguments[1:] if argument not in given]
+    runs = [f"runs={json.dumps(folders)}" for _ in range(bool(folders))]
+    for line in _function(kinds[arguments[0]])(configure.load(verb, [*runs, *given])):
+        print(line)
+    return DONE
+
+
 def _config(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError(f"takes VERB FILE...; VERB is one of {', '.join(SCHEMAS)}")
     print(configure.resolved(arguments[0], arguments[1:]), end="")
+    return DONE
+
+
+def _plan(arguments: list[str]) -> int:
+    if not arguments:
+        raise ConfigError("takes FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]")
+    made = _function("segvol_pl.plan:plan")(arguments)
+    print("\n".join(_function("segvol_pl.plan:lines")(made)))
     return DONE
 
 
@@ -196,6 +296,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 VERBS = {
     "demo": _configured("demo", "segvol_pl.demo:run"),
+    "inventory": _configured("inventory", "segvol_pl.data.inventory:inventory"),
     "pack": Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["pack"].__doc__), _pack),
     "index": Verb("DIR", "Write index.json anew from the shards in DIR.", _index),
     "verify": Verb("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
@@ -203,14 +304,32 @@ VERBS = {
     "overlap": Verb("DIR ...", "List volumes that occur in several of the folders, or in two splits.", _overlap),
     "pretrain": _configured("pretrain", "segvol_pl.run.trainer:pretrain"),
     "train": _configured("train", "segvol_pl.run.trainer:train"),
-    "evaluate": _configured("evaluate", "segvol_pl.evaluate:evaluate"),
+    "plan": Verb(
+        "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]",
+        "State parameters, operations, memory by strategy, rates and hours of a training run, before it is launched.",
+        _plan,
+    ),
+    "evaluate": Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["evaluate"].__doc__), _evaluate),
     "predict": _configured("predict", "segvol_pl.predict:predict"),
+    "view": Verb("CT [FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["view"].__doc__), _view),
     "import": Verb("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
     "export": Verb(
         "SRC DST [PUBLISHED]",
         "Write a model as .safetensors, or as the published code's .pth (PUBLISHED: where its text tower comes from).",
         _export,
     ),
+    "grid": Verb(
+        "FILE [run=K|all] [out=DIR] [sweep=FILE] [KEY=VALUE ...]",
+        "List a grid's runs with their state; run=K runs one, run=all one after another, sweep=FILE writes a sweep.",
+        _grid,
+        "segvol_pl.grid:HELP",
+    ),
+    "scaling": Verb(
+        "fit|compare RUNS ... [table=CSV] [KEY=VALUE ...]",
+        "Fit scaling laws to runs, or compare the points of an axis of a grid by pairs.",
+        _scaling,
+    ),
+    "init": Verb("DIR", "Lay out configs/, slurm/ and shards/datasets/ in DIR, to be edited.", _init),
     "config": Verb(
         "VERB [FILE.yaml ...] [KEY=VALUE ...]", "Print the resolved configuration of VERB as YAML.", _config
     ),
@@ -229,14 +348,21 @@ def _program_help() -> str:
 
 
 def _verb_help(name: str, verb: Verb) -> str:
-    head = f"usage: {PROGRAM} {name} {verb.usage}\n\n{verb.summary}"
-    if name not in SCHEMAS:
-        return head
-    keys = "\n".join(
+    parts = [f"usage: {PROGRAM} {name} {verb.usage}", verb.summary]
+    if verb.details:
+        parts.append(_function(verb.details))
+    # A verb of several kinds has a schema for each: `scaling fit`, `scaling compare`.
+    for schema in (each for each in SCHEMAS if each == name or each.startswith(f"{name} ")):
+        of = "" if schema == name else f" of {schema}"
+        parts.append(f"Keys{of}, for YAML files and as KEY=VALUE; the rightmost wins:\n{_keys_help(schema)}")
+    return "\n\n".join(parts)
+
+
+def _keys_help(schema: str) -> str:
+    return "\n".join(
         f"  {field.key}  ({field.type_name}, {_default(field.default)})\n      {field.help}"
-        for field in configure.fields_help(name)
+        for field in configure.fields_help(schema)
     )
-    return f"{head}\n\nKeys, for YAML files and as KEY=VALUE; the rightmost wins:\n{keys}"
 
 
 def _default(value: Any) -> str:

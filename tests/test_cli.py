@@ -43,6 +43,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("untrained") / "last.ckpt", ["liver"])
 
 
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As `segvol-pl train --help | head`."""
+    command = [sys.executable, "-m", "segvol_pl", "train", "--help"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 # ---- used wrongly: exit 2, at once ----
 
 
@@ -62,7 +72,7 @@ def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
     ("arguments", "expected"),
     [
         (["trian"], "no verb trian: did you mean train?"),
-        (["xyzzy"], "no verb xyzzy: there are demo, pack"),
+        (["xyzzy"], "no verb xyzzy: there are demo, inventory, pack"),
         (["train", "--lr", "3"], "no option --lr"),
         (["train"], "missing data.shards=... optim.max_steps=... run.out=..."),
         (["train", "configs/trian.yaml"], "did you mean configs/train.yaml?"),

@@ -24,10 +24,21 @@ MAY_IMPORT = {
     "data": {"config", "data"},
     "model": {"config", "configure", "data.prompts", "data.whole", "model"},
     "losses": set(),
-    "zoom": {"config", "data.prompts", "data.sample", "data.transforms"},
+    "zoom": {"config", "data.prompts", "data.sample", "data.transforms", "logits", "tokens"},
+    "logits": {"data.prompts", "data.sample", "data.transforms"},
+    "tokens": set(),
+    "flops": {"config"},
+    "devices": set(),
+    "memory": {"config", "flops"},
+    "plan": {"config", "configure", "devices", "flops", "memory"},
     "configure": {"config"},
+    "shipped": {"config"},
+    "grid": {"config", "configure", "flops"},
+    "launch": {"config", "configure", "data.corpus", "data.shards", "data.whole", "grid", "run.record"},
+    "scaling": {"config", "configure", "data.whole", "grid", "run.record", "scaling"},
     "tasks": {"config", "configure", "data", "model", "losses", "tasks"},
-    "run": {"config", "configure", "data", "model", "tasks", "run"},
+    "evaluation": {"config", "configure", "data", "evaluation", "logits", "run.strategies", "run.tracking", "zoom"},
+    "run": {"config", "configure", "data", "devices", "flops", "model", "tasks", "run"},
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,0 +1,244 @@
+"""What comes from elsewhere (index, tar, list, recipe, checkpoint, web page) leads nowhere and runs nothing.
+
+Beside these: names of shards and commands in tests/data/test_store.py, pickles for `predict` in
+tests/model/test_checkpoint.py, files asked of the viewer in tests/test_view.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from test_view import answered, files, page
+
+from segvol_pl.__main__ import main
+from segvol_pl.config import CasesConfig
+from segvol_pl.data.cache import Cache
+from segvol_pl.data.cases import CaseError
+from segvol_pl.data.datasets import read_recipe
+from segvol_pl.data.frames import decode_array
+from segvol_pl.data.m3d import m3d_cases, read_m3d_masks
+from segvol_pl.data.pipe import PipeStream
+from segvol_pl.data.sample import SampleError
+from segvol_pl.data.shards import INDEX, ShardError, build_index, read_index
+from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.stream import Plan
+from segvol_pl.data.volume import VolumeError
+from segvol_pl.evaluation.subjects import find_subjects
+from segvol_pl.shipped import shipped
+
+__all__ = ["files", "page"]  # fixtures
+
+Raw = dict[str, Any]
+
+
+@pytest.fixture
+def shards(phantom_shards: Path, tmp_path: Path) -> Path:
+    """A copy to tamper with, in a folder of its own."""
+    return shutil.copytree(phantom_shards, tmp_path / "within" / "shards")
+
+
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+# ---- an index ----
+
+
+def rename_shard(raw: Raw) -> None:
+    name = raw["shards"][0]["name"]
+    raw["shards"][0]["name"] = "../evil.tar"
+    for sample in raw["samples"]:
+        sample["shard"] = "../evil.tar" if sample["shard"] == name else sample["shard"]
+
+
+INDEX_FAULTS: dict[str, tuple[Callable[[Raw], None], str]] = {
+    "a key up": (lambda raw: raw["samples"][0].update(key="../../../evil"), "names no sample"),
+    "a key from the root": (lambda raw: raw["samples"][0].update(key="/evil"), "names no sample"),
+    "a key of two parts": (lambda raw: raw["samples"][0].update(key="a/evil"), "names no sample"),
+    "no key": (lambda raw: raw["samples"][0].update(key=""), "names no sample"),
+    "a key that is no text": (lambda raw: raw["samples"][0].update(key=["evil"]), "is no index"),
+    "a shard up": (lambda raw: raw["samples"][0].update(shard="../evil.tar"), "in no shard that it lists"),
+    "a listed shard up": (rename_shard, "'../evil.tar' that lies outside"),
+    "before a shard": (lambda raw: raw["samples"][0]["members"].update(json=[-1, 10]), "json lies outside"),
+    "behind a shard": (lambda raw: raw["samples"][0]["members"].update(json=[10, 1 << 50]), "json lies outside"),
+    "of less than nothing": (lambda raw: raw["samples"][0]["members"].update(json=[10, -5]), "json lies outside"),
+    "no place": (lambda raw: raw["samples"][0]["members"].update(json="here"), "is no index"),
+}
+
+
+@pytest.mark.parametrize("fault", INDEX_FAULTS)
+def test_an_index_leads_nowhere(fault: str, shards: Path, tmp_path: Path) -> None:
+    tamper, said = INDEX_FAULTS[fault]
+    raw = json.loads((shards / INDEX).read_text())
+    tamper(raw)
+    (shards / INDEX).write_text(json.dumps(raw))
+    with pytest.raises((ShardError, StoreError), match=said):
+        read_index(Store(shards))
+    # An evaluation names files after keys: it does not come to that.
+    with pytest.raises((ShardError, StoreError), match=said):
+        find_subjects(CasesConfig(shards=str(shards)))
+    assert main(["verify", str(shards)]) == 1
+
+
+def test_what_a_cache_holds_stays_in_its_folder(tmp_path: Path) -> None:
+    cache = Cache(str(tmp_path / "cache"), 10**6)
+    for key in ("../../evil", "/evil", "a/b", "*"):
+        assert cache.read(key, 4, [(0, 4)], lambda spans: [b"evil"]) == [b"evil"]
+    cache.forget("*")
+    assert all(name.startswith("cache") for name in everything(tmp_path))
+    assert sum(path.is_file() for path in (tmp_path / "cache").rglob("*")) == 3  # `*` is one key, not all
+
+
+# ---- a tar ----
+
+
+def add(shard: Path, name: str, **changes: Any) -> None:
+    entry = tarfile.TarInfo(name)
+    for attribute, value in changes.items():
+        setattr(entry, attribute, value)
+    content = b"" if changes else b"evil"
+    entry.size = len(content)
+    with tarfile.open(shard, "a") as tar:
+        tar.addfile(entry, io.BytesIO(content))
+
+
+LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("../x.json", {}),
+        ("/x.json", {}),
+        ("a/../../x.json", {}),
+        ("a/x.json", {}),
+        ("x.json", LINK),
+        ("x.json", {"type": tarfile.FIFOTYPE}),
+    ],
+)
+def test_a_tar_leads_nowhere(name: str, changes: Raw, shards: Path, tmp_path: Path) -> None:
+    shard = sorted(shards.glob("*.tar"))[0]
+    add(shard, name, **changes)
+    before = everything(tmp_path)
+    (shards / INDEX).unlink()
+    with pytest.raises(ShardError, match=rf"{shard.name}.*(names no sample|is no file)"):
+        build_index(shards)
+    assert everything(tmp_path) == before - {f"within/shards/{INDEX}"}
+
+
+def test_a_tar_through_a_pipe_writes_nothing(shards: Path, tmp_path: Path) -> None:
+    """What no index names is left out of the stream."""
+    from test_pipe import _corpus
+
+    for shard in shards.glob("*.tar"):
+        add(shard, "../../evil.json")
+        add(shard, "x.json", **LINK)
+    before, corpus = everything(tmp_path), _corpus(shards)
+    rows = {record.key: row for row, record in enumerate(corpus.records)}
+    stream = PipeStream(
+        corpus, lambda facts, read, rng: {"row": np.array(rows[facts.key])}, Plan(corpus.num_samples, 2, seed=0)
+    )
+    seen = [int(row) for _, batch in zip(range(3), stream, strict=False) for row in batch["row_B"]]
+    assert sorted(seen) == list(range(6))
+    assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [b"|O8", b"<f8", b"|V8"])
+def test_a_frame_of_anything_but_whole_numbers_is_refused(dtype: bytes) -> None:
+    """Numbers that call themselves Python objects would be followed as addresses."""
+    frame = bytes(blosc2.asarray(np.arange(64, dtype="<i8").reshape(4, 4, 4)).to_cframe())
+    assert decode_array(frame).dtype == np.int64 and frame.count(b"<i8") == 1
+    with pytest.raises(SampleError, match="not whole numbers"):
+        decode_array(frame.replace(b"<i8", dtype))
+
+
+# ---- lists and recipes ----
+
+
+@pytest.mark.parametrize("image", ["a/../image.npy", "image.npy", "a/b/..", "../image.npy"])
+def test_a_list_of_cases_names_folders_beside_it(image: str, tmp_path: Path) -> None:
+    raw = {"labels": {"0": "background", "1": "liver"}, "train": [{"image": image, "label": "a/b/mask.npz"}]}
+    path = tmp_path / "0001.json"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(CaseError, match="no files of a folder beside the list"):
+        m3d_cases(path)
+
+
+def test_a_mask_neither_unpickles_nor_reads_beyond_its_voxels(tmp_path: Path) -> None:
+    sound = sparse.csc_matrix(np.eye(2, 24, dtype=np.int32))
+    sound.indices[0] = 1 << 20
+    sparse.save_npz(tmp_path / "far.npz", sound)
+    np.savez(tmp_path / "objects.npz", format=b"csr", shape=(2, 24), data=np.array([Harm(tmp_path)], dtype=object))
+    for name in ("far", "objects"):
+        with pytest.raises(VolumeError, match=rf"{name}\.npz cannot be read"):
+            list(read_m3d_masks(tmp_path / f"{name}.npz", ["a", "b"], (2, 3, 4)))
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("change", ['images: "../{id}.nii.gz"', 'images: "/data/{id}.nii.gz"'])
+def test_a_recipe_stays_in_the_folder_of_its_set(change: str, tmp_path: Path) -> None:
+    whole = (shipped("shards/datasets") / "btcv.yaml").read_text()
+    kept = [line for line in whole.splitlines() if not line.startswith("images:")]
+    (tmp_path / "btcv.yaml").write_text("\n".join([*kept, change]))
+    with pytest.raises(CaseError, match="leads out of the set's folder"):
+        read_recipe(tmp_path / "btcv.yaml")
+
+
+# ---- a checkpoint ----
+
+
+class Harm:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.folder / "harm"),)
+
+
+@pytest.mark.parametrize("way", ["pretrained", "weights", "resumed"])
+def test_code_in_a_checkpoint_does_not_run(
+    way: str, phantom_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "global_step": 1, "extra": Harm(tmp_path)}, path)
+    out = tmp_path / "run" if way == "resumed" else tmp_path / "other"
+    tiny = [str(shipped("configs") / "tiny/train.yaml"), "track.wandb=disabled", "prompts.pseudo_per_volume=0"]
+    given = [f"data.shards={phantom_shards}", f"run.out={out}", "optim.max_steps=2"]
+    start = [] if way == "resumed" else [f"{way}={path}"]
+    assert main(["train", *tiny, *given, *start]) == 1
+    assert "is refused: code could hide in it" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "harm").exists()
+
+
+# ---- a web page ----
+
+
+SOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
+
+
+def test_a_page_under_another_name_is_refused(page: str, files: tuple[Path, Path]) -> None:
+    """Another site may have its name lead to this machine (DNS rebinding): its scripts then read what is answered."""
+    port = page.rstrip("/").rpartition(":")[2]
+    for name in ("elsewhere.example", "localhost.elsewhere.example", "127.0.0.1.elsewhere.example"):
+        elsewhere = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
+        for path in ("/", "/metadata", "/autoload.js?bokeh-autoload-element=x", "/static/js/bokeh.min.js"):
+            status, body = answered(page, path, **elsewhere)
+            assert status == 403 and files[0].name not in body, path
+        assert answered(page, "/ws", **elsewhere, **SOCKET)[0] == 403
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        assert answered(page, "/", Host=f"{name}:{port}")[0] == 200
