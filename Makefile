@@ -1,35 +1,61 @@
 # make demo: the main job on phantoms.  make test: lint, types, fast tests.  make slow: the minutes-long ones.
+# make docs: the pages, into site/.  make wheel: into dist/.
+# make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+LOWEST := build/lowest
+
+# What is imported is compiled when it is: a third of an environment's time.
+INSTALL := install --quiet --disable-pip-version-check --no-compile
 
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
-.PHONY: demo env format lint slow test
+.PHONY: demo docs env format lint lowest slow test wheel
 
-demo: $(STAMP)
+demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
 
-slow: $(STAMP)
+slow: env
 	$(BIN)/python -m pytest -m slow
 
-lint: $(STAMP)
+lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow"
+
+docs: env
+	$(BIN)/mkdocs build --quiet
+
+wheel: env
+	$(BIN)/python -m hatchling build -t wheel
+
+lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-env: $(STAMP)
+env: $(VENV)/.develops
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+
+# What users run; an environment for development has it already.
+$(VENV)/.runs: pyproject.toml constraints.txt | $(BIN)/python
+	test -e $(VENV)/.develops || $(BIN)/pip $(INSTALL) --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.develops: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip $(INSTALL) --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip $(INSTALL) --constraint constraints-lowest.txt --editable ".[dev]"
 	touch $@
