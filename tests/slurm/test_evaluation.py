@@ -17,7 +17,12 @@ from segvol_pl.configure import to_yaml
 from segvol_pl.evaluate import Summary, evaluate
 
 REASON = available()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", f"--chdir={ROOT}", "--job-name=lab"]

@@ -15,7 +15,12 @@ from slurm.lab import SlurmLab, available
 from segvol_pl.run.tracking import read_metrics
 
 REASON = available()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200

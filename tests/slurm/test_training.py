@@ -29,7 +29,12 @@ from segvol_pl.configure import to_yaml
 from segvol_pl.run.tracking import read_metrics
 
 REASON = available()
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(REASON is not None, reason=str(REASON))]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("slurm"),
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 240
