@@ -9,6 +9,8 @@ Imports neither torch nor lightning: a wrong key must fail at once.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -109,14 +111,6 @@ class Timing(str, Enum):
     alone = "alone"
 
 
-class BoxSource(str, Enum):
-    """How well an evaluation draws a box from the truth."""
-
-    exact = "exact"
-    jittered = "jittered"
-    slice = "slice"
-
-
 class Slice(str, Enum):
     """The axial slice that a box of one slice is drawn on."""
 
@@ -162,6 +156,12 @@ class Take(str, Enum):
     best = "best"
 
 
+BOX_SOURCES = ("exact", "jittered", "slice")
+"""How well an evaluation draws a box from the truth."""
+
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A function of the user's own, as `package.module:function`; `configure.own_function` finds it."""
+
 EVERY_CATEGORY = "all"
 """As the only text of a prediction: every category that the model knows."""
 
@@ -189,6 +189,12 @@ MAY_CHANGE = (
 def _require(condition: bool, key: str, problem: str) -> None:
     if not condition:
         raise ConfigError(f"{key}: {problem}", key)
+
+
+def _check_own(key: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
+    known = f"none of {', '.join(others)} nor" if others else "not"
+    for name in names:
+        _require(OWN.fullmatch(name) is not None, key, f"{name!r} is {known} a function as package.module:function")
 
 
 def _check_triple(key: str, value: list[int]) -> None:
@@ -360,6 +366,8 @@ class RunConfig:
     strategy: Strategy = Strategy.auto
     """auto: one process, or ddp; ddp: whole model on each; fsdp: FSDP2, weights, gradients and optimizer split block by
     block; zero1, zero2, zero3: DeepSpeed, optimizer, also gradients, also weights split."""
+    own_strategy: str = ""
+    """package.module:function of your own in place of `strategy`: it makes Lightning's strategy of these settings."""
     offload: bool = False
     """fsdp, zero: keep what is split in main memory."""
     devices: int = 1
@@ -413,6 +421,9 @@ class RunConfig:
             "run.accumulate",
             "is 1 with zero1, under which micro-batches gave other gradients: take zero2",
         )
+        _check_own("run.own_strategy", [self.own_strategy] if self.own_strategy else [])
+        alone = self.strategy is Strategy.auto or not self.own_strategy
+        _require(alone, "run.own_strategy", f"stands in place of run.strategy={self.strategy.value}: leave one out")
         _require(self.prompts_at_once > 0, "run.prompts_at_once", "must be positive")
         _require(self.keep > 0, "run.keep", "must be positive; run.keep_every=0 keeps none")
         _require(self.peak_tflops >= 0, "run.peak_tflops", "must not be negative")
@@ -575,9 +586,9 @@ class CasesConfig:
 class DrawConfig:
     """How spatial prompts are drawn from the truth. Users draw none as well as `exact`."""
 
-    boxes: list[BoxSource] = field(default_factory=lambda: [BoxSource.exact])
+    boxes: list[str] = field(default_factory=lambda: ["exact"])
     """Boxes that every prompt with a box is tried with. exact: the structure's own; jittered: each face moved; slice:
-    its extent on one axial slice alone, as a user draws it."""
+    its extent on one axial slice alone, as a user draws it; package.module:function: your own drawing."""
     jitter: float = 0.1
     """A face of a jittered box moves by up to this share of the box's extent."""
     slice: Slice = Slice.largest
@@ -585,7 +596,8 @@ class DrawConfig:
     depth: float = 0.0
     """mm that a slice's box spans, its slice in the middle; 0: as deep as the structure."""
     points: list[str] = field(default_factory=lambda: ["random5"])
-    """Points that every prompt with points is tried with. randomN: N drawn inside; centre: the one deepest inside."""
+    """Points that every prompt with points is tried with. randomN: N drawn inside; centre: the one deepest inside;
+    package.module:function: your own drawing."""
     outside: int = 2
     """Points outside that randomN gets beside."""
     components: bool = False
@@ -597,8 +609,8 @@ class DrawConfig:
     def __post_init__(self) -> None:
         _require(len(self.boxes) > 0, "draw.boxes", "needs at least one")
         _require(len(self.points) > 0, "draw.points", "needs at least one")
-        for name in self.points:
-            _require(points_drawn(name) > 0, "draw.points", f"{name!r} is neither centre nor random and a number")
+        _check_own("draw.boxes", [name for name in self.boxes if name not in BOX_SOURCES], BOX_SOURCES)
+        _check_own("draw.points", [name for name in self.points if not points_drawn(name)], ("centre", "randomN"))
         _require(0 <= self.jitter < 0.5, "draw.jitter", "is a share between 0 and 0.5")
         _require(self.depth >= 0, "draw.depth", "must not be negative")
         _require(self.outside >= 0, "draw.outside", "must not be negative")
@@ -653,6 +665,9 @@ class EvaluateConfig:
     timing: Timing = Timing.shared
     """What a row's seconds hold. shared: what the case's earlier prompts encoded comes free; alone: everything is
     encoded anew, as for a single prompt on a new volume (paper Table 3)."""
+    metrics: list[str] = field(default_factory=list)
+    """Further figures, each a package.module:function of your own of (predicted mask, truth, spacing in mm); a column
+    of the function's name in rows.csv, summary.json and the report."""
     readings: bool = False
     """Also read each spatial prompt's mask: which of all categories it looks like (paper Fig. 5)."""
     masks: bool = False
@@ -684,6 +699,9 @@ class EvaluateConfig:
         for name in self.prompts:
             _require(name in COMBINATIONS, "prompts", f"{name!r} is none of {', '.join(COMBINATIONS)}")
         _require(self.tolerance > 0, "tolerance", "must be positive")
+        _check_own("metrics", self.metrics)
+        names = {name.rpartition(":")[2] for name in self.metrics}
+        _require(len(names) == len(self.metrics), "metrics", "gives two functions of one name")
         _require(self.pictures >= 0, "pictures", "must not be negative")
         _require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "is a share between 0 and 1")
         _require(self.patience > 0, "patience", "must be positive")

@@ -16,10 +16,11 @@ import ast
 import dataclasses
 import difflib
 import functools
+import importlib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -141,6 +142,22 @@ def load(verb: str, arguments: Sequence[str]) -> Any:
         pairs = " ".join(f"{field.key}=..." for field in missing)
         raise ConfigError(f"missing {pairs} ({missing[0].key}: {missing[0].help})", missing[0].key)
     return _built(verb, values, settings)
+
+
+def own_function(name: str, key: str) -> Callable[..., Any]:
+    """The user's function `package.module:function` that a key names. Raises ConfigError where it is not found."""
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}: {name}: {error}: install the package, or name its folder in PYTHONPATH", key
+        ) from error
+    except AttributeError:
+        raise ConfigError(f"{key}: {name}: {module} has no {function!r}", key) from None
+    if not callable(found):
+        raise ConfigError(f"{key}: {name} is no function", key)
+    return typing.cast(Callable[..., Any], found)
 
 
 def resolved(verb: str, arguments: Sequence[str]) -> str:

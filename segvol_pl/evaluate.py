@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 
 from segvol_pl.config import EvaluateConfig, Mode, Wandb
-from segvol_pl.configure import to_yaml
+from segvol_pl.configure import own_function, to_yaml
 from segvol_pl.data.sample import SampleError
 from segvol_pl.data.shards import ShardError, sha256_of
 from segvol_pl.data.volume import VolumeError
@@ -104,6 +104,7 @@ class _Evaluation:
         for category in config.categories:
             model.bank.index(category)
         self.settings = settings(config)
+        self.own = {name.rpartition(":")[2]: own_function(name, "metrics") for name in config.metrics}
         self.ledger = Ledger(self.out, config, identity)
         self.tried: set[str] = set()
 
@@ -197,7 +198,15 @@ class _Evaluation:
             predicted_voxels=int(np.count_nonzero(answer.mask_DHW)),
             windows=answer.windows,
             mask=self._saved(subject, category, setting, answer) if self.config.masks else "",
+            own=self._own(subject, truth_DHW, answer),
         )
+
+    def _own(self, subject: Subject, truth_DHW: np.ndarray, answer: Answer) -> dict[str, float | None]:
+        """The user's own figures; None where the truth is empty, or the function says so."""
+        if not truth_DHW.any():
+            return dict.fromkeys(self.own)
+        found = {name: of(answer.mask_DHW, truth_DHW, subject.facts.spacing) for name, of in self.own.items()}
+        return {name: None if value is None else float(value) for name, value in found.items()}
 
     def _saved(self, subject: Subject, category: str, setting: Setting, answer: Answer) -> str:
         """The mask's file below `out`; empty where the case's place is unknown."""

@@ -98,6 +98,7 @@ def _overall(summary: Summary) -> str:
             number(figures.surface_dice),
             number(figures.seconds),
             number(figures.memory_mb, 0),
+            *(number(value) for value in figures.own.values()),
         )
         for setting, figures in summary.overall.items()
     ]
@@ -106,7 +107,7 @@ def _overall(summary: Summary) -> str:
         "Mean over categories of their mean over cases; the interval is a bootstrap over the cases. Seconds are a mean "
         "over prompts, memory (MiB) the most of any prompt."
     )
-    return f"<p>{told}</p>" + _table((*head, "seconds / prompt", "memory"), rows)
+    return f"<p>{told}</p>" + _table((*head, "seconds / prompt", "memory", *summary.own), rows)
 
 
 def _by_category(summary: Summary) -> str:
@@ -116,7 +117,7 @@ def _by_category(summary: Summary) -> str:
         "Median [first quartile, third quartile] over cases, and the mean Dice with its interval. The volume error is "
         "(predicted - true) / true."
     )
-    return f"<p>{told}</p>" + _table((*head, "volume error", "seconds"), rows)
+    return f"<p>{told}</p>" + _table((*head, "volume error", "seconds", *summary.own), rows)
 
 
 def _category_row(category: str, setting: Setting, cell: Cell) -> tuple[str, ...]:
@@ -127,6 +128,7 @@ def _category_row(category: str, setting: Setting, cell: Cell) -> tuple[str, ...
         *(number(cell.dice.mean), f"<small>{interval_text(cell.dice.mean_interval)}</small>"),
         *(_quartiles(spread) for spread in (cell.zoom_out, cell.surface_dice, cell.volume_error)),
         number(cell.seconds, 2),
+        *(_quartiles(spread) for spread in cell.own.values()),
     )
 
 

@@ -16,7 +16,6 @@ from oracle import Oracle, save_untrained
 from rich.console import Console
 
 from segvol_pl.config import (
-    BoxSource,
     CasesConfig,
     DrawConfig,
     EvaluateConfig,
@@ -246,7 +245,7 @@ def test_alone_every_prompt_encodes_anew(shards: Path, tmp_path: Path) -> None:
 
 
 def test_worse_prompts_stand_in_rows_of_their_own_and_are_worse(shards: Path, tmp_path: Path) -> None:
-    drawn = DrawConfig(boxes=[BoxSource.exact, BoxSource.slice], depth=6.0, points=["centre", "random3"])
+    drawn = DrawConfig(boxes=["exact", "slice"], depth=6.0, points=["centre", "random3"])
     config = config_for(shards, tmp_path, prompts=["box", "points"], draw=drawn, categories=["liver tumour"])
     summary = evaluated(config)
     found = {str(setting): overall.dice for setting, overall in summary.overall.items()}
@@ -290,7 +289,7 @@ def test_an_unknown_spacing_leaves_the_surface_dice_out_and_says_so(tmp_path: Pa
     summary = evaluated(config_for(tmp_path, tmp_path / "out", prompts=["box"], masks=True))
     assert all(row.surface_dice is None and row.dice == 1.0 and row.mask == "" for row in summary.rows)
     assert "1 cases have no known spacing" in (tmp_path / "out" / "report.html").read_text()
-    drawn = DrawConfig(boxes=[BoxSource.slice], depth=6.0)
+    drawn = DrawConfig(boxes=["slice"], depth=6.0)
     with pytest.raises(EvaluateError, match=r"1 of 1 cases cannot be read.*case00: .*draw\.depth"):
         evaluated(config_for(tmp_path, tmp_path / "deep", prompts=["box"], draw=drawn))
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from segvol_pl.config import BoxSource, DrawConfig, EvaluateConfig, Slice, points_drawn
+from segvol_pl.config import DrawConfig, EvaluateConfig, Slice, points_drawn
+from segvol_pl.configure import own_function
 from segvol_pl.data.prompts import INSIDE, Prompt, box_of, draw_points, jitter_box
 from segvol_pl.data.sample import Box, SampleError
 from segvol_pl.data.transforms import box_slices
@@ -65,7 +66,7 @@ def settings(config: EvaluateConfig) -> list[Setting]:
         Setting(mode.value, prompt, box, points)
         for mode in config.modes
         for prompt in config.prompts
-        for box in ([source.value for source in config.draw.boxes] if "box" in prompt.split("+") else [""])
+        for box in (config.draw.boxes if "box" in prompt.split("+") else [""])
         for points in (config.draw.points if "points" in prompt.split("+") else [""])
     ]
 
@@ -98,7 +99,7 @@ def draw(
     if setting.points:
         points_N3, labels_N = _points(setting.points, truth_DHW, spacing, config, seeds)
     if setting.box:
-        box = _box(BoxSource(setting.box), truth_DHW, spacing, config, seeds)
+        box = _box(setting.box, truth_DHW, spacing, config, seeds)
     return Prompt(text=category if setting.has_text else None, points_N3=points_N3, labels_N=labels_N, box=box)
 
 
@@ -108,6 +109,9 @@ def _points(
     if source == "centre":
         return deepest(truth_DHW, spacing)[None], np.array([INSIDE])
     rng = np.random.default_rng([*seeds, POINTS_STREAM])
+    if not points_drawn(source):
+        points_N3, labels_N = own_function(source, "draw.points")(truth_DHW, spacing, rng)
+        return points_N3, labels_N
     return draw_points(truth_DHW, rng, points_drawn(source), config.outside)
 
 
@@ -124,18 +128,21 @@ def deepest(mask_DHW: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray
 
 
 def _box(
-    source: BoxSource,
+    source: str,
     truth_DHW: np.ndarray,
     spacing: Sequence[float] | None,
     config: DrawConfig,
     seeds: Sequence[int],
 ) -> Box:
-    if source is BoxSource.exact:
+    if source == "exact":
         return box_of(truth_DHW)
-    if source is BoxSource.jittered:
-        rng = np.random.default_rng([*seeds, BOX_STREAM])
+    if source == "slice":
+        return slice_box(truth_DHW, spacing, config)
+    rng = np.random.default_rng([*seeds, BOX_STREAM])
+    if source == "jittered":
         return jitter_box(box_of(truth_DHW), truth_DHW.shape, config.jitter, rng)
-    return slice_box(truth_DHW, spacing, config)
+    d0, h0, w0, d1, h1, w1 = own_function(source, "draw.boxes")(truth_DHW, spacing, rng)
+    return d0, h0, w0, d1, h1, w1
 
 
 def slice_box(mask_DHW: np.ndarray, spacing: Sequence[float] | None, config: DrawConfig) -> Box:

@@ -11,7 +11,7 @@ import csv
 import io
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +57,8 @@ class Row:
     """Windows at native resolution that were asked."""
     mask: str = ""
     """The mask's file below the folder of the evaluation."""
+    own: dict[str, float | None] = field(default_factory=dict)
+    """The figures of config.EvaluateConfig.metrics, by the functions' names; None where the truth is empty."""
 
     @property
     def setting(self) -> Setting:
@@ -87,6 +89,7 @@ class Cell:
     """Mean over all its rows."""
     memory_mb: float | None
     """Most of all its rows."""
+    own: dict[str, Spread | None]
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class Overall:
     surface_dice: float | None
     seconds: float
     memory_mb: float | None
+    own: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,11 @@ class Summary:
         """Those that have rows, by name."""
         return sorted({row.category for row in self.rows})
 
+    @property
+    def own(self) -> list[str]:
+        """Names of the user's own figures."""
+        return list(self.rows[0].own) if self.rows else []
+
     @cached_property
     def cells(self) -> dict[tuple[str, Setting], Cell]:
         """(category, setting) -> cell, for all that have rows."""
@@ -172,6 +181,7 @@ class Summary:
             surface_dice=_mean([cell.surface_dice.mean for cell in cells if cell.surface_dice]),
             seconds=float(np.mean([row.seconds for row in rows])),
             memory_mb=_most(rows),
+            own={name: _mean([mean.mean for cell in cells if (mean := cell.own[name])]) for name in self.own},
         )
 
     @cached_property
@@ -246,20 +256,20 @@ def _cell(rows: list[Row], seed: list[int]) -> Cell:
     rows = sorted(rows, key=lambda row: row.case)
     held, empty = ([row for row in rows if row.empty is flag] for flag in (False, True))
 
-    def spread(name: str) -> Spread | None:
-        values = [getattr(row, name) for row in held]
+    def spread(values: Iterable[float | None]) -> Spread | None:
         return Spread.of([value for value in values if value is not None], seed)
 
     return Cell(
         n=len(held),
         empty=len(empty),
         false_alarms=sum(row.predicted_voxels > 0 for row in empty),
-        dice=spread("dice"),
-        zoom_out=spread("zoom_out"),
-        surface_dice=spread("surface_dice"),
-        volume_error=spread("volume_error"),
+        dice=spread(row.dice for row in held),
+        zoom_out=spread(row.zoom_out for row in held),
+        surface_dice=spread(row.surface_dice for row in held),
+        volume_error=spread(row.volume_error for row in held),
         seconds=float(np.mean([row.seconds for row in rows])),
         memory_mb=_most(rows),
+        own={name: spread(row.own[name] for row in held) for name in rows[0].own},
     )
 
 
@@ -284,13 +294,27 @@ def _read_as(category: str, readings: list[Reading]) -> ReadAs:
     return ReadAs(cases, first / cases, {name: total / cases for name, total in ranked})
 
 
-def csv_text(kind: type, items: Iterable[Any]) -> str:
-    """Instances of a dataclass as CSV with its fields as header; floats rounded, None empty."""
+def csv_text(kind: type, items: Sequence[Any]) -> str:
+    """Instances of a dataclass as CSV, see `columns`; floats rounded, None empty."""
+    head, records = columns(kind, items)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
-    writer.writerow([item.name for item in fields(kind)])
-    writer.writerows([_plain(value) for value in astuple(item)] for item in items)
+    writer.writerow(head)
+    writer.writerows([_plain(value) for value in record] for record in records)
     return stream.getvalue()
+
+
+def columns(kind: type, items: Sequence[Any]) -> tuple[list[str], list[list[Any]]]:
+    """Names and values of the instances of a dataclass; a field that is a dict gives a column for each of its keys."""
+    records = [_columns(item) for item in items]
+    return list(records[0]) if records else [one.name for one in fields(kind)], [list(one.values()) for one in records]
+
+
+def _columns(item: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in asdict(item).items():
+        found.update(value if isinstance(value, dict) else {name: value})
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from segvol_pl.config import EvaluateConfig
 from segvol_pl.configure import plain
 from segvol_pl.evaluation.pictures import Picture
 from segvol_pl.evaluation.reading import Reading
-from segvol_pl.evaluation.rows import Row, Summary
+from segvol_pl.evaluation.rows import Row, Summary, columns
 from segvol_pl.run.tracking import finish, wandb_is_there, wandb_logger
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def _table(columns: Sequence[str], data: list[list[Any]]) -> wandb.Table:
 
 
 def _records(kind: type, items: Sequence[Any]) -> wandb.Table:
-    return _table([item.name for item in fields(kind)], [list(astuple(item)) for item in items])
+    return _table(*columns(kind, items))
 
 
 def _cells(summary: Summary) -> wandb.Table:
@@ -75,9 +74,10 @@ def _mean(spread: Any) -> float | None:
 
 def _overall(summary: Summary) -> dict[str, float]:
     """`dice/zoom box(exact)+text` and so on: the figures that exist."""
+    names = ("dice", "zoom_out", "surface_dice", "seconds")
     return {
         f"{name}/{setting}": value
         for setting, overall in summary.overall.items()
-        for name in ("dice", "zoom_out", "surface_dice", "seconds")
-        if (value := getattr(overall, name)) is not None
+        for name, value in ({name: getattr(overall, name) for name in names} | overall.own).items()
+        if value is not None
     }

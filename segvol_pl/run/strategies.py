@@ -33,6 +33,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from segvol_pl.config import ConfigError, Precision, RunConfig, Strategy
+from segvol_pl.configure import own_function
 from segvol_pl.model.mask_decoder import TwoWayAttentionBlock, Upscaling
 from segvol_pl.tasks.optim import Task
 
@@ -107,6 +108,8 @@ def trainer_placement(run: RunConfig) -> dict[str, Any]:
 
 
 def _strategy(run: RunConfig, accelerator: str) -> Any:
+    if run.own_strategy:
+        return own_function(run.own_strategy, "run.own_strategy")(run)
     if run.strategy is Strategy.auto and run.devices * run.nodes == 1:
         return "auto"
     backend = "nccl" if accelerator == "cuda" else "gloo"

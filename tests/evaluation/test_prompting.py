@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segvol_pl.config import BoxSource, CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode, Slice
+from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode, Slice
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import SampleError
 from segvol_pl.evaluation.prompting import Setting, deepest, draw, parts_of, settings
@@ -29,7 +29,7 @@ def ring() -> np.ndarray:
 
 
 def test_settings_are_all_ways_of_asking() -> None:
-    drawn = DrawConfig(boxes=[BoxSource.exact, BoxSource.slice], points=["random1", "centre", "random5"])
+    drawn = DrawConfig(boxes=["exact", "slice"], points=["random1", "centre", "random5"])
     modes = [Mode.zoom, Mode.resize]
     config = EvaluateConfig(
         "m", CasesConfig(shards="s"), "o", modes=modes, prompts=["text", "box+text", "box+points"], draw=drawn

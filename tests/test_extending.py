@@ -1,0 +1,77 @@
+"""A strategy, a way of prompting, a figure and a source of the user's own, without a change to any file: see `toys`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import toys
+from boxes import write_boxes
+from test_evaluate import config_for, evaluated
+from test_trainer import _train_config
+
+from segvol_pl.config import ConfigError, DrawConfig
+from segvol_pl.configure import load, own_function
+from segvol_pl.run.tracking import read_metrics
+from segvol_pl.run.trainer import train
+
+
+def test_a_strategy_and_a_source_of_ones_own_train_alike(phantom_shards: Path, tmp_path: Path) -> None:
+    config = _train_config(phantom_shards, tmp_path / "whole", steps=3)
+    train(config)
+    own = replace(config.run, own_strategy="toys:single", out=str(tmp_path / "own"))
+    data = replace(config.data, shards=f"cupboard://{phantom_shards}")
+    toys.Single.steps = 0
+    train(replace(config, run=own, data=data))
+    whole, found = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "own"))
+    assert found == whole and len(found) == toys.Single.steps == 3
+
+
+def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_path: Path) -> None:
+    shards, out = write_boxes(tmp_path), tmp_path / "out"
+    draw = DrawConfig(boxes=["exact", "toys:half"], points=["toys:first"])
+    config = config_for(shards, out, prompts=["box+text", "points"], draw=draw, metrics=["toys:jaccard"])
+    summary = evaluated(config)
+    with (out / "rows.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(row["box"], row["points"]) for row in rows} == {("exact", ""), ("toys:half", ""), ("", "toys:first")}
+    for row in rows:
+        assert float(row["jaccard"]) == pytest.approx(float(row["dice"]) / (2 - float(row["dice"])), abs=1e-5)
+    overall = json.loads((out / "summary.json").read_text())["overall"]
+    half, exact = (next(one for one in overall if one["box"] == name) for name in ("toys:half", "exact"))
+    assert half["own"]["jaccard"] < exact["own"]["jaccard"] == pytest.approx(1.0)
+    assert "<th>jaccard</th>" in (out / "report.html").read_text() and summary.own == ["jaccard"]
+    again = evaluated(config)
+    assert again.rows == summary.rows
+
+
+def test_what_does_not_exist_is_named() -> None:
+    for name, message in (
+        ("nowhere:f", "metrics: nowhere:f: No module named 'nowhere': install"),
+        ("toys:f", "metrics: toys:f: toys has no 'f'"),
+        ("toys:INSIDE", "metrics: toys:INSIDE is no function"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            own_function(name, "metrics")
+
+
+@pytest.mark.parametrize(
+    ("verb", "pair", "message"),
+    [
+        ("evaluate", "metrics=[hausdorff]", "'hausdorff' is not a function as package.module:function"),
+        ("evaluate", "metrics=[a:f,b:f]", "gives two functions of one name"),
+        ("evaluate", "draw.boxes=[exakt]", "'exakt' is none of exact, jittered, slice nor a function"),
+        ("train", "run.own_strategy=mine", "'mine' is not a function"),
+    ],
+)
+def test_a_name_that_is_no_function_is_refused_at_once(verb: str, pair: str, message: str) -> None:
+    needed = {
+        "evaluate": ["checkpoint=c", "data.shards=s", "out=o"],
+        "train": ["data.shards=s", "run.out=o", "optim.max_steps=1"],
+    }
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(verb, [*needed[verb], pair])
