@@ -1,7 +1,8 @@
 """A page on this machine to prompt a CT by hand: scroll, click, draw, type, see the mask. Needs bokeh (extra `viewer`).
 
 1. `view` opens the CT once and starts Bokeh's server, on the loopback interface unless told otherwise. Bokeh brings its
-   browser's part in its own package; nothing comes from the network, and no other file is served.
+   browser's part in its own package; nothing comes from the network, and no other file is served. The page's address
+   holds a secret, as others on a shared node reach its ports too.
 2. `Asked` is what the user has said so far: clicks, a box, a category; `Plane` turns places on the screen to voxels.
 3. `Page` is one browser tab: three planes, and what is said in them goes to `Session.segment` on a thread of its own.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import base64
 import html
 import logging
+import secrets
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -43,6 +45,8 @@ WINDOWS = {"soft tissue": (-160, 240), "lung": (-1350, 150), "bone": (-500, 1300
 """HU shown from black to white."""
 PIXELS = 420
 """Of the longer side of a plane on the screen."""
+SECRET_BYTES = 16
+"""Of the page's address: not to be guessed."""
 RED = 0x780000FF
 """The mask's colour: alpha, blue, green, red."""
 COLOURS = {INSIDE: "#2bd966", OUTSIDE: "#ff9f1c"}
@@ -147,7 +151,8 @@ class Asked:
 def view(config: ViewConfig) -> None:
     """Serve the page until interrupted. Raises ViewError, VolumeError, SampleError, CheckpointError."""
     server = make_server(config)
-    log.info("%s is open at http://%s:%d/ (stop with Ctrl-C)", config.image, config.host, server.port)
+    address = f"http://{config.host}:{server.port}{server.prefix}/"
+    log.info("%s is open at %s (stop with Ctrl-C); who knows the address sees the CT", config.image, address)
     if config.show:
         server.io_loop.add_callback(server.show, "/")
     try:
@@ -165,14 +170,15 @@ def make_server(config: ViewConfig) -> Any:
     from bokeh.server.server import Server
 
     if not _loopback(config.host):
-        log.warning("host: %s may be reached from other machines, and whoever reaches it sees the CT", config.host)
+        log.warning("host: %s may be reached from other machines", config.host)
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     session = predictor.open(config.image)
     # One thread: the model answers one question after the other, whichever tab it comes from.
     worker = ThreadPoolExecutor(1)
     application = Application(FunctionHandler(lambda document: Page(session, worker, document).lay_out()))
     try:
-        server = Server({"/": application}, address=config.host, port=config.port)
+        secret = secrets.token_urlsafe(SECRET_BYTES)
+        server = Server({"/": application}, address=config.host, port=config.port, prefix=secret)
     except OSError as error:
         raise ViewError(f"port: {config.port} is taken ({error.strerror}): give another, or 0 for any") from error
     if _loopback(config.host):

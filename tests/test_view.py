@@ -119,7 +119,7 @@ def page(files: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
     said = []
     for line in process.stderr:
         said.append(line)
-        if match := re.search(r"http://[\d.]+:\d+/", line):
+        if match := re.search(r"http://[\d.]+:\d+/\S+/", line):
             break
     else:
         pytest.fail("".join(said))
@@ -129,9 +129,10 @@ def page(files: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
 
 
 def answered(address: str, path: str, **headers: str) -> tuple[int, str]:
-    """Status and body of a request whose path is sent as it is."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://").rstrip("/"), timeout=30)
-    connection.request("GET", path, headers=headers)
+    """Status and body of a request whose path is sent as it is, behind the address's own."""
+    host, _, secret = address.removeprefix("http://").rstrip("/").partition("/")
+    connection = http.client.HTTPConnection(host, timeout=30)
+    connection.request("GET", f"/{secret}{path}" if secret else path, headers=headers)
     response = connection.getresponse()
     return response.status, response.read().decode(errors="replace")
 
@@ -144,6 +145,10 @@ def test_nothing_but_the_page_is_served_and_nothing_is_fetched(page: str, files:
     for path in (str(files[0]), climbing, climbing.replace("..", "%2e%2e"), "/static/js/../../../../view.py"):
         status, body = answered(page, path)
         assert status in (403, 404), path
+    bare = page[: page.index("/", len("http://"))]
+    for path in ("/", "/ws", "/metadata", "/static/js/bokeh.min.js", str(files[0])):
+        status, body = answered(bare, path)
+        assert status == 404 and files[0].name not in body, "only who knows the address is answered"
     socket = {
         "Upgrade": "websocket",
         "Connection": "Upgrade",
@@ -257,7 +262,7 @@ def test_a_box_is_drawn_a_category_typed_and_a_slice_scrolled_to(browser: Browse
     assert [message for message in severe if "favicon" not in message] == []
     traffic = str([entry["message"] for entry in browser.driver.get_log("performance")])
     fetched = set(re.findall(r'"url":"((?:https?|wss?)://[^"]+)"', traffic))
-    assert fetched and {url for url in fetched if page.removeprefix("http://") not in url} == set()
+    assert fetched and {url for url in fetched if page.split("/")[2] not in url} == set()
 
 
 def reddish(png: bytes) -> int:
