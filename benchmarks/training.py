@@ -1,11 +1,12 @@
 """Seconds and memory of a training step, against its own arithmetic and against plain implementations.
 
-    python benchmarks/training.py [--small] [--only NAME,...] [--threads N] [--trace FOLDER]
+    python benchmarks/training.py [--small] [--only NAME,...] [--threads N] [--trace FOLDER] [--write FILE]
 
 Each row is a process of its own, on the GPU where there is one: the matrix rate is measured in it first, the step runs
 once to warm up, then a few times; the fastest counts, peak memory is the process's (on a GPU: torch's). `limit` is the
 step's operations (`segvol_pl.flops`) at that matrix rate. The full-size model takes minutes on a CPU; --small tries
-the script out. --trace writes a chrome trace of the last step of each row. Plain forms, for comparison, are below:
+the script out. --trace writes a chrome trace of the last step of each row; --write README.md puts the table into that
+file. Plain forms, for comparison, are below:
 
     plain       the published step: image encoded, prompts decoded and compared one by one, MONAI's default attention,
                 convolutions and interpolation by torch
@@ -246,25 +247,43 @@ def run_row(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def report(rows: dict[str, dict[str, float]], small: bool) -> None:
+COLUMNS = ("step", "s", "TFLOP", "TFLOP/s of matrices", "limit, s", "s / limit", "peak GiB")
+MARKERS = "<!-- --8<-- [start:training] -->\n", "<!-- --8<-- [end:training] -->"
+
+
+def cells_of(step: str, row: dict[str, float]) -> list[str]:
+    limit = row["operations"] / row["rate"]
+    figures = (row["seconds"], row["operations"] / 1e12, row["rate"] / 1e12, limit, row["seconds"] / limit)
+    return [step, *(f"{figure:.3g}" for figure in figures), f"{row['peak_gib']:.1f}"]
+
+
+def title(small: bool) -> str:
     device = resolve_device("auto")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
     precision = "bf16 autocast" if uses_bf16(device, Precision.auto) else "float32"
-    table = Table(title=f"one step of one volume, {'small' if small else 'full-size'} model, {name}, {precision}")
-    for column in ("step", "s", "TFLOP", "TFLOP/s of matrices", "limit, s", "s / limit", "peak GiB"):
+    return f"One step of one volume, {'small' if small else 'full-size'} model, {name}, {precision}"
+
+
+def report(rows: dict[str, dict[str, float]], small: bool) -> None:
+    table = Table(title=title(small))
+    for column in COLUMNS:
         table.add_column(column, justify="left" if column == "step" else "right")
     for step, row in rows.items():
-        cells = [step, f"{row['seconds']:.3g}"]
-        limit = row["operations"] / row["rate"]
-        figures = (row["operations"] / 1e12, row["rate"] / 1e12, limit, row["seconds"] / limit)
-        cells += [f"{figure:.3g}" for figure in figures]
-        table.add_row(*cells, f"{row['peak_gib']:.1f}")
+        table.add_row(*cells_of(step, row))
     console = Console(width=120)
     console.print(table)
     for line in ratios({step: row["seconds"] for step, row in rows.items()}):
         console.print(line)
-    if device.type == "cpu" and precision == "float32":
-        console.print("bf16 is left out: this CPU has no AMX and emulates it.")
+
+
+def write(rows: dict[str, dict[str, float]], small: bool, path: Path) -> None:
+    """The table as Markdown between the markers of a file."""
+    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
+    after = rest.split(MARKERS[1])[1]
+    lines = [f"{title(small)}:", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    lines += ["| " + " | ".join(cells_of(step, row)) + " |" for step, row in rows.items()]
+    lines += ["", ". ".join(ratios({step: row["seconds"] for step, row in rows.items()})) + "."]
+    path.write_text(before + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + after, encoding="utf-8")
 
 
 def ratios(seconds: dict[str, float]) -> list[str]:
@@ -288,6 +307,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trace", default="", help="folder for chrome traces")
+    parser.add_argument("--write", default="", help="a file with the table's markers, which is given the table")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
@@ -296,7 +316,10 @@ def main() -> None:
         print(json.dumps(found))
         return
     wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
-    report({name: run_row(name, arguments) for name in ROWS if name.startswith(wanted)}, arguments.small)
+    rows = {name: run_row(name, arguments) for name in ROWS if name.startswith(wanted)}
+    report(rows, arguments.small)
+    if arguments.write:
+        write(rows, arguments.small, Path(arguments.write))
 
 
 if __name__ == "__main__":
