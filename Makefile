@@ -1,4 +1,5 @@
 # make demo: the main job on phantoms.  make test: lint, types, fast tests.  make slow: the minutes-long ones.
+# make coverage: the fast tests, and the lines of code that they never ran.
 # make docs: the pages, into site/.  make wheel: into dist/.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
 PYTHON ?= python3
@@ -14,13 +15,16 @@ compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
-.PHONY: demo docs env format lint lowest slow test wheel
+.PHONY: coverage demo docs env format lint lowest slow test wheel
 
 demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+coverage: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term
 
 slow: env
 	$(BIN)/python -m pytest -m slow --durations=20
