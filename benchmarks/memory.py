@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import torch
+from resident import NOW, resident
 from rich.console import Console
 from rich.table import Table
 from training import OPTIM, train_batch, train_config
@@ -64,7 +63,7 @@ def measure(row: str) -> tuple[float, float]:
     """Bytes beyond those of a process that has imported everything and multiplied once; and as planned."""
     config = configured(row)
     torch.randn(64, 64) @ torch.randn(64, 64)
-    before = psutil.Process().memory_info().rss
+    before = resident(NOW)
     task: SegVolTask | SimMIMTask
     if isinstance(config, TrainConfig):
         batch = train_batch(config)
@@ -80,7 +79,7 @@ def measure(row: str) -> tuple[float, float]:
         loss.backward()
         adamw.step()
         adamw.zero_grad()
-    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    taken = resident() - before
     return taken, memory.peak(config, 1, bf16=False).total
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ import nibabel
 import numpy as np
 import yaml
 from loader import double
+from resident import resident
 from rich.console import Console
 from rich.table import Table
 
@@ -100,7 +100,7 @@ def large(config: PackConfig, source: Path, folder: Path) -> tuple[float, float]
 
 
 def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resident() / 2**30
 
 
 def processes(config: PackConfig, folder: Path, repeats: int = 1) -> dict[int, float]:

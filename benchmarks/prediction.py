@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ import torch
 import yaml
 from loader import double
 from packing import enlarge
+from resident import resident
 
 from segvol_pl.config import SegVolConfig, ZoomConfig
 from segvol_pl.data.prompts import Prompt, box_of
@@ -185,7 +185,7 @@ def predict_large(path: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfi
 
 
 def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return resident() / 1e9
 
 
 def help_seconds() -> None:

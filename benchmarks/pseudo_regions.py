@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from resident import NOW, resident
 
 from segvol_pl.config import RegionsConfig
 from segvol_pl.data.phantom import make_phantom
@@ -21,12 +22,6 @@ from segvol_pl.data.pseudo import clean, felzenszwalb, pseudo_regions
 from segvol_pl.data.transforms import intensity_of, normalise, resize_image, resize_label
 
 AXES = (2, 1, 0)
-
-
-def _memory_kib(field: str) -> int:
-    """VmRSS or VmHWM (its peak) of this process, as Linux reports them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def _seconds(work: Callable[[], object], repeats: int) -> list[float]:
@@ -48,9 +43,9 @@ def _peak_bytes_per_voxel(image_DHW: np.ndarray) -> float:
     felzenszwalb(image_DHW[:4, :16, :16], axes=AXES)
     # The kernel's peak is reset, so that what was needed to make the phantom does not count.
     Path("/proc/self/clear_refs").write_text("5")
-    before = _memory_kib("VmRSS")
+    before = resident(NOW)
     felzenszwalb(image_DHW, axes=AXES)
-    return (_memory_kib("VmHWM") - before) * 1024 / image_DHW.size
+    return (resident() - before) / image_DHW.size
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ import functools
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks.selfattention import SABlock
+from resident import resident
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 def peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resident() / 2**30
 
 
 def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namespace) -> dict[str, float]:
