@@ -2,11 +2,11 @@
 
     python benchmarks/training.py [--small] [--only NAME,...] [--threads N] [--trace FOLDER] [--write FILE]
 
-Each row is a process of its own, on the GPU where there is one: the matrix rate is measured in it first, the step runs
-once to warm up, then a few times; the fastest counts, peak memory is the process's (on a GPU: torch's). `limit` is the
-step's operations (`segvol_pl.flops`) at that matrix rate. The full-size model takes minutes on a CPU; --small tries
-the script out. --trace writes a chrome trace of the last step of each row; --write README.md puts the table into that
-file. Plain forms, for comparison, are below:
+Each row is a process of its own, on the GPU where there is one; on a CPU it keeps its freed memory, as training does.
+The matrix rate is measured in it first, the step runs once to warm up, then a few times; the fastest counts, peak
+memory is the process's (on a GPU: torch's). `limit` is the step's operations (`segvol_pl.flops`) at that matrix rate.
+The full-size model takes minutes on a CPU; --small tries the script out. --trace writes a chrome trace of the last step
+of each row; --write README.md puts the table into that file. Plain forms, for comparison, are below:
 
     plain       the published step: image encoded, prompts decoded and compared one by one, MONAI's default attention,
                 convolutions and interpolation by torch
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from segvol_pl import flops
 from segvol_pl.config import OptimConfig, Precision, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 from segvol_pl.model import TextBank
-from segvol_pl.run.strategies import autocast, resolve_device, uses_bf16
+from segvol_pl.run.strategies import autocast, keep_freed_memory, resolve_device, uses_bf16
 from segvol_pl.tasks.optim import Task, optimizer
 from segvol_pl.tasks.pretrain import SimMIMTask
 from segvol_pl.tasks.segment import SegVolTask, pseudo_questions, supervised_questions
@@ -170,6 +170,8 @@ def peak_gib(device: torch.device) -> float:
 def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namespace) -> dict[str, float]:
     """One row: forward, backward and AdamW."""
     device, model = resolve_device("auto"), task.config.model  # type: ignore[attr-defined]
+    if device.type == "cpu":
+        keep_freed_memory()
     bf16 = uses_bf16(device, Precision.auto)
     rate = matrix_rate(device, bf16, math.prod(model.grid), model.hidden, model.mlp)
     adamw, _ = optimizer(task.parameters(), OPTIM)

@@ -9,11 +9,12 @@ attention, D H W low-resolution voxels.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from segvol_pl.config import SegVolConfig
 
@@ -184,6 +185,26 @@ class HyperNetwork(nn.Module):
         return out
 
 
+class _Weighed(torch.autograd.Function):
+    """voxels_AVE and weights_AE -> their products (A, V), prompt by prompt.
+
+    A batched product with a single column is several times slower, backward above all; and torch would put the
+    prompts' gradients, the largest tensor of a step, together by copying them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, voxels_AVE: Tensor, weights_AE: Tensor) -> Tensor:
+        ctx.save_for_backward(voxels_AVE, weights_AE)
+        return torch.stack([voxels_VE @ weight_E for voxels_VE, weight_E in zip(voxels_AVE, weights_AE, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_AV: Tensor) -> tuple[Tensor, Tensor]:
+        voxels_AVE, weights_AE = ctx.saved_tensors
+        to_weights = [voxels_VE.T @ grad_V for grad_V, voxels_VE in zip(grad_AV, voxels_AVE, strict=True)]
+        return grad_AV[..., None] * weights_AE[:, None], torch.stack(to_weights)
+
+
 class Upscaling(nn.Sequential):
     """image_ATE and the mask's channel weights_AE -> logits (A, D, H, W), each token becoming 4 x 4 x 4 voxels.
 
@@ -215,9 +236,8 @@ class Upscaling(nn.Sequential):
         first, second = self._convolutions()
         fine = self._normed(self._double(image_ATE, first))
         finest = F.gelu(self._double(F.gelu(fine), second))
-        # Prompt by prompt: a batched product with a single column is several times slower, backward above all.
-        pairs = zip(finest.flatten(1, 3), weights_AE.to(finest.dtype), strict=True)
-        return self._in_volume_order(torch.stack([voxels_VE @ weight_E for voxels_VE, weight_E in pairs]))
+        logits_AV: Tensor = _Weighed.apply(finest.flatten(1, 3), weights_AE.to(finest.dtype))
+        return self._in_volume_order(logits_AV)
 
     @staticmethod
     def _double(x: Tensor, conv: nn.ConvTranspose3d) -> Tensor:

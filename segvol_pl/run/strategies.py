@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
 import os
@@ -38,6 +39,8 @@ from segvol_pl.model.mask_decoder import TwoWayAttentionBlock, Upscaling
 from segvol_pl.tasks.optim import Task
 
 STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by its own names."""
 LEAST_TIMEOUT = 120.0
@@ -89,6 +92,17 @@ def _accelerator(run: RunConfig) -> str:
 def run_device(run: RunConfig) -> torch.device:
     """The kind of device that the run computes on."""
     return resolve_device(_accelerator(run))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what this process frees, for it to be used again.
+
+    The tensors of a step on a CPU are large enough to be taken from the kernel, page by page, and given back each time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(parameter, 2**31 - 1)
 
 
 def environments() -> list[SLURMEnvironment]:

@@ -159,6 +159,8 @@ def _fit(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path
         return last
     last.parent.mkdir(parents=True, exist_ok=True)
     tracking.write_manifest(out, to_yaml(config))
+    if strategies.run_device(config.run).type == "cpu":
+        strategies.keep_freed_memory()
     if config.run.compile:
         strategies.compile_blocks(task)
     with StopSignal() as stop, _quiet():
