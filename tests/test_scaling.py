@@ -207,6 +207,8 @@ def test_a_table_is_fitted_to_json_csv_figures_and_a_page(tmp_path: Path) -> Non
     assert page.count('src="data:image/png;base64,') == page.count("src=") >= 4 and "href" not in page
     svg = (tmp_path / "fit/law-0-samples.svg").read_text()
     assert all(text in svg for text in ("D, samples seen", "n = 72", "band: 95 %"))
+    alone, svg = written["laws"][1], (tmp_path / "fit/law-1-params.svg").read_text()
+    assert alone["runs"] < 72 and f"runs (n = {alone['runs']})" in svg, "a law of one variable shows its own runs"
 
 
 def test_one_minus_dice_is_the_loss_where_the_name_says_dice(tmp_path: Path) -> None:

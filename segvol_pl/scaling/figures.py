@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
 from segvol_pl.data.whole import replacing
 from segvol_pl.scaling.frontier import Optimum
@@ -175,7 +175,10 @@ def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set(xscale="log", yscale="log")
     axes.set_xlabel(x, fontsize=8.5)
     axes.set_ylabel(y, fontsize=8.5)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
+    # More labels find no room; over many decades those of the powers alone.
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(3, 3)))
     axes.grid(linewidth=0.4, color="#dddddd", which="both")
     axes.spines[["top", "right"]].set_visible(False)
 

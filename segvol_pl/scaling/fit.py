@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from segvol_pl.config import FitConfig, Samples
 from segvol_pl.data.whole import replacing, write_text
 from segvol_pl.scaling import figures, page
@@ -168,7 +166,7 @@ def _law_parts(out: Path, number: int, points: Points, judged: Judged) -> list[s
     parts = [page.lines(_said(judged)[:1], "yes" if judged.supported else "no"), page.lines(judged.cautions, "note")]
     if judged.fit is None:
         return parts
-    shown = replace(points, used=[point for point in points.used if _among(point, judged)])
+    shown = next(chosen for _, chosen, where in _asked(points) if where == judged.where)
     for variable in judged.law.variables:
         png = figures.save(figures.law_figure(judged, shown, variable), out, f"law-{number}-{variable}")
         parts.append(page.picture(png, f"{judged.law.formula} over {variable}"))
@@ -180,13 +178,6 @@ def _law_parts(out: Path, number: int, points: Points, judged: Judged) -> list[s
         for name, alone in judged.coefficients.items()
     ]
     return [*parts, page.table(rows)]
-
-
-def _among(point: Any, judged: Judged) -> bool:
-    """Whether the law was fitted to this run."""
-    assert judged.fit is not None
-    place = np.log([getattr(point, variable) for variable in judged.law.variables])
-    return bool((judged.fit.logs_RT == place).all(axis=1).any())
 
 
 def _optima(optima: Sequence[Optimum]) -> list[dict[str, str]]:
