@@ -103,6 +103,12 @@ def test_a_picture_shows_the_prompt() -> None:
     assert not yellow[0].any() and yellow[1].sum() > 50
 
 
+def test_a_slab_of_few_slices_leaves_room_for_its_axial_plane() -> None:
+    hu_DHW = np.zeros((4, 90, 120), np.int16)
+    image = imread(io.BytesIO(draw_picture(cut(hu_DHW, (2.0, 1.0, 1.0), hu_DHW == 0, {}))))
+    assert image.shape[1] < 6 * image.shape[0]
+
+
 def test_report_is_self_contained_and_says_what_was_run(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, small_summary(), [picture()], ABOUT)

@@ -32,6 +32,10 @@ Span = tuple[int, int, int, int]
 """First row and column, last row and column."""
 
 
+WIDEST = 2.0
+"""Of a plane, over its height: beyond it, in slabs of few slices, the other planes would shrink to nothing."""
+
+
 @dataclass(frozen=True, eq=False)
 class Plane:
     """One slice through a CT."""
@@ -102,7 +106,8 @@ def _points(prompt: Prompt, axis: int, at: int, shape: Sequence[int]) -> list[tu
 
 def draw_picture(planes: Sequence[Plane]) -> bytes:
     """The planes side by side, as PNG."""
-    ratios = [plane.grey_RC.shape[1] / (plane.grey_RC.shape[0] * plane.aspect) for plane in planes]
+    wide = [plane.grey_RC.shape[1] / (plane.grey_RC.shape[0] * plane.aspect) for plane in planes]
+    ratios = [min(ratio, WIDEST) for ratio in wide]
     figure = Figure(figsize=(max(3.0 * sum(ratios), 4.0), 3.2), layout="constrained", facecolor="black")
     shown = figure.subplots(1, 3, width_ratios=ratios)
     for axes, plane in zip(shown, planes, strict=True):
