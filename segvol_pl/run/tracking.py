@@ -37,7 +37,8 @@ PACKAGES = ("segvol-pl", "torch", "lightning", "monai", "webdataset", "blosc2", 
 class MetricsFile(Logger):
     """`metrics.csv`: one row per step and metric, appended, so that it survives a kill and a resume.
 
-    `after` is the step that the run goes on from: later rows, of steps that will be done again, are dropped.
+    `after` is the step that the run goes on from: later rows, of steps that will be done again, are dropped. A run that
+    begins anew validates its first weights again, so that it keeps none.
     """
 
     def __init__(self, path: Path, after: int) -> None:
@@ -48,7 +49,7 @@ class MetricsFile(Logger):
     @rank_zero_only
     def _start(self, after: int) -> None:
         rows: list[list[str]] = []
-        if self.path.exists():
+        if after and self.path.exists():
             with self.path.open(newline="", encoding="utf-8") as stream:
                 rows = [
                     row for row in csv.reader(stream) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= after

@@ -284,3 +284,10 @@ def test_a_folder_that_cannot_be_written_is_survived(tmp_path: Path, caplog: pyt
     run.end(tmp_path / "last.ckpt", preempted=False)
     assert read_metrics(tmp_path / "metrics.csv", "train/loss") == [(1, 0.5)]
     assert wandb.run is None, "the process's next run would be handed this one"
+
+
+def test_a_run_that_begins_anew_keeps_no_row_of_the_one_that_was_killed(tmp_path: Path) -> None:
+    for after, kept in ((2, [(0, 3.5), (2, 1.5)]), (0, [])):
+        (tmp_path / "metrics.csv").write_text("step,metric,value\n0,val/loss,3.5\n2,val/loss,1.5\n4,val/loss,1.0\n")
+        loggers(tmp_path, TrackConfig(wandb=Wandb.disabled), after)
+        assert read_metrics(tmp_path / "metrics.csv", "val/loss") == kept
