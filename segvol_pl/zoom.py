@@ -180,7 +180,7 @@ def scale_box(box: Box, source: Sequence[int], target: Sequence[int]) -> Box:
 
 
 def cut_off_region(mask_DHW: np.ndarray, window: Sequence[int]) -> Box:
-    """The published region of interest: grown likewise, but cut off at the volume's border, hence maybe smaller."""
+    """The published region of interest: the mask's box, grown towards one window and cut off at the volume's border."""
     box = box_of(mask_DHW)
     missing = [max(size - (high - low + 1), 0) // 2 for low, high, size in zip(box[:3], box[3:], window, strict=True)]
     d0, h0, w0 = (max(low - more, 0) for low, more in zip(box[:3], missing, strict=True))
@@ -210,7 +210,7 @@ def region_of(mask_DHW: np.ndarray, prompt: Prompt, window: Sequence[int], reach
     boxes = [widened_box(mask_DHW, window, reach)]
     if prompt.box is not None and (said := clip_box(prompt.box, (0, 0, 0), mask_DHW.shape)) is not None:
         boxes.append(said)
-    points_N3, labels_N = _points_inside(prompt, (0, 0, 0), mask_DHW.shape)
+    points_N3, labels_N = points_inside(prompt, (0, 0, 0), mask_DHW.shape)
     boxes += [(d, h, w, d, h, w) for d, h, w in points_N3[labels_N == INSIDE].tolist()]
     d0, h0, w0 = (min(box[axis] for box in boxes) for axis in range(3))
     d1, h1, w1 = (max(box[axis] for box in boxes) for axis in range(3, 6))
@@ -306,7 +306,7 @@ def reflect(
     point inside the structure, or lies outside the user's box.
     """
     empty = not coarse_DHW.any()
-    points_N3, labels_N = _points_inside(prompt, start, coarse_DHW.shape)
+    points_N3, labels_N = points_inside(prompt, start, coarse_DHW.shape)
     if empty:
         return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=None) if INSIDE in labels_N else None
     box = clip_box(prompt.box, start, coarse_DHW.shape) if prompt.box is not None else None
@@ -323,7 +323,8 @@ def reflect(
     )
 
 
-def _points_inside(prompt: Prompt, start: Start, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def points_inside(prompt: Prompt, start: Start, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The points inside the window of `shape` at `start`, in its voxels, (N,3), and their labels; maybe none."""
     if prompt.points_N3 is None or prompt.labels_N is None:
         return np.zeros((0, 3), np.int64), np.zeros(0, np.int64)
     local_N3 = np.asarray(prompt.points_N3, np.int64) - start

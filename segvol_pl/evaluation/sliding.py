@@ -20,7 +20,7 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 from segvol_pl.config import SlidingConfig
 from segvol_pl.data.prompts import INSIDE, Prompt
 from segvol_pl.data.transforms import Sliceable, crop
-from segvol_pl.zoom import Promptable, Start, clip_box
+from segvol_pl.zoom import Promptable, Start, clip_box, points_inside
 
 OUTSIDE_LOGIT = -100.0
 """Of voxels that no window saw: surely not inside, and finite."""
@@ -103,18 +103,10 @@ def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None
     Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside.
     """
     box = None if prompt.box is None else clip_box(prompt.box, start, window)
-    points_N3, labels_N = _points_within(prompt, start, window)
+    points_N3, labels_N = points_inside(prompt, start, window)
     asked = box is not None if prompt.box is not None else INSIDE in labels_N or prompt.points_N3 is None
     if not asked:
         return None
     if len(points_N3) == 0:
         return replace(prompt, points_N3=None, labels_N=None, box=box)
     return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=box)
-
-
-def _points_within(prompt: Prompt, start: Start, window: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    if prompt.points_N3 is None or prompt.labels_N is None:
-        return np.zeros((0, 3), np.int64), np.zeros(0, np.int64)
-    local_N3 = prompt.points_N3 - np.array(start)
-    kept_N = ((local_N3 >= 0) & (local_N3 < window)).all(axis=1)
-    return local_N3[kept_N], np.asarray(prompt.labels_N)[kept_N]
