@@ -144,6 +144,20 @@ def load(verb: str, arguments: Sequence[str]) -> Any:
     return _built(verb, values, settings)
 
 
+def load_run(arguments: Sequence[str]) -> Any:
+    """The configuration of a training run: of train or of pretrain, whichever has its keys.
+
+    Raises ConfigError, as `load` does for train, where it is neither's.
+    """
+    try:
+        return load("train", arguments)
+    except ConfigError as error:
+        try:
+            return load("pretrain", arguments)
+        except ConfigError:
+            raise error from None
+
+
 def own_function(name: str, key: str) -> Callable[..., Any]:
     """The user's function `package.module:function` that a key names. Raises ConfigError where it is not found."""
     module, _, function = name.partition(":")

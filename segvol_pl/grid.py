@@ -300,7 +300,7 @@ def _filled(pair: Written, labels: dict[str, str]) -> Written:
 def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
     """`optim.max_steps` that spends the budget. Raises ConfigError where that is less than the warm-up."""
     config = configure.load(grid.verb, [*arguments, "optim.max_steps=1"])
-    step = config.data.global_batch * volume_flops(grid.verb, config)
+    step = config.data.global_batch * volume_flops(config)
     steps = round(budget / step)
     if steps <= config.optim.warmup_steps:
         raise ConfigError(
@@ -310,14 +310,11 @@ def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
     return Written(f"optim.max_steps={steps}", str(grid.path))
 
 
-def volume_flops(verb: str, config: Any) -> int:
+def volume_flops(config: Any) -> int:
     """Training FLOPs of one volume, forward and backward."""
-    if verb == "pretrain":
-        return flops.total(flops.pretrain_work(config.model, config.mask_ratio)).total
-    return flops.total(flops.train_work(config.model, config.prompts)).total
+    return flops.total(flops.volume_work(config)).total
 
 
-def parameters(verb: str, config: Any) -> int:
+def parameters(config: Any) -> int:
     """Trainable parameters of a run's model."""
-    count = flops.pretrain_parameters if verb == "pretrain" else flops.parameters
-    return sum(count(config.model).values())
+    return sum(flops.run_parameters(config).values())

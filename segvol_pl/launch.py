@@ -175,13 +175,13 @@ def describe(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 def _described(run: Run, now: State) -> dict[str, str]:
     steps = run.config.optim.max_steps
-    spent = steps * run.config.data.global_batch * volume_flops(run.verb, run.config)
+    spent = steps * run.config.data.global_batch * volume_flops(run.config)
     return {
         "run": str(run.number),
         "name": run.name,
         "state": now.name,
         "step": f"{now.step}/{steps}",
-        "parameters": f"{parameters(run.verb, run.config):,}",
+        "parameters": f"{parameters(run.config):,}",
         "flops": f"{spent:.2e}",
         "": now.detail,
     }

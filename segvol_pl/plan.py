@@ -94,21 +94,9 @@ def plan(arguments: list[str]) -> Plan:
     known = accelerator(device)
     if known is None:
         raise ConfigError(f"device: {device!r} is none of {', '.join(one.name for one in ACCELERATORS)}", "device")
-    made = Plan(_config(keys), known)
+    made = Plan(configure.load_run([*UNUSED, *keys]), known)
     _check(made)
     return made
-
-
-def _config(arguments: list[str]) -> Config:
-    """Of train or of pretrain, whichever has its keys."""
-    try:
-        config: Config = configure.load("train", [*UNUSED, *arguments])
-    except ConfigError as error:
-        try:
-            config = configure.load("pretrain", [*UNUSED, *arguments])
-        except ConfigError:
-            raise error from None
-    return config
 
 
 def _check(made: Plan) -> None:

@@ -156,7 +156,7 @@ flops: [1e14, 4e14]
     steps = {run.name: run.config.optim.max_steps for run in runs}
     assert list(steps) == [f"size-{size}_flops-{budget}_seed-0" for size in "sm" for budget in ("1e+14", "4e+14")]
     for run in runs:
-        spent = run.config.optim.max_steps * run.config.data.global_batch * volume_flops("train", run.config)
+        spent = run.config.optim.max_steps * run.config.data.global_batch * volume_flops(run.config)
         assert spent == pytest.approx(float(run.places["flops"]), rel=0.01)
     assert steps["size-s_flops-1e+14_seed-0"] > steps["size-m_flops-1e+14_seed-0"] > 0
     path.write_text(text.replace("1e14", "1e10"))

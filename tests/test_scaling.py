@@ -262,9 +262,9 @@ def test_run_folders_give_size_samples_compute_and_any_metric(tmp_path: Path) ->
         pairs = [f"{key}={value}" for key, value in settings.items()]
         (point,) = gather(load("scaling fit", [f"runs=[{tmp_path / 'runs'}]", *pairs])).used
         assert (point.loss, point.samples) == (pytest.approx(loss), samples)
-        assert point.params == parameters("train", config) and point.places == {"size": "96"}
+        assert point.params == parameters(config) and point.places == {"size": "96"}
         steps = 50 if settings.get("take") == "best" else 100
-        assert point.flops == steps * 32 * volume_flops("train", config)
+        assert point.flops == steps * 32 * volume_flops(config)
 
 
 def test_runs_that_give_no_point_are_listed_with_the_reason(tmp_path: Path) -> None:

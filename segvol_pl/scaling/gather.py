@@ -124,37 +124,31 @@ def _folder(folder: Path, config: PointsConfig) -> Point:
     record = read_record(folder)
     if record and record["state"] != "finished":
         raise PointsError(f"is {record['state']}, not finished")
-    verb, run = _configuration(folder / "config.yaml")
+    run = _configuration(folder / "config.yaml")
     step, value = _value(folder, config)
     volumes = _metric(folder, VOLUMES)[-1][1] if config.samples is Samples.volumes else None
     name = record["name"] if record else folder.name
-    return _point(name, verb, run, step, volumes, _loss(value, config), record["places"] if record else None)
+    return _point(name, run, step, volumes, _loss(value, config), record["places"] if record else None)
 
 
-def _point(
-    name: str, verb: str, run: Any, step: int, volumes: float | None, loss: float, places: dict[str, str] | None
-) -> Point:
+def _point(name: str, run: Any, step: int, volumes: float | None, loss: float, places: dict[str, str] | None) -> Point:
     """volumes: what D counts, where that is not the samples seen."""
     seen = step * run.data.global_batch
     return Point(
         name=name,
-        params=float(parameters(verb, run)),
+        params=float(parameters(run)),
         samples=float(seen if volumes is None else volumes),
         loss=loss,
-        flops=float(seen * volume_flops(verb, run)),
+        flops=float(seen * volume_flops(run)),
         places=places or {"seed": str(run.data.seed)},
     )
 
 
-def _configuration(path: Path) -> tuple[str, Any]:
-    """Verb and configuration of a run: the verb whose schema its file fits."""
-    problem = ""
-    for verb in ("train", "pretrain"):
-        try:
-            return verb, configure.load(verb, [str(path)])
-        except ConfigError as error:
-            problem = problem or str(error)
-    raise PointsError(problem)
+def _configuration(path: Path) -> Any:
+    try:
+        return configure.load_run([str(path)])
+    except ConfigError as error:
+        raise PointsError(str(error)) from None
 
 
 def _value(folder: Path, config: PointsConfig) -> tuple[int, float]:
@@ -262,7 +256,7 @@ def _of_summary(name: str, logged: dict[str, Any], summary: dict[str, Any], conf
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(logged["config"]), encoding="utf-8")  # JSON is YAML
-        verb, run = _configuration(path)
+        run = _configuration(path)
     volumes = float(summary[VOLUMES]) if config.samples is Samples.volumes else None
     step = int(summary["trainer/global_step"])
-    return _point(name, verb, run, step, volumes, _loss(float(summary[metric]), config), logged.get("places"))
+    return _point(name, run, step, volumes, _loss(float(summary[metric]), config), logged.get("places"))
