@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from segvol_pl import __version__, configure
 from segvol_pl.config import MISSING, SCHEMAS, ConfigError
+from segvol_pl.configure import imported
 
 PROGRAM = "segvol-pl"
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -125,21 +125,15 @@ def _explain(error: Exception) -> str:
 # ---- what the verbs do ----
 
 
-def _configured(name: str, target: str) -> Verb:
-    """A verb whose function takes the configuration that `SCHEMAS[name]` describes."""
+def _configured(name: str, target: str, console: bool = False) -> Verb:
+    """A verb whose function takes the configuration that `SCHEMAS[name]` describes, and maybe a console to print to."""
 
     def call(arguments: list[str]) -> int:
         config = configure.load(name, arguments)
-        _function(target)(config)
+        imported(target)(config, *([imported("rich.console:Console")()] if console else []))
         return DONE
 
     return Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS[name].__doc__), call)
-
-
-def _function(target: str) -> Any:
-    """`module:function`, imported."""
-    module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _take(arguments: list[str], *names: str) -> list[str]:
@@ -151,35 +145,19 @@ def _take(arguments: list[str], *names: str) -> list[str]:
 
 def _init(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
-    print("\n".join(_function("segvol_pl.shipped:lay_out")(Path(folder))))
-    return DONE
-
-
-def _pack(arguments: list[str]) -> int:
-    config = configure.load("pack", arguments)
-    from rich.console import Console
-
-    _function("segvol_pl.data.pack:pack")(config, Console())
-    return DONE
-
-
-def _evaluate(arguments: list[str]) -> int:
-    config = configure.load("evaluate", arguments)
-    from rich.console import Console
-
-    _function("segvol_pl.evaluate:evaluate")(config, Console())
+    print("\n".join(imported("segvol_pl.shipped:lay_out")(Path(folder))))
     return DONE
 
 
 def _index(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
-    _function("segvol_pl.data.shards:build_index")(folder)
+    imported("segvol_pl.data.shards:build_index")(folder)
     return DONE
 
 
 def _verify(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
-    faults: list[str] = _function("segvol_pl.data.shards:verify")(folder)
+    faults: list[str] = imported("segvol_pl.data.shards:verify")(folder)
     for fault in faults:
         print(fault)
     if not faults:
@@ -189,7 +167,7 @@ def _verify(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
-    rows: list[dict[str, Any]] = _function("segvol_pl.data.shards:describe")(folder)
+    rows: list[dict[str, Any]] = imported("segvol_pl.data.shards:describe")(folder)
     print(_table(rows) if rows else f"{folder}: no samples")
     return DONE
 
@@ -197,8 +175,8 @@ def _inspect(arguments: list[str]) -> int:
 def _overlap(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError("takes DIR ...")
-    groups = _function("segvol_pl.data.overlap:overlap")(arguments)
-    leaking = [group for group in groups if _function("segvol_pl.data.overlap:leaks")(group)]
+    groups = imported("segvol_pl.data.overlap:overlap")(arguments)
+    leaking = [group for group in groups if imported("segvol_pl.data.overlap:leaks")(group)]
     for group in groups:
         places = "  =  ".join(f"{place.folder} {place.key} ({place.split})" for place in group)
         print(f"{'in two splits: ' if group in leaking else ''}{places}")
@@ -210,7 +188,7 @@ def _view(arguments: list[str]) -> int:
     files = [argument for argument in arguments if "=" not in argument and not argument.endswith((".yaml", ".yml"))]
     image = [f"image={_take(files, 'CT')[0]}"] if files else []
     config = configure.load("view", [*image, *(argument for argument in arguments if argument not in files)])
-    _function("segvol_pl.view:view")(config)
+    imported("segvol_pl.view:view")(config)
     return DONE
 
 
@@ -219,14 +197,14 @@ def _import(arguments: list[str]) -> int:
     source, destination = _take(files, "SRC", "DST")
     keys = [argument for argument in arguments if argument not in files]
     config = configure.load("import", [f"source={source}", f"out={destination}", *keys])
-    _function("segvol_pl.release:import_weights")(config)
+    imported("segvol_pl.release:import_weights")(config)
     return DONE
 
 
 def _export(arguments: list[str]) -> int:
     source, destination = _take(arguments[:2], "SRC", "DST")
     published = _take(arguments[2:], "PUBLISHED")[0] if arguments[2:] else None
-    _function("segvol_pl.release:export")(source, destination, published)
+    imported("segvol_pl.release:export")(source, destination, published)
     return DONE
 
 
@@ -235,20 +213,20 @@ def _grid(arguments: list[str]) -> int:
     (file,) = _take(files, "FILE")
     keys = {name: value for name, _, value in (a.partition("=") for a in arguments) if name in ("run", "sweep", "out")}
     given = [a for a in arguments if a not in files and a.partition("=")[0] not in keys]
-    grid = _function("segvol_pl.grid:read")(Path(file), keys.get("out"))
-    runs = _function("segvol_pl.grid:expand")(grid, given)
-    passed = [*given, *(f"out={keys['out']}" for _ in range("out" in keys))]
+    grid = imported("segvol_pl.grid:read")(Path(file), keys.get("out"))
+    runs = imported("segvol_pl.grid:expand")(grid, given)
+    passed = [*given, f"out={keys['out']}"] if "out" in keys else given
     if "sweep" in keys:
-        text = _function("segvol_pl.launch:sweep")(grid, runs, passed)
-        _function("segvol_pl.data.whole:write_text")(Path(keys["sweep"]), text)
+        text = imported("segvol_pl.launch:sweep")(grid, runs, passed)
+        imported("segvol_pl.data.whole:write_text")(Path(keys["sweep"]), text)
     elif keys.get("run") == "all":
-        _function("segvol_pl.launch:start_all")(grid, runs, passed)
+        imported("segvol_pl.launch:start_all")(grid, runs, passed)
     elif "run" in keys:
         run = _numbered(runs, keys["run"])
-        _function("segvol_pl.launch:start")(run, _function(f"segvol_pl.run.trainer:{run.verb}"), _rank() == "0")
+        imported("segvol_pl.launch:start")(run, imported(f"segvol_pl.run.trainer:{run.verb}"), _rank() == "0")
     else:
-        print(_table(_function("segvol_pl.launch:describe")(runs)))
-        print(_function("segvol_pl.launch:held_out")(runs))
+        print(_table(imported("segvol_pl.launch:describe")(runs)))
+        print(imported("segvol_pl.launch:held_out")(runs))
     return DONE
 
 
@@ -265,8 +243,8 @@ def _scaling(arguments: list[str]) -> int:
     verb = f"scaling {arguments[0]}"
     given = [a for a in arguments[1:] if "=" in a or a.endswith((".yaml", ".yml"))]
     folders = [argument for argument in arguments[1:] if argument not in given]
-    runs = [f"runs={json.dumps(folders)}" for _ in range(bool(folders))]
-    for line in _function(kinds[arguments[0]])(configure.load(verb, [*runs, *given])):
+    runs = [f"runs={json.dumps(folders)}"] if folders else []
+    for line in imported(kinds[arguments[0]])(configure.load(verb, [*runs, *given])):
         print(line)
     return DONE
 
@@ -281,8 +259,8 @@ def _config(arguments: list[str]) -> int:
 def _plan(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError("takes FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]")
-    made = _function("segvol_pl.plan:plan")(arguments)
-    print("\n".join(_function("segvol_pl.plan:lines")(made)))
+    made = imported("segvol_pl.plan:plan")(arguments)
+    print("\n".join(imported("segvol_pl.plan:lines")(made)))
     return DONE
 
 
@@ -297,7 +275,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 VERBS = {
     "demo": _configured("demo", "segvol_pl.demo:run"),
     "inventory": _configured("inventory", "segvol_pl.data.inventory:inventory"),
-    "pack": Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["pack"].__doc__), _pack),
+    "pack": _configured("pack", "segvol_pl.data.pack:pack", console=True),
     "index": Verb("DIR", "Write index.json anew from the shards in DIR.", _index),
     "verify": Verb("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
     "inspect": Verb("DIR", "List the samples in the shards of DIR.", _inspect),
@@ -309,7 +287,7 @@ VERBS = {
         "State parameters, operations, memory by strategy, rates and hours of a training run, before it is launched.",
         _plan,
     ),
-    "evaluate": Verb("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["evaluate"].__doc__), _evaluate),
+    "evaluate": _configured("evaluate", "segvol_pl.evaluate:evaluate", console=True),
     "predict": _configured("predict", "segvol_pl.predict:predict"),
     "view": Verb("CT [FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["view"].__doc__), _view),
     "import": Verb("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
@@ -350,7 +328,7 @@ def _program_help() -> str:
 def _verb_help(name: str, verb: Verb) -> str:
     parts = [f"usage: {PROGRAM} {name} {verb.usage}", verb.summary]
     if verb.details:
-        parts.append(_function(verb.details))
+        parts.append(imported(verb.details))
     # A verb of several kinds has a schema for each: `scaling fit`, `scaling compare`.
     for schema in (each for each in SCHEMAS if each == name or each.startswith(f"{name} ")):
         of = "" if schema == name else f" of {schema}"

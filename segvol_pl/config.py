@@ -191,6 +191,12 @@ def _require(condition: bool, key: str, problem: str) -> None:
         raise ConfigError(f"{key}: {problem}", key)
 
 
+def _check_combinations(key: str, names: Sequence[str]) -> None:
+    _require(len(names) > 0, key, "needs at least one")
+    for name in names:
+        _require(name in COMBINATIONS, key, f"{name!r} is none of {', '.join(COMBINATIONS)}")
+
+
 def _check_own(key: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
     known = f"none of {', '.join(others)} nor" if others else "not"
     for name in names:
@@ -325,9 +331,7 @@ class PromptConfig:
     """Each face of a box moves by up to this share of the box's extent (the paper jitters, its code does not)."""
 
     def __post_init__(self) -> None:
-        _require(len(self.combinations) > 0, "prompts.combinations", "needs at least one")
-        for name in self.combinations:
-            _require(name in COMBINATIONS, "prompts.combinations", f"{name!r} is none of {', '.join(COMBINATIONS)}")
+        _check_combinations("prompts.combinations", self.combinations)
         _require(self.categories_per_volume > 0, "prompts.categories_per_volume", "must be positive")
         _require(self.pseudo_per_volume >= 0, "prompts.pseudo_per_volume", "must not be negative")
         _require(0 <= self.box_jitter < 0.5, "prompts.box_jitter", "is a share between 0 and 0.5")
@@ -695,9 +699,7 @@ class EvaluateConfig:
         given = self.data.shards is not None or self.data.files
         _require(given, "data.shards", "give data.shards=DIR, or data.images=... or data.cases=FILE for CT files")
         _require(len(self.modes) > 0, "modes", "needs at least one")
-        _require(len(self.prompts) > 0, "prompts", "needs at least one")
-        for name in self.prompts:
-            _require(name in COMBINATIONS, "prompts", f"{name!r} is none of {', '.join(COMBINATIONS)}")
+        _check_combinations("prompts", self.prompts)
         _require(self.tolerance > 0, "tolerance", "must be positive")
         _check_own("metrics", self.metrics)
         names = {name.rpartition(":")[2] for name in self.metrics}

@@ -158,11 +158,17 @@ def load_run(arguments: Sequence[str]) -> Any:
             raise error from None
 
 
+def imported(name: str) -> Any:
+    """What `package.module:name` names. Raises ImportError or AttributeError where there is none."""
+    module, _, inner = name.partition(":")
+    return getattr(importlib.import_module(module), inner)
+
+
 def own_function(name: str, key: str) -> Callable[..., Any]:
     """The user's function `package.module:function` that a key names. Raises ConfigError where it is not found."""
     module, _, function = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), function)
+        found = imported(name)
     except ImportError as error:
         raise ConfigError(
             f"{key}: {name}: {error}: install the package, or name its folder in PYTHONPATH", key

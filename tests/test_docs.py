@@ -138,9 +138,9 @@ def test_every_command_is_one(
 ) -> None:
     """The program reads it, and would go on to do it."""
     monkeypatch.chdir(ROOT)
-    real = program._function
+    real = program.imported
     monkeypatch.setattr(
-        program, "_function", lambda target: real(target) if target.startswith(READS_ALONE) else lambda *_: []
+        program, "imported", lambda target: real(target) if target.startswith(READS_ALONE) else lambda *_: []
     )
     assert program.main(words_of(line)) == program.DONE, capsys.readouterr().err
 
