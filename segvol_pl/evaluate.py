@@ -179,7 +179,7 @@ class _Evaluation:
 
     def _row(self, subject: Subject, category: str, setting: Setting, truth_DHW: np.ndarray, answer: Answer) -> Row:
         scores = score(answer.mask_DHW, truth_DHW, subject.facts.spacing, self.config.tolerance)
-        present, coarse_DHW = bool(truth_DHW.any()), answer.coarse_DHW
+        voxels, coarse_DHW = int(np.count_nonzero(truth_DHW)), answer.coarse_DHW
         return Row(
             case=subject.facts.key,
             category=category,
@@ -187,24 +187,22 @@ class _Evaluation:
             prompt=setting.prompt,
             box=setting.box,
             points=setting.points,
-            components=len(answer.prompts) if present else 0,
+            components=len(answer.prompts) if voxels else 0,
             dice=scores.dice,
-            zoom_out=dice(coarse_DHW, truth_DHW) if present and coarse_DHW is not None else None,
+            zoom_out=dice(coarse_DHW, truth_DHW) if voxels and coarse_DHW is not None else None,
             surface_dice=scores.surface_dice,
             volume_error=scores.volume_error,
             seconds=answer.seconds,
             memory_mb=answer.memory_mb,
-            truth_voxels=int(np.count_nonzero(truth_DHW)),
+            truth_voxels=voxels,
             predicted_voxels=int(np.count_nonzero(answer.mask_DHW)),
             windows=answer.windows,
             mask=self._saved(subject, category, setting, answer) if self.config.masks else "",
-            own=self._own(subject, truth_DHW, answer),
+            own=self._own(subject, truth_DHW, answer) if voxels else dict.fromkeys(self.own),
         )
 
     def _own(self, subject: Subject, truth_DHW: np.ndarray, answer: Answer) -> dict[str, float | None]:
-        """The user's own figures; None where the truth is empty, or the function says so."""
-        if not truth_DHW.any():
-            return dict.fromkeys(self.own)
+        """The user's own figures of a truth that is not empty; None where the function says so."""
         found = {name: of(answer.mask_DHW, truth_DHW, subject.facts.spacing) for name, of in self.own.items()}
         return {name: None if value is None else float(value) for name, value in found.items()}
 

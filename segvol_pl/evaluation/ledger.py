@@ -51,7 +51,7 @@ LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID")
 
 @dataclass(frozen=True)
 class Share:
-    """This process's part of the cases: the `number`-th of `count`."""
+    """This process's part of the cases: of array task `part` of `parts`, rank `rank` of `ranks`."""
 
     rank: int = 0
     ranks: int = 1
