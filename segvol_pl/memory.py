@@ -162,7 +162,7 @@ def prompt_bytes(model: SegVolConfig, bf16: bool) -> float:
     # Twice the image's size, its norm in float32, then eight times.
     fine, finest = (4 * WIDE + 2 * narrow) + (narrow if bf16 else 0), 8 * narrow
     transformer = first + (model.decoder_layers - 1) * later + final
-    # Features before and after their activation, and the gradients of the latter, in pieces and together.
+    # Features before and after their activation, and gradients: of the one whole, of the other in part.
     upscaled = tokens * (fine + 3 * finest + finest * 0.75)
     voxels = math.prod(model.input_shape)
     # Logits, probabilities, the mask as a number and the logits' gradients in part.
