@@ -23,7 +23,7 @@ from segvol_pl.data.whole import replacing, write_text
 from segvol_pl.grid import SEED
 from segvol_pl.scaling import figures, page
 from segvol_pl.scaling.gather import Point, Points, PointsError, gather
-from segvol_pl.scaling.judge import LEVEL
+from segvol_pl.scaling.judge import tails
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def compare_runs(config: CompareConfig) -> list[str]:
         f"{_shown(each)} (n = {each.n})"
         for each in comparison.differences
     ]
-    left = [f"left out {name}: {why}" for name, why in points.unused.items()]
+    left = points.left_out
     left += [f"left out {name}: has no partner" for name in comparison.unpaired]
     return [*left, *said, f"written to {out}: index.html, compare.json, differences.csv, figures"]
 
@@ -129,7 +129,7 @@ def _difference(label: str, where: str, clusters: Sequence[Sequence[tuple[Point,
     values = np.array([np.mean([one.loss - other.loss for one, other in cluster]) for cluster in clusters])
     low = high = None
     if len(values) > 1:
-        half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        half = stats.t.ppf(tails()[1], len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
         low, high = float(values.mean() - half), float(values.mean() + half)
     base = float(np.mean([other.loss for cluster in clusters for _, other in cluster]))
     return Difference(label, where, len(values), float(values.mean()), low, high, base, values.tolist())

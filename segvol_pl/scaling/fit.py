@@ -43,8 +43,7 @@ def fit_runs(config: FitConfig) -> list[str]:
     _write_json(out, points, judged, optima, notes)
     _write_page(out, points, judged, optima, notes, config)
     said = [line for each in judged for line in _said(each)]
-    unused = [f"left out {name}: {why}" for name, why in points.unused.items()]
-    return [*unused, *said, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
+    return [*points.left_out, *said, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
 
 
 def _asked(points: Points) -> list[tuple[Law, Points, str]]:
@@ -157,8 +156,7 @@ def _write_page(
     if optima:
         png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
         parts += [page.heading("Compute-optimal frontier"), page.picture(png, "Frontier"), page.table(_optima(optima))]
-    unused = [f"left out {name}: {why}" for name, why in points.unused.items()]
-    parts += [page.lines([*notes, *unused], "note"), page.heading("Runs"), page.table(_rows(points))]
+    parts += [page.lines([*notes, *points.left_out], "note"), page.heading("Runs"), page.table(_rows(points))]
     page.write_page(out / "index.html", "Scaling fit", parts)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segvol_pl.scaling.gather import Point
-from segvol_pl.scaling.judge import LEVEL, Interval
+from segvol_pl.scaling.judge import Interval, tails
 from segvol_pl.scaling.laws import Fit
 
 BUDGETS, BEYOND = 9, 10.0
@@ -45,8 +45,7 @@ def frontier(fitted: Fit, points: Sequence[Point], per: float) -> list[Optimum]:
     budgets = np.geomspace(min(spent), BEYOND * max(spent), BUDGETS)
     best = _best(fitted, fitted.theta_P[None], budgets / per)
     samples = _best(fitted, fitted.samples_SP, budgets / per)
-    tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    low, high = np.quantile(fitted.widened(best, samples), tails, axis=0)
+    low, high = np.quantile(fitted.widened(best, samples), tails(), axis=0)
     ends = np.exp(np.stack([best[0], low, high], axis=-1))
     reached = {name: [getattr(point, name) for point in points] for name in ("params", "samples")}
     optima = []

@@ -65,6 +65,11 @@ class Points:
         return np.log([[getattr(point, variable) for variable in variables] for point in self.used])
 
     @property
+    def left_out(self) -> list[str]:
+        """What could not be used, a line each."""
+        return [f"left out {name}: {why}" for name, why in self.unused.items()]
+
+    @property
     def losses(self) -> np.ndarray:
         """Of the points that are used, in their order."""
         return np.array([point.loss for point in self.used])

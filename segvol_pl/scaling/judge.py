@@ -158,11 +158,12 @@ def _effect(fitted: Fit, place: int) -> Interval:
         np.array([np.log(losses[0] / losses[1]) for losses in (fitted.predict(ends, theta) for theta in thetas)])
         for thetas in ([fitted.theta_P], fitted.samples_SP)
     )
-    low, high = np.quantile(fitted.widened(estimate[0], samples), _tails())
+    low, high = np.quantile(fitted.widened(estimate[0], samples), tails())
     return Interval(*(float(np.expm1(value)) for value in (estimate[0], low, high)))
 
 
-def _tails() -> tuple[float, float]:
+def tails() -> tuple[float, float]:
+    """Quantiles that an interval of `LEVEL` lies between."""
     return (1 - LEVEL) / 2, (1 + LEVEL) / 2
 
 
@@ -176,7 +177,7 @@ def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:
     estimate = np.array([to[name](value) for name, value in named.items()])
     spread_SP = np.array([[to[name](sample[name]) for name in named] for sample in samples])
     spread_SP = fitted.widened(estimate, spread_SP)
-    alone = np.quantile(spread_SP, _tails(), axis=0)
+    alone = np.quantile(spread_SP, tails(), axis=0)
     half = np.maximum(np.where(spread_SP < estimate, estimate - alone[0], alone[1] - estimate), 1e-12)
     wider = max(1.0, float(np.quantile((np.abs(spread_SP - estimate) / half).max(axis=1), LEVEL)))
     both = estimate + (alone - estimate) * wider
@@ -202,7 +203,7 @@ def predicted(fitted: Fit, logs_RT: np.ndarray, noise: bool, seed: int = 0) -> l
     if noise:
         rng = np.random.default_rng(seed)
         samples_SR = samples_SR + fitted.noise * rng.standard_normal(samples_SR.shape)
-    low, high = np.quantile(fitted.widened(estimate, samples_SR), _tails(), axis=0)
+    low, high = np.quantile(fitted.widened(estimate, samples_SR), tails(), axis=0)
     return [Interval(*row) for row in np.exp(np.stack([estimate, low, high], axis=1)).tolist()]
 
 
