@@ -6,8 +6,7 @@ written, lie beside it and are linked.
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from urllib.parse import quote
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from segvol_pl.data.whole import write_text
+from segvol_pl import page
 from segvol_pl.evaluation.metrics import Spread
 from segvol_pl.evaluation.pictures import COARSE, FINAL, GIVEN, TRUTH, Picture, png_of
 from segvol_pl.evaluation.prompting import Setting
@@ -39,7 +38,7 @@ def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], abou
         "What was run": _about(about),
     }
     sections = [_header(summary, about), *(_section(title, content) for title, content in parts.items() if content)]
-    write_text(path, PAGE.format(style=STYLE, body="\n".join(sections)))
+    page.write_page(path, "Evaluation", STYLE, sections)
 
 
 def _section(title: str, content: str) -> str:
@@ -76,12 +75,6 @@ def _cautions(summary: Summary) -> str:
     return "".join(f'<p class="note">{escape(line)}.</p>' for line in lines)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{title}</th>" for title in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
 def _named(setting: Setting) -> tuple[str, str]:
     prompt, mode = setting.named
     return escape(prompt), mode
@@ -107,7 +100,7 @@ def _overall(summary: Summary) -> str:
         "Mean over categories of their mean over cases; the interval is a bootstrap over the cases. Seconds are a mean "
         "over prompts, memory (MiB) the most of any prompt."
     )
-    return f"<p>{told}</p>" + _table((*head, "seconds / prompt", "memory", *summary.own), rows)
+    return f"<p>{told}</p>" + page.table((*head, "seconds / prompt", "memory", *summary.own), rows)
 
 
 def _by_category(summary: Summary) -> str:
@@ -117,7 +110,7 @@ def _by_category(summary: Summary) -> str:
         "Median [first quartile, third quartile] over cases, and the mean Dice with its interval. The volume error is "
         "(predicted - true) / true."
     )
-    return f"<p>{told}</p>" + _table((*head, "volume error", "seconds", *summary.own), rows)
+    return f"<p>{told}</p>" + page.table((*head, "volume error", "seconds", *summary.own), rows)
 
 
 def _category_row(category: str, setting: Setting, cell: Cell) -> tuple[str, ...]:
@@ -146,12 +139,12 @@ def _empty_truths(summary: Summary) -> str:
         for category, setting, cell in cells
     ]
     told = "Cases without the category, asked for it by text: they have no Dice and count in no other figure."
-    return f"<p>{told}</p>" + _table(("category", "prompt", "mode", "cases", "something found"), rows)
+    return f"<p>{told}</p>" + page.table(("category", "prompt", "mode", "cases", "something found"), rows)
 
 
 def _box_plots(summary: Summary) -> str:
     plots = "".join(
-        _image(png_of(_box_plot(summary, category)), f"Dice of {category}")
+        page.picture(png_of(_box_plot(summary, category)), f"Dice of {category}")
         for category in summary.categories
         if any(row.category == category and not row.empty for row in summary.rows)
     )
@@ -212,7 +205,7 @@ def _readings(summary: Summary) -> str:
         "eight likeliest. Filled: the category that the prompt was drawn for."
     )
     plots = "".join(
-        _image(png_of(_reading_plot(category, read)), f"What masks of {category} look like")
+        page.picture(png_of(_reading_plot(category, read)), f"What masks of {category} look like")
         for category, read in summary.read_as.items()
     )
     return f'<p>{escape(told)}</p><div class="grid">{plots}</div>'
@@ -241,8 +234,8 @@ def _pictures(pictures: Sequence[Picture]) -> str:
         "(dotted or pale: on another slice). The categories with the lowest median Dice.</p>"
     )
     return legend + "".join(
-        f"<figure>{_image(picture.png, picture.caption)}<figcaption>{escape(picture.caption)}</figcaption></figure>"
-        for picture in pictures
+        f"<figure>{page.picture(one.png, one.caption)}<figcaption>{escape(one.caption)}</figcaption></figure>"
+        for one in pictures
     )
 
 
@@ -259,26 +252,11 @@ def _masks(summary: Summary) -> str:
     )
 
 
-def _image(png: bytes, text: str) -> str:
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{data}">'
-
-
 def _about(about: dict[str, Any]) -> str:
     versions = [("python", about["python"]), *about["packages"].items()]
-    table = _table(("package", "version"), [(escape(name), escape(found)) for name, found in versions])
+    table = page.table(("package", "version"), [(escape(name), escape(found)) for name, found in versions])
     return f"<pre>{escape(about['config'])}</pre>{table}"
 
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation</title><style>{style}</style></head>
-<body>
-{body}
-</body>
-</html>
-"""
 
 STYLE = """
 :root { --ink: #1d2430; --soft: #5c6675; --line: #dde1e7; --tint: #f5f7f9; --bar: #fbe6d8; }

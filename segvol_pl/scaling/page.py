@@ -1,18 +1,18 @@
-"""The page of a fit or a comparison: one HTML file that needs nothing else."""
+"""The page of a fit or a comparison."""
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from segvol_pl.data.whole import write_text
+from segvol_pl import page
+from segvol_pl.page import picture as picture
 
 
 def write_page(path: Path, title: str, parts: Sequence[str]) -> None:
     """A page of parts made by the functions below."""
-    write_text(path, PAGE.format(title=escape(title), style=STYLE, body="\n".join(parts)))
+    page.write_page(path, title, STYLE, [f"<h1>{escape(title)}</h1>", *parts])
 
 
 def heading(text: str) -> str:
@@ -25,29 +25,10 @@ def lines(texts: Iterable[str], kind: str = "") -> str:
     return "".join(f'<p class="{kind}">{escape(text)}</p>' for text in texts)
 
 
-def picture(png: bytes, text: str) -> str:
-    """HTML of a PNG, inline; `text` stands for it where it is not shown."""
-    data = base64.b64encode(png).decode("ascii")
-    return f'<img alt="{escape(text, quote=True)}" src="data:image/png;base64,{data}">'
-
-
 def table(rows: Sequence[dict[str, str]]) -> str:
     """HTML of rows that have the same columns, the names of which are the first row's."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row.values()) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return page.table([escape(name) for name in rows[0]], ([escape(cell) for cell in row.values()] for row in rows))
 
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 STYLE = """
 body { margin: 0 auto; max-width: 62rem; padding: 2.5rem 1.5rem; color: #1d2430; background: #fff;
