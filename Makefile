@@ -12,6 +12,8 @@ LOWEST := build/lowest
 INSTALL := install --quiet --disable-pip-version-check --no-compile
 compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 
+FAST := -m pytest -m "not slow" -n 2 --dist loadfile
+
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
@@ -21,16 +23,16 @@ demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST)
 
 coverage: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python $(FAST) --cov --cov-report=term
 
 slow: env
 	$(BIN)/python -m pytest -m slow --durations=20
 
 lowest: $(LOWEST)/.installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(FAST)
 
 docs: env
 	$(BIN)/mkdocs build --quiet

@@ -274,7 +274,7 @@ def report(rows: dict[str, dict[str, float]], small: bool) -> None:
         table.add_row(*cells_of(step, row))
     console = Console(width=120)
     console.print(table)
-    for line in ratios({step: row["seconds"] for step, row in rows.items()}):
+    for line in ratios(rows):
         console.print(line)
 
 
@@ -284,11 +284,12 @@ def write(rows: dict[str, dict[str, float]], small: bool, path: Path) -> None:
     after = rest.split(MARKERS[1])[1]
     lines = [f"{title(small)}:", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells_of(step, row)) + " |" for step, row in rows.items()]
-    lines += ["", ". ".join(ratios({step: row["seconds"] for step, row in rows.items()})) + "."]
+    lines += ["", ". ".join(ratios(rows)) + "."]
     path.write_text(before + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + after, encoding="utf-8")
 
 
-def ratios(seconds: dict[str, float]) -> list[str]:
+def ratios(rows: dict[str, dict[str, float]]) -> list[str]:
+    seconds = {step: row["seconds"] for step, row in rows.items()}
     plain, one, eight, once, whole_image, simmim = ROWS
     lines = []
     for above, below, count, text in (

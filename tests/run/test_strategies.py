@@ -17,7 +17,7 @@ from segvol_pl.config import Strategy
 from segvol_pl.configure import to_yaml
 from segvol_pl.run.tracking import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("strategies")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, HALF = 20, 10
 MULTIPLE = ["ddp", "fsdp", "zero1", "zero2", "zero3"]

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from oracle import save_untrained
-from slurm.lab import SlurmLab, available
+from slurm.lab import SlurmLab
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, Mode
 from segvol_pl.configure import to_yaml
 from segvol_pl.evaluate import Summary, evaluate
 
-REASON = available()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.xdist_group("slurm"),
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", f"--chdir={ROOT}", "--job-name=lab"]
@@ -48,12 +41,6 @@ def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
 def alone(config: EvaluateConfig) -> list[dict[str, Any]]:
     """The figures of one process."""
     return figures(evaluate(config))
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
-    with SlurmLab(tmp_path_factory.mktemp("lab"), nodes=2, gpus=1) as lab:
-        yield lab
 
 
 def figures(summary: Summary | None) -> list[dict[str, Any]]:

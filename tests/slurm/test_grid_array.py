@@ -6,21 +6,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm.lab import SlurmLab, available
+from slurm.lab import SlurmLab
 
 from segvol_pl.run.tracking import read_metrics
 
-REASON = available()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.xdist_group("slurm"),
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200
@@ -47,12 +40,6 @@ axes:
   model.hidden: [16, 32]
 """
 SIZE = ["--array=0-3%2", "--cpus-per-task=1", f"--chdir={ROOT}", "--job-name=grid"]
-
-
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[SlurmLab]:
-    with SlurmLab(tmp_path / "lab", nodes=2, gpus=1) as lab:
-        yield lab
 
 
 def at_home(grid: Path, *arguments: str) -> str:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from lab import LabError, SlurmLab, available
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 ONCE = 'echo "run ${SLURM_RESTART_COUNT:-0}"; if [ -z "${SLURM_RESTART_COUNT:-}" ]; then'
 """What follows, up to `fi`, only the first run of the job does."""

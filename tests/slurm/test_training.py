@@ -5,13 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from slurm.lab import SlurmLab, available
+from slurm.lab import SlurmLab
 
 from segvol_pl.config import (
     DataConfig,
@@ -28,13 +27,7 @@ from segvol_pl.config import (
 from segvol_pl.configure import to_yaml
 from segvol_pl.run.tracking import read_metrics
 
-REASON = available()
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.xdist_group("slurm"),
-    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 240
@@ -66,12 +59,6 @@ def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
         prompts=PromptConfig(categories_per_volume=1, pseudo_per_volume=2),
         text=TextConfig(source=TextSource.seeded),
     )
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
-    with SlurmLab(tmp_path_factory.mktemp("lab"), nodes=2, gpus=1) as lab:
-        yield lab
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,16 @@
+"""The cluster that tests of jobs share: two nodes that claim a GPU each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from slurm.lab import SlurmLab, available
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+    if reason := available():
+        pytest.skip(reason)
+    with SlurmLab(tmp_path_factory.mktemp("lab"), nodes=2, gpus=1) as lab:
+        yield lab
