@@ -115,8 +115,8 @@ def plain_logits(task: SegVolTask, tokens_BTE: Tensor, prompts: Any) -> Tensor:
 
 def plain_loss(task: SegVolTask, batch: Batch) -> Tensor:
     """A category's step as published: 6 + 6 prompts decoded and compared one by one."""
-    asked = supervised_questions(batch, task.config.prompts.combinations)
-    asked = asked.joined(pseudo_questions(batch), task.config.pseudo_weight)
+    asked = supervised_questions(batch, task.config.prompts.combinations, {})
+    asked = asked.joined(pseudo_questions(batch, {}), task.config.pseudo_weight)
     tokens_BTE = task.model.encode(batch["image_BCDHW"])
     loss = tokens_BTE.new_zeros(())
     for place, mask_BDHW in enumerate(asked.masks):

@@ -162,11 +162,17 @@ BOX_SOURCES = ("exact", "jittered", "slice")
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """A function of the user's own, as `package.module:function`; `configure.own_function` finds it."""
 
+MARKS = re.compile(rf"([1-9]\d*)\*({OWN.pattern})")
+"""A kind of prompt of the user's own, as `N*package.module:function`: the function marks N voxels of a structure."""
+
 EVERY_CATEGORY = "all"
 """As the only text of a prediction: every category that the model knows."""
 
 COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points")
 """The six prompt combinations of the paper's Algorithm 1, in the published order."""
+
+PARTS = ("text", "points", "box")
+"""What a combination is put together from, beside marks of the user's own."""
 
 MAY_CHANGE = (
     "run",
@@ -194,7 +200,20 @@ def _require(condition: bool, key: str, problem: str) -> None:
 def _check_combinations(key: str, names: Sequence[str]) -> None:
     _require(len(names) > 0, key, "needs at least one")
     for name in names:
-        _require(name in COMBINATIONS, key, f"{name!r} is none of {', '.join(COMBINATIONS)}")
+        parts = named_parts(name)
+        known = all(part in PARTS or OWN.fullmatch(part) for part in parts) and len(set(parts)) == len(parts)
+        fits = name in COMBINATIONS or (known and marks_in([name]))
+        _require(bool(fits), key, f"{name!r} is none of {', '.join(COMBINATIONS)}, nor has it marks of model.marks")
+
+
+def named_parts(combination: str) -> list[str]:
+    """`box+text` -> box, text."""
+    return combination.split("+")
+
+
+def marks_in(combinations: Sequence[str]) -> list[str]:
+    """The user's own kinds of prompts in them, in the order of the first of each."""
+    return list(dict.fromkeys(part for name in combinations for part in named_parts(name) if part not in PARTS))
 
 
 def _check_own(key: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
@@ -235,8 +254,14 @@ class SegVolConfig:
     coordinates: Rule = Rule.consistent
     """Positional encoding of prompts and tokens. `published`: d and h are divided by each other's extent, and the
     tokens' axes are ordered h, d, w, because the released weights were trained so."""
+    marks: list[str] = field(default_factory=list)
+    """Kinds of prompts of one's own, each `N*package.module:function`: N voxels that the function marks, with an
+    embedding each, as a box has for its corners. Combinations name them without `N*`."""
 
     def __post_init__(self) -> None:
+        for entry in self.marks:
+            _require(MARKS.fullmatch(entry) is not None, "model.marks", f"{entry!r} is no N*package.module:function")
+        _require(len(self.marked) == len(self.marks), "model.marks", "names a function twice")
         _check_triple("model.input_shape", self.input_shape)
         _check_triple("model.patch", self.patch)
         whole = all(size % patch == 0 for size, patch in zip(self.input_shape, self.patch, strict=True))
@@ -253,6 +278,12 @@ class SegVolConfig:
         """Tokens along (d, h, w)."""
         d, h, w = (size // patch for size, patch in zip(self.input_shape, self.patch, strict=True))
         return d, h, w
+
+    @property
+    def marked(self) -> dict[str, int]:
+        """`package.module:function` -> the number of voxels that it marks, of all kinds of `marks`."""
+        found = (MARKS.fullmatch(entry) for entry in self.marks)
+        return {match[2]: int(match[1]) for match in found if match}
 
 
 @dataclass
@@ -510,6 +541,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.pretrained is None or self.weights is None, "pretrained", "weights=FILE brings its own encoder")
         _require(self.pseudo_weight >= 0, "pseudo_weight", "must not be negative")
+        for name in marks_in(self.prompts.combinations):
+            _require(
+                name in self.model.marked, "prompts.combinations", f"{name!r} is not among model.marks: add N*{name}"
+            )
 
 
 @dataclass

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from segvol_pl.config import EvaluateConfig, Mode, Wandb
+from segvol_pl.config import EvaluateConfig, Mode, Wandb, named_parts
 from segvol_pl.configure import own_function, to_yaml
 from segvol_pl.data.sample import SampleError
 from segvol_pl.data.shards import ShardError, sha256_of
@@ -238,7 +238,7 @@ class _Evaluation:
     def _read(self) -> Setting:
         """The first spatial prompt configured, its text left out; else an exact box."""
         for setting in self.settings:
-            parts = [part for part in setting.prompt.split("+") if part != "text"]
+            parts = [part for part in named_parts(setting.prompt) if part != "text"]
             if parts:
                 return Setting(Mode.resize.value, "+".join(parts), setting.box, setting.points)
         return Setting(Mode.resize.value, "box", "exact")

@@ -54,10 +54,14 @@ def parameters(config: SegVolConfig) -> dict[str, int]:
     """SegVol's trainable parameters by part; the text tower and the bank do not train."""
     return {
         "image_encoder": _encoder_parameters(config),
-        "prompt_encoder": 6 * config.hidden,
+        "prompt_encoder": (6 + _marks(config)) * config.hidden,
         "text_encoder": _linear(config.text_dim, config.hidden),
         "mask_decoder": _decoder_parameters(config),
     }
+
+
+def _marks(config: SegVolConfig) -> int:
+    return sum(config.marked.values())
 
 
 def pretrain_parameters(config: SegVolConfig) -> dict[str, int]:
@@ -175,10 +179,10 @@ def prompt_work(config: SegVolConfig, points: int) -> Work:
     """Encoding one prompt of so many points (padding included) and decoding its mask at low resolution."""
     hidden = config.hidden
     # Box corners are two points more. Positions are no weights, and the text bank does not train.
-    positions = _product(points + 2, 3, hidden // 2, gradients=0)
+    positions = _product(points + 2 + _marks(config), 3, hidden // 2, gradients=0)
     encoded = positions + _product(1, config.text_dim, hidden, gradients=1)
-    # Behind the points stand SAM's padding point, the box's corners and the text.
-    sparse = OWN_TOKENS + points + 4
+    # Behind the points stand SAM's padding point, the box's corners, the text and the marks.
+    sparse = OWN_TOKENS + points + 4 + _marks(config)
     mask = 2 * _product(1, hidden, hidden) + 2 * _product(1, hidden, hidden // 8)
     return encoded + _two_way(config, sparse) + mask + _upscaling(config)
 

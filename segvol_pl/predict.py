@@ -319,14 +319,15 @@ def _probability(logits_DHW: np.ndarray, mask_DHW: np.ndarray) -> float:
 
 
 def _continued(earlier: Prompt, later: Prompt) -> Prompt:
-    """The later prompt with the earlier one's points, and its text where it has none."""
+    """The later prompt with the earlier one's points and marks, and its text where it has none."""
     text = earlier.text if later.text is None else later.text
+    later = replace(later, text=text, marks={**earlier.marks, **later.marks})
     if earlier.points_N3 is None or earlier.labels_N is None:
-        return replace(later, text=text)
+        return later
     if later.points_N3 is None or later.labels_N is None:
-        return replace(later, text=text, points_N3=earlier.points_N3, labels_N=earlier.labels_N)
+        return replace(later, points_N3=earlier.points_N3, labels_N=earlier.labels_N)
     points_N3 = np.concatenate([earlier.points_N3, later.points_N3])
-    return replace(later, text=text, points_N3=points_N3, labels_N=np.concatenate([earlier.labels_N, later.labels_N]))
+    return replace(later, points_N3=points_N3, labels_N=np.concatenate([earlier.labels_N, later.labels_N]))
 
 
 def _warn_unless_ct(intensity: Intensity, path: Path) -> None:

@@ -156,7 +156,8 @@ def scale_prompt(prompt: Prompt, source: Sequence[int], target: Sequence[int]) -
     """The prompt on a grid of shape `target` that spans the same extent as its grid of shape `source`."""
     points_N3 = prompt.points_N3 if prompt.points_N3 is None else _scale_points(prompt.points_N3, source, target)
     box = prompt.box if prompt.box is None else scale_box(prompt.box, source, target)
-    return replace(prompt, points_N3=points_N3, box=box)
+    marks = {name: _scale_points(marks_M3, source, target) for name, marks_M3 in prompt.marks.items()}
+    return replace(prompt, points_N3=points_N3, box=box, marks=marks)
 
 
 def _scale_points(points_N3: np.ndarray, source: Sequence[int], target: Sequence[int]) -> np.ndarray:
@@ -302,10 +303,11 @@ def reflect(
     coarse_DHW: bool, the coarse mask inside the window. Text is kept. A box prompt becomes the part
     of the user's box inside the window (the published code takes the coarse mask's box where the region is more than
     one window, and hands on its mistakes). A points prompt keeps the user's points that lie inside and gets `points`
-    more, drawn from the coarse mask, and its box. A window is skipped where it holds neither coarse mask nor a user's
-    point inside the structure, or lies outside the user's box.
+    more, drawn from the coarse mask, and its box. Marks outside the window move to its edge. A window is skipped where
+    it holds neither coarse mask nor a user's point inside the structure, or lies outside the user's box.
     """
     empty = not coarse_DHW.any()
+    prompt = replace(prompt, marks=clip_marks(prompt, start, coarse_DHW.shape))
     points_N3, labels_N = points_inside(prompt, start, coarse_DHW.shape)
     if empty:
         return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=None) if INSIDE in labels_N else None
@@ -330,6 +332,12 @@ def points_inside(prompt: Prompt, start: Start, shape: Sequence[int]) -> tuple[n
     local_N3 = np.asarray(prompt.points_N3, np.int64) - start
     inside_N = ((local_N3 >= 0) & (local_N3 < shape)).all(axis=1)
     return local_N3[inside_N], np.asarray(prompt.labels_N, np.int64)[inside_N]
+
+
+def clip_marks(prompt: Prompt, start: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
+    """The marks in the voxels of the window of `shape` at `start`: those outside lie on its edge, as a cut box's do."""
+    last_3 = np.subtract(shape, 1)
+    return {name: np.clip(marks_M3 - np.asarray(start), 0, last_3) for name, marks_M3 in prompt.marks.items()}
 
 
 def clip_box(box: Box, start: Sequence[int], shape: Sequence[int]) -> Box | None:
@@ -477,10 +485,9 @@ class Zoomer:
         said_DHW = enlarge(prompt_map(asked.shrunk, self.window), mask_DHW.shape)
         for tile in grid:
             inside_DHW, said = tile.cut(mask_DHW, self.window), tile.cut(said_DHW, self.window)
-            yield (
-                tile,
-                _reflected_as_published(asked.prompt, inside_DHW, said, len(grid) == 1, self.config.points, asked.rng),
-            )
+            prompt = replace(asked.prompt, marks=clip_marks(asked.prompt, tile.start, self.window))
+            alone = len(grid) == 1
+            yield tile, _reflected_as_published(prompt, inside_DHW, said, alone, self.config.points, asked.rng)
 
     def _carried_out(self, plans: list[_Plan]) -> Iterator[ZoomResult]:
         """Window after window, each for all prompts that look at it; then the prompts' results in their order."""

@@ -1,4 +1,4 @@
-"""A strategy, a way of prompting, a figure and a source of the user's own, without a change to any file: see `toys`."""
+"""A strategy, a kind of prompt, ways to draw, a figure and a source of the user's own, no file changed: see `toys`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,26 @@ import csv
 import json
 import re
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import toys
 from boxes import write_boxes
+from ct_files import write_case
 from test_evaluate import config_for, evaluated
 from test_trainer import _train_config
 
-from segvol_pl.config import ConfigError, DrawConfig
+from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode
 from segvol_pl.configure import load, own_function
+from segvol_pl.data.prompts import Prompt, draw_marks
+from segvol_pl.evaluate import evaluate
+from segvol_pl.predict import Predictor, PromptError
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import train
+
+EXTREMES = "toys:extremes"
 
 
 def test_a_strategy_and_a_source_of_ones_own_train_alike(phantom_shards: Path, tmp_path: Path) -> None:
@@ -29,6 +37,45 @@ def test_a_strategy_and_a_source_of_ones_own_train_alike(phantom_shards: Path, t
     train(replace(config, run=own, data=data))
     whole, found = (read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "own"))
     assert found == whole and len(found) == toys.Single.steps == 3
+
+
+def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom_shards: Path, tmp_path: Path) -> None:
+    combinations = ["text", EXTREMES, f"{EXTREMES}+text"]
+    config = _train_config(phantom_shards, tmp_path / "run", steps=3)
+    prompts = replace(config.prompts, combinations=combinations)
+    checkpoint = train(replace(config, model=replace(config.model, marks=[f"6*{EXTREMES}"]), prompts=prompts))
+    for name in combinations:
+        assert len(read_metrics(tmp_path / "run/metrics.csv", f"train/dice_loss/{name}")) == 3
+    asked = EvaluateConfig(
+        checkpoint=str(checkpoint),
+        data=CasesConfig(str(phantom_shards), "all"),
+        out=str(tmp_path / "out"),
+        modes=list(Mode),
+        prompts=combinations,
+        categories=["liver"],
+        device="cpu",
+    )
+    summary = evaluate(asked)
+    assert summary is not None
+    assert {(row.mode, row.prompt) for row in summary.rows} == set(product((mode.value for mode in Mode), combinations))
+    image, _ = write_case(tmp_path, "organs")
+    session = Predictor.from_checkpoint(checkpoint, device="cpu").open(image)
+    marks = {EXTREMES: toys.extremes(session.volume.array_DHW > 0, np.random.default_rng(0))}
+    assert session.segment(Prompt(marks=marks)).array_DHW.shape == session.volume.array_DHW.shape
+    with pytest.raises(PromptError, match="lies outside the CT"):
+        session.segment(Prompt(marks={EXTREMES: marks[EXTREMES] + 100}))
+    with pytest.raises(ConfigError, match=r"model\.marks: toys:extremes marks 5 voxels, not 6"):
+        session.segment(Prompt(marks={EXTREMES: marks[EXTREMES][:5]}))
+    with pytest.raises(ConfigError, match=r"no marks toys:other; its model\.marks: toys:extremes"):
+        session.segment(Prompt(marks={"toys:other": marks[EXTREMES]}))
+
+
+def test_a_function_that_marks_other_than_voxels_is_named(phantom_shards: Path, tmp_path: Path) -> None:
+    config = _train_config(phantom_shards, tmp_path / "run", steps=3)
+    with pytest.raises(ConfigError, match=r"model\.marks: toys:f: toys has no 'f'"):
+        train(replace(config, model=replace(config.model, marks=["6*toys:f"])))
+    with pytest.raises(ConfigError, match=r"toys:flat gave an array of \[3\], not rows of d h w"):
+        draw_marks("toys:flat", np.ones((2, 2, 2), bool), np.random.default_rng(0))
 
 
 def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_path: Path) -> None:
@@ -66,6 +113,12 @@ def test_what_does_not_exist_is_named() -> None:
         ("evaluate", "metrics=[a:f,b:f]", "gives two functions of one name"),
         ("evaluate", "draw.boxes=[exakt]", "'exakt' is none of exact, jittered, slice nor a function"),
         ("train", "run.own_strategy=mine", "'mine' is not a function"),
+        ("train", "model.marks=[toys:extremes]", "'toys:extremes' is no N*package.module:function"),
+        ("train", "model.marks=[0*toys:extremes]", "is no N*package.module:function"),
+        ("train", "model.marks=[2*toys:extremes,6*toys:extremes]", "names a function twice"),
+        ("train", "prompts.combinations=[toys:extremes+text]", "'toys:extremes' is not among model.marks: add N*toys"),
+        ("evaluate", "prompts=[text+text]", "'text+text' is none of points+text"),
+        ("evaluate", "prompts=[scribble+text]", "'scribble+text' is none of points+text"),
     ],
 )
 def test_a_name_that_is_no_function_is_refused_at_once(verb: str, pair: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,15 +26,17 @@ SMALL = SegVolConfig(
 POINTS = 5
 
 
-def _prompts(count: int) -> PromptTensors:
+def _prompts(count: int, marks: int) -> PromptTensors:
     return PromptTensors(
         points_BPN3=torch.rand(1, count, POINTS, 3),
         labels_BPN=torch.ones(1, count, POINTS, dtype=torch.int64),
         boxes_BP6=torch.rand(1, count, 6),
         text_BP=torch.zeros(1, count, dtype=torch.int64),
+        marks_BPM3=torch.rand(1, count, marks, 3),
         has_points_BP=torch.ones(1, count, dtype=torch.bool),
         has_box_BP=torch.ones(1, count, dtype=torch.bool),
         has_text_BP=torch.ones(1, count, dtype=torch.bool),
+        has_marks_BPM=torch.ones(1, count, marks, dtype=torch.bool),
     )
 
 
@@ -56,14 +59,16 @@ def test_the_encoders_work_is_what_torch_counts(model: SegVol) -> None:
     assert _counted(lambda: model.encode(torch.rand(1, 1, 12, 32, 16))) == flops.encoder_work(SMALL)
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_the_decoders_work_is_what_torch_counts(model: SegVol, count: int) -> None:
+@pytest.mark.parametrize(("count", "marks"), [(1, 0), (3, 0), (3, 2)])
+def test_the_decoders_work_is_what_torch_counts(count: int, marks: int) -> None:
+    config = replace(SMALL, marks=[f"{marks}*toys:ends"] if marks else [])
+    model = SegVol(config, TextBank.seeded(["liver"], SMALL.text_dim))
     tokens = torch.rand(1, 48, 32, requires_grad=True)
-    expected = count * flops.prompt_work(SMALL, POINTS) + flops.image_work(SMALL)
+    expected = count * flops.prompt_work(config, POINTS) + flops.image_work(config)
     # Torch's counter leaves out the product of the finest features with a vector, the mask's weights.
     voxels, width = 64 * 48, SMALL.hidden // 8
     with_a_vector = count * Work(2 * voxels * width, 4 * voxels * width)
-    assert _counted(lambda: model.decode_low(tokens, _prompts(count))) + with_a_vector == expected
+    assert _counted(lambda: model.decode_low(tokens, _prompts(count, marks))) + with_a_vector == expected
 
 
 def test_the_upsamplings_work_is_what_torch_counts(model: SegVol) -> None:
@@ -81,7 +86,8 @@ def test_the_work_of_pretraining_is_what_torch_counts() -> None:
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large", "huge"])
 def test_parameters_are_those_of_the_model(name: str) -> None:
     path = Path(__file__).parents[1] / "configs" / "model" / f"{name}.yaml"
-    config = load("train", [f"model={path}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"])
+    marks = "model.marks=[6*toys:extremes]"
+    config = load("train", [f"model={path}", marks, "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"])
     assert isinstance(config, TrainConfig)
     with torch.device("meta"):
         model = SegVol(config.model, TextBank(["x"], torch.zeros(1, 512)))

@@ -82,9 +82,11 @@ def prompts_of(figures: dict[str, np.ndarray], kind: str) -> PromptTensors:
         labels_BPN=torch.from_numpy(figures["point_labels"]).long()[:, None],
         boxes_BP6=torch.from_numpy(figures["box"])[:, None],
         text_BP=torch.arange(count)[:, None],
+        marks_BPM3=torch.zeros(count, 1, 0, 3),
         has_points_BP=has["points"],
         has_box_BP=has["box"],
         has_text_BP=has["text"],
+        has_marks_BPM=torch.zeros(count, 1, 0, dtype=torch.bool),
     )
 
 

@@ -216,6 +216,17 @@ def test_points_prompt_keeps_the_points_inside_and_draws_more_from_the_coarse_ma
     assert local.box == (2, 3, 4, 5, 6, 7)
 
 
+def test_marks_outside_a_window_lie_on_its_edge() -> None:
+    prompt = Prompt(marks={"toys:ends": np.array([[1, 2, 3], [30, 9, 9]])})
+    coarse_DHW = np.ones((8, 8, 8), bool)
+    local = reflect(prompt, coarse_DHW, (4, 4, 4), points=3, rng=rng())
+    assert local is not None and local.box is None and local.points_N3 is None
+    assert local.marks["toys:ends"].tolist() == [[0, 0, 0], [7, 5, 5]]
+    shrunk = scale_prompt(prompt, (32, 16, 16), (8, 8, 8))
+    assert shrunk.marks["toys:ends"].tolist() == [[0, 1, 1], [7, 4, 4]]
+    assert reflect(prompt, np.zeros((8, 8, 8), bool), (4, 4, 4), points=3, rng=rng()) is None
+
+
 def test_text_prompt_gets_no_spatial_prompt() -> None:
     local = reflect(Prompt(text="liver"), np.ones(WINDOW, bool), (0, 0, 0), 5, rng())
     assert local is not None and local.box is None and local.points_N3 is None and local.text == "liver"

@@ -1,4 +1,4 @@
-"""What users of the command line may bring: one strategy, two ways of prompting, a figure and a source, all toys."""
+"""What users of the command line may bring: a strategy, a kind of prompt, ways to draw others, a figure, a source."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def first(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first voxel of the structure."""
     return np.argwhere(truth_DHW)[:1], np.array([INSIDE])
+
+
+def extremes(mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The structure's first and last voxel along each axis; of several one that is drawn. Rows of d h w, (6,3)."""
+    inside_N3 = np.argwhere(mask_DHW)
+    ends = [(axis, end(inside_N3[:, axis])) for axis in range(3) for end in (np.min, np.max)]
+    return np.stack([rng.choice(inside_N3[inside_N3[:, axis] == at]) for axis, at in ends])
+
+
+def flat(mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One voxel, where rows of voxels are wanted."""
+    return np.argwhere(mask_DHW)[0]
 
 
 def jaccard(mask_DHW: np.ndarray, truth_DHW: np.ndarray, spacing: Sequence[float] | None) -> float:

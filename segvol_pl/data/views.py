@@ -19,7 +19,7 @@ import numpy as np
 
 from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import transforms
-from segvol_pl.data.prompts import ABSENT, box_of, draw_points, jitter_box
+from segvol_pl.data.prompts import ABSENT, box_of, draw_marks, draw_points, gathered_marks, jitter_box
 from segvol_pl.data.sample import Box, Facts, Member
 
 Read = Callable[[Member], Any]
@@ -130,16 +130,21 @@ def simmim_sample(view: View, model: SegVolConfig, mask_ratio: float, rng: np.ra
 
 
 def segment_sample(
-    view: View, facts: Facts, row_of: dict[str, int], config: PromptConfig, rng: np.random.Generator
+    view: View,
+    facts: Facts,
+    row_of: dict[str, int],
+    config: PromptConfig,
+    marked: dict[str, int],
+    rng: np.random.Generator,
 ) -> Arrays:
     """The image, its categories' masks and prompts, and the pseudo-label ones under `pseudo_` names.
 
     Arrays: image_CDHW float32; per category masks_KDHW bool, category_K (row of the text bank), points_KN3,
-    labels_KN, boxes_K6, valid_K; per pseudo-label the same with `pseudo_`. A view that shows no category, or no
-    region, has valid 0 there and counts nothing.
+    labels_KN, boxes_K6, valid_K, with marks of the user's own marks_KM3; per pseudo-label the same with `pseudo_`, but
+    for the marks. A view that shows no category, or no region, has valid 0 there and counts nothing.
     """
     masks = _draw_categories(view, facts, config.categories_per_volume, rng)
-    categories = [_draw_prompt(mask, row_of.get(name, 0), config, rng) for name, mask in masks]
+    categories = [_draw_prompt(mask, row_of.get(name, 0), config, marked, rng) for name, mask in masks]
     pseudo = _draw_pseudos(view, config, rng)
     return {
         "image_CDHW": view.image_DHW[None],
@@ -174,10 +179,16 @@ def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
     return table[label_DHW]
 
 
-def _draw_prompt(mask_DHW: np.ndarray, row: int, config: PromptConfig, rng: np.random.Generator) -> Arrays:
+def _draw_prompt(
+    mask_DHW: np.ndarray, row: int, config: PromptConfig, marked: dict[str, int], rng: np.random.Generator
+) -> Arrays:
     positive = 1 + int(rng.integers(config.extra_positive + 1))
     negative = int(rng.integers(config.extra_negative + 1))
-    return _prompted(mask_DHW, row, config, rng, positive, negative)
+    prompted = _prompted(mask_DHW, row, config, rng, positive, negative)
+    if not marked:
+        return prompted
+    marks = {name: draw_marks(name, mask_DHW, rng) for name in marked} if prompted["valid"] else {}
+    return {**prompted, "marks_M3": gathered_marks(marks, marked)}
 
 
 def _prompted(
@@ -273,4 +284,4 @@ def draw_segment(
     row_of: dict[str, int],
 ) -> Arrays:
     """A supervised sample of a volume, see `segment_sample`."""
-    return segment_sample(draw_view(facts, read, model, data, rng), facts, row_of, prompts, rng)
+    return segment_sample(draw_view(facts, read, model, data, rng), facts, row_of, prompts, model.marked, rng)

@@ -95,12 +95,14 @@ def _span(box: Sequence[int], axis: int, at: int, shape: Sequence[int]) -> tuple
 
 
 def _points(prompt: Prompt, axis: int, at: int, shape: Sequence[int]) -> list[tuple[int, int, bool, bool]]:
-    if prompt.points_N3 is None or prompt.labels_N is None:
-        return []
+    """Marks are shown as points inside."""
+    given = [(mark, INSIDE) for marks_M3 in prompt.marks.values() for mark in marks_M3]
+    if prompt.points_N3 is not None and prompt.labels_N is not None:
+        given += zip(prompt.points_N3, prompt.labels_N.tolist(), strict=True)
     row, column = (other for other in range(3) if other != axis)
     return [
         (shape[row] - 1 - int(point[row]), shape[column] - 1 - int(point[column]), label == INSIDE, point[axis] == at)
-        for point, label in zip(prompt.points_N3, prompt.labels_N.tolist(), strict=True)
+        for point, label in given
     ]
 
 

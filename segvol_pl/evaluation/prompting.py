@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from segvol_pl.config import DrawConfig, EvaluateConfig, Slice, points_drawn
+from segvol_pl.config import DrawConfig, EvaluateConfig, Slice, marks_in, named_parts, points_drawn
 from segvol_pl.configure import own_function
-from segvol_pl.data.prompts import INSIDE, Prompt, box_of, draw_points, jitter_box
+from segvol_pl.data.prompts import INSIDE, Prompt, box_of, draw_marks, draw_points, jitter_box
 from segvol_pl.data.sample import Box, SampleError
 from segvol_pl.data.transforms import box_slices
 
-POINTS_STREAM, BOX_STREAM = 0, 2
+POINTS_STREAM, BOX_STREAM, MARKS_STREAM = 0, 2, 3
 """Ends of the seeds: what is drawn for one does not move the other. 1 is the zoom's."""
 
 NEIGHBOURS = np.ones((3, 3, 3), bool)
@@ -33,7 +33,7 @@ class Setting:
 
     mode: str
     prompt: str
-    """One of config.COMBINATIONS."""
+    """A combination, see config.COMBINATIONS."""
     box: str = ""
     """Where its box comes from; empty where it has none."""
     points: str = ""
@@ -47,7 +47,7 @@ class Setting:
     def named(self) -> tuple[str, str]:
         """The prompt with where it came from, and the mode."""
         drawn = {"box": f"box({self.box})", "points": f"points({self.points})"}
-        return "+".join(drawn.get(part, part) for part in self.prompt.split("+")), self.mode
+        return "+".join(drawn.get(part, part) for part in named_parts(self.prompt)), self.mode
 
     @property
     def free_of_truth(self) -> bool:
@@ -57,7 +57,7 @@ class Setting:
     @property
     def has_text(self) -> bool:
         """Whether its prompts name the category."""
-        return "text" in self.prompt.split("+")
+        return "text" in named_parts(self.prompt)
 
 
 def settings(config: EvaluateConfig) -> list[Setting]:
@@ -66,8 +66,8 @@ def settings(config: EvaluateConfig) -> list[Setting]:
         Setting(mode.value, prompt, box, points)
         for mode in config.modes
         for prompt in config.prompts
-        for box in (config.draw.boxes if "box" in prompt.split("+") else [""])
-        for points in (config.draw.points if "points" in prompt.split("+") else [""])
+        for box in (config.draw.boxes if "box" in named_parts(prompt) else [""])
+        for points in (config.draw.points if "points" in named_parts(prompt) else [""])
     ]
 
 
@@ -100,7 +100,11 @@ def draw(
         points_N3, labels_N = _points(setting.points, truth_DHW, spacing, config, seeds)
     if setting.box:
         box = _box(setting.box, truth_DHW, spacing, config, seeds)
-    return Prompt(text=category if setting.has_text else None, points_N3=points_N3, labels_N=labels_N, box=box)
+    marks = {
+        name: draw_marks(name, truth_DHW, np.random.default_rng([*seeds, MARKS_STREAM]))
+        for name in marks_in([setting.prompt])
+    }
+    return Prompt(category if setting.has_text else None, points_N3, labels_N, box, marks)
 
 
 def _points(

@@ -19,8 +19,9 @@ from monai.data.utils import compute_importance_map, dense_patch_slices
 
 from segvol_pl.config import SlidingConfig
 from segvol_pl.data.prompts import INSIDE, Prompt
+from segvol_pl.data.sample import Box
 from segvol_pl.data.transforms import Sliceable, crop
-from segvol_pl.zoom import Promptable, Start, clip_box, points_inside
+from segvol_pl.zoom import Promptable, Start, clip_box, clip_marks, points_inside
 
 OUTSIDE_LOGIT = -100.0
 """Of voxels that no window saw: surely not inside, and finite."""
@@ -100,8 +101,14 @@ def grid(shape: Sequence[int], window: Sequence[int], overlap: float) -> list[St
 def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None:
     """What of a prompt lies in the window at `start`, in its voxels; None where the window is not to be asked.
 
-    Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside.
+    Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside; marks
+    alone those that hold a part of the box around them.
     """
+    if prompt.marks:
+        alone = prompt.box is None and prompt.points_N3 is None
+        if alone and clip_box(_around(prompt), start, window) is None:
+            return None
+        prompt = replace(prompt, marks=clip_marks(prompt, start, window))
     box = None if prompt.box is None else clip_box(prompt.box, start, window)
     points_N3, labels_N = points_inside(prompt, start, window)
     asked = box is not None if prompt.box is not None else INSIDE in labels_N or prompt.points_N3 is None
@@ -110,3 +117,9 @@ def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None
     if len(points_N3) == 0:
         return replace(prompt, points_N3=None, labels_N=None, box=box)
     return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=box)
+
+
+def _around(prompt: Prompt) -> Box:
+    marks_M3 = np.concatenate(list(prompt.marks.values()))
+    d0, h0, w0, d1, h1, w1 = (int(number) for number in (*marks_M3.min(axis=0), *marks_M3.max(axis=0)))
+    return d0, h0, w0, d1, h1, w1

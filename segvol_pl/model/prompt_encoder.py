@@ -1,9 +1,9 @@
-"""The prompt encoder: points, boxes and text become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
+"""The prompt encoder: points, boxes, text and marks become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
 
 All prompts of all images are encoded at once. What a prompt lacks is a token that attention leaves out,
 so that any mixture of prompt kinds is one batch.
 
-Letters: B batch, P prompts of one image, N points, S prompt tokens, E embedding, T image tokens.
+Letters: B batch, P prompts of one image, N points, M marks of all kinds, S prompt tokens, E embedding, T image tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from segvol_pl.config import Rule, SegVolConfig
-from segvol_pl.data.prompts import ABSENT, PADDING, Prompt
+from segvol_pl.data.prompts import ABSENT, PADDING, Prompt, gathered_marks
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,19 @@ class PromptTensors:
     """The prompts of a batch of images, coordinates in voxels of the model's input.
 
     points_BPN3 float32, labels_BPN int64 (1, 0, -1 = padding, -2 = absent), boxes_BP6 float32 (inclusive maximum),
-    text_BP int64 (row of the text bank); has_* bool (B,P): what of it the prompt really has.
+    text_BP int64 (row of the text bank), marks_BPM3 float32; has_* bool (B,P), of marks (B,P,M): what of it the prompt
+    really has.
     """
 
     points_BPN3: Tensor
     labels_BPN: Tensor
     boxes_BP6: Tensor
     text_BP: Tensor
+    marks_BPM3: Tensor
     has_points_BP: Tensor
     has_box_BP: Tensor
     has_text_BP: Tensor
+    has_marks_BPM: Tensor
 
     def to(self, device: torch.device | str) -> PromptTensors:
         """The same on another device."""
@@ -50,22 +53,31 @@ class PromptTensors:
         return PromptTensors(**{name: torch.cat(pair, dim=1) for name, pair in pairs.items()})
 
     @classmethod
-    def from_prompts(cls, prompts: Sequence[Sequence[Prompt]], index_of: Callable[[str], int]) -> PromptTensors:
-        """Every image must have the same number of prompts. `index_of` gives the text bank's row of a name."""
+    def from_prompts(
+        cls, prompts: Sequence[Sequence[Prompt]], index_of: Callable[[str], int], marked: dict[str, int]
+    ) -> PromptTensors:
+        """Every image must have the same number of prompts. `index_of` gives the text bank's row of a name.
+
+        marked: the model's kinds of marks, and how many each has. Raises ConfigError for others.
+        """
         shape = (len(prompts), len(prompts[0]))
         flat = [prompt for row in prompts for prompt in row]
         width = max([len(prompt.points_N3) for prompt in flat if prompt.points_N3 is not None], default=1)
         points, labels = zip(*(_padded(prompt, width) for prompt in flat), strict=True)
         boxes = [prompt.box or (0,) * 6 for prompt in flat]
         text = [0 if prompt.text is None else index_of(prompt.text) for prompt in flat]
+        marks = np.stack([gathered_marks(prompt.marks, marked) for prompt in flat])
+        has_marks = [[name in prompt.marks for name, count in marked.items() for _ in range(count)] for prompt in flat]
         return cls(
             points_BPN3=torch.tensor(np.stack(points), dtype=torch.float32).view(*shape, width, 3),
             labels_BPN=torch.tensor(np.stack(labels), dtype=torch.int64).view(*shape, width),
             boxes_BP6=torch.tensor(boxes, dtype=torch.float32).view(*shape, 6),
             text_BP=torch.tensor(text, dtype=torch.int64).view(shape),
+            marks_BPM3=torch.tensor(marks, dtype=torch.float32).view(*shape, -1, 3),
             has_points_BP=torch.tensor([prompt.points_N3 is not None for prompt in flat]).view(shape),
             has_box_BP=torch.tensor([prompt.box is not None for prompt in flat]).view(shape),
             has_text_BP=torch.tensor([prompt.text is not None for prompt in flat]).view(shape),
+            has_marks_BPM=torch.tensor(has_marks, dtype=torch.bool).view(*shape, -1),
         )
 
 
@@ -126,16 +138,19 @@ class PromptEncoder(nn.Module):
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, config.hidden) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, config.hidden)
         self.no_mask_embed = nn.Embedding(1, config.hidden)
+        count = sum(config.marked.values())
+        self.mark_embeddings = nn.Embedding(count, config.hidden) if count else None
 
     def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens_BPSE, float32: points, the padding point, the box's two corners, text; keep_BPS, bool."""
+        """tokens_BPSE, float32: points, the padding point, the box's two corners, text, marks; keep_BPS, bool."""
         # Fourier features of voxel positions lose their meaning in bf16.
         with torch.autocast(text_BPE.device.type, enabled=False):
             points_BPNE = self._points(prompts.points_BPN3, prompts.labels_BPN)
             box_BP2E = self._box(prompts.boxes_BP6)
+            marks = [] if self.mark_embeddings is None else [self._marks(prompts.marks_BPM3, self.mark_embeddings)]
         # SAM ends points that come without a box by one padding point.
         padding_BP1E = self.not_a_point_embed.weight.expand(*text_BPE.shape[:2], 1, -1)
-        tokens_BPSE = torch.cat([points_BPNE, padding_BP1E, box_BP2E, text_BPE[:, :, None].float()], dim=2)
+        tokens_BPSE = torch.cat([points_BPNE, padding_BP1E, box_BP2E, text_BPE[:, :, None].float(), *marks], dim=2)
         return tokens_BPSE, self._keep(prompts)
 
     def _points(self, points_BPN3: Tensor, labels_BPN: Tensor) -> Tensor:
@@ -148,6 +163,10 @@ class PromptEncoder(nn.Module):
         corners_BP2E = self.pe_layer.voxels(boxes_BP6.unflatten(-1, (2, 3)))
         return corners_BP2E + torch.cat([self._kind(2), self._kind(3)])
 
+    def _marks(self, marks_BPM3: Tensor, embeddings: nn.Embedding) -> Tensor:
+        placed: Tensor = self.pe_layer.voxels(marks_BPM3) + embeddings.weight
+        return placed
+
     def _kind(self, index: int) -> Tensor:
         embedding = self.point_embeddings[index]
         assert isinstance(embedding, nn.Embedding)
@@ -158,4 +177,4 @@ class PromptEncoder(nn.Module):
         points_BP1, box_BP1 = prompts.has_points_BP[..., None], prompts.has_box_BP[..., None]
         points_BPN = points_BP1 & (prompts.labels_BPN != ABSENT)
         kept = [points_BPN, points_BP1 & ~box_BP1, box_BP1.expand(-1, -1, 2)]
-        return torch.cat([*kept, prompts.has_text_BP[..., None]], dim=2)
+        return torch.cat([*kept, prompts.has_text_BP[..., None], prompts.has_marks_BPM], dim=2)

@@ -1,7 +1,7 @@
 """SegVol: one image encoding, many prompts decoded from it (paper Sec. 2.1).
 
     image_BCDHW -> encode -> tokens_BTE -+
-    prompts (points, box, text) ---------+-> decode -> logits_BPDHW at the input's resolution
+    prompts (points, box, text, marks) --+-> decode -> logits_BPDHW at the input's resolution
 
 Letters: B images, P prompts of one image, A = B x P, C channel, D H W voxels, T tokens, E embedding.
 """
@@ -106,6 +106,9 @@ class SegVol(nn.Module):
         return upsampled
 
     def prompts(self, prompts: Sequence[Sequence[Prompt]]) -> PromptTensors:
-        """Tensors of a list of prompts per image, on this model's device. Raises UnknownCategory."""
+        """Tensors of a list of prompts per image, on this model's device.
+
+        Raises UnknownCategory for a text, ConfigError for marks that the model does not know.
+        """
         device = self.text_encoder.bank_KE.device
-        return PromptTensors.from_prompts(prompts, self.bank.index).to(device)
+        return PromptTensors.from_prompts(prompts, self.bank.index, self.config.marked).to(device)

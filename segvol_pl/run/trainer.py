@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from segvol_pl.config import ConfigError, PretrainConfig, Rule, TextSource, TrainConfig
-from segvol_pl.configure import differences, plain, to_yaml
+from segvol_pl.configure import differences, own_function, plain, to_yaml
 from segvol_pl.data import views
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
@@ -55,6 +55,8 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Runs supervised training; returns the last checkpoint. Raises ConfigError, ShardError, CheckpointError."""
+    for name in config.model.marked:
+        own_function(name, "model.marks")
     rows: dict[str, int] = {}
     draw = functools.partial(views.draw_segment, model=config.model, prompts=config.prompts, row_of=rows)
     module = _module(config, draw, labelled=True)

@@ -5,7 +5,7 @@
 3. A group is brought to full resolution and compared with its masks before the next one is decoded, see `groups`.
 
 Letters: B batch, K categories (or pseudo-labels) of one volume, C prompt combinations, P prompts of one volume, D H W
-voxels, N points.
+voxels, N points, M marks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from segvol_pl.config import TrainConfig
+from segvol_pl.config import TrainConfig, named_parts
 from segvol_pl.configure import plain
 from segvol_pl.data.stream import Batch
 from segvol_pl.losses import mask_losses
@@ -60,9 +60,9 @@ class SegVolTask(Task):
 
         answers: if given, the masks are appended to it, group by group, bool (B,P,D,H,W); without gradients alone.
         """
-        combinations = self.config.prompts.combinations
-        asked = questions = supervised_questions(batch, combinations)
-        pseudo = pseudo_questions(batch) if "pseudo_boxes_BK6" in batch else None
+        combinations, marked = self.config.prompts.combinations, self.config.model.marked
+        asked = questions = supervised_questions(batch, combinations, marked)
+        pseudo = pseudo_questions(batch, marked) if "pseudo_boxes_BK6" in batch else None
         if pseudo is not None:
             asked = questions.joined(pseudo, self.config.pseudo_weight)
         loss, dice_BP, bce_BP = self.prompt_losses(self.model.encode(batch["image_BCDHW"]), asked, answers)
@@ -112,31 +112,35 @@ class Questions:
         return Questions(self.prompts.joined(other.prompts), self.masks + other.masks, weights_BP)
 
 
-def supervised_questions(batch: Batch, combinations: list[str]) -> Questions:
-    """The categories in every combination: a combination counts its mean over the batch's masks, an invalid one 0."""
+def supervised_questions(batch: Batch, combinations: list[str], marked: dict[str, int]) -> Questions:
+    """The categories in every combination: a combination counts its mean over the batch's masks, an invalid one 0.
+
+    marked: the model's kinds of marks, and how many each has.
+    """
     valid_BK = batch["valid_BK"]
     weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
-    return Questions(combined(batch, "", combinations), _masks(batch["masks_BKDHW"], len(combinations)), weights_BP)
+    asked = combined(batch, combinations, marked)
+    return Questions(asked, _masks(batch["masks_BKDHW"], len(combinations)), weights_BP)
 
 
-def pseudo_questions(batch: Batch) -> Questions:
+def pseudo_questions(batch: Batch, marked: dict[str, int]) -> Questions:
     """Even pseudo-labels are asked for by points, odd ones by their box: the sum over them, as in Algorithm 1."""
     valid_BK = batch["pseudo_valid_BK"]
     kinds = ["box" if place % 2 else "points" for place in range(valid_BK.shape[1])]
     weights_BP = valid_BK.float() / len(valid_BK)
-    return Questions(_prompts(batch, "pseudo_", kinds), _masks(batch["pseudo_masks_BKDHW"], 1), weights_BP)
+    return Questions(_prompts(batch, "pseudo_", kinds, marked), _masks(batch["pseudo_masks_BKDHW"], 1), weights_BP)
 
 
 def _masks(masks_BKDHW: Tensor, each: int) -> list[Tensor]:
     return [mask_BDHW for mask_BDHW in masks_BKDHW.unbind(1) for _ in range(each)]
 
 
-def combined(batch: Batch, prefix: str, combinations: list[str]) -> PromptTensors:
-    """Each of the batch's K prompts in each of C combinations: P = K x C prompts, combination fastest."""
-    return _prompts(batch, prefix, combinations * batch[f"{prefix}valid_BK"].shape[1])
+def combined(batch: Batch, combinations: list[str], marked: dict[str, int]) -> PromptTensors:
+    """Each of the batch's K categories in each of C combinations: P = K x C prompts, combination fastest."""
+    return _prompts(batch, "", combinations * batch["valid_BK"].shape[1], marked)
 
 
-def _prompts(batch: Batch, prefix: str, kinds: Sequence[str]) -> PromptTensors:
+def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], marked: dict[str, int]) -> PromptTensors:
     """The batch's K prompts, each P / K times in a row, with the parts that the P `kinds` name."""
     valid_BK = batch[f"{prefix}valid_BK"]
     each = len(kinds) // valid_BK.shape[1]
@@ -147,14 +151,19 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str]) -> PromptTensors:
         return batch[prefix + name].repeat_interleave(each, dim=1)
 
     def has(part: str) -> Tensor:
-        return torch.stack([yes if part in kind else no for kind in kinds]).expand(len(valid_BK), -1)
+        return torch.stack([yes if part in named_parts(kind) else no for kind in kinds]).expand(len(valid_BK), -1)
 
+    slots = [name for name, count in marked.items() for _ in range(count)]
+    shape = len(valid_BK), len(kinds), len(slots)
+    no_marks_BPM3 = valid_BK.new_zeros((*shape, 3), dtype=torch.float32)
     return PromptTensors(
         points_BPN3=spread("points_BKN3").float(),
         labels_BPN=spread("labels_BKN"),
         boxes_BP6=spread("boxes_BK6").float(),
         text_BP=spread("category_BK"),
+        marks_BPM3=spread("marks_BKM3").float() if prefix + "marks_BKM3" in batch else no_marks_BPM3,
         has_points_BP=has("points"),
         has_box_BP=has("box"),
         has_text_BP=has("text"),
+        has_marks_BPM=torch.stack([has(name) for name in slots], dim=-1) if slots else valid_BK.new_zeros(shape),
     )

@@ -43,7 +43,12 @@ NIFTI = [Variant(order, flip) for order in ORDERS for flip in FLIPS][::3]
 DICOM = [Variant(order, flip) for order in ORDERS for flip in FLIPS if Variant(order, flip).right_handed][::4]
 
 
-BLOCKS = {"a": ("trunk", (40, 30, 40)), "b": ("trunk", (60, 40, 70)), "c": ("thorax", (150, 250, 1))}
+BLOCKS = {
+    "a": ("trunk", (40, 30, 40)),
+    "b": ("trunk", (60, 40, 70)),
+    "c": ("thorax", (150, 250, 1)),
+    "d": ("thorax", (300, 200, 1)),
+}
 """The CT, and the first voxel of the block."""
 
 
@@ -91,7 +96,7 @@ def written(numbers: object) -> str:
 
 @pytest.fixture(scope="module")
 def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three blocks of real CT, each in 16 variants as NIfTI and 6 as DICOM, and one resampled: 67 cases."""
+    """Two blocks of each real CT, each in 16 variants as NIfTI and 6 as DICOM, and one resampled: 89 cases."""
     folder = tmp_path_factory.mktemp("variants")
     rows = []
     for name, (source, start) in BLOCKS.items():
@@ -108,8 +113,8 @@ def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 rows.append({"id": id, "image": path.name, "label": f"{id}_seg.nii.gz"})
     coarse = sitk.Resample(image, [size // 2 for size in BLOCK], sitk.Transform(), sitk.sitkLinear, image.GetOrigin(),
                            [2 * step for step in image.GetSpacing()], image.GetDirection())  # fmt: skip
-    sitk.WriteImage(coarse, str(folder / "c_resampled.nii.gz"))
-    rows.append({"id": "c_resampled", "image": "c_resampled.nii.gz", "label": "c_nifti_00_seg.nii.gz"})
+    sitk.WriteImage(coarse, str(folder / "d_resampled.nii.gz"))
+    rows.append({"id": "d_resampled", "image": "d_resampled.nii.gz", "label": "d_nifti_00_seg.nii.gz"})
     (folder / "cases.json").write_text(json.dumps(rows))
     (folder / "categories.yaml").write_text("".join(f"s{value}: [{value}]\n" for value in range(1, 118)))
     return folder
@@ -133,23 +138,25 @@ def packed(folder: Path, out: Path, ids: list[str] | None = None) -> Store:
 
 
 def test_variants_are_copies_of_one(corpus: Path, tmp_path: Path) -> None:
-    """One of each block is packed, the 63 others are named as its copies; another resolution is another volume."""
+    """One of each block is packed, the 84 others are named as its copies; another resolution is another volume."""
     store = packed(corpus, tmp_path / "all")
     report = json.loads((tmp_path / "all/pack_report.json").read_text())
-    assert report["cases"] == 67 and not report["bad"]
+    assert report["cases"] == 89 and not report["bad"]
     assert sorted(record.key for record in read_index(store).samples) == [
         "a_dicom_00",
         "b_dicom_00",
         "c_dicom_00",
-        "c_resampled",
+        "d_dicom_00",
+        "d_resampled",
     ]
-    assert len(report["duplicates"]) == 63
+    assert len(report["duplicates"]) == 84
     assert all(left_out[0] == kept[0] for left_out, kept in report["duplicates"].items())
 
 
-def test_variants_pack_to_the_same_bytes(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_variants_pack_to_the_same_bytes(corpus: Path, tmp_path: Path, block: str) -> None:
     """Voxels, label map, overview, geometry, split: packed one by one, so that none is left out as a copy."""
-    ids = [f"a_{kind}_{number:02d}" for kind, variants in (("nifti", NIFTI), ("dicom", DICOM))
+    ids = [f"{block}_{kind}_{number:02d}" for kind, variants in (("nifti", NIFTI), ("dicom", DICOM))
            for number in range(len(variants))]  # fmt: skip
     assert len(ids) >= 20
     found = []

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
-from segvol_pl.config import SegVolConfig
+from segvol_pl.config import ConfigError, SegVolConfig
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import Upscaling
@@ -17,9 +21,9 @@ MODEL = SegVolConfig(
 )
 
 
-def _model() -> SegVol:
+def _model(marks: Sequence[str] = ()) -> SegVol:
     torch.manual_seed(0)
-    return SegVol(MODEL, TextBank.seeded(["liver", "spleen"], 512)).eval()
+    return SegVol(replace(MODEL, marks=list(marks)), TextBank.seeded(["liver", "spleen"], 512)).eval()
 
 
 def test_trilinear_equals_torchs() -> None:
@@ -62,6 +66,26 @@ def test_prompt_kinds_mix_in_one_batch_without_touching_each_other() -> None:
     assert torch.allclose(together, alone, atol=1e-5)
     spread = (together[0][:, None] - together[0][None]).abs().amax((2, 3, 4))
     assert (spread[~torch.eye(4, dtype=torch.bool)] > 1e-3).all()
+
+
+def test_marks_are_heard_and_their_absence_changes_nothing() -> None:
+    """A prompt without marks is answered as by the same model that knows none."""
+    deaf = _model()
+    model = _model(marks=["2*toys:ends", "1*toys:middle"])
+    lacking, unknown = model.load_state_dict(deaf.state_dict(), strict=False)
+    assert lacking == ["prompt_encoder.mark_embeddings.weight"] and not unknown
+    here, there = ({"toys:ends": np.array(ends)} for ends in ([[0, 1, 2], [9, 9, 9]], [[5, 20, 3], [9, 9, 9]]))
+    middle = {"toys:middle": np.array([[4, 5, 6]])}
+    prompts = [Prompt(text="liver", marks=marks) for marks in ({}, here, there, middle, here | middle)]
+    with torch.inference_mode():
+        tokens = model.encode(torch.rand(1, 1, 12, 32, 16))
+        together = model.decode(tokens, model.prompts([prompts]))[0]
+        plain = deaf.decode(tokens, deaf.prompts([prompts[:1]]))[0]
+    assert torch.allclose(together[:1], plain, atol=1e-5)
+    spread = (together[:, None] - together[None]).abs().amax((2, 3, 4))
+    assert (spread[~torch.eye(5, dtype=torch.bool)] > 1e-3).all()
+    with pytest.raises(ConfigError, match=r"no marks toys:ends; its model\.marks: none"):
+        deaf.prompts([prompts[1:2]])
 
 
 def test_the_base_model_has_the_published_sizes() -> None:

@@ -101,7 +101,7 @@ def test_the_masks_that_validation_looks_at_are_those_of_the_loss(segment_batch:
     task, answers = _segment_task(), []
     with torch.no_grad():
         task.losses(segment_batch, answers)
-        asked = combined(segment_batch, "", PROMPTS.combinations)
+        asked = combined(segment_batch, PROMPTS.combinations, {})
         masks = task.model.decode(task.model.encode(segment_batch["image_BCDHW"]), asked) > 0
     found = torch.cat(answers, dim=1)[:, : masks.shape[1]]
     assert found.shape == masks.shape and (found == masks).float().mean() > 0.9999
@@ -111,9 +111,9 @@ def test_prompts_decoded_together_equal_prompts_decoded_alone(segment_batch: Bat
     task = _segment_task()
     tokens = task.model.encode(segment_batch["image_BCDHW"])
     names = PROMPTS.combinations
-    together = task.model.decode(tokens, combined(segment_batch, "", names)).unflatten(1, (-1, len(names)))
+    together = task.model.decode(tokens, combined(segment_batch, names, {})).unflatten(1, (-1, len(names)))
     for place, name in enumerate(names):
-        alone = task.model.decode(tokens, combined(segment_batch, "", [name]))
+        alone = task.model.decode(tokens, combined(segment_batch, [name], {}))
         assert torch.allclose(together[:, :, place], alone, atol=1e-5)
 
 
@@ -121,7 +121,7 @@ def _plain_loss(task: SegVolTask, batch: Batch) -> torch.Tensor:
     """Each prompt decoded alone, each time from an image encoded anew, by the papers' formulas."""
     loss = torch.zeros(())
     names = PROMPTS.combinations
-    asked = supervised_questions(batch, names).joined(pseudo_questions(batch), task.config.pseudo_weight)
+    asked = supervised_questions(batch, names, {}).joined(pseudo_questions(batch, {}), task.config.pseudo_weight)
     for place, mask_BDHW in enumerate(asked.masks):
         tokens_BTE = task.model.encode(batch["image_BCDHW"])
         logits = task.model.decode(tokens_BTE, asked.prompts.at(slice(place, place + 1)))[:, 0].flatten(1)
