@@ -174,6 +174,12 @@ COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points"
 PARTS = ("text", "points", "box")
 """What a combination is put together from, beside marks of the user's own."""
 
+MASK_TOKENS = 4
+"""Of the mask decoder, as in SAM; SegVol reads its mask off the first one alone."""
+
+DEEPSPEED_BUCKET = 50_000_000
+"""Elements that DeepSpeed sends at once: a quarter of the model; its default of 5e8 would reserve 2 GB."""
+
 MAY_CHANGE = (
     "run",
     "track",

@@ -37,7 +37,7 @@ from segvol_pl.evaluation.examination import Answer, Examination
 from segvol_pl.evaluation.ledger import CaseResult, Ledger, Share, local_rank
 from segvol_pl.evaluation.metrics import dice, score
 from segvol_pl.evaluation.pictures import Picture, cut, draw_picture
-from segvol_pl.evaluation.prompting import Setting, settings
+from segvol_pl.evaluation.prompting import Setting, check_own, settings
 from segvol_pl.evaluation.reading import Reading, likeness, readings_of
 from segvol_pl.evaluation.rows import Row, Summary, csv_text, number
 from segvol_pl.evaluation.subjects import EvaluateError, Subject, Subjects, find_subjects
@@ -104,6 +104,7 @@ class _Evaluation:
         for category in config.categories:
             model.bank.index(category)
         self.settings = settings(config)
+        check_own(config)
         self.own = {name.rpartition(":")[2]: own_function(name, "metrics") for name in config.metrics}
         self.ledger = Ledger(self.out, config, identity)
         self.tried: set[str] = set()

@@ -13,10 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from segvol_pl.config import PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import MASK_TOKENS, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 
-MASK_TOKENS = 4
-"""As in `model/mask_decoder.py`, which cannot be imported without torch."""
 OWN_TOKENS = 1 + MASK_TOKENS
 """Tokens that the decoder puts in front of a prompt's."""
 

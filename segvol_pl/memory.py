@@ -14,14 +14,12 @@ import math
 from dataclasses import dataclass
 
 from segvol_pl import flops
-from segvol_pl.config import PretrainConfig, Recompute, RunConfig, SegVolConfig, Strategy, TrainConfig
+from segvol_pl.config import DEEPSPEED_BUCKET, PretrainConfig, Recompute, RunConfig, SegVolConfig, Strategy, TrainConfig
 
 WIDE = 4
 """Bytes of a float32."""
 NARROW = 2
 """Bytes of a bfloat16."""
-BUCKET = 50_000_000
-"""Elements that DeepSpeed sends at once, see `run/strategies.py`."""
 
 Config = PretrainConfig | TrainConfig
 
@@ -81,7 +79,7 @@ def gathers_ahead(run: RunConfig) -> bool:
 def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
     """Weights, gradients and AdamW's moments on one device."""
     whole, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
-    buckets = 2.0 * WIDE * min(BUCKET, trained)
+    buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
         case Strategy.auto | Strategy.ddp:
             return whole, whole, 2 * whole

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_pa
     assert "<th>jaccard</th>" in (out / "report.html").read_text() and summary.own == ["jaccard"]
     again = evaluated(config)
     assert again.rows == summary.rows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"draw": DrawConfig(boxes=["toys:f"])}, {"draw": DrawConfig(points=["toys:f"])}, {"prompts": ["toys:f+text"]}],
+)
+def test_a_drawing_that_does_not_exist_is_named_before_any_case(tmp_path: Path, change: dict[str, Any]) -> None:
+    shards, out = write_boxes(tmp_path), tmp_path / "out"
+    with pytest.raises(ConfigError, match="toys has no 'f'"):
+        evaluated(config_for(shards, out, **change))
+    assert not out.exists()
 
 
 def test_what_does_not_exist_is_named() -> None:

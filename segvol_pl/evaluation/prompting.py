@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from segvol_pl.config import DrawConfig, EvaluateConfig, Slice, marks_in, named_parts, points_drawn
+from segvol_pl.config import OWN, DrawConfig, EvaluateConfig, Slice, marks_in, named_parts, points_drawn
 from segvol_pl.configure import own_function
 from segvol_pl.data.prompts import INSIDE, Prompt, box_of, draw_marks, draw_points, jitter_box
 from segvol_pl.data.sample import Box, SampleError
@@ -69,6 +69,14 @@ def settings(config: EvaluateConfig) -> list[Setting]:
         for box in (config.draw.boxes if "box" in named_parts(prompt) else [""])
         for points in (config.draw.points if "points" in named_parts(prompt) else [""])
     ]
+
+
+def check_own(config: EvaluateConfig) -> None:
+    """Raises ConfigError where a function of the user's own, which is to draw, is not found."""
+    drawing = {"draw.boxes": config.draw.boxes, "draw.points": config.draw.points, "prompts": marks_in(config.prompts)}
+    for key, names in drawing.items():
+        for name in filter(OWN.fullmatch, names):
+            own_function(name, key)
 
 
 def parts_of(truth_DHW: np.ndarray, setting: Setting, config: DrawConfig) -> list[np.ndarray]:

@@ -16,10 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from segvol_pl.config import SegVolConfig
-
-MASK_TOKENS = 4
-"""As in SAM; SegVol reads its mask off the first one alone."""
+from segvol_pl.config import MASK_TOKENS, SegVolConfig
 
 
 class Attention(nn.Module):

@@ -33,7 +33,7 @@ from torch.distributed.fsdp import (
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from segvol_pl.config import ConfigError, Precision, RunConfig, Strategy
+from segvol_pl.config import DEEPSPEED_BUCKET, ConfigError, Precision, RunConfig, Strategy
 from segvol_pl.configure import own_function
 from segvol_pl.model.mask_decoder import TwoWayAttentionBlock, Upscaling
 from segvol_pl.tasks.optim import Task
@@ -45,8 +45,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by its own names."""
 LEAST_TIMEOUT = 120.0
 """Seconds that ranks wait for each other at least: they do not start at the same moment."""
-BUCKET = 50_000_000
-"""Elements that DeepSpeed sends at once: a quarter of the model; its default of 5e8 would reserve 2 GB."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -207,8 +205,8 @@ class ZeRO(DeepSpeedStrategy):
         super().__init__(
             stage=self.stage,
             offload_optimizer=run.offload,
-            allgather_bucket_size=BUCKET,
-            reduce_bucket_size=BUCKET,
+            allgather_bucket_size=DEEPSPEED_BUCKET,
+            reduce_bucket_size=DEEPSPEED_BUCKET,
             logging_level=logging.WARNING,
             logging_batch_size_per_gpu=1,
             process_group_backend=backend,
