@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import select
 import sys
 import traceback
@@ -26,6 +27,8 @@ PROGRAM = "segvol-pl"
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 RANK_VARIABLES = ("SLURM_PROCID", "RANK", "LOCAL_RANK")
 """Where this process's rank stands, before torch knows it: under SLURM, torchrun, Lightning's own launcher."""
+CARRIED = re.compile(r"Caught \w+ in (?:DataLoader worker|pin memory).*\n[\w.]+: (.*)", re.DOTALL)
+"""What torch makes of an error in a loader process: its whole traceback, whose last line tells what went wrong."""
 FLAGS = {"--help", "-h", "--debug", "--version"}
 
 
@@ -115,7 +118,8 @@ def _complain(words: list[str], message: str, status: int) -> int:
 
 def _explain(error: Exception) -> str:
     """One line. An error that is neither ours nor the system's is a fault of the program, and says where to look."""
-    text = " ".join(str(error).split())
+    carried = CARRIED.fullmatch(str(error))
+    text = " ".join((carried[1] if carried else str(error)).split())
     ours = isinstance(error, ValueError) and type(error).__module__.startswith("segvol_pl")
     if ours or isinstance(error, OSError):
         return text

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,7 +22,7 @@ from test_evaluate import config_for, evaluated
 from test_trainer import _train_config
 
 from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode
-from segvol_pl.configure import load, own_function
+from segvol_pl.configure import load, own_function, to_yaml
 from segvol_pl.data.prompts import Prompt, draw_marks
 from segvol_pl.evaluate import evaluate
 from segvol_pl.predict import Predictor, PromptError
@@ -69,6 +72,20 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
         session.segment(Prompt(marks={EXTREMES: marks[EXTREMES][:5]}))
     with pytest.raises(ConfigError, match=r"no marks toys:other; its model\.marks: toys:extremes"):
         session.segment(Prompt(marks={"toys:other": marks[EXTREMES]}))
+
+
+def test_an_error_in_a_loader_process_is_one_line_and_ends_the_run(phantom_shards: Path, tmp_path: Path) -> None:
+    config = _train_config(phantom_shards, tmp_path / "run", steps=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(config, data=replace(config.data, workers=1))))
+    wrong = ["model.marks=[5*toys:extremes]", "prompts.combinations=[text,toys:extremes]"]
+    command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "config.yaml"), *wrong]
+    search = os.pathsep.join([str(Path(toys.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True, timeout=100
+    )
+    said = done.stderr.splitlines()[-1]
+    assert said == "segvol-pl train: error: model.marks: toys:extremes marks 6 voxels, not 5"
+    assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_a_function_that_marks_other_than_voxels_is_named(phantom_shards: Path, tmp_path: Path) -> None:

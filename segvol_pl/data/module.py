@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
+import multiprocessing
 import signal
 from typing import Any
 
@@ -97,6 +99,7 @@ class VolumeModule(pl.LightningDataModule):
         return Stream(corpus, draw, plan, self._world(), seen)
 
     def _loader(self, stream: Stream, workers: int) -> DataLoader[Batch]:
+        atexit.register(_end_workers)
         return DataLoader(
             stream,
             batch_size=None,
@@ -123,6 +126,13 @@ class VolumeModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen = state_dict["seen"]
+
+
+def _end_workers() -> None:
+    """At the process's end, before multiprocessing asks them by SIGTERM, which they ignore, and waits for ever."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def _leave_signals(worker: int) -> None:
