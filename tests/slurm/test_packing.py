@@ -17,8 +17,8 @@ from segvol_pl.data.pack import STAGING, pack
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
-CASES, TASKS, BROKEN = 48, 4, "case05"
-SIZE = ["--cpus-per-task=1", "--mem=2G", f"--chdir={ROOT}", "--job-name=pack"]
+CASES, TASKS, BROKEN = 64, 4, "case05"
+SIZE = ["--cpus-per-task=4", "--mem=2G", f"--chdir={ROOT}", "--job-name=pack"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_an_array_that_loses_a_node_packs_the_bytes_of_one_process(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was staged is not packed again"
     assert lab.record(f"{array}_{lost[0] + 1}")["Restarts"] == "1"
     said = "".join((tmp_path / f"task-{task}.log").read_text() for task in range(1, TASKS + 1))
-    assert f"{BROKEN}_ct.nii.gz" in said and "run without slice to join" in said
+    assert BROKEN in said and f"slice {int(BROKEN[4:]) % TASKS}/{TASKS}: {share - 1} of {share} cases staged" in said
 
     joining = lab.sbatch(*SIZE, f"--output={tmp_path}/join.log", **call)
     lab.wait(joining, {"COMPLETED"}, timeout=120)
