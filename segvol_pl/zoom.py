@@ -50,16 +50,11 @@ Progress = Callable[[int, int], None]
 """Told the windows decoded and those to be decoded, of the prompts worked on at once."""
 
 
-class Shaped(Protocol):
-    """A model's configuration, as far as zooming needs it."""
-
-    input_shape: list[int]
-
-
 class Promptable(Protocol):
     """What zooming needs of a model; SegVol satisfies it."""
 
     config: Any
+    """Holds `input_shape`, the voxels (d, h, w) that the model sees."""
 
     def encode(self, image_BCDHW: torch.Tensor) -> torch.Tensor:
         """tokens_BTE of images (B, 1, *config.input_shape) in [0, 1]."""
