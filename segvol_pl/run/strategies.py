@@ -8,10 +8,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -172,12 +173,22 @@ class FullyShard(ModelParallelStrategy):
         }
         for block in sharded_blocks(module):
             fully_shard(block, **settings)
-            if isinstance(block, TwoWayAttentionBlock):
-                register_fsdp_forward_method(block, "look")
+        decoding = [block for block in sharded_blocks(module) if isinstance(block, TwoWayAttentionBlock)]
+        for block in decoding:
+            register_fsdp_forward_method(block, "look")
         fully_shard(module, **settings)
+        assert isinstance(module, Task)
+        module.gather = functools.partial(_gather, decoding)
         # Lightning calls these, not forward, before which FSDP2 gathers.
         for step in ("training_step", "validation_step"):
             register_fsdp_forward_method(module, step)
+
+
+def _gather(blocks: Sequence[torch.nn.Module]) -> None:
+    # Up to torch 2.10 a block that has had its backward pass is not gathered again for a group that is recomputed.
+    for block in blocks:
+        assert isinstance(block, FSDPModule)
+        block.unshard()
 
 
 def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:

@@ -70,6 +70,8 @@ class Task(pl.LightningModule):
         """Splits the weights over the ranks; set by the strategy that does."""
         self.whole_weights = True
         """Whether this process holds them whole at all times; otherwise each only while its module computes."""
+        self.gather: Callable[[], None] = lambda: None
+        """Makes the decoder's weights whole before it computes; set by the strategy where torch may not."""
 
     def configure_model(self) -> None:
         """Lightning's moment for splitting; may come again."""

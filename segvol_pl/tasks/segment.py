@@ -83,6 +83,7 @@ class SegVolTask(Task):
         """The weighted loss (), and Dice loss and BCE of every prompt, detached, (B,P) each; `answers` as above."""
 
         def term(group: slice, *side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            self.gather()
             logits_BPDHW = self.model.upsample(self.model.decode_side(ImageSide(*side), asked.prompts.at(group)))
             if answers is not None:
                 answers.append(logits_BPDHW > 0)
