@@ -129,6 +129,8 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
     # The watchdog, which names the rank that hangs, ends the job before this does.
     timeout = timedelta(seconds=max(2 * run.timeout, LEAST_TIMEOUT))
     if run.strategy is Strategy.fsdp:
+        if torch.__version__ < "2.9":
+            raise ConfigError("run.strategy: fsdp needs torch 2.9, before which CPU ranks summed gradients: use ddp")
         return FullyShard(run, backend, timeout)
     if run.strategy in STAGES:
         if importlib.util.find_spec("deepspeed") is None:

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_trainer import _train_config
+from torch.torch_version import TorchVersion
 
-from segvol_pl.config import Strategy
+from segvol_pl.config import ConfigError, RunConfig, Strategy
 from segvol_pl.configure import to_yaml
 from segvol_pl.run.startup import StartUpError, check_room, check_shared_memory, compare, compare_clocks
+from segvol_pl.run.strategies import FullyShard, trainer_placement
 
 SAME = {"configuration": "1", "packages": "torch 2", "samples": "3"}
 
@@ -75,3 +78,12 @@ def test_ranks_started_with_other_arguments_end_in_seconds(phantom_shards: Path,
         _, errors = rank.communicate(timeout=60)
         assert rank.returncode == 1
         assert f"error: rank 1 on {socket.gethostname()} has other configuration than rank 0" in errors
+
+
+def test_fsdp_is_refused_where_torch_would_sum_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunConfig(out="out", strategy=Strategy.fsdp, devices=2, accelerator="cpu")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0+cu128"))
+    with pytest.raises(ConfigError, match=r"run\.strategy: fsdp needs torch 2\.9"):
+        trainer_placement(run)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0"))
+    assert isinstance(trainer_placement(run)["strategy"], FullyShard)
