@@ -206,10 +206,10 @@ def _require(condition: bool, key: str, problem: str) -> None:
 def _check_combinations(key: str, names: Sequence[str]) -> None:
     _require(len(names) > 0, key, "needs at least one")
     for name in names:
-        parts = named_parts(name)
-        known = all(part in PARTS or OWN.fullmatch(part) for part in parts) and len(set(parts)) == len(parts)
-        fits = name in COMBINATIONS or (known and marks_in([name]))
-        _require(bool(fits), key, f"{name!r} is none of {', '.join(COMBINATIONS)}, nor has it marks of model.marks")
+        parts, own = named_parts(name), marks_in([name])
+        marked = len(set(parts)) == len(parts) and all(OWN.fullmatch(part) for part in own)
+        fits = marked if own else name in COMBINATIONS
+        _require(fits, key, f"{name!r} is none of {', '.join(COMBINATIONS)}, nor has it marks of model.marks")
 
 
 def named_parts(combination: str) -> list[str]:

@@ -83,11 +83,13 @@ def test_the_work_of_pretraining_is_what_torch_counts() -> None:
     assert _counted(lambda: task.loss(batch)) == flops.total(flops.pretrain_work(SMALL, 0.25))
 
 
+@pytest.mark.parametrize("marks", ["[]", "[6*toys:extremes]"])
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large", "huge"])
-def test_parameters_are_those_of_the_model(name: str) -> None:
+def test_parameters_are_those_of_the_model(name: str, marks: str) -> None:
     path = Path(__file__).parents[1] / "configs" / "model" / f"{name}.yaml"
-    marks = "model.marks=[6*toys:extremes]"
-    config = load("train", [f"model={path}", marks, "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"])
+    config = load(
+        "train", [f"model={path}", f"model.marks={marks}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"]
+    )
     assert isinstance(config, TrainConfig)
     with torch.device("meta"):
         model = SegVol(config.model, TextBank(["x"], torch.zeros(1, 512)))

@@ -99,7 +99,6 @@ class VolumeModule(pl.LightningDataModule):
         return Stream(corpus, draw, plan, self._world(), seen)
 
     def _loader(self, stream: Stream, workers: int) -> DataLoader[Batch]:
-        atexit.register(_end_workers)
         return DataLoader(
             stream,
             batch_size=None,
@@ -128,6 +127,7 @@ class VolumeModule(pl.LightningDataModule):
         self.seen = state_dict["seen"]
 
 
+@atexit.register
 def _end_workers() -> None:
     """At the process's end, before multiprocessing asks them by SIGTERM, which they ignore, and waits for ever."""
     for worker in multiprocessing.active_children():

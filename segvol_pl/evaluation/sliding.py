@@ -104,19 +104,20 @@ def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None
     Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside; marks
     alone those that hold a part of the box around them.
     """
-    if prompt.marks:
-        alone = prompt.box is None and prompt.points_N3 is None
-        if alone and clip_box(_around(prompt), start, window) is None:
-            return None
-        prompt = replace(prompt, marks=clip_marks(prompt, start, window))
     box = None if prompt.box is None else clip_box(prompt.box, start, window)
     points_N3, labels_N = points_inside(prompt, start, window)
-    asked = box is not None if prompt.box is not None else INSIDE in labels_N or prompt.points_N3 is None
+    if prompt.box is not None:
+        asked = box is not None
+    elif prompt.points_N3 is not None:
+        asked = INSIDE in labels_N
+    else:
+        asked = not prompt.marks or clip_box(_around(prompt), start, window) is not None
     if not asked:
         return None
+    prompt = replace(prompt, box=box, marks=clip_marks(prompt, start, window))
     if len(points_N3) == 0:
-        return replace(prompt, points_N3=None, labels_N=None, box=box)
-    return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=box)
+        return replace(prompt, points_N3=None, labels_N=None)
+    return replace(prompt, points_N3=points_N3, labels_N=labels_N)
 
 
 def _around(prompt: Prompt) -> Box:

@@ -173,9 +173,10 @@ class FullyShard(ModelParallelStrategy):
             "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.run.offload else OffloadPolicy(),
         }
-        for block in sharded_blocks(module):
+        blocks = sharded_blocks(module)
+        decoding = [block for block in blocks if isinstance(block, TwoWayAttentionBlock)]
+        for block in blocks:
             fully_shard(block, **settings)
-        decoding = [block for block in sharded_blocks(module) if isinstance(block, TwoWayAttentionBlock)]
         for block in decoding:
             register_fsdp_forward_method(block, "look")
         fully_shard(module, **settings)

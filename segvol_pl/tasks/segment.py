@@ -154,17 +154,17 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], marked: dict[str, 
     def has(part: str) -> Tensor:
         return torch.stack([yes if part in named_parts(kind) else no for kind in kinds]).expand(len(valid_BK), -1)
 
-    slots = [name for name, count in marked.items() for _ in range(count)]
-    shape = len(valid_BK), len(kinds), len(slots)
-    no_marks_BPM3 = valid_BK.new_zeros((*shape, 3), dtype=torch.float32)
+    shape, known = (len(valid_BK), len(kinds)), prefix + "marks_BKM3" in batch
+    no_marks = (*shape, sum(marked.values()), 3)
+    has_marks = [has(name)[..., None].expand(-1, -1, count) for name, count in marked.items()]
     return PromptTensors(
         points_BPN3=spread("points_BKN3").float(),
         labels_BPN=spread("labels_BKN"),
         boxes_BP6=spread("boxes_BK6").float(),
         text_BP=spread("category_BK"),
-        marks_BPM3=spread("marks_BKM3").float() if prefix + "marks_BKM3" in batch else no_marks_BPM3,
+        marks_BPM3=spread("marks_BKM3").float() if known else valid_BK.new_zeros(no_marks, dtype=torch.float32),
         has_points_BP=has("points"),
         has_box_BP=has("box"),
         has_text_BP=has("text"),
-        has_marks_BPM=torch.stack([has(name) for name in slots], dim=-1) if slots else valid_BK.new_zeros(shape),
+        has_marks_BPM=torch.cat([valid_BK.new_zeros((*shape, 0)), *has_marks], dim=-1),
     )
