@@ -10,8 +10,9 @@
 5. Seconds of a click on the open trunk CT at 3 mm with the tiny model (configs/model/tiny.yaml), at places that were
    not looked at before; a structure of a quarter of the CT along each axis is taken to lie there.
 
-Weights are random, of the published size, or with --small those of configs/model/small.yaml. They find no organs: the
-box of the prompt stands for the coarse mask, after that has been decoded, so that the windows are a trained model's.
+Everything is float32. Weights are random, of the published size, or with --small of configs/model/small.yaml. They find
+no organs: the box of the prompt stands for the coarse mask, after that has been decoded, so that the windows are a
+trained model's.
 Windows overlap by --overlap (0 by default, to keep a run at full size within minutes; predictions use 0.5).
 """
 
@@ -34,7 +35,7 @@ from loader import double
 from packing import enlarge
 from resident import resident
 
-from segvol_pl.config import SegVolConfig, ZoomConfig
+from segvol_pl.config import Precision, SegVolConfig, ZoomConfig
 from segvol_pl.data.prompts import Prompt, box_of
 from segvol_pl.data.sample import Box
 from segvol_pl.data.transforms import Normalised, body_box, box_slices, intensity_of
@@ -168,7 +169,7 @@ def memory(source: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig) ->
 
 def predict_large(path: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig) -> tuple[float, float, int, float]:
     """GB before and at the peak, windows, seconds."""
-    predictor = Predictor(build(config, ["liver"]), zoom)
+    predictor = Predictor(build(config, ["liver"]), zoom, Precision.fp32)
     before, started = peak_gb(), time.perf_counter()
     done = [0]
 
@@ -198,7 +199,7 @@ def help_seconds() -> None:
 
 
 def click(source: Path) -> None:
-    session = Predictor(build(TINY, ["liver"])).open(source / "trunk_ct.nii.gz")
+    session = Predictor(build(TINY, ["liver"]), precision=Precision.fp32).open(source / "trunk_ct.nii.gz")
     session.zoomer.__class__ = BoxZoomer
     low_3, high_3 = np.array(session.body[:3]), np.array(session.body[3:])
     taken = []

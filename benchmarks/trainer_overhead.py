@@ -3,7 +3,7 @@
     python benchmarks/trainer_overhead.py [steps=120]
 
 Both read the same stream of phantoms with one loader process and train on one core, by turns; the fastest turn of each
-counts. The bare loop is loss, backward, clipping, AdamW, schedule.
+counts, in float32. The bare loop is loss, backward, clipping, AdamW, schedule.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def configured(folder: Path, steps: int) -> TrainConfig:
     prompts = ["prompts.categories_per_volume=1", "prompts.pseudo_per_volume=2", "text.source=seeded"]
     run = [
         "run.accelerator=cpu",
+        "run.precision=fp32",
         "run.val_every=0",
         "run.val_batches=1",
         "run.checkpoint_every=100000",

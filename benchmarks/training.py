@@ -1,6 +1,7 @@
 """Seconds and memory of a training step, against its own arithmetic and against plain implementations.
 
-    python benchmarks/training.py [--small] [--only NAME,...] [--threads N] [--trace FOLDER] [--write FILE]
+    python benchmarks/training.py [--small] [--only NAME,...] [--precision fp32|bf16] [--threads N]
+                                  [--trace FOLDER] [--write FILE]
 
 Each row is a process of its own, on the GPU where there is one; on a CPU it keeps its freed memory, as training does.
 The matrix rate is measured in it first, the step runs once to warm up, then a few times; the fastest counts, peak
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 from segvol_pl import flops
 from segvol_pl.config import OptimConfig, Precision, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 from segvol_pl.model import TextBank
-from segvol_pl.run.strategies import autocast, keep_freed_memory, resolve_device, uses_bf16
+from segvol_pl.run.strategies import autocast, keep_freed_memory, resolve_device
 from segvol_pl.tasks.optim import Task, optimizer
 from segvol_pl.tasks.pretrain import SimMIMTask
 from segvol_pl.tasks.segment import SegVolTask, pseudo_questions, supervised_questions
@@ -172,12 +173,12 @@ def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namesp
     device, model = resolve_device("auto"), task.config.model  # type: ignore[attr-defined]
     if device.type == "cpu":
         keep_freed_memory()
-    bf16 = uses_bf16(device, Precision.auto)
+    bf16 = arguments.precision is Precision.bf16
     rate = matrix_rate(device, bf16, math.prod(model.grid), model.hidden, model.mlp)
     adamw, _ = optimizer(task.parameters(), OPTIM)
 
     def step() -> None:
-        with autocast(device, Precision.auto):
+        with autocast(device, arguments.precision):
             value = loss()
         value.backward()
         adamw.step()
@@ -239,6 +240,7 @@ ROWS: dict[str, Callable[[argparse.Namespace], dict[str, float]]] = {
 
 def run_row(name: str, arguments: argparse.Namespace) -> dict[str, float]:
     given = [sys.executable, __file__, "--row", name, "--repeats", str(arguments.repeats)]
+    given += ["--precision", arguments.precision.value]
     given += ["--small"] if arguments.small else []
     given += ["--trace", arguments.trace] if arguments.trace else []
     environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
@@ -259,15 +261,15 @@ def cells_of(step: str, row: dict[str, float]) -> list[str]:
     return [step, *(f"{figure:.3g}" for figure in figures), f"{row['peak_gib']:.1f}"]
 
 
-def title(small: bool) -> str:
+def title(small: bool, precision: Precision) -> str:
     device = resolve_device("auto")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {os.cpu_count()} cores"
-    precision = "bf16 autocast" if uses_bf16(device, Precision.auto) else "float32"
-    return f"One step of one volume, {'small' if small else 'full-size'} model, {name}, {precision}"
+    kind = "bf16 autocast" if precision is Precision.bf16 else "float32"
+    return f"One step of one volume, {'small' if small else 'full-size'} model, {name}, {kind}"
 
 
-def report(rows: dict[str, dict[str, float]], small: bool) -> None:
-    table = Table(title=title(small))
+def report(rows: dict[str, dict[str, float]], heading: str) -> None:
+    table = Table(title=heading)
     for column in COLUMNS:
         table.add_column(column, justify="left" if column == "step" else "right")
     for step, row in rows.items():
@@ -278,11 +280,11 @@ def report(rows: dict[str, dict[str, float]], small: bool) -> None:
         console.print(line)
 
 
-def write(rows: dict[str, dict[str, float]], small: bool, path: Path) -> None:
+def write(rows: dict[str, dict[str, float]], heading: str, path: Path) -> None:
     """The table as Markdown between the markers of a file."""
     before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
     after = rest.split(MARKERS[1])[1]
-    lines = [f"{title(small)}:", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+    lines = [f"{heading}:", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cells_of(step, row)) + " |" for step, row in rows.items()]
     lines += ["", ". ".join(ratios(rows)) + "."]
     path.write_text(before + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + after, encoding="utf-8")
@@ -307,6 +309,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", default="", help="rows whose names begin so, comma-separated")
+    parser.add_argument(
+        "--precision",
+        type=Precision,
+        choices=(Precision.fp32, Precision.bf16),
+        default=Precision.fp32,
+        metavar="fp32|bf16",
+        help="of the step and of the matrix rate, default fp32",
+    )
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trace", default="", help="folder for chrome traces")
@@ -320,9 +330,10 @@ def main() -> None:
         return
     wanted = tuple(arguments.only.split(",")) if arguments.only else ("",)
     rows = {name: run_row(name, arguments) for name in ROWS if name.startswith(wanted)}
-    report(rows, arguments.small)
+    heading = title(arguments.small, arguments.precision)
+    report(rows, heading)
     if arguments.write:
-        write(rows, arguments.small, Path(arguments.write))
+        write(rows, heading, Path(arguments.write))
 
 
 if __name__ == "__main__":

@@ -418,7 +418,7 @@ class RunConfig:
     accelerator: str = "auto"
     """cpu, cuda or auto."""
     precision: Precision = Precision.auto
-    """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
     accumulate: int = 1
     """Micro-batches per optimizer step; the global batch stays as stated."""
     prompts_at_once: int = 6
@@ -734,7 +734,7 @@ class EvaluateConfig:
     device: str = "auto"
     """cpu, cuda or auto: each rank of a node takes a GPU of its own."""
     precision: Precision = Precision.auto
-    """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
     def __post_init__(self) -> None:
         given = self.data.shards is not None or self.data.files
@@ -786,7 +786,7 @@ class PredictConfig:
     device: str = "auto"
     """cpu, cuda or auto."""
     precision: Precision = Precision.auto
-    """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
     @property
     def everything(self) -> bool:
@@ -827,7 +827,7 @@ class ViewConfig:
     device: str = "auto"
     """cpu, cuda or auto."""
     precision: Precision = Precision.auto
-    """auto: bf16 autocast where the hardware multiplies it faster, else fp32."""
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.port < 2**16, "port", "is a number below 65536")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 from segvol_pl.config import PackConfig
 from segvol_pl.data.pack import pack
 from segvol_pl.data.phantom import write_phantoms
+from segvol_pl.run import strategies
 
 SHARED = Path(os.environ.get("SEGVOL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -22,6 +23,14 @@ def shared() -> Path:
     if not (SHARED / "ct").is_dir():
         pytest.skip(f"needs the real CTs: no folder {SHARED} (set SEGVOL_SHARED)")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _amx() -> Iterator[None]:
+    """Here `precision=auto` is bf16 on any CPU, as it is on CPUs with AMX: a test that compares figures states fp32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strategies, "has_amx", lambda: True)
+        yield
 
 
 @pytest.fixture(scope="session")

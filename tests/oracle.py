@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from segvol_pl.config import OptimConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import OptimConfig, Precision, SegVolConfig, TrainConfig, ZoomConfig
 from segvol_pl.configure import plain
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.data.transforms import box_slices
 from segvol_pl.model import SegVol
 from segvol_pl.model.text_encoder import TextBank
+from segvol_pl.predict import Predictor
 
 
 class Oracle(nn.Module):
@@ -90,3 +91,8 @@ def save_untrained(path: Path, categories: list[str]) -> Path:
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": parameters}, path)
     return path
+
+
+def predictor_of(model: nn.Module, zoom: ZoomConfig | None = None) -> Predictor:
+    """In float32, whose masks are compared to the voxel: on CPUs with AMX `auto` is bf16."""
+    return Predictor(model, zoom, Precision.fp32)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from segvol_pl.config import (
     EvaluateConfig,
     Mode,
     PackConfig,
+    Precision,
     Rule,
     Timing,
     TrackConfig,
@@ -47,8 +48,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_for(shards: Path, out: Path, split: str = "test", **changes: object) -> EvaluateConfig:
-    data = CasesConfig(str(shards), split)
-    return EvaluateConfig(checkpoint="oracle", data=data, out=str(out), **changes)  # type: ignore[arg-type]
+    return config_over(CasesConfig(str(shards), split), out, **changes)
+
+
+def config_over(data: CasesConfig, out: Path, checkpoint: str = "oracle", **changes: object) -> EvaluateConfig:
+    return EvaluateConfig(checkpoint, data, str(out), precision=Precision.fp32, **changes)  # type: ignore[arg-type]
 
 
 def evaluated(config: EvaluateConfig, model: Oracle | None = None) -> Summary:
@@ -204,7 +208,7 @@ def test_published_prompts_are_drawn_from_the_shrunk_truth(shards: Path, tmp_pat
 
 def test_an_untrained_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> None:
     checkpoint = save_untrained(tmp_path / "tiny.ckpt", list(CATEGORIES))
-    config = EvaluateConfig(str(checkpoint), CasesConfig(str(shards)), out=str(tmp_path / "out"), device="cpu")
+    config = config_over(CasesConfig(str(shards)), tmp_path / "out", str(checkpoint), device="cpu")
     summary = evaluate(config)
     assert summary is not None and summary.cases == 3
     assert [setting.prompt for setting in summary.settings] == ["text", "box+text", "points+text"]
@@ -359,7 +363,7 @@ def test_files_are_evaluated_as_packed_cases_are(tmp_path: Path) -> None:
     model = NamedOracle(sorted(load_categories(files["categories"])))
     kinds = {"prompts": ["box", "points"], "pictures": 1}
     packed = evaluated(config_for(tmp_path / "shards", tmp_path / "packed", split="all", **kinds), model)
-    config = EvaluateConfig("oracle", CasesConfig(**files), out=str(tmp_path / "files"), masks=True, **kinds)
+    config = config_over(CasesConfig(**files), tmp_path / "files", masks=True, **kinds)
     found = evaluated(config, model)
     assert found.cases == 2 and len(found.rows) == len(packed.rows) > 20
     for one, other in zip(found.rows, packed.rows, strict=True):
@@ -398,10 +402,9 @@ REAL = [("trunk_ct.nii.gz", "trunk_seg.nii.gz"), ("thorax_dicom", "thorax_seg.ni
 def test_masks_of_real_cts_have_the_dice_that_is_stated(shared: Path, tmp_path: Path, ct: str, seg: str) -> None:
     files = {"images": str(shared / "ct" / ct), "labels": str(shared / "ct" / seg)}
     names = str(shared / "ct" / "categories.yaml")
-    config = EvaluateConfig(
-        "oracle",
+    config = config_over(
         CasesConfig(**files, categories=names),
-        out=str(tmp_path),
+        tmp_path,
         prompts=["box"],
         categories=["aorta"],
         masks=True,
@@ -420,7 +423,7 @@ def test_a_changed_file_is_evaluated_again_and_a_label_may_be_empty(tmp_path: Pa
         labels=str(tmp_path / "labels"),
         categories=str(tmp_path / "categories.yaml"),
     )
-    config = EvaluateConfig("oracle", data, out=str(tmp_path / "out"), prompts=["text"], categories=["spleen"])
+    config = config_over(data, tmp_path / "out", prompts=["text"], categories=["spleen"])
     before = evaluated(config, NamedOracle(["spleen"]))
     assert [row.empty for row in before.rows] == [False, False]
     label = sorted((tmp_path / "labels").iterdir())[0]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from oracle import save_untrained
 
-from segvol_pl.config import CasesConfig, EvaluateConfig, Mode
+from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision
 from segvol_pl.configure import to_yaml
 from segvol_pl.evaluate import EvaluateError, Summary, evaluate
 
@@ -36,6 +36,7 @@ def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
         categories=["aorta", "liver", "spleen"],
         pictures=0,
         device="cpu",
+        precision=Precision.fp32,
     )
 
 

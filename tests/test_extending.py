@@ -21,7 +21,7 @@ from ct_files import write_case
 from test_evaluate import config_for, evaluated
 from test_trainer import _train_config
 
-from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode
+from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode, Precision
 from segvol_pl.configure import load, own_function, to_yaml
 from segvol_pl.data.prompts import Prompt, draw_marks
 from segvol_pl.evaluate import evaluate
@@ -58,12 +58,13 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
         prompts=combinations,
         categories=["liver"],
         device="cpu",
+        precision=Precision.fp32,
     )
     summary = evaluate(asked)
     assert summary is not None
     assert {(row.mode, row.prompt) for row in summary.rows} == set(product((mode.value for mode in Mode), combinations))
     image, _ = write_case(tmp_path, "organs")
-    session = Predictor.from_checkpoint(checkpoint, device="cpu").open(image)
+    session = Predictor.from_checkpoint(checkpoint, device="cpu", precision=Precision.fp32).open(image)
     marks = {EXTREMES: toys.extremes(session.volume.array_DHW > 0, np.random.default_rng(0))}
     assert session.segment(Prompt(marks=marks)).array_DHW.shape == session.volume.array_DHW.shape
     with pytest.raises(PromptError, match="lies outside the CT"):

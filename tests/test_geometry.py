@@ -9,13 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from ct_files import phantom, write_dicom
-from oracle import Oracle
+from oracle import Oracle, predictor_of
 
 from segvol_pl.config import Coordinates, PredictConfig, ZoomConfig
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.data.volume import read_label, read_volume
 from segvol_pl.placement import prompt_of
-from segvol_pl.predict import Predictor
 
 WINDOW = (8, 16, 16)
 SHAPE = (14, 22, 11)
@@ -77,7 +76,7 @@ def test_there_are_48_orientations() -> None:
 def test_a_mask_is_the_truth_to_the_voxel(tmp_path: Path, orientation: str, place: str) -> None:
     path, out = tmp_path / "ct.nii", tmp_path / "mask.nii"
     truth = write_ct(path, orientation, PLACES[place])
-    session = Predictor(Oracle(WINDOW), EVERYWHERE).open(path)
+    session = predictor_of(Oracle(WINDOW), EVERYWHERE).open(path)
     session.segment(Prompt(text="organ")).save(out)
     source, saved = nib.load(path), nib.load(out)
     np.testing.assert_array_equal(np.asarray(saved.dataobj), truth)
@@ -115,6 +114,6 @@ def test_a_place_in_millimetres_is_the_voxel_that_the_file_puts_there(
 def test_a_mask_of_a_dicom_series_is_the_truth_to_the_voxel(tmp_path: Path) -> None:
     hu, _ = phantom()
     hu[hu > 60] = ORGAN
-    session = Predictor(Oracle(WINDOW)).open(write_dicom(tmp_path / "ct", hu))
+    session = predictor_of(Oracle(WINDOW)).open(write_dicom(tmp_path / "ct", hu))
     mask = session.segment(Prompt(text="organ"))
     np.testing.assert_array_equal(mask.native(), hu == ORGAN)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from ct_files import phantom, write_dicom
 from letters import write_clip
-from oracle import Oracle, RangeOracle, save_untrained
+from oracle import Oracle, RangeOracle, predictor_of, save_untrained
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import ConfigError, Coordinates, Overlaps, PredictConfig, SegVolConfig, TextConfig, ZoomConfig
@@ -78,7 +78,7 @@ def ct(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def predictor() -> Predictor:
-    return Predictor(Oracle(WINDOW))
+    return predictor_of(Oracle(WINDOW))
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "LAS", "SAR", "PIR", "ILA"])
@@ -115,7 +115,7 @@ def liver_places() -> np.ndarray:
 
 def test_many_prompts_encode_the_overview_once(ct: Path) -> None:
     model = Oracle(WINDOW)
-    session = Predictor(model).open(ct)
+    session = predictor_of(model).open(ct)
     assert model.encoded == 1
     text = session.segment(Prompt(text="organs"))
     boxed = session.segment(Prompt(box=SPLEEN))
@@ -145,7 +145,7 @@ def test_a_volume_that_is_already_read_can_be_opened(predictor: Predictor, ct: P
 def test_points_prompt(ct: Path) -> None:
     model = Oracle(WINDOW)
     middle_N3 = np.array([[12, 17, 23], [0, 0, 0]])
-    Predictor(model).open(ct).segment(Prompt(points_N3=middle_N3, labels_N=np.array([1, 0])))
+    predictor_of(model).open(ct).segment(Prompt(points_N3=middle_N3, labels_N=np.array([1, 0])))
     shrunk = model.seen[0]
     assert shrunk.points_N3 is not None and shrunk.labels_N is not None
     np.testing.assert_array_equal(shrunk.labels_N, [1])  # the other lies in the air
@@ -192,13 +192,13 @@ MIXED = {"liver": (0.9, 2, 5.0), "spleen": (0.65, 0.9, 5.0), "organs": (0.65, 2,
 def session(ct: Path) -> Session:
     volume = read_volume(ct)
     volume.array_DHW[box_slices(SPLEEN)] = 150
-    return Predictor(RangeOracle(WINDOW, MIXED)).open(volume)
+    return predictor_of(RangeOracle(WINDOW, MIXED)).open(volume)
 
 
 def test_several_prompts_are_answered_as_each_alone(ct: Path) -> None:
     model, other = Oracle(WINDOW), Oracle(WINDOW)
     prompts = [Prompt(text="organs"), Prompt(box=SPLEEN), Prompt(box=LIVER)]
-    together, alone = Predictor(model).open(ct), Predictor(other).open(ct)
+    together, alone = predictor_of(model).open(ct), predictor_of(other).open(ct)
     for prompt, mask in zip(prompts, together.segment_each(prompts), strict=True):
         np.testing.assert_array_equal(mask, alone.segment(prompt))
         assert mask.prompt is prompt and mask.probability == pytest.approx(1 / (1 + np.exp(-5)))
@@ -245,7 +245,7 @@ def test_a_label_map_lies_on_the_grid_of_the_ct_with_its_scores_beside(session: 
 def test_more_categories_than_a_byte_holds(ct: Path, tmp_path: Path) -> None:
     names = [f"part {number}" for number in range(299)]
     model = RangeOracle(WINDOW, {**dict.fromkeys(names, (2, 3, 5.0)), "organs": (0.9, 2, 5.0)})
-    labels = Predictor(model).open(ct).segment_all()
+    labels = predictor_of(model).open(ct).segment_all()
     np.testing.assert_array_equal(labels.array_DHW, 300 * truth(LIVER, SPLEEN).astype(np.uint16))
     labels.save(tmp_path / "parts.nii.gz")
     assert np.unique(np.asarray(nib.load(tmp_path / "parts.nii.gz").dataobj)).tolist() == [0, 300]
@@ -256,7 +256,7 @@ def test_more_categories_than_a_byte_holds(ct: Path, tmp_path: Path) -> None:
 
 def test_a_follow_up_prompt_refines_the_previous_mask(ct: Path) -> None:
     model = Oracle(WINDOW)
-    session = Predictor(model).open(ct)
+    session = predictor_of(model).open(ct)
     first = session.segment(Prompt(text="organ", box=(9, 12, 18, 15, 23, 23)))
     assert first.voxels < truth(LIVER).sum()
     encoded = len(model.seen)
@@ -310,7 +310,7 @@ def test_millimetres_that_do_not_fit(tmp_path: Path, ct: Path, changes: dict[str
 def test_a_dicom_seg_refers_to_the_slices_that_the_mask_lies_in(tmp_path: Path) -> None:
     highdicom = pytest.importorskip("highdicom")
     hu, _ = phantom()
-    session = Predictor(Oracle(WINDOW)).open(write_dicom(tmp_path / "ct", hu))
+    session = predictor_of(Oracle(WINDOW)).open(write_dicom(tmp_path / "ct", hu))
     wanted = session.volume.array_DHW > 60
     mask = session.segment(Prompt(text="liver"))
     out = tmp_path / "liver.dcm"
@@ -522,7 +522,7 @@ def test_an_mr_is_warned_of(predictor: Predictor, ct: Path, caplog: pytest.LogCa
 def test_a_ct_smaller_than_one_window_is_padded() -> None:
     hu_DHW = hounsfield()[8:14, 10:24, 16:30]
     volume = Volume(hu_DHW, np.eye(4), _native_grid(hu_DHW.shape, np.eye(4)), Path("small.nii.gz"))
-    mask = Predictor(Oracle(WINDOW)).open(volume).segment(Prompt(text="organ"))
+    mask = predictor_of(Oracle(WINDOW)).open(volume).segment(Prompt(text="organ"))
     np.testing.assert_array_equal(mask, hu_DHW == 200)
 
 

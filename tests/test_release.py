@@ -161,6 +161,7 @@ def fine_tuning(folder: Path, shards: Path) -> list[str]:
         "data.workers=0",
         "run.val_batches=1",
         "run.accelerator=cpu",
+        "run.precision=fp32",
         "track.wandb=disabled",
         "prompts.pseudo_per_volume=2",
     ]

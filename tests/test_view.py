@@ -109,7 +109,7 @@ def test_the_verb_takes_one_ct(capsys: pytest.CaptureFixture[str], files: tuple[
 def page(files: tuple[Path, Path], tmp_path: Path) -> Iterator[str]:
     """Address of the viewer, run as users run it."""
     image, checkpoint = files
-    keys = [f"checkpoint={checkpoint}", "port=0", "show=false", "device=cpu", "zoom.threshold=0.01"]
+    keys = [f"checkpoint={checkpoint}", "port=0", "show=false", "device=cpu", "precision=fp32", "zoom.threshold=0.01"]
     command = [sys.executable, "-m", "segvol_pl", "view", str(image), *keys]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

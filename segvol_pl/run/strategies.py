@@ -67,7 +67,11 @@ def uses_bf16(device: torch.device, precision: Precision) -> bool:
         return precision is Precision.bf16
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    # CPUs without tile registers emulate bf16, several times slower than float32.
+    return has_amx()
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 in tile registers; others emulate it, several times slower than float32."""
     return bool(torch.cpu._is_amx_tile_supported())
 
 

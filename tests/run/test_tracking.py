@@ -25,6 +25,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 from segvol_pl.config import (
     DataConfig,
     OptimConfig,
+    Precision,
     PromptConfig,
     RunConfig,
     SegVolConfig,
@@ -49,7 +50,14 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 def config_of(shards: Path, out: Path, steps: int = 4) -> TrainConfig:
     run = RunConfig(
-        out=str(out), log_every=1, val_every=2, val_batches=2, checkpoint_every=2, accelerator="cpu", threads=1
+        out=str(out),
+        log_every=1,
+        val_every=2,
+        val_batches=2,
+        checkpoint_every=2,
+        accelerator="cpu",
+        threads=1,
+        precision=Precision.fp32,
     )
     return TrainConfig(
         model=MODEL,

@@ -11,7 +11,7 @@ import pytest
 from oracle import save_untrained
 from slurm.lab import SlurmLab
 
-from segvol_pl.config import CasesConfig, EvaluateConfig, Mode
+from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision
 from segvol_pl.configure import to_yaml
 from segvol_pl.evaluate import Summary, evaluate
 
@@ -34,6 +34,7 @@ def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Ev
         categories=CATEGORIES,
         pictures=0,
         device="cpu",
+        precision=Precision.fp32,
     )
 
 

@@ -15,6 +15,7 @@ from slurm.lab import SlurmLab
 from segvol_pl.config import (
     DataConfig,
     OptimConfig,
+    Precision,
     PromptConfig,
     RunConfig,
     SegVolConfig,
@@ -49,6 +50,7 @@ def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
         checkpoint_every=20,
         accelerator="cpu",
         threads=1,
+        precision=Precision.fp32,
     )
     return TrainConfig(
         model=MODEL,
