@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,9 @@ PARTS = (
     "evaluation/summary.json",
     "evaluation/report.html",
 )
+README = Path(__file__).parents[1] / "README.md"
+SPREAD = 0.03
+"""By which the README's figures may differ on another CPU: it says so."""
 # Not the aorta: a tube of six voxels takes longer to be learned in windows.
 SMALL_ORGANS = ("kidney left", "kidney right", "spleen", "liver tumour")
 
@@ -32,6 +36,13 @@ def _demo(out: Path, *arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _stated() -> dict[str, float]:
+    """Prompt -> mean Dice after zooming in, from the README's table."""
+    section = README.read_text(encoding="utf-8").split("### Phantoms")[1].split("###")[0]
+    rows = re.findall(r"^\| ([a-z+]+) \| 0\.\d+ \| (0\.\d+) \|$", section, re.MULTILINE)
+    return {prompt: float(zoomed) for prompt, zoomed in rows}
 
 
 def _figures(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,8 +70,7 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     _demo(tmp_path)
     figures, summary = _figures(tmp_path)
     dice = figures["dice"]
-    assert dice["box+text"] >= 0.70
-    assert dice["text"] >= 0.50
+    assert dice == pytest.approx(_stated(), abs=SPREAD)
     assert dice["box+text"] >= dice["text"] + 0.01
     assert figures["pretrain_val_loss_last"] <= 0.7 * figures["pretrain_val_loss_first"]
     boxed = {cell["category"]: cell for cell in summary["categories"] if cell["prompt"] == "box+text"}
