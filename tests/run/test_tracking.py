@@ -20,53 +20,27 @@ import psutil
 import pytest
 import torch
 import wandb
+from test_trainer import _train_config
 from wandb.proto.wandb_internal_pb2 import Record
 
-from segvol_pl.config import (
-    DataConfig,
-    OptimConfig,
-    Precision,
-    PromptConfig,
-    RunConfig,
-    SegVolConfig,
-    TextConfig,
-    TextSource,
-    TrackConfig,
-    TrainConfig,
-    Wandb,
-)
+from segvol_pl.config import TrackConfig, TrainConfig, Wandb
 from segvol_pl.configure import plain, to_yaml
 from segvol_pl.run.record import read_metrics
 from segvol_pl.run.tracking import WandbRun, loggers
 from segvol_pl.run.trainer import train
 from segvol_pl.run.validation import dice
 
-MODEL = SegVolConfig(
-    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
-)
 BLOCK, HEADER = 32768, struct.Struct("<IHB")
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 def config_of(shards: Path, out: Path, steps: int = 4) -> TrainConfig:
-    run = RunConfig(
-        out=str(out),
-        log_every=1,
-        val_every=2,
-        val_batches=2,
-        checkpoint_every=2,
-        accelerator="cpu",
-        threads=1,
-        precision=Precision.fp32,
-    )
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(shards=str(shards), global_batch=2, workers=0, samples_per_volume=4),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2, max_steps=steps),
-        run=run,
+    config = _train_config(shards, out, steps)
+    return replace(
+        config,
+        run=replace(config.run, val_every=2, checkpoint_every=2),
         track=TrackConfig(wandb=Wandb.offline, group="ladder"),
-        prompts=PromptConfig(combinations=["text", "box+text"], categories_per_volume=2, pseudo_per_volume=2),
-        text=TextConfig(source=TextSource.seeded),
+        prompts=replace(config.prompts, combinations=["text", "box+text"], categories_per_volume=2),
     )
 
 

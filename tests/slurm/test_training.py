@@ -11,20 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from slurm.lab import SlurmLab
+from test_trainer import _train_config
 
-from segvol_pl.config import (
-    DataConfig,
-    OptimConfig,
-    Precision,
-    PromptConfig,
-    RunConfig,
-    SegVolConfig,
-    TextConfig,
-    TextSource,
-    TrackConfig,
-    TrainConfig,
-    Wandb,
-)
+from segvol_pl.config import TrainConfig
 from segvol_pl.configure import to_yaml
 from segvol_pl.run.tracking import read_metrics
 
@@ -33,34 +22,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 STEPS = 240
 SIZE = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", f"--chdir={ROOT}"]
-MODEL = SegVolConfig(
-    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
-)
 
 Losses = dict[int, float]
 
 
 @pytest.fixture(scope="module")
 def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    run = RunConfig(
-        out=str(tmp_path_factory.mktemp("runs") / "whole"),
-        log_every=1,
-        val_every=0,
-        val_batches=1,
-        checkpoint_every=20,
-        accelerator="cpu",
-        threads=1,
-        precision=Precision.fp32,
-    )
-    return TrainConfig(
-        model=MODEL,
-        data=DataConfig(shards=str(phantom_shards), global_batch=2, workers=1, samples_per_volume=5),
-        optim=OptimConfig(lr=1e-3, warmup_steps=2, max_steps=STEPS),
-        run=run,
-        track=TrackConfig(wandb=Wandb.disabled),
-        prompts=PromptConfig(categories_per_volume=1, pseudo_per_volume=2),
-        text=TextConfig(source=TextSource.seeded),
-    )
+    config = _train_config(phantom_shards, tmp_path_factory.mktemp("runs") / "whole", steps=STEPS)
+    run = replace(config.run, val_every=0, val_batches=1, checkpoint_every=20)
+    return replace(config, run=run, data=replace(config.data, workers=1, samples_per_volume=5))
 
 
 @pytest.fixture(scope="module")
