@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import Ranks
 
 from segvol_pl.config import PackConfig
 from segvol_pl.data.pack import pack
@@ -31,6 +32,16 @@ def _amx() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategies, "has_amx", lambda: True)
         yield
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ranks]]:
+    """Number -> as many ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    found = {number: Ranks(folder, number) for number in (1, 2)}
+    yield found
+    for these in found.values():
+        these.stop()
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,13 @@ Sums of bf16 products depend on the hardware and on how a batch is split: tolera
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import Ranks
 from test_trainer import _train_config
 
 from segvol_pl.config import Precision, TrainConfig
@@ -68,11 +67,8 @@ def test_bf16_trains_with_clipped_gradients(phantom_shards: Path, tmp_path: Path
     "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero2", "zero3"))]
 )
 def test_two_ranks_train_like_one_in_bf16(
-    phantom_shards: Path, tmp_path: Path, alone: list[float], strategy: str
+    phantom_shards: Path, tmp_path: Path, alone: list[float], strategy: str, ranks: dict[int, Ranks]
 ) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(_config(phantom_shards, tmp_path / "run")))
-    keys = [f"run.strategy={strategy}", "run.devices=2"]
-    command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "config.yaml"), *keys]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    ranks[2]("train", str(tmp_path / "config.yaml"), f"run.strategy={strategy}")
     np.testing.assert_allclose(_losses(tmp_path / "run"), alone, rtol=RELATIVE)
