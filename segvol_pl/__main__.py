@@ -20,15 +20,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from segvol_pl import __version__, configure
-from segvol_pl.config import MISSING, SCHEMAS, ConfigError
+from segvol_pl.config import MISSING, SCHEMAS, ConfigError, Range
 from segvol_pl.configure import imported
+from segvol_pl.credentials import masked
+from segvol_pl.run.launched import rank_named
 
 PROGRAM = "segvol-pl"
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
-RANK_VARIABLES = ("SLURM_PROCID", "RANK", "LOCAL_RANK")
-"""Where this process's rank stands, before torch knows it: under SLURM, torchrun, Lightning's own launcher."""
 CARRIED = re.compile(r"Caught \w+ in (?:DataLoader worker|pin memory).*\n[\w.]+: (.*)", re.DOTALL)
 """What torch makes of an error in a loader process: its whole traceback, whose last line tells what went wrong."""
+SMALLER = "training takes less with run.recompute=blocks or a higher run.accumulate, predicting with zoom.batch=1"
+TOLD = 200
+"""Characters of torch's account of a GPU's memory."""
 FLAGS = {"--help", "-h", "--debug", "--version"}
 
 
@@ -58,8 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return DONE
         if "--debug" in flags:
-            traceback.print_exc()
-        return _complain(words, f"error: {_explain(error)}", MISUSED if isinstance(error, ConfigError) else FAILED)
+            print(masked(traceback.format_exc()), end="", file=sys.stderr)
+        failed = MISUSED if isinstance(error, ConfigError) else getattr(error, "status", FAILED)
+        return _complain(words, f"error: {_explain(error)}", failed)
 
 
 def _nobody_reads() -> bool:
@@ -99,15 +103,11 @@ def _verb(name: str) -> Verb:
 
 def _set_up_logging(debug: bool) -> None:
     """All that goes well is said once, by rank 0; what does not, by the rank that met it."""
-    rank = _rank()
-    told = "" if rank == "0" else f"rank {rank}: "
+    rank = rank_named()
+    told = f"{rank}: " if rank else ""
     logging.basicConfig(format=f"%(asctime)s {told}%(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    usual = logging.INFO if rank == "0" else logging.WARNING
+    usual = logging.WARNING if rank else logging.INFO
     logging.getLogger("segvol_pl").setLevel(logging.DEBUG if debug else usual)
-
-
-def _rank() -> str:
-    return next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
 
 
 def _complain(words: list[str], message: str, status: int) -> int:
@@ -119,10 +119,12 @@ def _complain(words: list[str], message: str, status: int) -> int:
 def _explain(error: Exception) -> str:
     """One line. An error that is neither ours nor the system's is a fault of the program, and says where to look."""
     carried = CARRIED.fullmatch(str(error))
-    text = " ".join((carried[1] if carried else str(error)).split())
+    text = masked(" ".join((carried[1] if carried else str(error)).split()))
     ours = isinstance(error, ValueError) and type(error).__module__.startswith("segvol_pl")
     if ours or isinstance(error, OSError):
         return text
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+        return f"out of memory{': ' * bool(text)}{text[:TOLD]}: {SMALLER}"
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
 
 
@@ -172,7 +174,7 @@ def _verify(arguments: list[str]) -> int:
 def _inspect(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
     rows: list[dict[str, Any]] = imported("segvol_pl.data.shards:describe")(folder)
-    print(_table(rows) if rows else f"{folder}: no samples")
+    print(_table(rows) if rows else f"{masked(folder)}: no samples")
     return DONE
 
 
@@ -227,7 +229,7 @@ def _grid(arguments: list[str]) -> int:
         imported("segvol_pl.launch:start_all")(grid, runs, passed)
     elif "run" in keys:
         run = _numbered(runs, keys["run"])
-        imported("segvol_pl.launch:start")(run, imported(f"segvol_pl.run.trainer:{run.verb}"), _rank() == "0")
+        imported("segvol_pl.launch:start")(run, imported(f"segvol_pl.run.trainer:{run.verb}"), not rank_named())
     else:
         print(_table(imported("segvol_pl.launch:describe")(runs)))
         print(imported("segvol_pl.launch:held_out")(runs))
@@ -342,9 +344,13 @@ def _verb_help(name: str, verb: Verb) -> str:
 
 def _keys_help(schema: str) -> str:
     return "\n".join(
-        f"  {field.key}  ({field.type_name}, {_default(field.default)})\n      {field.help}"
+        f"  {field.key}  ({_type(field)}, {_default(field.default)})\n      {field.help}"
         for field in configure.fields_help(schema)
     )
+
+
+def _type(field: configure.Field) -> str:
+    return field.type_name if field.range in (None, Range()) else f"{field.type_name}, {field.range}"
 
 
 def _default(value: Any) -> str:

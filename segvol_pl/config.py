@@ -2,18 +2,21 @@
 
 1. A verb's schema is a dataclass below; the docstring under each field is its help.
 2. `MISSING` marks a key that has no default and must be given.
-3. Loading checks names and types; `__post_init__` checks lengths and ranges.
+3. A number's range stands at its field, as `ranged(default, least=1)`. `__post_init__` checks lengths, and keys against
+   each other.
+4. Loading checks names and types; building checks the rest.
 
 Imports neither torch nor lightning: a wrong key must fail at once.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 MISSING: Any = "???"
 """Stands for a value that must be given."""
@@ -174,6 +177,9 @@ COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points"
 PARTS = ("text", "points", "box")
 """What a combination is put together from, beside marks of the user's own."""
 
+HIGHEST_SEED = 2**63 - 1
+"""Of what numpy and torch both take."""
+
 MASK_TOKENS = 4
 """Of the mask decoder, as in SAM; SegVol reads its mask off the first one alone."""
 
@@ -191,11 +197,69 @@ MAY_CHANGE = (
     "data.pipe_buffer",
     "data.max_bad_fraction",
     "data.shards",
+    "data.mix",
     "pretrained",
     "weights",
     "allow",
 )
-"""Keys that may differ between a run and its resumption: they change no batch and no weight."""
+"""Keys that may differ between a run and its resumption: they change no batch and no weight. What `data.shards` and
+`data.mix` hold may not change, see `run.resume`."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a key takes: finite ones within the bounds that are given."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, number: float) -> bool:
+        # NaN is neither above nor below anything.
+        return (
+            -math.inf < number < math.inf
+            and (self.least is None or number >= self.least)
+            and (self.above is None or number > self.above)
+            and (self.most is None or number <= self.most)
+            and (self.below is None or number < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
+        given = [f"{word} {bound}" for word, bound in bounds.items() if bound is not None]
+        return " and ".join(given) or "a finite number"
+
+
+def ranged(default: Any, **bounds: float) -> Any:
+    """A key that holds a number, or a list of numbers, within bounds: see `Range`."""
+    metadata = {"range": Range(**bounds)}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Keys:
+    """A schema, or a section of one. Its numbers lie within their ranges (ConfigError)."""
+
+    section: ClassVar[str] = ""
+    """What stands before its keys."""
+
+    def __post_init__(self) -> None:
+        for key in fields(self):
+            for number in _numbers(getattr(self, key.name)) if "range" in key.metadata else ():
+                problem = f"must be {key.metadata['range']}, got {number}"
+                _require(number in key.metadata["range"], f"{self.section}{key.name}", problem)
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Those of a key's value; none where there is none yet."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _numbers(item)
+    elif value is not None and value != MISSING:
+        yield value
 
 
 def _require(condition: bool, key: str, problem: str) -> None:
@@ -230,32 +294,33 @@ def _check_own(key: str, names: Sequence[str], others: Sequence[str] = ()) -> No
 
 def _check_triple(key: str, value: list[int]) -> None:
     _require(len(value) == 3, key, f"needs 3 numbers (d, h, w), got {len(value)}")
-    _require(all(number > 0 for number in value), key, f"needs positive numbers, got {value}")
 
 
 @dataclass
-class SegVolConfig:
+class SegVolConfig(Keys):
     """The architecture. The defaults are the published ViT-B (paper Sec. 2.1)."""
 
-    input_shape: list[int] = field(default_factory=lambda: [32, 256, 256])
+    section = "model."
+
+    input_shape: list[int] = ranged([32, 256, 256], least=1)
     """Voxels (d, h, w) that the encoder sees."""
-    patch: list[int] = field(default_factory=lambda: [4, 16, 16])
+    patch: list[int] = ranged([4, 16, 16], least=1)
     """Voxels (d, h, w) of one token."""
-    hidden: int = 768
+    hidden: int = ranged(768, least=1)
     """Width of the encoder and of the decoder."""
-    layers: int = 12
+    layers: int = ranged(12, least=1)
     """Transformer blocks of the encoder."""
-    heads: int = 12
+    heads: int = ranged(12, least=1)
     """Attention heads of the encoder."""
-    mlp: int = 3072
+    mlp: int = ranged(3072, least=1)
     """Hidden width of the encoder's MLP."""
-    decoder_layers: int = 2
+    decoder_layers: int = ranged(2, least=1)
     """Two-way attention blocks of the mask decoder."""
-    decoder_heads: int = 8
+    decoder_heads: int = ranged(8, least=1)
     """Attention heads of the mask decoder."""
-    decoder_mlp: int = 2048
+    decoder_mlp: int = ranged(2048, least=1)
     """Hidden width of the mask decoder's MLP."""
-    text_dim: int = 512
+    text_dim: int = ranged(512, least=1)
     """Width of the text bank's vectors (CLIP ViT-B/32: 512)."""
     coordinates: Rule = Rule.consistent
     """Positional encoding of prompts and tokens. `published`: d and h are divided by each other's extent, and the
@@ -265,6 +330,7 @@ class SegVolConfig:
     embedding each, as a box has for its corners. Combinations name them without `N*`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for entry in self.marks:
             _require(MARKS.fullmatch(entry) is not None, "model.marks", f"{entry!r} is no N*package.module:function")
         _require(len(self.marked) == len(self.marks), "model.marks", "names a function twice")
@@ -293,112 +359,107 @@ class SegVolConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Keys):
     """Which samples are read, and how they are drawn."""
+
+    section = "data."
 
     shards: str = MISSING
     """Folder of packed shards (holds index.json), its URL (http, https, s3, gs), or `pipe:COMMAND {file}`, a command
     that prints a file of it: read from front to back, with weaker promises."""
     mix: list[str] = field(default_factory=list)
     """Further folders, each `DIR` or `WEIGHT*DIR`: how often an epoch sees each of their samples (default 1)."""
-    fraction: float = 1.0
+    fraction: float = ranged(1.0, above=0, most=1)
     """Share of each folder's samples to train on, by hash of their content: smaller shares lie within larger ones."""
     split: str = "train"
     """Split that training reads."""
     val_split: str = "test"
     """Split that validation reads."""
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds the order of samples and every draw within a sample."""
-    global_batch: int = 32
+    global_batch: int = ranged(32, least=1)
     """Volumes in one optimizer step, over all ranks and accumulation steps."""
     tail: Tail = Tail.drop
     """The last incomplete global batch of an epoch: left out, or completed from the epoch's start."""
-    workers: int = 4
+    workers: int = ranged(4, least=0)
     """Loader processes per rank; 0 loads in the training process."""
     start_method: StartMethod = StartMethod.fork
     """How loader processes start: they behave alike; fork starts fastest."""
-    prefetch: int = 2
+    prefetch: int = ranged(2, least=1)
     """Batches that each worker holds ready."""
-    samples_per_volume: int = 1
+    samples_per_volume: int = ranged(1, least=1)
     """How often an epoch draws from each volume, each time with another rng."""
-    overview_fraction: float = 0.5
+    overview_fraction: float = ranged(0.5, least=0, most=1)
     """Share of samples that show the whole volume; the others are crops at native resolution."""
-    max_bad_fraction: float = 0.001
+    max_bad_fraction: float = ranged(0.001, least=0, most=1)
     """Share of the corpus that may turn out damaged, and is replaced by other samples; beyond it the run ends."""
-    patience: float = 60.0
-    """Seconds for which a remote store that gives no answer is asked again before the run ends."""
+    patience: float = ranged(60.0, least=0)
+    """Seconds for which a folder or a URL that cannot be read is tried again before the run ends."""
     cache: str = ""
     """Folder on the node's own disk that keeps what was read from URLs; all processes of the node share it."""
-    cache_gb: float = 100.0
+    cache_gb: float = ranged(100.0, above=0)
     """Bytes that the cache holds at most, in GB; what was used longest ago goes first."""
-    pipe_buffer: int = 16
+    pipe_buffer: int = ranged(16, least=1)
     """Volumes that each loader process of a pipe: source holds to shuffle them."""
-    flip: float = 0.2
+    flip: float = ranged(0.2, least=0, most=1)
     """Probability of a flip, for each axis."""
-    intensity: float = 0.1
+    intensity: float = ranged(0.1, least=0, most=1)
     """Probability of an intensity scale, and of a shift, each by up to 0.1."""
-
-    def __post_init__(self) -> None:
-        _require(self.global_batch > 0, "data.global_batch", "must be positive")
-        _require(self.workers >= 0, "data.workers", "must not be negative")
-        _require(self.samples_per_volume > 0, "data.samples_per_volume", "must be positive")
-        _require(0 < self.fraction <= 1, "data.fraction", "is a share above 0, up to 1")
-        _require(self.cache_gb > 0, "data.cache_gb", "must be positive")
-        _require(self.pipe_buffer > 0, "data.pipe_buffer", "must be positive")
-        _require(self.patience >= 0, "data.patience", "must not be negative")
-        for name in ("overview_fraction", "flip", "intensity", "max_bad_fraction"):
-            _require(0 <= getattr(self, name) <= 1, f"data.{name}", "is a share between 0 and 1")
 
 
 @dataclass
-class PromptConfig:
+class PromptConfig(Keys):
     """How prompts are drawn from masks (paper Sec. 2.2, Algorithm 1)."""
+
+    section = "prompts."
 
     combinations: list[str] = field(default_factory=lambda: list(COMBINATIONS))
     """Prompt combinations that every category is trained with."""
-    categories_per_volume: int = 4
+    categories_per_volume: int = ranged(4, least=1)
     """Categories drawn from each volume in one step."""
-    pseudo_per_volume: int = 6
+    pseudo_per_volume: int = ranged(6, least=0)
     """Pseudo-label prompts drawn from each volume in one step; even ones are points, odd ones boxes. 0 for none."""
-    extra_positive: int = 10
+    extra_positive: int = ranged(10, least=0)
     """A mask gets 1 + up to this many points inside."""
-    extra_negative: int = 10
+    extra_negative: int = ranged(10, least=0)
     """A mask gets up to this many points outside."""
-    box_jitter: float = 0.0
+    box_jitter: float = ranged(0.0, least=0, below=0.5)
     """Each face of a box moves by up to this share of the box's extent (the paper jitters, its code does not)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_combinations("prompts.combinations", self.combinations)
-        _require(self.categories_per_volume > 0, "prompts.categories_per_volume", "must be positive")
-        _require(self.pseudo_per_volume >= 0, "prompts.pseudo_per_volume", "must not be negative")
-        _require(0 <= self.box_jitter < 0.5, "prompts.box_jitter", "is a share between 0 and 0.5")
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Keys):
     """AdamW with linear warm-up and cosine decay, by steps."""
 
-    lr: float = 1e-4
+    section = "optim."
+
+    lr: float = ranged(1e-4, least=0)
     """Peak learning rate."""
-    weight_decay: float = 1e-5
+    weight_decay: float = ranged(1e-5, least=0)
     """Weight decay of AdamW."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = ranged([0.9, 0.999], least=0, below=1)
     """Moment decay rates of AdamW."""
-    warmup_steps: int = 1000
+    warmup_steps: int = ranged(1000, least=0)
     """Steps of linear warm-up."""
-    max_steps: int = MISSING
+    max_steps: int = ranged(MISSING, least=1)
     """Optimizer steps; the cosine ends here."""
-    clip_norm: float = 1.0
+    clip_norm: float = ranged(1.0, least=0)
     """Gradient norm limit; 0 for none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(len(self.betas) == 2, "optim.betas", f"needs 2 numbers, got {len(self.betas)}")
-        _require(self.max_steps == MISSING or self.max_steps > 0, "optim.max_steps", "must be positive")
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Keys):
     """Where and how a training run goes."""
+
+    section = "run."
 
     out: str = MISSING
     """Run folder: checkpoints, metrics.csv, config.yaml, manifest.json."""
@@ -411,17 +472,17 @@ class RunConfig:
     """package.module:function of your own in place of `strategy`: it makes Lightning's strategy of these settings."""
     offload: bool = False
     """fsdp, zero: keep what is split in main memory."""
-    devices: int = 1
+    devices: int = ranged(1, least=1)
     """Processes (GPUs, or CPU ranks) per node."""
-    nodes: int = 1
+    nodes: int = ranged(1, least=1)
     """Nodes of the job."""
     accelerator: str = "auto"
     """cpu, cuda or auto."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
-    accumulate: int = 1
+    accumulate: int = ranged(1, least=1)
     """Micro-batches per optimizer step; the global batch stays as stated."""
-    prompts_at_once: int = 6
+    prompts_at_once: int = ranged(6, least=1)
     """Prompts of each volume that are decoded together: bounds memory, whatever their number. The losses are the
     same."""
     recompute: Recompute = Recompute.none
@@ -431,32 +492,35 @@ class RunConfig:
     compile: bool = False
     """Compile the blocks with torch.compile: the first steps take minutes longer, the others less time. Not with fsdp
     and zero3, which compute groups of prompts again."""
-    peak_tflops: float = 0.0
+    peak_tflops: float = ranged(0.0, least=0)
     """Peak of one device's matrix products in TFLOP/s, against which MFU is stated; 0: that of the table in
     segvol_pl/devices.py for bf16, and no MFU where it is not known."""
-    profile: int = 0
+    profile: int = ranged(0, least=0)
     """Steps to profile, from the sixth on: a chrome trace of rank 0 in the run folder. 0 for none."""
-    log_every: int = 10
+    log_every: int = ranged(10, least=1)
     """Steps between logged metrics."""
-    val_every: int = 500
+    val_every: int = ranged(500, least=0)
     """Steps between validations; 0 for only one at the end."""
-    val_batches: int = 8
-    """Batches per validation."""
-    checkpoint_every: int = 500
+    val_batches: int = ranged(8, least=0)
+    """Batches per validation; 0 for no validation."""
+    checkpoint_every: int = ranged(500, least=1)
     """Steps between checkpoints that a run goes on from; each replaces the one before."""
-    keep_every: int = 0
+    keep_every: int = ranged(0, least=0)
     """Steps between checkpoints that are kept beside; 0 for none."""
-    keep: int = 3
+    keep: int = ranged(3, least=1)
     """Of those, how many of the newest stay."""
-    threads: int = 0
+    max_bad_steps: int = ranged(0, least=0)
+    """Steps in a row whose loss or gradients are NaN or infinite that are skipped; one more ends the run."""
+    threads: int = ranged(0, least=0)
     """CPU threads of the math library; 0 leaves its choice."""
     requeue: bool = True
     """Ask SLURM to queue the job again when it is signalled (SIGUSR1, SIGTERM)."""
-    timeout: float = 1800.0
+    timeout: float = ranged(1800.0, above=0, most=10**9)
     """Seconds without any progress after which a rank that hangs is named and the job ends. First steps that compile,
     and saving, must fit in."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(
             self.strategy is not Strategy.zero1 or self.accumulate == 1,
             "run.accumulate",
@@ -465,11 +529,6 @@ class RunConfig:
         _check_own("run.own_strategy", [self.own_strategy] if self.own_strategy else [])
         alone = self.strategy is Strategy.auto or not self.own_strategy
         _require(alone, "run.own_strategy", f"stands in place of run.strategy={self.strategy.value}: leave one out")
-        _require(self.prompts_at_once > 0, "run.prompts_at_once", "must be positive")
-        _require(self.keep > 0, "run.keep", "must be positive; run.keep_every=0 keeps none")
-        _require(self.peak_tflops >= 0, "run.peak_tflops", "must not be negative")
-        _require(self.profile >= 0, "run.profile", "must not be negative")
-        _require(self.timeout > 0, "run.timeout", "must be positive")
         kept = self.recompute is not Recompute.cheap or self.strategy is not Strategy.zero3
         _require(kept, "run.recompute", "cheap would give wrong gradients with zero3: use blocks")
         # What a compiled block keeps differs between a pass and its repetition.
@@ -480,8 +539,10 @@ class RunConfig:
 
 
 @dataclass
-class TrackConfig:
+class TrackConfig(Keys):
     """Experiment tracking. metrics.csv is always written."""
+
+    section = "track."
 
     wandb: Wandb = Wandb.auto
     """auto: online with a key, else offline."""
@@ -494,8 +555,10 @@ class TrackConfig:
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Keys):
     """Where the vectors of category names come from."""
+
+    section = "text."
 
     source: TextSource = TextSource.auto
     """clip: CLIP's text tower; weights: the bank or the text tower of the weights that training starts from; auto:
@@ -507,7 +570,7 @@ class TextConfig:
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(Keys):
     """SimMIM pre-training of the image encoder (paper Eq. 1)."""
 
     model: SegVolConfig = field(default_factory=SegVolConfig)
@@ -515,15 +578,12 @@ class PretrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     run: RunConfig = field(default_factory=RunConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
-    mask_ratio: float = 0.6
+    mask_ratio: float = ranged(0.6, above=0, below=1)
     """Share of tokens hidden from the encoder."""
-
-    def __post_init__(self) -> None:
-        _require(0 < self.mask_ratio < 1, "mask_ratio", "is a share between 0 and 1")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Keys):
     """Supervised training with prompts and pseudo-labels (paper Algorithm 1)."""
 
     model: SegVolConfig = field(default_factory=SegVolConfig)
@@ -541,12 +601,12 @@ class TrainConfig:
     """Patterns of tensor names that `weights` may lack, have beside, or have in another shape: the model's own stay."""
     freeze: list[str] = field(default_factory=list)
     """Patterns of tensor names that do not train, as `image_encoder.*`: they cost neither gradients nor moments."""
-    pseudo_weight: float = 0.1
+    pseudo_weight: float = ranged(0.1, least=0)
     """Weight of the pseudo-label loss."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.pretrained is None or self.weights is None, "pretrained", "weights=FILE brings its own encoder")
-        _require(self.pseudo_weight >= 0, "pseudo_weight", "must not be negative")
         for name in marks_in(self.prompts.combinations):
             _require(
                 name in self.model.marked, "prompts.combinations", f"{name!r} is not among model.marks: add N*{name}"
@@ -554,23 +614,26 @@ class TrainConfig:
 
 
 @dataclass
-class ZoomConfig:
+class ZoomConfig(Keys):
     """Zoom-out-zoom-in (paper Sec. 2.3)."""
 
-    threshold: float = 0.5
+    section = "zoom."
+
+    threshold: float = ranged(0.5, above=0, below=1)
     """Probability above which a voxel belongs to the mask."""
-    overlap: float = 0.5
+    overlap: float = ranged(0.5, least=0, below=1)
     """Overlap of neighbouring zoom-in windows."""
-    batch: int = 2
+    batch: int = ranged(2, least=1)
     """Zoom-in windows encoded together."""
-    decode_batch: int = 4
-    """Prompts decoded together, of whichever windows; one takes about 0.3 GB at the published size."""
-    cache_gb: float = 1.0
+    decode_batch: int = ranged(4, least=1)
+    """Prompts decoded together, of whichever windows; one takes about 0.3 GB at the published size. In fp32 the
+    number moves logits by less than 1e-5, in bf16 by some hundredths, and with them the voxels at a mask's edge."""
+    cache_gb: float = ranged(1.0, least=0)
     """Room for the tokens of encoded windows, in GB, so that further prompts only decode; at the published size a
     window takes 6 MB, in bf16 3. What was used longest ago goes first. 0: none are kept."""
-    device_gb: float = 0.5
+    device_gb: float = ranged(0.5, least=0)
     """How much of that may lie on the GPU; the rest waits in main memory."""
-    points: int = 5
+    points: int = ranged(5, least=0)
     """Points that a points prompt gets in each zoom-in window."""
     interpolation: Rule = Rule.consistent
     """How the volume is shrunk and the coarse logits are brought back: averaging and linear. `published`: both by
@@ -579,7 +642,7 @@ class ZoomConfig:
     """Where zoom-in windows lie: on one grid over the volume, whole wherever it is large enough, so that prompts share
     them. `published`: on a grid of each region of interest, which is cut off at the volume's border and padded with
     zeros around up to one window."""
-    reach: float = 1.0
+    reach: float = ranged(1.0, least=0)
     """How far beyond the coarse mask's box zooming in may change anything, in voxels of the overview; the user's box
     and points inside the structure are within reach anyway. What windows find farther off, where zooming out saw
     nothing, is more often another organ; parts that the overview is too coarse for are farther off too. With
@@ -588,18 +651,12 @@ class ZoomConfig:
     """What a window is told: the user's own prompt inside it, and windows that hold nothing are skipped. `published`:
     the coarse mask's box in place of the user's, points drawn from the enlarged user's points, no window skipped."""
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.overlap < 1, "zoom.overlap", "is a share between 0 and 1")
-        _require(0 < self.threshold < 1, "zoom.threshold", "is a probability between 0 and 1")
-        for name in ("batch", "decode_batch"):
-            _require(getattr(self, name) > 0, f"zoom.{name}", "must be positive")
-        for name in ("points", "cache_gb", "device_gb", "reach"):
-            _require(getattr(self, name) >= 0, f"zoom.{name}", "must not be negative")
-
 
 @dataclass
-class CasesConfig:
+class CasesConfig(Keys):
     """The cases that an evaluation reads: packed ones, or CT files with their label maps."""
+
+    section = "data."
 
     shards: str | None = None
     """Folder of packed shards (holds index.json)."""
@@ -617,6 +674,7 @@ class CasesConfig:
     """YAML: category name -> label values of the label maps. Needed where there are label maps."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(not (self.shards and self.files), "data.shards", "and data.images or data.cases: give one of them")
         labelled = self.labels is None or self.categories is not None
         _require(labelled, "data.categories", "labels need data.categories=FILE (YAML: name -> label values)")
@@ -628,38 +686,37 @@ class CasesConfig:
 
 
 @dataclass
-class DrawConfig:
+class DrawConfig(Keys):
     """How spatial prompts are drawn from the truth. Users draw none as well as `exact`."""
+
+    section = "draw."
 
     boxes: list[str] = field(default_factory=lambda: ["exact"])
     """Boxes that every prompt with a box is tried with. exact: the structure's own; jittered: each face moved; slice:
     its extent on one axial slice alone, as a user draws it; package.module:function: your own drawing."""
-    jitter: float = 0.1
+    jitter: float = ranged(0.1, least=0, below=0.5)
     """A face of a jittered box moves by up to this share of the box's extent."""
     slice: Slice = Slice.largest
     """The axial slice of a slice's box: where the structure is largest, or the middle one of those that it spans."""
-    depth: float = 0.0
+    depth: float = ranged(0.0, least=0)
     """mm that a slice's box spans, its slice in the middle; 0: as deep as the structure."""
     points: list[str] = field(default_factory=lambda: ["random5"])
     """Points that every prompt with points is tried with. randomN: N drawn inside; centre: the one deepest inside;
     package.module:function: your own drawing."""
-    outside: int = 2
+    outside: int = ranged(2, least=0)
     """Points outside that randomN gets beside."""
     components: bool = False
     """One prompt for each connected component (26 neighbours) of a scattered target, their masks united; text alone
     stays one prompt."""
-    component_voxels: int = 10
+    component_voxels: int = ranged(10, least=1)
     """Components of fewer voxels get no prompt, unless all are so small: then the largest gets one."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(len(self.boxes) > 0, "draw.boxes", "needs at least one")
         _require(len(self.points) > 0, "draw.points", "needs at least one")
         _check_own("draw.boxes", [name for name in self.boxes if name not in BOX_SOURCES], BOX_SOURCES)
         _check_own("draw.points", [name for name in self.points if not points_drawn(name)], ("centre", "randomN"))
-        _require(0 <= self.jitter < 0.5, "draw.jitter", "is a share between 0 and 0.5")
-        _require(self.depth >= 0, "draw.depth", "must not be negative")
-        _require(self.outside >= 0, "draw.outside", "must not be negative")
-        _require(self.component_voxels > 0, "draw.component_voxels", "must be positive")
 
 
 def points_drawn(name: str) -> int:
@@ -669,23 +726,21 @@ def points_drawn(name: str) -> int:
 
 
 @dataclass
-class SlidingConfig:
+class SlidingConfig(Keys):
     """Windows over the whole volume at native resolution."""
 
-    overlap: float = 0.5
+    section = "sliding."
+
+    overlap: float = ranged(0.5, least=0, below=1)
     """Overlap of neighbouring windows."""
     blend: Blend = Blend.constant
     """How windows are weighted where they overlap: alike, or their middles more (as MONAI does)."""
-    batch: int = 2
+    batch: int = ranged(2, least=1)
     """Windows encoded together."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.overlap < 1, "sliding.overlap", "is a share between 0 and 1")
-        _require(self.batch > 0, "sliding.batch", "must be positive")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Keys):
     """Figures of a model over a set of cases: rows, tables, report. A run that was stopped goes on where it was."""
 
     checkpoint: str = MISSING
@@ -701,11 +756,11 @@ class EvaluateConfig:
     categories: list[str] = field(default_factory=list)
     """Categories to evaluate; none: all that a case holds. Those named are asked for by text where they are absent
     too, to count what is found all the same."""
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds the drawn prompts and the bootstrap."""
-    limit: int = 0
+    limit: int = ranged(0, least=0)
     """Cases at most; 0 for all."""
-    tolerance: float = 2.0
+    tolerance: float = ranged(2.0, above=0)
     """mm by which surfaces may be apart for the surface Dice."""
     timing: Timing = Timing.shared
     """What a row's seconds hold. shared: what the case's earlier prompts encoded comes free; alone: everything is
@@ -717,16 +772,16 @@ class EvaluateConfig:
     """Also read each spatial prompt's mask: which of all categories it looks like (paper Fig. 5)."""
     masks: bool = False
     """Write every mask as NIfTI into masks/."""
-    pictures: int = 6
+    pictures: int = ranged(6, least=0)
     """Categories pictured in the report, the worst first: each with its worst, median and best case."""
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: float = ranged(0.0, least=0, most=1)
     """Share of cases that may turn out unreadable; they are listed. Beyond it there is no report."""
     slice: str = ""
     """K/N: evaluate the K-th (from 0) of N parts of the cases alone, e.g. as a task of a SLURM array; a run without it
     puts the parts together."""
     resume: bool = True
     """Go on with the results in `out`; false: begin anew."""
-    patience: float = 3600.0
+    patience: float = ranged(3600.0, above=0)
     """Seconds for which rank 0 waits for the next case of another rank before it gives up."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     sliding: SlidingConfig = field(default_factory=SlidingConfig)
@@ -737,23 +792,20 @@ class EvaluateConfig:
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = self.data.shards is not None or self.data.files
         _require(given, "data.shards", "give data.shards=DIR, or data.images=... or data.cases=FILE for CT files")
         _require(len(self.modes) > 0, "modes", "needs at least one")
         _check_combinations("prompts", self.prompts)
-        _require(self.tolerance > 0, "tolerance", "must be positive")
         _check_own("metrics", self.metrics)
         names = {name.rpartition(":")[2] for name in self.metrics}
         _require(len(names) == len(self.metrics), "metrics", "gives two functions of one name")
-        _require(self.pictures >= 0, "pictures", "must not be negative")
-        _require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "is a share between 0 and 1")
-        _require(self.patience > 0, "patience", "must be positive")
         if self.slice:
             parse_slice(self.slice)
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(Keys):
     """One CT in, one mask or label map on its own grid out."""
 
     checkpoint: str = MISSING
@@ -765,10 +817,10 @@ class PredictConfig:
     label map, 1 for the first, and scores are written beside it as .json."""
     text: list[str] = field(default_factory=list)
     """Category name, several as [liver, spleen], or `all` that the model knows."""
-    box: list[float] | None = None
+    box: list[float] | None = ranged(None)
     """d0 h0 w0 d1 h1 w1: voxels of the CT in canonical axes (superior, anterior, right), inclusive maximum. In
     millimetres x0 y0 z0 x1 y1 z1, see coordinates."""
-    points: list[list[float]] | None = None
+    points: list[list[float]] | None = ranged(None)
     """Rows of d h w label: voxels as for box, or x y z label in millimetres; label 1 inside, 0 outside."""
     coordinates: Coordinates = Coordinates.voxel
     """Of box and points: voxel, or millimetres in the file's world, x y z growing to right, anterior, superior (ras, as
@@ -780,7 +832,7 @@ class PredictConfig:
     tumour after its organ)."""
     clip: str | None = None
     """Local folder or hub name of the CLIP that made the model's text bank: for names that the bank lacks."""
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds the points re-drawn in zoom-in windows."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     device: str = "auto"
@@ -794,6 +846,7 @@ class PredictConfig:
         return self.text == [EVERY_CATEGORY]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.text, str):  # from Python
             self.text = [self.text]
         spatial = [name for name in ("box", "points", "previous") if getattr(self, name) is not None]
@@ -808,7 +861,7 @@ class PredictConfig:
 
 
 @dataclass
-class ViewConfig:
+class ViewConfig(Keys):
     """Open a CT on a local page: scroll, click, draw, type, see the mask."""
 
     checkpoint: str = MISSING
@@ -817,11 +870,11 @@ class ViewConfig:
     """CT: NIfTI, NRRD, MHA or a DICOM folder; CT on the command line."""
     host: str = "127.0.0.1"
     """Address to listen at. Any other than the loopback's shows the CT to whoever can reach it."""
-    port: int = 5006
+    port: int = ranged(5006, least=0, below=2**16)
     """Port to listen at; 0 for any that is free."""
     show: bool = True
     """Open the page in this machine's browser."""
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds the points re-drawn in zoom-in windows."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     device: str = "auto"
@@ -829,27 +882,21 @@ class ViewConfig:
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
-    def __post_init__(self) -> None:
-        _require(0 <= self.port < 2**16, "port", "is a number below 65536")
-
 
 @dataclass
-class RegionsConfig:
+class RegionsConfig(Keys):
     """Pseudo-label regions (3-D Felzenszwalb-Huttenlocher) computed at packing."""
+
+    section = "regions."
 
     enabled: bool = True
     """Compute them."""
-    sigma: float = 0.8
+    sigma: float = ranged(0.8, least=0)
     """Gaussian smoothing before the graph is built, in voxels of the overview."""
-    min_size: int = 1000
+    min_size: int = ranged(1000, least=1)
     """Regions under this many voxels are merged (at 32 x 256 x 256)."""
-    min_fraction: float = 0.001
+    min_fraction: float = ranged(0.001, least=2e-5, below=1)
     """Regions under this share of the voxels are dropped."""
-
-    def __post_init__(self) -> None:
-        _require(self.sigma >= 0, "regions.sigma", "must not be negative")
-        _require(self.min_size >= 1, "regions.min_size", "must be positive")
-        _require(2e-5 <= self.min_fraction < 1, "regions.min_fraction", "is a share between 0.00002 and 1")
 
 
 def parse_slice(text: str) -> tuple[int, int]:
@@ -862,7 +909,7 @@ def parse_slice(text: str) -> tuple[int, int]:
 
 
 @dataclass
-class PackConfig:
+class PackConfig(Keys):
     """CT files into tar shards."""
 
     images: str | None = None
@@ -885,26 +932,25 @@ class PackConfig:
     """Name of the data set, written to every sample. Empty: the recipe's, else unnamed."""
     modality: str = ""
     """Modality, written to every sample. Empty: the recipe's, else CT."""
-    overview_shape: list[int] = field(default_factory=lambda: [32, 256, 256])
+    overview_shape: list[int] = ranged([32, 256, 256], least=1)
     """Shape (d, h, w) of the stored overview: the model's input shape."""
-    samples_per_shard: int = 32
+    samples_per_shard: int = ranged(32, least=1)
     """Samples in one tar."""
-    test_fraction: float = 0.2
+    test_fraction: float = ranged(0.2, least=0, most=1)
     """Share of cases, by hash of their content, that are the test split."""
-    max_bad_fraction: float = 0.05
+    max_bad_fraction: float = ranged(0.05, least=0, most=1)
     """Share of unusable cases beyond which packing fails."""
-    anchors: int = 64
+    anchors: int = ranged(64, least=1)
     """Voxels of each category written down as centres for foreground crops."""
-    workers: int = 0
+    workers: int = ranged(0, least=0)
     """Processes; 0 takes one per core."""
     regions: RegionsConfig = field(default_factory=RegionsConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_triple("overview_shape", self.overview_shape)
         given = self.images is not None or self.cases is not None
         _require(given, "images", "give images=FILE_OR_FOLDER_OR_GLOB or cases=FILE")
-        _require(0 <= self.test_fraction <= 1, "test_fraction", "is a share between 0 and 1")
-        _require(self.samples_per_shard > 0, "samples_per_shard", "must be positive")
         if self.slice:
             parse_slice(self.slice)
         labelled = self.labels is None or self.categories is not None
@@ -913,7 +959,7 @@ class PackConfig:
 
 
 @dataclass
-class InventoryConfig:
+class InventoryConfig(Keys):
     """List what lies in a folder tree or a list of cases, by the headers alone."""
 
     images: str | None = None
@@ -924,27 +970,28 @@ class InventoryConfig:
     """Where all of it is written; empty: nowhere."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require((self.images is None) != (self.cases is None), "images", "give one of images=FOLDER and cases=FILE")
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Keys):
     """The main job on phantoms: pack, pre-train, train, evaluate, report."""
 
     out: str = "runs/demo"
     """Folder of everything that the demo writes."""
-    volumes: int = 48
+    volumes: int = ranged(48, least=1)
     """Phantoms to make."""
-    pretrain_steps: int = 200
+    pretrain_steps: int = ranged(200, least=1)
     """SimMIM steps."""
-    train_steps: int = 1500
+    train_steps: int = ranged(1500, least=1)
     """Supervised steps."""
-    seed: int = 0
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds phantoms and training."""
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(Keys):
     """Released weights (.pth, .bin, .safetensors, the pre-trained ViT's .ckpt) into a .safetensors for every verb."""
 
     source: str = MISSING
@@ -961,7 +1008,7 @@ class ImportConfig:
 
 
 @dataclass
-class PointsConfig:
+class PointsConfig(Keys):
     """Runs as points: size, data, loss."""
 
     runs: list[str] = field(default_factory=list)
@@ -979,29 +1026,24 @@ class PointsConfig:
     """What D counts: samples seen, or the volumes trained on."""
     out: str = "scaling"
     """Folder of the results."""
-    bootstraps: int = 400
-    """Bootstrap samples behind each interval."""
-    seed: int = 0
+    bootstraps: int = ranged(400, least=100)
+    """Bootstrap samples behind each interval; one of 95 % needs at least 100."""
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds the bootstrap."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(bool(self.runs) or self.table is not None, "runs", "give run folders, or table=CSV")
-        _require(self.bootstraps >= 100, "bootstraps", "an interval of 95 % needs at least 100")
 
 
 @dataclass
 class FitConfig(PointsConfig):
     """Fit scaling laws to runs: intervals, held-out extrapolation, frontier, verdict; JSON, CSV, figures, a page."""
 
-    held_out: float = 0.1
+    held_out: float = ranged(0.1, above=0, below=0.5)
     """Share of the settings, the largest, that are predicted from the others."""
-    flops_per: float = 6.0
+    flops_per: float = ranged(6.0, above=0)
     """Training FLOPs per parameter and sample, where neither run nor table states them (6 where samples are tokens)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(0 < self.held_out < 0.5, "held_out", "is a share between 0 and 0.5")
-        _require(self.flops_per > 0, "flops_per", "must be positive")
 
 
 @dataclass

@@ -29,7 +29,8 @@ from typing import Any
 import yaml
 
 from segvol_pl import config as schema_module
-from segvol_pl.config import MAY_CHANGE, MISSING, SCHEMAS, SHIPPED, ConfigError
+from segvol_pl.config import MAY_CHANGE, MISSING, SCHEMAS, SHIPPED, ConfigError, Range
+from segvol_pl.credentials import masked
 
 COMMAND_LINE = "command line"
 NULL = "tag:yaml.org,2002:null"
@@ -73,6 +74,8 @@ class Field:
     """MISSING where the key must be given."""
     help: str
     """The docstring under the field."""
+    range: Range | None
+    """Of numbers, where they are checked."""
 
     @property
     def type_name(self) -> str:
@@ -189,26 +192,33 @@ def resolved(verb: str, arguments: Sequence[str]) -> str:
 
 
 def plain(config: Any) -> Any:
-    """A configuration as dicts, lists, numbers and text alone: what a checkpoint may hold."""
+    """A configuration as dicts, lists, numbers and text alone: what a checkpoint may hold. Credentials are masked."""
     if dataclasses.is_dataclass(config):
         return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Enum):
         return config.value
     if isinstance(config, (list, tuple)):
         return [plain(item) for item in config]
-    return config
+    if isinstance(config, dict):
+        return {name: plain(item) for name, item in config.items()}
+    return masked(config) if isinstance(config, str) else config
 
 
 def to_yaml(config: Any) -> str:
-    """The configuration as YAML; `load` of it gives an equal configuration."""
+    """The configuration as YAML; `load` of it gives an equal configuration, but for masked credentials."""
     return _dump(plain(config))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (before, now) of what differs between two plain configurations."""
+    old, new = _flat(plain(before)), _flat(plain(now))  # an older run's may hold credentials
+    return {key: (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`key before -> now` of two plain configurations, but for the keys that a run may go on with changed."""
-    old, new = _flat(before), _flat(now)
-    changed = [key for key in new if old.get(key) != new[key] and not key.startswith(MAY_CHANGE)]
-    return [f"{key} {old.get(key)} -> {new[key]}" for key in changed]
+    changed = changes(before, now).items()
+    return [f"{key} {old} -> {new}" for key, (old, new) in changed if not key.startswith(MAY_CHANGE)]
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -252,7 +262,8 @@ def _walk(schema: type, prefix: str, given: Any = None) -> Iterator[Field]:
         else:
             default = default if given is None else getattr(given, item.name)
             owners = [owner.__name__ for owner in schema.__mro__ if (owner.__name__, item.name) in _docstrings()]
-            yield Field(key, hint, default, _docstrings()[owners[0], item.name] if owners else "")
+            text = _docstrings()[owners[0], item.name] if owners else ""
+            yield Field(key, hint, default, text, item.metadata.get("range"))
 
 
 @functools.cache
@@ -472,8 +483,8 @@ def _built(verb: str, values: dict[str, Any], settings: list[Setting]) -> Any:
 
 
 def _build(schema: type, prefix: str, values: dict[str, Any]) -> Any:
-    arguments = {}
-    for name, hint in typing.get_type_hints(schema).items():
-        key = prefix + name
-        arguments[name] = values[key] if key in values else _build(hint, f"{key}.", values)
+    arguments, hints = {}, typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        key = prefix + item.name
+        arguments[item.name] = values[key] if key in values else _build(hints[item.name], f"{key}.", values)
     return schema(**arguments)

@@ -14,7 +14,7 @@ import yaml
 from oracle import save_untrained
 
 from segvol_pl import __version__
-from segvol_pl.__main__ import VERBS
+from segvol_pl.__main__ import VERBS, main
 from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
 from segvol_pl.configure import fields_help
 from segvol_pl.tasks.pretrain import SimMIMTask
@@ -169,3 +169,16 @@ def test_an_encoder_of_another_size_cannot_be_trained_from(
 
 def evaluation(checkpoint: Path, shards: Path, folder: Path) -> list[str]:
     return ["evaluate", f"checkpoint={checkpoint}", f"data.shards={shards}", f"out={folder / 'out'}", "device=cpu"]
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
+def test_want_of_memory_is_told_with_a_remedy(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(arguments: list[str]) -> int:
+        raise error
+
+    monkeypatch.setitem(VERBS, "inspect", VERBS["inspect"]._replace(call=failing))
+    assert main(["inspect", "shards"]) == 1
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"segvol-pl inspect: error: out of memory: (CUDA .* GiB: )?training takes less with .*\n", said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from segvol_pl.config import MISSING, SCHEMAS, ConfigError, Rule, SegVolConfig, ZoomConfig
-from segvol_pl.configure import fields_help, load, resolved, to_yaml
+from segvol_pl.config import (
+    MISSING,
+    SCHEMAS,
+    ConfigError,
+    OptimConfig,
+    Range,
+    Rule,
+    RunConfig,
+    SegVolConfig,
+    ZoomConfig,
+)
+from segvol_pl.configure import Field, fields_help, load, resolved, to_yaml
 from segvol_pl.model import SegVol
 
 ROOT = Path(__file__).parents[1]
@@ -148,8 +159,9 @@ def test_an_unknown_key_in_a_section_file_names_that_file(tmp_path: Path) -> Non
         ("model.patch=[4, 16]", "needs 3 numbers (d, h, w), got 2"),
         ("model.input_shape=[32, 256, 256, 1]", "needs 3 numbers (d, h, w), got 4"),
         ("optim.betas=[0.9]", "needs 2 numbers, got 1"),
-        ("optim.max_steps=0", "must be positive"),
-        ("data.flip=1.5", "is a share between 0 and 1"),
+        ("optim.max_steps=0", "must be at least 1, got 0"),
+        ("data.flip=1.5", "must be at least 0 and at most 1, got 1.5"),
+        ("optim.betas=[0.9, 1]", "must be at least 0 and below 1, got 1.0"),
         ("prompts.combinations=[text, mouse]", "'mouse' is none of points+text"),
     ],
 )
@@ -161,6 +173,50 @@ def test_a_wrong_value_names_key_origin_and_what_is_wanted(tmp_path: Path, pair:
     path = written(tmp_path, f"{section}:\n  {leaf}: {value}\n")
     in_file = str(fault("train", *TRAINING, path))
     assert in_file.startswith(f"{key} ({path}:2): ") and problem in in_file
+
+
+def number_keys(verb: str) -> dict[str, Field]:
+    """The keys whose values are numbers or lists of them, by key."""
+    return {field.key: field for field in fields_help(verb) if re.search(r"\b(int|float)\b", field.type_name)}
+
+
+NUMBERS = [(verb, key) for verb in SCHEMAS for key in number_keys(verb)]
+
+
+def shaped(field: Field, number: float) -> str:
+    """YAML of a value as long as the key wants it, every number of which is `number`."""
+    if field.key == "points":
+        return f"[[{number}, 1, 1, 1]]"
+    size = 6 if field.key == "box" else len(field.default) if isinstance(field.default, list) else 0
+    return f"[{', '.join([str(number)] * size)}]" if size else str(number)
+
+
+def outside(limits: Range) -> list[float]:
+    """Numbers just beyond its bounds."""
+    beyond = {"least": -1, "above": 0, "most": 1, "below": 0}
+    bounds = {name: getattr(limits, name) for name in beyond}
+    return [bound + beyond[name] for name, bound in bounds.items() if bound is not None]
+
+
+@pytest.mark.parametrize(("verb", "key"), NUMBERS)
+def test_a_number_outside_of_its_range_is_refused(verb: str, key: str, tmp_path: Path) -> None:
+    field = number_keys(verb)[key]
+    limits = field.range
+    assert limits is not None, f"{key} states no range"
+    for number in outside(limits):
+        problem = str(fault(verb, *REQUIRED[verb], f"{key}={shaped(field, number)}"))
+        stated = f"{key} (command line): must be {limits}, got "
+        assert problem.startswith(stated) and float(problem.removeprefix(stated)) == number
+    for word in ("nan", "inf"):
+        problem = str(fault(verb, *REQUIRED[verb], f"{key}={shaped(field, float(word))}".replace(word, f".{word}")))
+        assert problem.startswith(f"{key} (command line): "), problem
+
+
+def test_a_range_is_checked_in_python_too() -> None:
+    for make, key in ((lambda: RunConfig(log_every=0), "run.log_every"), (lambda: ZoomConfig(reach=math.nan), "zoom")):
+        with pytest.raises(ConfigError, match=key):
+            make()
+    assert (RunConfig().out, OptimConfig().max_steps) == (MISSING, MISSING)
 
 
 @pytest.mark.parametrize(
