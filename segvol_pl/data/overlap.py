@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from segvol_pl.credentials import masked
 from segvol_pl.data.shards import ShardError, load_index
 from segvol_pl.data.store import Source, Store
 
@@ -32,7 +33,7 @@ def overlap(folders: Sequence[Source]) -> list[list[Place]]:
         for record in load_index(Store(folder)).samples:
             if not record.content:
                 raise ShardError(f"the index of {folder} holds no content hashes: run segvol-pl index {folder}")
-            found.setdefault(record.content, []).append(Place(str(folder), record.key, record.split))
+            found.setdefault(record.content, []).append(Place(masked(str(folder)), record.key, record.split))
     groups = [group for group in found.values() if len(group) > 1]
     return sorted(groups, key=lambda group: (not leaks(group), group[0].folder, group[0].key))
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from segvol_pl.config import CasesConfig, PackConfig, RegionsConfig
+from segvol_pl.credentials import PlaceError, masked
 from segvol_pl.data.measure import prepare_case
 from segvol_pl.data.pack import Job, listed_jobs
 from segvol_pl.data.sample import Box, Facts, Member
@@ -23,7 +24,7 @@ from segvol_pl.data.transforms import box_slices
 from segvol_pl.data.volume import NativeGrid, Volume, write_mask
 
 
-class EvaluateError(ValueError):
+class EvaluateError(PlaceError):
     """Cases, categories or results that cannot be evaluated or put together. The message names key and remedy."""
 
 
@@ -77,8 +78,8 @@ class ShardSubjects:
     """Labelled samples of a split."""
 
     def __init__(self, data: CasesConfig) -> None:
-        self.source, self.split = str(data.shards), data.split
-        self.store = Store(self.source)
+        self.source, self.split = masked(str(data.shards)), data.split
+        self.store = Store(str(data.shards))
         samples = read_index(self.store).samples
         chosen = [record for record in samples if data.split in ("all", record.split)]
         labelled = sorted((record for record in chosen if record.labelled), key=lambda record: record.key)
