@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from segvol_pl import configure, flops, memory
-from segvol_pl.config import ConfigError, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig
+from segvol_pl.config import ConfigError, Precision, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig
 from segvol_pl.devices import ACCELERATORS, Accelerator, accelerator
 
 GIB = 2**30
@@ -55,8 +55,8 @@ class Plan:
 
     @property
     def bf16(self) -> bool:
-        """Whether products are taken in bf16."""
-        return self.config.run.precision.value != "fp32"
+        """Whether products are taken in bf16, as `auto` does on all these devices."""
+        return self.config.run.precision is not Precision.fp32
 
     def largest(self, strategy: Strategy) -> int:
         """The most volumes that fit on a device at once; 0 where not even one does."""
@@ -78,7 +78,8 @@ class Plan:
 
     def rates(self) -> tuple[float, float]:
         """Volumes/s of all devices together, from and to."""
-        low, high = (self.ranks * share * self.device.tflops * 1e12 / self.operations for share in REACHED)
+        peak = self.ranks * self.device.peak(self.bf16) * 1e12
+        low, high = (share * peak / self.operations for share in REACHED)
         return low, high
 
 
@@ -119,14 +120,18 @@ def lines(made: Plan) -> Iterator[str]:
     """The plan as text."""
     config, run = made.config, made.config.run
     kind = "pretrain" if isinstance(config, PretrainConfig) else "train"
-    precision = "bf16" if made.bf16 else "fp32"
     place = f"{run.nodes} x {run.devices} {made.device.name}"
-    yield f"{kind} on {place}, {precision}, global batch {config.data.global_batch}"
+    chosen = " (auto takes it on this device)" if run.precision is Precision.auto else ""
+    yield f"{kind} on {place}, {_precision(made)}{chosen}, global batch {config.data.global_batch}"
     yield from _parts("parameters", "M", 1e6, {name: float(n) for name, n in flops.run_parameters(config).items()})
     work = {name: float(part.total) for name, part in flops.volume_work(config).items()}
     yield from _parts("operations of a volume, forward and backward", "TFLOP", 1e12, work)
     yield from _memory(made)
     yield from _time(made)
+
+
+def _precision(made: Plan) -> str:
+    return "bf16" if made.bf16 else "fp32"
 
 
 def _parts(title: str, unit: str, scale: float, parts: dict[str, float]) -> Iterator[str]:
@@ -152,7 +157,7 @@ def _time(made: Plan) -> Iterator[str]:
     config, (low, high) = made.config, made.rates()
     volumes = config.optim.max_steps * config.data.global_batch
     percent = " to ".join(f"{100 * share:.0f}" for share in REACHED)
-    against = f"{made.device.tflops:.0f} TFLOP/s in bf16"
+    against = f"{made.device.peak(made.bf16):.0f} TFLOP/s in {_precision(made)}"
     yield f"\nat {percent} % of the peak, {against} (an assumption: the run itself tells, as rate/mfu)"
     yield f"  volumes/s, together   {low:.1f} to {high:.1f}"
     yield f"  {config.optim.max_steps} steps        {volumes / high / 3600:.1f} to {volumes / low / 3600:.1f} hours"

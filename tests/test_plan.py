@@ -12,6 +12,7 @@ import pytest
 
 from segvol_pl import flops
 from segvol_pl.config import ConfigError, PretrainConfig, Strategy, TrainConfig
+from segvol_pl.devices import ACCELERATORS
 from segvol_pl.plan import Plan, lines, plan, strategies
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +82,16 @@ def test_rates_are_the_peaks_share_over_the_operations() -> None:
     operations = flops.total(flops.pretrain_work(made.config.model, 0.6)).total
     assert made.rates() == pytest.approx((2 * 0.2 * 312e12 / operations, 2 * 0.5 * 312e12 / operations))
     assert any(f"{made.rates()[0]:.1f} to {made.rates()[1]:.1f}" in line for line in lines(made))
+
+
+@pytest.mark.parametrize("device", [one.name for one in ACCELERATORS])
+def test_fp32_takes_longer_than_bf16(device: str) -> None:
+    """And is stated so; `auto` is bf16 on every device."""
+    auto, bf16, fp32 = (plan([TRAIN, f"device={device}", f"run.precision={name}"]) for name in ("auto", "bf16", "fp32"))
+    assert auto.rates() == bf16.rates() and "bf16 (auto takes it on this device)" in next(lines(auto))
+    assert all(slow < 0.5 * fast for slow, fast in zip(fp32.rates(), bf16.rates(), strict=True))
+    assert any(f"{fp32.device.fp32_tflops:.0f} TFLOP/s in fp32" in line for line in lines(fp32))
+    assert not any("bf16" in line for line in lines(fp32))
 
 
 @pytest.mark.slow
