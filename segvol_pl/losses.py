@@ -5,6 +5,7 @@ Letters: B batch, K masks, P prompts (of one mask), D H W voxels, M hidden token
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,15 +14,20 @@ DICE_SMOOTH = 1.0
 
 
 def mask_losses(logits_BKPDHW: Tensor, masks_BKDHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice loss and BCE of every prompt, each (B,K,P), float32. `masks_BKDHW` is bool or 0/1; P prompts share one."""
+    """Dice loss and BCE of every prompt, each (B,K,P), float32 under autocast too.
+
+    `masks_BKDHW` is bool or 0/1; P prompts share one.
+    """
     logits = logits_BKPDHW.float().flatten(3)
     truth = masks_BKDHW.float().flatten(2)[:, :, None]
-    # Matrix products sum without holding the products: these tensors are the largest of the whole step.
-    overlap_logits = (logits @ truth.transpose(2, 3))[..., 0]
-    bce_BKP = (F.softplus(logits).sum(-1) - overlap_logits) / logits.shape[-1]
-    probability = logits.sigmoid()
-    overlap = (probability @ truth.transpose(2, 3))[..., 0]
-    dice_BKP = 1 - 2 * overlap / (probability.sum(-1) + truth.sum(-1) + DICE_SMOOTH)
+    # BCE is a small difference of large sums: with products rounded to bf16 nothing would be left of it.
+    with torch.autocast(logits.device.type, enabled=False):
+        # Matrix products sum without holding the products: these tensors are the largest of the whole step.
+        overlap_logits = (logits @ truth.transpose(2, 3))[..., 0]
+        bce_BKP = (F.softplus(logits).sum(-1) - overlap_logits) / logits.shape[-1]
+        probability = logits.sigmoid()
+        overlap = (probability @ truth.transpose(2, 3))[..., 0]
+        dice_BKP = 1 - 2 * overlap / (probability.sum(-1) + truth.sum(-1) + DICE_SMOOTH)
     return dice_BKP, bce_BKP
 
 

@@ -73,7 +73,9 @@ class _Ahead(torch.autograd.Function):
 def _gather(loss: Tensor, sources: list[Tensor], gathered: list[Tensor | None]) -> None:
     """Adds the loss's gradients to `gathered`."""
     trained = [place for place, source in enumerate(sources) if source.requires_grad]
-    gradients = torch.autograd.grad(loss, [sources[place] for place in trained], allow_unused=True)
+    # Autocast is for the forward pass alone: it would also round the products of what was computed in float32.
+    with torch.autocast(loss.device.type, enabled=False):
+        gradients = torch.autograd.grad(loss, [sources[place] for place in trained], allow_unused=True)
     for place, gradient in zip(trained, gradients, strict=True):
         so_far = gathered[place]
         gathered[place] = gradient if so_far is None or gradient is None else so_far.add_(gradient)
