@@ -11,11 +11,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from segvol_pl.config import ImportConfig, Rule, SegVolConfig
 from segvol_pl.data.cases import load_categories
-from segvol_pl.data.whole import replacing
 from segvol_pl.model.checkpoint import (
     BANK,
     Weights,
@@ -25,6 +22,7 @@ from segvol_pl.model.checkpoint import (
     listed,
     load_exactly,
     read_weights,
+    write_safetensors,
     write_weights,
 )
 from segvol_pl.model.image_encoder import ImageEncoder
@@ -65,9 +63,7 @@ def _bank_of(config: ImportConfig, weights: Weights) -> TextBank:
 def _import_encoder(contents: Contents, config: SegVolConfig, target: Path) -> Path:
     encoder = ImageEncoder(config)
     log.info("image encoder alone: %s", load_exactly(encoder, encoder_of(contents), contents.path))
-    with replacing(target) as part:
-        save_file({f"image_encoder.{name}": value for name, value in encoder.state_dict().items()}, part)
-    return target
+    return write_safetensors({f"image_encoder.{name}": value for name, value in encoder.state_dict().items()}, target)
 
 
 def export(source: str | Path, target: str | Path, published: str | Path | None = None) -> Path:
@@ -93,6 +89,8 @@ def _export_published(weights: Weights, beside: Weights, target: Path) -> Path:
         raise CheckpointError(f"{beside.path}: lacks CLIP's text tower: give the published weights as third argument")
     tensors = {name: value for name, value in {**weights.tensors, **beside.carried}.items() if name != BANK}
     wanted = {name: value for name, value in {**beside.tensors, **beside.carried}.items() if name != BANK}
+    if lost := [name for name in beside.order if name not in tensors]:
+        raise CheckpointError(f"{weights.path}: lacks {listed(lost)}, which {beside.path} has: import that again")
     if problems := differences(wanted, tensors):
         raise CheckpointError(
             f"{weights.path} is of another model than {beside.path}: {listed(problems.values(), '; ')}"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from letters import WORDS, write_tokenizer
 from published import deterministic, released_state
+from ranks import Ranks
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -176,12 +175,12 @@ def test_fine_tuning_takes_the_released_file_itself(
     assert "text bank: made by the text tower" in caplog.text and "tensors from" in caplog.text
 
 
-def test_two_ranks_fine_tune_without_searching_for_unused_parameters(pth: Path, phantom_shards: Path) -> None:
-    keys = [*fine_tuning(pth.parent, phantom_shards), f"weights={pth}", "run.devices=2", "run.strategy=ddp"]
-    command = [sys.executable, "-m", "segvol_pl", "train", *keys, "run.threads=1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "tensors from" in done.stderr and "unused" not in done.stderr
+def test_two_ranks_fine_tune_without_searching_for_unused_parameters(
+    pth: Path, phantom_shards: Path, ranks: dict[int, Ranks]
+) -> None:
+    keys = [*fine_tuning(pth.parent, phantom_shards), f"weights={pth}", "run.strategy=ddp", "run.threads=1"]
+    said = ranks[2]("train", *keys)
+    assert "tensors from" in said and "unused" not in said
     assert load_model(pth.parent / "run" / "checkpoints" / "last.ckpt").bank.names
 
 
@@ -309,3 +308,22 @@ def test_import_and_export_by_the_command_line(pth: Path, folder: Path) -> None:
     assert main(["import", str(out), str(folder / "again.safetensors"), *keys]) == 1
     assert main(["import", str(pth)]) == 2
     assert (folder / "back.pth").exists()
+
+
+# ---- who may read what was written ----
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640)])
+def test_written_weights_are_as_readable_as_other_files(
+    umask: int, expected: int, pth: Path, state: dict[str, Tensor], folder: Path
+) -> None:
+    stem = "image_encoder."
+    torch.save({f"encoder.{n.removeprefix(stem)}": v for n, v in state.items() if n.startswith(stem)}, folder / "v.bin")
+    before = os.umask(umask)
+    try:
+        whole = import_weights(importing(pth))
+        encoder = import_weights(importing(folder / "v.bin", out="vit.safetensors"))
+        written = [whole, encoder, export(whole, folder / "again.safetensors"), export(whole, folder / "again.pth")]
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in written] == [expected] * 4

@@ -74,6 +74,12 @@ INDEX_FAULTS: dict[str, tuple[Callable[[Raw], None], str]] = {
     "before a shard": (lambda raw: raw["samples"][0]["members"].update(json=[-1, 10]), "json lies outside"),
     "behind a shard": (lambda raw: raw["samples"][0]["members"].update(json=[10, 1 << 50]), "json lies outside"),
     "of less than nothing": (lambda raw: raw["samples"][0]["members"].update(json=[10, -5]), "json lies outside"),
+    "a place between bytes": (lambda raw: raw["samples"][0]["members"].update(json=[10.5, 10]), "is no index"),
+    "a shape that is none": (lambda raw: raw["samples"][0].update(shape=[4, -4, 4]), "is no index"),
+    "content that is no text": (lambda raw: raw["samples"][0].update(content=["a"]), "is no index"),
+    "a key twice": (lambda raw: raw["samples"].append(raw["samples"][0]), "stands in .*: remove one of them"),
+    "a shard twice": (lambda raw: raw["shards"].append(raw["shards"][0]), "twice: run segvol-pl index"),
+    "a shard of half a byte": (lambda raw: raw["shards"][0].update(bytes=1e9), "is no index"),
     "no place": (lambda raw: raw["samples"][0]["members"].update(json="here"), "is no index"),
 }
 

@@ -1,6 +1,7 @@
 """Weights: training checkpoints (.ckpt), exported models (.safetensors), released weights. Nothing is unpickled.
 
-1. `read_weights` makes one `Weights` of whatever the file is: this model's tensors, and what is carried along.
+1. `read_weights` makes one `Weights` of whatever the file is: this model's tensors, and what is carried along. What
+   the file states of them is taken literally, and held against the tensors before a model is made.
 2. `load_exactly` accounts for every tensor: what does not match is listed and refused, unless allowed by name.
 3. `write_weights` writes an exported model.
 
@@ -15,10 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from reprlib import repr as shortened
+from textwrap import shorten
+from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 from torch import nn
 
@@ -43,6 +47,8 @@ __all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_mod
 BANK = "text_encoder.bank_KE"
 FORMAT = "segvol_pl/1"
 LISTED = 5
+STACKS = {"layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
+"""Keys of the model that count blocks -> how the names of the blocks' tensors begin."""
 
 
 @dataclass(frozen=True)
@@ -163,23 +169,32 @@ def is_exported(contents: Contents) -> bool:
 def is_trained(contents: Contents) -> bool:
     """Whether `train` or `pretrain` wrote it."""
     parameters = contents.header.get("hyper_parameters")
-    return isinstance(parameters, dict) and "task" in parameters
+    return isinstance(parameters, dict) and isinstance(parameters.get("task"), str)
 
 
 def _exported(contents: Contents) -> Weights:
-    header = contents.header
-    config = _model_config(json.loads(header["config"]))
+    config = _model_config(_header_json(contents, "config"), contents.path)
+    categories = _names(_header_json(contents, "categories"), "categories", contents.path)
+    order = _names(_header_json(contents, "order", "[]"), "order", contents.path)
     tensors, carried = split_carried(contents.tensors)
-    order = json.loads(header.get("order", "[]"))
-    return Weights(contents.path, config, json.loads(header["categories"]), tensors, carried, order)
+    return _as_stated(Weights(contents.path, config, categories, tensors, carried, order))
+
+
+def _header_json(contents: Contents, name: str, default: str | None = None) -> Any:
+    try:
+        return json.loads(str(contents.header.get(name, default)))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{contents.path}: {name!r} in its header is no JSON: export the model again") from error
 
 
 def _trained(contents: Contents) -> Weights:
-    parameters = contents.header["hyper_parameters"]
+    path, parameters = contents.path, contents.header["hyper_parameters"]
     if parameters["task"] != "segment":
-        raise CheckpointError(f"{contents.path}: is a checkpoint of {parameters['task']}, not of segvol-pl train")
+        raise CheckpointError(f"{path}: is a checkpoint of {parameters['task']}, not of segvol-pl train")
+    stated = parameters.get("config")
+    config = _model_config(stated.get("model") if isinstance(stated, dict) else None, path)
     tensors = {name.removeprefix("model."): value for name, value in contents.tensors.items()}
-    return Weights(contents.path, _model_config(parameters["config"]["model"]), list(parameters["categories"]), tensors)
+    return _as_stated(Weights(path, config, _names(parameters.get("categories"), "categories", path), tensors))
 
 
 def _released(contents: Contents, config: SegVolConfig) -> Weights:
@@ -190,15 +205,52 @@ def _released(contents: Contents, config: SegVolConfig) -> Weights:
     return Weights(contents.path, config, [], tensors, carried, list(named))
 
 
-def _model_config(plain_values: dict[str, Any]) -> SegVolConfig:
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SegVolConfig), plain_values))
-    assert isinstance(config, SegVolConfig)
-    return config
+def _model_config(stated: Any, path: Path) -> SegVolConfig:
+    """The model's section as `plain` wrote it."""
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{path}: states no configuration of its model: export it again")
+    # OmegaConf would look up what such a text names, the environment included, and the file may be a stranger's.
+    if "${" in str(stated):
+        raise CheckpointError(f"{path}: its configuration refers to values outside of the file: export it again")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SegVolConfig), stated))
+    except (OmegaConfBaseException, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: states no model of this version: {shorten(str(error), 300)}") from error
+    return cast(SegVolConfig, config)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint, on the CPU, without unpickling code. Raises CheckpointError."""
-    contents = read_contents(path)
+def _names(stated: Any, what: str, path: Path) -> list[str]:
+    texts = isinstance(stated, list) and all(isinstance(name, str) for name in stated)
+    if not texts or len(set(stated)) < len(stated):
+        raise CheckpointError(f"{path}: its {what} are no list of different names: {shortened(stated)}")
+    return list(stated)
+
+
+def _as_stated(weights: Weights) -> Weights:
+    """Refuses a model that is another than its configuration and categories say, before it takes any memory."""
+    path, config, tensors = weights.path, weights.config, weights.tensors
+    for key, start in STACKS.items():
+        held = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
+        if getattr(config, key) != held:
+            raise CheckpointError(f"{path}: states model.{key}={getattr(config, key)}, and holds {held} of them")
+    try:
+        with torch.device("meta"):
+            own = SegVol(config).state_dict()
+            own[BANK] = torch.empty(max(len(weights.categories), 1), config.text_dim)  # without names a row of zeros
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: states a model that cannot be made ({str(error).splitlines()[0]})") from error
+    problems = differences(own, tensors if weights.categories else {BANK: own[BANK], **tensors})
+    if problems:
+        raise CheckpointError(f"{path} is of another model than it states: {listed(problems.values(), '; ')}")
+    return weights
+
+
+def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
+    """A training checkpoint, on the CPU, without unpickling code; `mapped` as in `read_contents`.
+
+    Raises CheckpointError.
+    """
+    contents = read_contents(path, mapped)
     if not is_trained(contents):
         raise CheckpointError(f"{path}: is no training checkpoint of segvol-pl")
     return {**contents.header, "state_dict": contents.tensors}
@@ -212,7 +264,15 @@ def write_weights(weights: Weights, target: Path) -> Path:
         "categories": json.dumps(weights.categories),
         "order": json.dumps(weights.order),
     }
-    tensors = {name: value.contiguous() for name, value in {**weights.tensors, **weights.carried}.items()}
+    return write_safetensors({**weights.tensors, **weights.carried}, target, header)
+
+
+def write_safetensors(tensors: Tensors, target: Path, header: dict[str, str] | None = None) -> Path:
+    """A .safetensors file with the permissions of any other file."""
+    whole = {name: value.contiguous() for name, value in tensors.items()}
     with replacing(target) as part:
-        save_file(tensors, part, metadata=header)
+        part.touch()
+        usual = part.stat().st_mode
+        save_file(whole, part, metadata=header)
+        part.chmod(usual)  # safetensors lets nobody but the owner read what it writes
     return target

@@ -49,15 +49,31 @@ class Contents:
     """safetensors: its metadata; otherwise everything that stands beside the tensors."""
 
 
-def read_contents(path: Path) -> Contents:
-    """Any file of weights, on the CPU, without unpickling code. Raises CheckpointError."""
+def read_contents(path: Path, mapped: bool = False) -> Contents:
+    """Any file of weights, on the CPU, without unpickling code. Raises CheckpointError, also for NaN in the weights.
+
+    mapped: a .ckpt's tensors stay in the file until they are used.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix not in (".ckpt", ".pth", ".pt", ".bin"):
+    if path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt", ".bin"):
         raise CheckpointError(f"{path}: unknown kind of checkpoint; give a .safetensors, .ckpt, .pth or .bin file")
-    raw = _read_torch(path)
+    if path.suffix == ".safetensors":
+        contents = _read_safetensors(path)
+    else:
+        contents = _contents_of(_read_torch(path, mapped), path)
+    for name, value in contents.tensors.items():
+        if not _is_finite(value):
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite values: take an earlier checkpoint")
+    return contents
+
+
+def _is_finite(value: Tensor) -> bool:
+    # One that is not finite leaves no finite sum, and summing makes no second tensor.
+    return bool(value.float().sum().isfinite()) or bool(value.isfinite().all())
+
+
+def _contents_of(raw: dict[str, Any], path: Path) -> Contents:
     inner = next((raw[key] for key in ("state_dict", "model") if isinstance(raw.get(key), dict)), raw)
     tensors = {str(name): value for name, value in inner.items() if isinstance(value, Tensor)}
     if not tensors:
@@ -74,9 +90,9 @@ def _read_safetensors(path: Path) -> Contents:
         raise CheckpointError(f"{path}: cannot be read ({error}): is it whole?") from error
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+        raw = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than weights and plain values, and is refused: code could hide in it"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from segvol_pl.__main__ import main
 from segvol_pl.config import SegVolConfig, TrainConfig
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
@@ -100,3 +105,116 @@ def test_foreign_files_are_refused(tmp_path: Path, checkpoint: Path) -> None:
     torch.save({"state_dict": state, "hyper_parameters": {"task": "pretrain"}}, tmp_path / "pre.ckpt")
     with pytest.raises(CheckpointError, match="checkpoint of pretrain"):
         load_model(tmp_path / "pre.ckpt")
+
+
+# ---- what a file states of itself ----
+
+
+def stating(exported: Path, target: Path, **changes: Any) -> Path:
+    """The exported model with other keys of its model's section, or another `categories`, `config` or `order`."""
+    with safe_open(exported, framework="pt") as opened:
+        header = dict(opened.metadata())
+    whole = {name: changes.pop(name) for name in ("categories", "config", "order") if name in changes}
+    header["config"] = json.dumps({**json.loads(header["config"]), **changes})
+    save_file(load_file(exported), target, metadata={**header, **whole})
+    return target
+
+
+STATED: dict[str, tuple[dict[str, Any], str]] = {
+    "no heads": ({"heads": 0}, r"states no model .* model\.heads: must be at least 1"),
+    "no decoder heads": ({"decoder_heads": 0}, r"states no model .* model\.decoder_heads: must be at least 1"),
+    "a flat patch": ({"patch": [4, 0, 8]}, r"states no model .* model\.patch: must be"),
+    "no whole number": ({"mlp": 32.5}, r"states no model .*32\.5.* mlp"),
+    "heads that do not divide": ({"heads": 3}, "states no model .* model.hidden: 32 is not a multiple"),
+    "an unknown key": ({"depth": 3}, "states no model .*'depth'"),
+    "keys for a list": ({"patch": {"d": 4}}, "states no model"),
+    "an unknown rule": ({"coordinates": "own"}, r"states no model .*'own'.* coordinates"),
+    "the environment": ({"input_shape": "${oc.env:SECRET}"}, "refers to values outside"),
+    "the environment in marks": ({"marks": ["1*m.${oc.env:SECRET}:x"]}, "refers to values outside"),
+    "marks without end": ({"marks": [f"{'9' * 5000}*m:x"]}, "states no model"),
+    "marks that it lacks": ({"marks": ["99999999999*m:x"]}, r"than it states: lacks prompt_encoder\.mark_embeddings"),
+    "wide": ({"hidden": 80000}, r"than it states: .* is \[32.*the model's is \[80000"),
+    "wider than memory": ({"hidden": 8 * 10**18}, "states a model that cannot be made"),
+    "wider than numbers": ({"mlp": 10**30}, "states a model that cannot be made"),
+    "deep": ({"layers": 10**6}, r"states model\.layers=1000000, and holds 1 of them"),
+    "a deep decoder": ({"decoder_layers": 10**6}, r"states model\.decoder_layers=1000000, and holds 2 of them"),
+    "a large input": ({"input_shape": [8, 1 << 20, 1 << 20]}, "than it states: .*position_embeddings"),
+    "too few names": ({"categories": '["x"]'}, r"bank_KE is \[2, 8\], the model's is \[1, 8\]"),
+    "no names": ({"categories": "[]"}, r"bank_KE is \[2, 8\], the model's is \[1, 8\]"),
+    "a name twice": ({"categories": '["x", "x"]'}, "its categories are no list of different names"),
+    "names that are none": ({"categories": '{"x": 1}'}, "its categories are no list"),
+    "an order that is none": ({"order": "[1]"}, "its order are no list"),
+    "no JSON": ({"config": "{"}, "'config' in its header is no JSON"),
+    "nothing": ({"config": "null"}, "states no configuration"),
+    "nested JSON": ({"config": "[" * 10**6}, "'config' in its header is no JSON"),
+    "nested keys": ({"marks": json.loads("[" * 900 + "]" * 900)}, "states no model"),
+}
+
+
+@pytest.mark.parametrize("fault", STATED)
+def test_a_header_that_is_not_its_models_is_refused_in_one_line(
+    fault: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECRET", "8")
+    changes, said = STATED[fault]
+    stated = stating(export(checkpoint, tmp_path / "model.safetensors"), tmp_path / "stated.safetensors", **changes)
+    with pytest.raises(CheckpointError, match=rf"stated\.safetensors:? .*{said}"):
+        load_model(stated)
+    assert main(["export", str(stated), str(tmp_path / "again.safetensors")]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "unexpected" not in lines[0] and not (tmp_path / "again.safetensors").exists()
+
+
+@pytest.mark.parametrize("changes", [{"config": None}, {"config": {"model": {"heads": 0}}}, {"categories": ["x"]}])
+def test_a_training_checkpoint_that_states_no_model_is_refused(
+    changes: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"] |= changes
+    torch.save(content, tmp_path / "stated.ckpt")
+    with pytest.raises(CheckpointError, match=r"stated\.ckpt.* (states|than it states)"):
+        load_model(tmp_path / "stated.ckpt")
+
+
+def test_an_older_header_lacks_keys(checkpoint: Path, tmp_path: Path) -> None:
+    """What a later version adds to the model's section has its default."""
+    exported = export(checkpoint, tmp_path / "model.safetensors")
+    with safe_open(exported, framework="pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    del config["marks"], config["coordinates"]
+    assert load_model(stating(exported, tmp_path / "old.safetensors", config=json.dumps(config))).config == MODEL
+
+
+# ---- weights that are no numbers ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_weights_that_are_not_finite_are_refused_by_name(
+    suffix: str, value: float, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoint if suffix == ".ckpt" else export(checkpoint, tmp_path / "model.safetensors")
+    bad = tmp_path / f"bad{suffix}"
+    if suffix == ".ckpt":
+        content = torch.load(source, weights_only=True)
+        content["state_dict"]["model.image_encoder.norm.weight"][3] = value
+        torch.save(content, bad)
+    else:
+        tensors = load_file(source)
+        tensors["image_encoder.norm.weight"][3] = value
+        with safe_open(source, framework="pt") as opened:
+            save_file(tensors, bad, metadata=opened.metadata())
+    said = r"bad\.\w+: (model\.)?image_encoder\.norm\.weight holds NaN or infinite values"
+    for load in (load_model, lambda path: load_encoder(SegVol(MODEL).image_encoder, path)):
+        with pytest.raises(CheckpointError, match=said):
+            load(bad)
+    assert main(["export", str(bad), str(tmp_path / "out.safetensors")]) == 1
+    assert "norm.weight holds NaN" in capsys.readouterr().err and not (tmp_path / "out.safetensors").exists()
+
+
+def test_finite_weights_may_be_large(checkpoint: Path, tmp_path: Path) -> None:
+    """Their sum is not finite; they are."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["state_dict"]["model.image_encoder.norm.weight"][:] = 3e38
+    torch.save(content, tmp_path / "large.ckpt")
+    assert load_model(tmp_path / "large.ckpt").image_encoder.norm.weight[0] > 1e38
