@@ -280,8 +280,15 @@ class Session:
         return zip(prompts, self._zoomed(asked), strict=True)
 
     def _zoomed(self, asked: list[Any]) -> Iterator[ZoomResult]:
-        with self.predictor.autocast():
-            yield from self.zoomer.zoom_all(asked)
+        results = self.zoomer.zoom_all(asked)
+        while True:
+            # Entered for each result: left open across `yield`, it would hold for the caller's own code, for good
+            # where two such iterators end in another order than they began.
+            with self.predictor.autocast():
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
 
     def _refined(self, prompt: Prompt, previous: Mask | np.ndarray) -> Mask:
         array_DHW, shape = np.asarray(previous, dtype=bool), self.volume.array_DHW.shape

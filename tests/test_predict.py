@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,20 @@ from letters import write_clip
 from oracle import Oracle, RangeOracle, predictor_of, save_untrained
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import ConfigError, Coordinates, Overlaps, PredictConfig, SegVolConfig, TextConfig, ZoomConfig
+from segvol_pl.config import (
+    ConfigError,
+    Coordinates,
+    Overlaps,
+    Precision,
+    PredictConfig,
+    SegVolConfig,
+    TextConfig,
+    ZoomConfig,
+)
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.data.sample import SampleError
 from segvol_pl.data.transforms import box_slices
-from segvol_pl.data.volume import Volume, VolumeError, _native_grid, read_volume
+from segvol_pl.data.volume import WRITABLE, Volume, VolumeError, _native_grid, read_volume
 from segvol_pl.dicom_seg import write_dicom_seg
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.text_encoder import TextError
@@ -205,6 +215,18 @@ def test_several_prompts_are_answered_as_each_alone(ct: Path) -> None:
     assert model.encoded == other.encoded
 
 
+def test_masks_that_are_found_in_turns_leave_no_precision_on(ct: Path) -> None:
+    """Between two masks, and whichever series ends first, the caller computes as before."""
+    predictor = predictor_of(Oracle(WINDOW))
+    predictor.precision = Precision.bf16
+    prompts = [Prompt(box=LIVER), Prompt(box=SPLEEN)]
+    first, second = (predictor.open(ct).segment_each(prompts) for _ in range(2))
+    next(first), next(second)
+    assert not torch.is_autocast_enabled("cpu")
+    assert len([*first, *second]) == 2
+    assert not torch.is_autocast_enabled("cpu") and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.float32
+
+
 def test_a_label_map_gives_a_voxel_to_the_most_probable_category(session: Session) -> None:
     labels = session.segment_all(["organs", "liver", "spleen"])
     assert labels.array_DHW.dtype == np.uint8
@@ -302,6 +324,20 @@ CORNERS = (slice(0, 3), slice(3, 6))
 def test_millimetres_that_do_not_fit(tmp_path: Path, ct: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(PromptError, match=message):
         prompt_of(settings(tmp_path, coordinates=Coordinates.ras, **changes), None, read_volume(ct))
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, 0o644), (0o027, 0o640)])
+def test_masks_are_as_readable_as_other_files(umask: int, expected: int, session: Session, tmp_path: Path) -> None:
+    mask, labels = session.segment(Prompt(text="liver")), session.segment_all(["liver"])
+    before = os.umask(umask)
+    try:
+        for ending in WRITABLE:
+            mask.save(tmp_path / f"mask{ending}")
+        labels.save(tmp_path / "labels.nii.gz")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(modes) == len(WRITABLE) + 2 and set(modes.values()) == {expected}
 
 
 # ---- DICOM SEG ----

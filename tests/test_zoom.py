@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle
+from oracle import Oracle, save_untrained
 
 from segvol_pl.config import Rule, ZoomConfig
 from segvol_pl.data.prompts import INSIDE, PADDING, Prompt, box_of
 from segvol_pl.data.sample import Box
 from segvol_pl.data.transforms import box_slices, resize_label, resize_tensor
 from segvol_pl.logits import Certain, Coarse, enlarge
+from segvol_pl.model.checkpoint import load_model
 from segvol_pl.tokens import TokenStore
 from segvol_pl.zoom import (
     Zoomer,
@@ -304,6 +307,22 @@ def test_prompts_answered_together_are_answered_as_alone() -> None:
         assert (got.roi, got.windows) == (want.roi, want.windows)
         np.testing.assert_allclose(got.final_DHW, want.final_DHW, rtol=1e-6)
     assert together.encoded == alone.encoded < 1 + sum(answer.windows for answer in answers)
+
+
+@pytest.mark.parametrize(("decode_batch", "order"), [(1, [0, 1, 2, 3]), (16, [0, 1, 2, 3]), (4, [3, 1, 0, 2])])
+def test_in_float32_neither_how_many_prompts_are_decoded_at_once_nor_their_order_moves_a_logit(
+    decode_batch: int, order: list[int], tmp_path: Path
+) -> None:
+    model = load_model(save_untrained(tmp_path / "tiny.ckpt", ["liver", "spleen"]))
+    image_DHW = np.random.default_rng(0).random((20, 70, 60), np.float32)
+    points = Prompt(points_N3=np.array([[10, 30, 30]]), labels_N=np.array([1]))
+    prompts = [Prompt(text="liver"), Prompt(text="spleen"), boxed(2, 5, 6, 15, 50, 40), points]
+    usual, other = (Zoomer(model, image_DHW, ZoomConfig(decode_batch=size)) for size in (4, decode_batch))
+    wanted = list(usual.zoom_all([usual.prompted(prompt, rng(5)) for prompt in prompts]))
+    answers = other.zoom_all([other.prompted(prompts[place], rng(5)) for place in order])
+    for place, got in zip(order, answers, strict=True):
+        assert (got.roi, got.windows) == (wanted[place].roi, wanted[place].windows)
+        np.testing.assert_allclose(got.final_DHW, wanted[place].final_DHW, rtol=0, atol=1e-5)
 
 
 def test_without_room_for_tokens_prompts_answered_together_still_encode_a_window_once() -> None:
