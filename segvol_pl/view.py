@@ -2,7 +2,8 @@
 
 1. `view` opens the CT once and starts Bokeh's server, on the loopback interface unless told otherwise. Bokeh brings its
    browser's part in its own package; nothing comes from the network, and no other file is served. The page's address
-   holds a secret, as others on a shared node reach its ports too.
+   holds a secret, as others on a shared node reach its ports too; they see the browser's arguments as well, so it gets
+   the address from a file.
 2. `Asked` is what the user has said so far: clicks, a box, a category; `Plane` turns places on the screen to voxels.
 3. `Page` is one browser tab: three planes, and what is said in them goes to `Session.segment` on a thread of its own.
 
@@ -53,6 +54,13 @@ COLOURS = {INSIDE: "#2bd966", OUTSIDE: "#ff9f1c"}
 
 OTHER_NAMES = r"(?!(localhost|127(\.\d+){3}|\[?::1\]?)$).*"
 """Hosts that a request to the loopback interface does not name, unless it was led there."""
+
+KEPT = {
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+}
+"""Headers of every answer."""
 
 SAVE_AS = """
 const bytes = Uint8Array.from(atob(file.data.content[0]), (letter) => letter.charCodeAt(0));
@@ -153,12 +161,27 @@ def view(config: ViewConfig) -> None:
     server = make_server(config)
     address = f"http://{config.host}:{server.port}{server.prefix}/"
     log.info("%s is open at %s (stop with Ctrl-C); who knows the address sees the CT", config.image, address)
-    if config.show:
-        server.io_loop.add_callback(server.show, "/")
-    try:
-        server.io_loop.start()
-    finally:
-        server.stop()
+    with tempfile.TemporaryDirectory(prefix="segvol-view.") as folder:
+        if config.show:
+            server.io_loop.add_callback(_show, address, Path(folder))
+        try:
+            server.io_loop.start()
+        finally:
+            server.stop()
+
+
+def _show(address: str, folder: Path) -> None:
+    """Opens the page in a browser, by way of a file that only this user reads: everybody sees a program's arguments."""
+    from bokeh.util.browser import view as open_file
+
+    door, quoted = folder / "view.html", html.escape(address)
+    door.touch(mode=0o600)
+    door.write_text(
+        f'<!DOCTYPE html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={quoted}">'
+        f'<title>SegVol</title><a href="{quoted}">the viewer</a>\n',
+        encoding="utf-8",
+    )
+    open_file(str(door), new="tab")
 
 
 def make_server(config: ViewConfig) -> Any:
@@ -183,6 +206,7 @@ def make_server(config: ViewConfig) -> Any:
         raise ViewError(f"port: {config.port} is taken ({error.strerror}): give another, or 0 for any") from error
     if _loopback(config.host):
         _refuse_other_names(server)
+    _keep_to_itself(server)
     server.start()
     return server
 
@@ -192,6 +216,21 @@ def _refuse_other_names(server: Any) -> None:
     from tornado.web import ErrorHandler
 
     server._tornado.add_handlers(OTHER_NAMES, [(r".*", ErrorHandler, {"status_code": 403})])
+
+
+def _keep_to_itself(server: Any) -> None:
+    """No other page shows this one in a frame, and none that is gone to from here learns its address."""
+    from tornado.httputil import HTTPHeaders
+    from tornado.web import OutputTransform
+
+    class Headers(OutputTransform):
+        def transform_first_chunk(
+            self, status_code: int, headers: HTTPHeaders, chunk: bytes, finishing: bool
+        ) -> tuple[int, HTTPHeaders, bytes]:
+            headers.update(KEPT)
+            return status_code, headers, chunk
+
+    server._tornado.add_transform(Headers)
 
 
 def _loopback(host: str) -> bool:

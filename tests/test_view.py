@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import http.client
 import io
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +160,51 @@ def test_nothing_but_the_page_is_served_and_nothing_is_fetched(page: str, files:
     }
     status, _ = answered(page, "/ws", Origin="http://elsewhere.example", **socket)
     assert status == 403  # another page in the same browser
+
+
+BROWSER = """#!{python}
+import json, os, sys
+path = sys.argv[1].removeprefix("file://")
+modes = [os.stat(each).st_mode & 0o777 for each in (path, os.path.dirname(path))]
+with open({told!r} + ".part", "w") as stream:
+    json.dump({{"arguments": sys.argv, "modes": modes, "page": open(path).read(), "path": path}}, stream)
+os.rename({told!r} + ".part", {told!r})
+"""
+
+
+def test_the_browser_gets_the_address_from_a_file_that_nobody_else_reads(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    image, checkpoint = files
+    told, browser = tmp_path / "told.json", tmp_path / "browser"
+    browser.write_text(BROWSER.format(python=sys.executable, told=str(told)))
+    browser.chmod(0o755)
+    keys = [f"checkpoint={checkpoint}", "port=0", "device=cpu"]
+    command = [sys.executable, "-m", "segvol_pl", "view", str(image), *keys]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "BROWSER": f"{browser} %s"}
+    # Started behind `&`, the tests would hand down that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    try:
+        while not told.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        seen = json.loads(told.read_text())
+        (address,) = set(re.findall(r"http://[^\s\"]+", seen["page"]))
+        assert answered(address, "/")[0] == 200
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    secret = address.split("/")[3]
+    assert len(secret) > 20 and secret not in str(seen["arguments"]) and seen["modes"] == [0o600, 0o700]
+    assert f'http-equiv="refresh" content="0; url={address}"' in seen["page"]
+    assert address in said and not Path(seen["path"]).parent.exists()
+
+
+def test_the_page_is_shown_in_no_frame_and_tells_nobody_its_address(page: str) -> None:
+    with urllib.request.urlopen(page, timeout=30) as response:
+        assert response.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+        assert (response.headers["X-Frame-Options"], response.headers["Referrer-Policy"]) == ("DENY", "no-referrer")
 
 
 class Browser:
