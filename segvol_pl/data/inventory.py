@@ -121,6 +121,7 @@ def _entry(path: Path) -> Entry:
 
 
 def _doubts(header: VolumeHeader, path: Path) -> Iterator[str]:
+    yield from header.remarks
     if not header.placed:
         yield "its header states no orientation (qform and sform are 0)"
     if header.missing_bytes:

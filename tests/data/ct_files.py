@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import nibabel
 import numpy as np
+import pytest
 import SimpleITK as sitk
+
+if TYPE_CHECKING:
+    import pydicom
 
 SHAPE = (24, 28, 26)
 """Slices, rows, columns, as SimpleITK holds them."""
@@ -46,15 +54,28 @@ def write_case(folder: Path, name: str, seed: int = 0) -> tuple[Path, Path]:
     return image, mask
 
 
-def write_dicom(folder: Path, hu: np.ndarray, series: str = "1.2.3.4", skip: tuple[int, ...] = ()) -> Path:
-    """A DICOM series with one file a slice, those of `skip` left out."""
+def write_dicom(
+    folder: Path,
+    hu: np.ndarray,
+    series: str = "1.2.3.4",
+    skip: tuple[int, ...] = (),
+    direction: np.ndarray | None = None,
+    step: np.ndarray | None = None,
+) -> Path:
+    """A DICOM series with one file a slice, those of `skip` left out.
+
+    `direction` as in `to_image`. `step` is the way from slice to slice in mm, LPS: along their normal, where none is
+    given.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    image = to_image(hu)
+    image = to_image(hu, direction)
+    cosines = np.array(image.GetDirection()).reshape(3, 3)
+    step = cosines[:, 2] * SPACING[2] if step is None else step
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     for number in set(range(image.GetSize()[2])) - set(skip):
         piece = image[:, :, number]
-        place = image.TransformIndexToPhysicalPoint((0, 0, number))
+        place = image.GetOrigin() + number * step
         tags = {
             "0008|0060": "CT",
             "0008|0016": "1.2.840.10008.5.1.4.1.1.2",
@@ -62,9 +83,9 @@ def write_dicom(folder: Path, hu: np.ndarray, series: str = "1.2.3.4", skip: tup
             "0020|000d": "1.2.3",
             "0020|000e": series,
             "0020|0013": str(number),
-            "0020|0032": "\\".join(str(coordinate) for coordinate in place),
+            "0020|0032": "\\".join(f"{coordinate:.8g}" for coordinate in place),
             "0020|0052": "1.2.3.9",
-            "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0037": "\\".join(f"{cosine:.8g}" for cosine in cosines[:, :2].T.ravel()),
             "0018|0050": str(SPACING[2]),
         }
         for tag, value in tags.items():
@@ -72,3 +93,66 @@ def write_dicom(folder: Path, hu: np.ndarray, series: str = "1.2.3.4", skip: tup
         writer.SetFileName(str(folder / f"{series}_{number:03d}.dcm"))
         writer.Execute(piece)
     return folder
+
+
+def restate(folder: Path, numbers: Iterable[int], **attributes: object) -> Path:
+    """Changes what some slices of a DICOM series state; None takes an attribute away."""
+    pydicom = pytest.importorskip("pydicom")
+    files = sorted(folder.iterdir())
+    for file in (files[number] for number in numbers):
+        dataset = pydicom.dcmread(file)
+        for name, value in attributes.items():
+            if value is None:
+                delattr(dataset, name)
+            else:
+                setattr(dataset, name, value)
+        dataset.save_as(file)
+    return folder
+
+
+def write_enhanced(folder: Path, hu: np.ndarray) -> Path:
+    """An Enhanced CT: all slices as the frames of one file, their places in sequences."""
+    pydicom = pytest.importorskip("pydicom")
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = pydicom.Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2.1", "1.2.3.4.1"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID, dataset.FrameOfReferenceUID = "1.2.3", "1.2.3.4", "1.2.3.9"
+    dataset.Modality, dataset.PatientID, dataset.NumberOfFrames = "CT", "", len(hu)
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = *hu.shape[1:], 1
+    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 1
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+    shared = pydicom.Dataset()
+    shared.PixelMeasuresSequence = [_dataset(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness=SPACING[2])]
+    shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])]
+    shared.PixelValueTransformationSequence = [_dataset(RescaleIntercept=0, RescaleSlope=1, RescaleType="HU")]
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    places = ([10.0, -20.0, 30.0 + number * SPACING[2]] for number in range(len(hu)))
+    dataset.PerFrameFunctionalGroupsSequence = [
+        _dataset(PlanePositionSequence=[_dataset(ImagePositionPatient=place)]) for place in places
+    ]
+    dataset.PixelData = hu.astype("<i2").tobytes()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.save_as(folder / "enhanced.dcm", enforce_file_format=True)
+    return folder
+
+
+def _dataset(**attributes: object) -> pydicom.Dataset:
+    import pydicom
+
+    dataset = pydicom.Dataset()
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    return dataset
+
+
+def write_promise(path: Path, side: int) -> Path:
+    """A NIfTI of 11 KB whose header promises `side` voxels along each axis, int16."""
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((side, side, side))
+    header.set_data_dtype(np.int16)
+    header.set_sform(np.eye(4), code=1)
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    content = header.binaryblock + bytes(11_000)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ct_files import phantom, to_image, write_case, write_dicom
+from ct_files import phantom, restate, to_image, write_case, write_dicom
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import InventoryConfig
@@ -69,6 +69,28 @@ def test_what_looks_wrong_is_named(found: Inventory) -> None:
     doubts = " ".join(_entry(found, "short.nii").doubts)
     assert "100 bytes shorter" in doubts and "spacing 1 x 1 x 40 mm" in doubts
     assert not _entry(found, "two_ct.nii.gz").doubts and not _entry(found, "one_seg.nii.gz").doubts
+
+
+def test_a_series_is_looked_at_slice_by_slice(tmp_path: Path) -> None:
+    hu, _ = phantom()
+    write_dicom(tmp_path / "tilted", hu, step=np.array([0.0, -0.8, 2.9]))
+    restate(write_dicom(tmp_path / "mr", hu), range(24), Modality="MR")
+    restate(write_dicom(tmp_path / "moved", hu), [9], ImagePositionPatient=[50, -20, 57])
+    restate(write_dicom(tmp_path / "unturned", hu), range(24), ImageOrientationPatient=None)
+    listed = inventory(InventoryConfig(images=str(tmp_path), out=""))
+    assert any("tilted by 15.4 degrees" in doubt for doubt in _entry(listed, "tilted").doubts)
+    assert any("its Modality is MR, not CT" in doubt for doubt in _entry(listed, "mr").doubts)
+    assert "shifted against each other by 40.0 mm" in _entry(listed, "moved").problem
+    assert "its ImageOrientationPatient is missing" in _entry(listed, "unturned").problem
+
+
+def test_forms_that_disagree_are_a_doubt(tmp_path: Path) -> None:
+    image = nibabel.Nifti1Image(phantom()[0].T, np.diag([-1.0, 1.0, 2.0, 1.0]))
+    image.set_qform(np.diag([1.0, 1.0, 2.0, 1.0]), 1)
+    nibabel.save(image, tmp_path / "ct.nii")
+    listed = inventory(InventoryConfig(images=str(tmp_path), out=""))
+    assert any("the sform is taken" in doubt for doubt in _entry(listed, "ct.nii").doubts)
+    assert listed.usable[0][1].orientation == "LAS" == "".join(nibabel.aff2axcodes(image.affine))
 
 
 def test_copies_are_named(found: Inventory) -> None:

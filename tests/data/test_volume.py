@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ct_files import SPACING, phantom, to_image, write_case, write_dicom
+from ct_files import (
+    SHAPE,
+    SPACING,
+    phantom,
+    restate,
+    to_image,
+    write_case,
+    write_dicom,
+    write_enhanced,
+    write_promise,
+)
 
-from segvol_pl.data.volume import VolumeError, read_label, read_volume, source_sha256, to_native, write_mask
+from segvol_pl.data.volume import (
+    VolumeError,
+    read_header,
+    read_label,
+    read_volume,
+    slice_files,
+    source_sha256,
+    to_native,
+    world_of,
+    write_mask,
+)
 
 ORIENTATIONS = [
     np.eye(3)[:, list(order)] * signs
@@ -140,6 +161,264 @@ def test_labels_take_the_smallest_dtype(tmp_path: Path, highest: int, dtype: typ
     assert read_label(_write(label, tmp_path / "seg.mha"), read_volume(image)).dtype == dtype
 
 
+# DICOM: slices that do not make a straight stack
+
+NORMAL = np.array([0.0, 0.0, 1.0])
+OBLIQUE = np.array([[0.96, -0.28, 0.0], [0.28, 0.96, 0.0], [0.0, 0.0, 1.0]]) @ np.array(
+    [[1.0, 0.0, 0.0], [0.0, 0.8, -0.6], [0.0, 0.6, 0.8]]
+)
+RAMP = np.array([4.0, -6.0, 5.0])
+"""HU per mm along x, y, z, LPS: half a voxel of displacement shows as 3 HU or more."""
+TILTS = {
+    "gantry forward": (np.eye(3), (0.0, -3.0 * np.sin(np.radians(20)), 3.0 * np.cos(np.radians(20)))),
+    "gantry back": (np.eye(3), (0.0, 0.9, 3.0)),
+    "along the rows": (np.eye(3), (1.1, 0.0, 2.2)),
+    "along both, oblique": (OBLIQUE, tuple((OBLIQUE @ np.array([0.4, -1.0, 3.0])).tolist())),
+}
+
+
+def _place(index_N3: np.ndarray, direction: np.ndarray, step: tuple[float, ...]) -> np.ndarray:
+    """LPS millimetres of (slice, row, column), by the definition in DICOM's Image Plane module."""
+    return np.array([10.0, -20.0, 30.0]) + index_N3 @ _steps(direction, step)
+
+
+def _steps(direction: np.ndarray, step: tuple[float, ...]) -> np.ndarray:
+    """Rows: mm from one slice, row and column to the next."""
+    return np.stack([np.array(step), direction[:, 1] * SPACING[1], direction[:, 0] * SPACING[0]])
+
+
+def _ramp(direction: np.ndarray, step: tuple[float, ...]) -> np.ndarray:
+    places_N3 = _place(np.argwhere(np.ones(SHAPE)), direction, step)
+    return np.rint(places_N3 @ RAMP).astype(np.int16).reshape(SHAPE)
+
+
+@pytest.mark.parametrize("tilt", TILTS)
+def test_a_tilted_gantry_is_straightened(tmp_path: Path, tilt: str, caplog: pytest.LogCaptureFixture) -> None:
+    direction, step = TILTS[tilt]
+    hu = _ramp(direction, step)
+    series = write_dicom(tmp_path / "tilted", hu, direction=direction, step=np.array(step))
+    volume, header = read_volume(series), read_header(series)
+    axes = volume.affine[:3, :3] / np.linalg.norm(volume.affine[:3, :3], axis=0)
+    assert np.allclose(axes.T @ axes, np.eye(3), atol=1e-6)
+    # A ramp in the world is a ramp in the voxels again: each voxel holds what lies where its affine puts it.
+    inside_N3 = np.argwhere(volume.array_DHW > hu.min())
+    world_N3 = world_of(inside_N3, volume, lps=True)
+    off_N = np.abs(volume.array_DHW[tuple(inside_N3.T)] - world_N3 @ RAMP)
+    index_N3 = (world_N3 - _place(np.zeros(3), direction, step)) @ np.linalg.inv(_steps(direction, step))
+    beyond_N3 = np.maximum(np.maximum(-index_N3, index_N3 - np.array(SHAPE) + 1), 0)
+    interior_N = beyond_N3.max(axis=1) < 1e-3
+    assert len(inside_N3) > 0.9 * hu.size and interior_N.mean() > 0.9
+    assert off_N[interior_N].max() <= 1, "0.5 HU of rounding before and after"
+    # A slice ends half a voxel beyond the centres of its outermost rows and columns, and is constant there.
+    assert beyond_N3.max() < 0.501
+    assert (off_N <= 1.01 + beyond_N3 @ np.abs(_steps(direction, step) @ RAMP)).all()
+    # All voxels of the slices lie within the grid.
+    corners_N3 = np.array(list(itertools.product(*((0, size - 1) for size in SHAPE))))
+    corners_4N = np.concatenate([_place(corners_N3, direction, step) * [-1, -1, 1], np.ones((8, 1))], axis=1).T
+    corners_3N = np.linalg.solve(volume.affine, corners_4N)[:3]
+    beyond_3N = corners_3N - np.array(volume.array_DHW.shape)[:, None] + 1
+    assert corners_3N.min() > -0.02 and beyond_3N.max() < 0.02
+    assert volume.array_DHW.min() == hu.min()
+    assert header.shape == volume.array_DHW.shape and header.spacing == pytest.approx(volume.spacing)
+    assert "tilted by" in header.remarks[0] and header.remarks[0] in caplog.text
+
+
+def test_masks_of_a_tilted_gantry_lie_on_the_straight_grid(tmp_path: Path) -> None:
+    hu, label = phantom()
+    step = np.array(TILTS["gantry forward"][1])
+    volume = read_volume(write_dicom(tmp_path / "ct", hu, step=step))
+    labels = restate(write_dicom(tmp_path / "seg", label.astype(np.int16), step=step), range(24), Modality="OT")
+    label_DHW = read_label(labels, volume)
+    assert np.bincount(label_DHW.ravel())[1:] == pytest.approx(np.bincount(label.ravel())[1:], rel=0.02)
+    assert volume.array_DHW[label_DHW == 2].mean() == pytest.approx(-800, abs=60)
+    write_mask(label_DHW, volume, tmp_path / "mask.nii.gz")
+    assert np.array_equal(read_label(tmp_path / "mask.nii.gz", volume), label_DHW)
+    with pytest.raises(VolumeError, match=r"ct: its slices are tilted by 20\.0 degrees.*write \.nii\.gz"):
+        slice_files(tmp_path / "ct")
+
+
+def test_rounded_positions_make_no_tilt(tmp_path: Path) -> None:
+    hu, _ = phantom()
+    exact, rounded = write_dicom(tmp_path / "exact", hu), write_dicom(tmp_path / "rounded", hu)
+    for number in range(24):
+        place = [10.0 + 0.04 * (-1) ** number, -20.0 + 0.004 * number, 30.0 + 3 * number]
+        restate(rounded, [number], ImagePositionPatient=place)
+    volume = read_volume(rounded)
+    assert np.array_equal(volume.array_DHW, read_volume(exact).array_DHW)
+    assert np.allclose(volume.affine, read_volume(exact).affine, atol=0.2)
+
+
+def _stack(**changes: object) -> Callable[[Path], Path]:
+    """A series of 24 slices of which one states something else."""
+    return lambda path: restate(write_dicom(path / "ct", phantom()[0]), [9], **changes)
+
+
+def _all(**changes: object) -> Callable[[Path], Path]:
+    return lambda path: restate(write_dicom(path / "ct", phantom()[0]), range(24), **changes)
+
+
+def _second_half(path: Path) -> Path:
+    return restate(write_dicom(path / "ct", phantom()[0]), range(13, 24), PixelSpacing=[0.5, 0.75])
+
+
+def _smaller(path: Path) -> Path:
+    whole, small = write_dicom(path / "ct", phantom()[0]), write_dicom(path / "small", phantom()[0][:, :20, :20])
+    (small / "1.2.3.4_009.dcm").replace(whole / "1.2.3.4_009.dcm")
+    return whole
+
+
+def _bent(path: Path) -> Path:
+    """Each step is within the tolerance of the others; together they lead 10 mm away."""
+    folder = write_dicom(path / "ct", phantom(shape=(60, 8, 8))[0])
+    for number in range(60):
+        restate(folder, [number], ImagePositionPatient=[10.0, -20.0 + 0.003 * number**2, 30.0 + 3.0 * number])
+    return folder
+
+
+def _stretched(path: Path) -> Path:
+    """The second half lies 8 % wider apart."""
+    folder = write_dicom(path / "ct", phantom(shape=(60, 8, 8))[0])
+    for number in range(60):
+        restate(folder, [number], ImagePositionPatient=[10.0, -20.0, 30.0 + 3 * number + 0.24 * max(0, number - 30)])
+    return folder
+
+
+STACKS = {
+    "one slice moved": (
+        _stack(ImagePositionPatient=[50, -20, 57]),
+        r"ct: slices .*_008\.dcm and .*_009\.dcm are shifted against each other by 40\.0 mm in plane",
+    ),
+    "last slice moved": (
+        lambda path: restate(_stack()(path), [23], ImagePositionPatient=[10, 20, 99]),
+        r"ct: slices .*_022\.dcm and .*_023\.dcm are shifted against each other by 40\.0 mm",
+    ),
+    "one slice rotated": (
+        _stack(ImageOrientationPatient=[0, 1, 0, -1, 0, 0]),
+        r"_009\.dcm: its ImageOrientationPatient is not that of the other slices",
+    ),
+    "one slice finer": (_stack(PixelSpacing=[0.5, 0.75]), r"_009\.dcm: its PixelSpacing is not that of the other"),
+    "half of them finer": (_second_half, r"ct/.*\.dcm: its PixelSpacing is not that of the other slices"),
+    "one slice smaller": (_smaller, r"_009\.dcm: its number of rows and columns is not that of the other slices"),
+    "another patient": (_stack(PatientID="other"), r"_009\.dcm: its PatientID is not that of the other slices"),
+    "another frame": (_stack(FrameOfReferenceUID="1.2.3.8"), r"_009\.dcm: its FrameOfReferenceUID is not that of"),
+    "one MR among them": (_stack(Modality="MR"), r"_009\.dcm: its Modality is not that of the other slices"),
+    "no orientation": (_all(ImageOrientationPatient=None), r"\.dcm: its ImageOrientationPatient is missing, not 6 num"),
+    "one without orientation": (_stack(ImageOrientationPatient=None), r"_009\.dcm: its ImageOrientationPatient is mis"),
+    "no right angle": (_all(ImageOrientationPatient=[1, 0, 0, 0.5, 0.5, 0]), "is no two unit vectors at right angles"),
+    "no position": (_all(ImagePositionPatient=None), r"\.dcm: its ImagePositionPatient is missing, not 3 numbers"),
+    "no spacing": (_all(PixelSpacing=None), r"\.dcm: its PixelSpacing is missing, not 2 numbers"),
+    "spacing of 0": (_all(PixelSpacing=[0, 1]), r"\.dcm: its PixelSpacing is \[0\.0, 1\.0\] mm"),
+    "inverted": (_all(PhotometricInterpretation="MONOCHROME1"), r"\.dcm: MONOCHROME1, its values run from bright"),
+    "bent": (_bent, r"ct: slice .* lies \d\.\d\d mm from its place in an even stack"),
+    "stretched": (_stretched, r"ct: slice .*_030\.dcm lies 3\.54 mm from its place in an even stack"),
+    "staggered": (
+        lambda path: write_dicom(path / "ct", phantom()[0], step=np.array([3.0, 0.0, 3.0])),
+        r"ct: its slices are staggered by 45 degrees, further than a gantry tilts \(at most 35\)",
+    ),
+    "multi-frame": (lambda path: write_enhanced(path / "ct", phantom()[0]), r"a multi-frame DICOM file \(24 frames\)"),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_slices_that_make_no_straight_stack_are_refused(tmp_path: Path, name: str) -> None:
+    make, message = STACKS[name]
+    folder = make(tmp_path)
+    with pytest.raises(VolumeError, match=message) as caught:
+        read_volume(folder)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(VolumeError, match=message):
+        read_header(folder)
+
+
+@pytest.mark.parametrize("modality", ["MR", None])
+def test_another_modality_is_no_ct_but_may_be_a_label_map(tmp_path: Path, modality: str | None) -> None:
+    folder = _all(Modality=modality)(tmp_path)
+    stated = modality or "not stated"
+    with pytest.raises(
+        VolumeError, match=rf"ct: its Modality is {stated}, not CT: no Hounsfield units: .*\(0008,0060\)"
+    ):
+        read_volume(folder)
+    assert read_header(folder).remarks == (f"its Modality is {stated}, not CT: no Hounsfield units",)
+    hu, label = phantom()
+    volume = read_volume(write_dicom(tmp_path / "sound", hu))
+    labels = restate(write_dicom(tmp_path / "seg", label.astype(np.int16)), range(24), Modality=modality)
+    assert np.array_equal(to_native(read_label(labels, volume), volume), label)
+
+
+# NIfTI: two forms, and units
+
+MIRRORED = np.diag([-1.0, 1.0, 2.0, 1.0])
+PLAIN = np.diag([1.0, 1.0, 2.0, 1.0])
+SHEARED = PLAIN + np.outer([1, 0, 0, 0], [0, 0.3, 0, 0])
+
+
+def _two_forms(path: Path, qform: np.ndarray, qcode: int, sform: np.ndarray, scode: int, unit: str = "mm") -> Path:
+    image = nibabel.Nifti1Image(_array().T, None)
+    image.set_qform(qform, qcode)
+    image.set_sform(sform, scode)
+    image.header.set_xyzt_units(xyz=unit)
+    nibabel.save(image, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("qcode", "sform", "scode", "taken"),
+    [
+        (1, MIRRORED, 1, "sform"),
+        (2, MIRRORED, 1, "sform"),
+        (1, MIRRORED, 2, "sform"),
+        (1, MIRRORED + np.outer([5, 0, 0, 0], [0, 0, 0, 1]), 4, "sform"),
+        (2, MIRRORED + np.outer([5, 0, 0, 0], [0, 0, 0, 1]), 2, "sform"),
+        (1, SHEARED, 1, "qform"),
+        (1, SHEARED, 4, "qform"),
+        (1, np.diag([0.0, 1.0, 2.0, 1.0]), 4, "qform"),
+        (1, PLAIN + np.outer([0, 0, 1, 0], [0, 0, 0, 0.6]), 1, "sform"),
+    ],
+)
+def test_forms_that_disagree_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, qcode: int, sform: np.ndarray, scode: int, taken: str
+) -> None:
+    path = _two_forms(tmp_path / "ct.nii.gz", PLAIN, qcode, sform, scode)
+    volume = read_volume(path)
+    assert np.allclose(volume.native.affine[:, [2, 1, 0, 3]], PLAIN if taken == "qform" else sform, atol=1e-5)
+    if taken == "sform":
+        assert np.allclose(volume.native.affine[:, [2, 1, 0, 3]], nibabel.load(path).affine)
+    assert f"ct.nii.gz: its qform (code {qcode}) and its sform (code {scode}) place voxels up to" in caplog.text
+    assert f"the {taken} is taken" in caplog.text
+    assert [remark in caplog.text for remark in read_header(path).remarks] == [True]
+
+
+@pytest.mark.parametrize(
+    ("qcode", "sform", "scode"),
+    [(1, PLAIN, 1), (1, PLAIN, 4), (0, MIRRORED, 2), (1, MIRRORED, 0), (1, PLAIN + 1e-4 * np.eye(4, k=3), 2)],
+)
+def test_forms_that_agree_or_stand_alone_are_no_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, qcode: int, sform: np.ndarray, scode: int
+) -> None:
+    path = _two_forms(tmp_path / "ct.nii", PLAIN, qcode, sform, scode)
+    volume = read_volume(path)
+    assert np.allclose(volume.native.affine[:, [2, 1, 0, 3]], sform if scode and not qcode else PLAIN, atol=1e-3)
+    assert not caplog.text and not read_header(path).remarks
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_lengths_in_metres_are_refused(tmp_path: Path, size: float) -> None:
+    affine = np.diag([size, size, 2 * size, 1.0])
+    path = _two_forms(tmp_path / "ct.nii.gz", affine, 1, affine, 1, "meter")
+    for read in (read_volume, read_header):
+        with pytest.raises(VolumeError, match=r"ct\.nii\.gz: its lengths are in meter \(xyzt_units\).*write mm"):
+            read(path)
+
+
+def test_a_qform_that_is_no_rotation_is_refused(tmp_path: Path) -> None:
+    path = _two_forms(tmp_path / "ct.nii", PLAIN, 1, PLAIN, 1)
+    image = nibabel.load(path)
+    image.header["quatern_b"], image.header["quatern_c"] = 2.0, 2.0
+    path.write_bytes(image.header.binaryblock + path.read_bytes()[348:])
+    with pytest.raises(VolumeError, match=r"ct\.nii: its qform is no rotation \(.+\): mend its header"):
+        read_volume(path)
+
+
 # Bad input
 
 
@@ -205,7 +484,26 @@ def _notes(path: Path) -> Path:
     return path / "notes"
 
 
+def _promising_nrrd(path: Path) -> Path:
+    sizes = "type: short\ndimension: 3\nsizes: 30000 30000 30000\nencoding: raw\nendian: little\n"
+    return _file(path, "huge.nrrd", f"NRRD0004\n{sizes}\n".encode() + bytes(11_000))
+
+
 BAD = {
+    "huge nii": (
+        lambda path: write_promise(path / "huge.nii", 30000),
+        r"huge\.nii: its header promises 30000 x 30000 x",
+    ),
+    "huge gz": (lambda path: write_promise(path / "huge.nii.gz", 30000), r"huge\.nii\.gz: its header promises 30000 x"),
+    "huge nrrd": (_promising_nrrd, r"huge\.nrrd: its header promises 30000 x 30000 x 30000 voxels, a volume has"),
+    "more than a nii holds": (
+        lambda path: write_promise(path / "large.nii", 1500),
+        r"large\.nii cannot be read \(its header promises 6750000352 bytes, the file holds 11348 at most\): it",
+    ),
+    "more than a gz can hold": (
+        lambda path: write_promise(path / "large.nii.gz", 1500),
+        r"large\.nii\.gz cannot be read \(its header promises 6750000352 bytes, the file holds \d+ at most\): it",
+    ),
     "missing": (lambda path: path / "gone.nii.gz", r"gone\.nii\.gz does not exist: check the path"),
     "missing folder": (lambda path: path / "gone", "gone does not exist"),
     "no image": (lambda path: _file(path, "bad.nii.gz", b"hello"), r"bad\.nii\.gz cannot be read \(.+\): check"),
@@ -223,6 +521,8 @@ BAD = {
     "4-D": (_four_axes, r"four\.nii\.gz: a 4-D image"),
     "vector": (_vector, r"vector\.mha: 2 values a voxel"),
     "no spacing": (lambda path: _mha(path, "0 1 1", "1 0 0 0 1 0 0 0 1"), r"grid\.mha cannot be read \(.*spacing"),
+    "metres": (lambda path: _mha(path, "0.001 0.001 0.002", "1 0 0 0 1 0 0 0 1"), r"0\.001 x 0\.001 x 0\.002 mm apart"),
+    "2 m": (lambda path: _mha(path, "1 1 2000", "1 0 0 0 1 0 0 0 1"), r"1 x 1 x 2000 mm apart: the spacing is in anot"),
     "singular": (lambda path: _mha(path, "1 1 1", "1 0 0 1 0 0 0 0 1"), r"grid\.mha cannot be read \(.*determinant"),
     "empty folder": (lambda path: _folder(path, "empty"), "empty is empty: give a folder with the slices"),
     "no DICOM": (_notes, "notes holds no DICOM series"),
