@@ -19,16 +19,18 @@ import re
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from rich.console import Console
 
-from segvol_pl.config import EvaluateConfig, Mode, Wandb, named_parts
+from segvol_pl.config import ConfigError, EvaluateConfig, Mode, Wandb, named_parts
 from segvol_pl.configure import own_function, to_yaml
+from segvol_pl.data.lock import FolderLock
 from segvol_pl.data.sample import SampleError
 from segvol_pl.data.shards import ShardError, sha256_of
 from segvol_pl.data.volume import VolumeError
@@ -69,8 +71,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
     """Evaluate this process's share of the cases into `config.out`; put all together where it is its turn.
 
     Returns None from ranks but the first and with `slice`, whose shares others put together. Raises EvaluateError
-    where there is no labelled case or none of the categories, or `out` holds other results; UnknownCategory for a
-    category that the model does not know, CheckpointError, ShardError and CaseError for files that cannot be used.
+    where there is no labelled case or none of the categories, or `out` holds other results; LockedError where another
+    process evaluates the same share into it; UnknownCategory for a category that the model does not know;
+    CheckpointError, ShardError and CaseError for files that cannot be used.
     """
     subjects = find_subjects(config.data)
     model = load_model(config.checkpoint, _own_device(config.device))
@@ -91,6 +94,20 @@ def _own_device(name: str) -> torch.device:
     return torch.device("cuda", local_rank() % torch.cuda.device_count()) if shared else device
 
 
+def _own_figures(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Column -> function. Raises ConfigError where a function is not found, or a column of rows.csv has its name."""
+    taken = {each.name for each in fields(Row)}
+    found = {}
+    for name in metrics:
+        column = name.rpartition(":")[2]
+        if column in taken:
+            raise ConfigError(
+                f"metrics: {name}: rows.csv has a column {column!r} already: rename the function", "metrics"
+            )
+        found[column] = own_function(name, "metrics")
+    return found
+
+
 class _Evaluation:
     """One process's part of an evaluation."""
 
@@ -105,11 +122,16 @@ class _Evaluation:
             model.bank.index(category)
         self.settings = settings(config)
         check_own(config)
-        self.own = {name.rpartition(":")[2]: own_function(name, "metrics") for name in config.metrics}
+        self.own = _own_figures(config.metrics)
         self.ledger = Ledger(self.out, config, identity)
         self.tried: set[str] = set()
 
     def run(self) -> Summary | None:
+        # Shares lie side by side in a folder; what removes their results bears no other beside it.
+        with FolderLock(self.out, self.share.lock, against="" if self.config.resume else ".lock*.json"):
+            return self._run()
+
+    def _run(self) -> Summary | None:
         self.ledger.open(anew=not self.config.resume)
         self._evaluate(self.share.of_list(self.keys))
         if self.config.slice:

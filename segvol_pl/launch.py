@@ -25,6 +25,8 @@ import yaml
 
 from segvol_pl import configure
 from segvol_pl.config import ConfigError
+from segvol_pl.credentials import masked
+from segvol_pl.data.lock import FolderLock
 from segvol_pl.data.whole import write_text
 from segvol_pl.grid import Grid, Run, parameters, volume_flops
 from segvol_pl.run.record import RECORD, read_record
@@ -66,7 +68,7 @@ def state(run: Run) -> State:
 def start(run: Run, call: Callable[[Any], Any], first: bool) -> None:
     """Runs it in this process; nothing where it is finished. `call` takes the configuration; `first`: this is rank 0.
 
-    Raises RunError where another process of this machine runs it, and what the run raises.
+    Raises RunError for a folder of another run, LockedError where another process runs it, and what the run raises.
     """
     before = state(run)
     if before.name == FINISHED:
@@ -77,16 +79,15 @@ def start(run: Run, call: Callable[[Any], Any], first: bool) -> None:
     if not first:
         call(run.config)
         return
-    if before.name == RUNNING and before.detail == f"on {socket.gethostname()}":
-        raise RunError(f"run {run.number} {run.name}: another process runs it {before.detail}: {run.out}")
-    log.info("run %d %s: was %s, step %d", run.number, run.name, before.name, before.step)
-    _write(run, RUNNING)
-    try:
-        call(run.config)
-    except Exception as error:
-        _write(run, FAILED, error=f"{type(error).__name__}: {' '.join(str(error).split())}")
-        raise
-    _write(run, FINISHED)
+    with FolderLock(run.out):
+        log.info("run %d %s: was %s, step %d", run.number, run.name, before.name, before.step)
+        _write(run, RUNNING)
+        try:
+            call(run.config)
+        except Exception as error:
+            _write(run, FAILED, error=masked(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+            raise
+        _write(run, FINISHED)
 
 
 def start_all(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> None:
@@ -113,7 +114,7 @@ def sweep(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> str:
         "name": grid.name,
         "project": project.pop(),
         "method": "grid",
-        "command": ["segvol-pl", "grid", str(grid.path), *given, "${args_no_hyphens}"],
+        "command": ["segvol-pl", "grid", str(grid.path), *map(masked, given), "${args_no_hyphens}"],
         "parameters": {"run": {"values": [run.number for run in runs]}},
     }
     return str(yaml.safe_dump(content, sort_keys=False))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from boxes import CATEGORIES, SHAPE, WINDOW, NamedOracle, placed_affine, sample_of, write_boxes
+from holders import holding
 from oracle import Oracle, save_untrained
 from rich.console import Console
 
@@ -29,6 +30,7 @@ from segvol_pl.config import (
     ZoomConfig,
 )
 from segvol_pl.data.cases import load_categories
+from segvol_pl.data.lock import LockedError
 from segvol_pl.data.pack import pack
 from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.prompts import Prompt, box_of
@@ -112,6 +114,18 @@ def table_text(summary: Summary) -> str:
     with console.capture() as captured:
         console.print(summary.table())
     return captured.get()
+
+
+def test_a_folder_that_another_process_evaluates_into_is_refused(shards: Path, tmp_path: Path) -> None:
+    """Shares lie side by side; what would remove their results does not begin."""
+    config = config_for(shards, tmp_path, prompts=["text"], categories=["spleen"], limit=1, pictures=0)
+    with holding(tmp_path), pytest.raises(LockedError, match="is being written by"):
+        evaluated(config)
+    with holding(tmp_path, ".lock-0-1-of-1-2.json"):
+        rows = evaluated(config).rows
+        with pytest.raises(LockedError, match="is being written by"):
+            evaluated(replace(config, resume=False))
+    assert [row.dice for row in evaluated(config).rows] == [row.dice for row in rows]
 
 
 def test_the_same_seed_gives_the_same_rows(shards: Path, tmp_path: Path) -> None:

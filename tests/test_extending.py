@@ -126,6 +126,16 @@ def test_a_drawing_that_does_not_exist_is_named_before_any_case(tmp_path: Path, 
     assert not out.exists()
 
 
+@pytest.mark.parametrize("column", ["dice", "seconds", "case"])
+def test_a_figure_named_as_a_column_is_refused_before_any_case(tmp_path: Path, column: str) -> None:
+    """It would stand in rows.csv and at wandb in place of that column."""
+    shards, out = write_boxes(tmp_path), tmp_path / "out"
+    expected = f"metrics: toys:{column}: rows.csv has a column '{column}' already: rename the function"
+    with pytest.raises(ConfigError, match=expected):
+        evaluated(config_for(shards, out, metrics=["toys:jaccard", f"toys:{column}"]))
+    assert not out.exists()
+
+
 def test_what_does_not_exist_is_named() -> None:
     for name, message in (
         ("nowhere:f", "metrics: nowhere:f: No module named 'nowhere': install"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from holders import holding
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from segvol_pl import launch
@@ -173,7 +174,10 @@ flops: [1e14, 4e14]
         ("axis: {}\n", "unknown key axis (grid.yaml:1): did you mean axes?"),
         ("set:\n  - optim.lrr=1\n", "unknown key optim.lrr (grid.yaml:2): did you mean optim.lr?"),
         ("axes:\n  data.fractio: [1]\n", "unknown key data.fractio (grid.yaml:2): did you mean data.fraction?"),
-        ("axes:\n  data.fraction:\n    - 0.5\n    - 2\n", "data.fraction (grid.yaml:4): is a share above 0, up to 1"),
+        (
+            "axes:\n  data.fraction:\n    - 0.5\n    - 2\n",
+            "data.fraction (grid.yaml:4): must be above 0 and at most 1, got 2.0",
+        ),
         ("axes:\n  a: {x: [pseudo_weight]}\n", "pseudo_weight (grid.yaml:2): is not KEY=VALUE"),
         ("axes:\n  a: {x: [run.out=b]}\n", "run.out (grid.yaml:2): the grid sets it"),
         ("seeds: [0, 0]\n", "seeds (grid.yaml:1): "),
@@ -258,8 +262,6 @@ def test_a_run_that_was_stopped_goes_on(two: tuple[Path, list[str]], tmp_path: P
     def stopped(config: object) -> None:
         (runs[0].out / "config.yaml").write_text("")
         assert launch.state(runs[0]).name == launch.RUNNING
-        with pytest.raises(launch.RunError, match="another process runs it"):
-            launch.start(runs[0], stopped, first=True)
         raise SystemExit(143)  # as at a signal
 
     with pytest.raises(SystemExit):
@@ -271,6 +273,17 @@ def test_a_run_that_was_stopped_goes_on(two: tuple[Path, list[str]], tmp_path: P
     assert program(path, *given, "run=0").returncode == 0
     assert launch.state(runs[0]) == launch.State(launch.FINISHED, 3)
     assert list(dict(read_metrics(runs[0].out / "metrics.csv", "train/loss"))) == [1, 2, 3]
+
+
+def test_a_run_that_another_process_writes_is_refused_and_its_record_left(
+    two: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    path, given = two
+    record = tmp_path / "runs/start-whole_seed-0/grid.json"
+    with holding(record.parent) as process:
+        refused = program(path, *given, "run=0")
+    assert refused.returncode == 1 and "is being written by" in refused.stderr and str(process.pid) in refused.stderr
+    assert not record.exists()
 
 
 def test_leaks_are_said_in_the_listing(two: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -70,6 +70,12 @@ class Share:
                 return cls(rank, ranks, part, parts)
         return cls(part=part, parts=parts)
 
+    @property
+    def lock(self) -> str:
+        """Name of the lock file of who evaluates this part."""
+        own = f"-{self.part}-{self.rank}-of-{self.parts}-{self.ranks}"
+        return f".lock{own if self.parts * self.ranks > 1 else ''}.json"
+
     def of_list(self, items: Sequence[Item]) -> list[Item]:
         """This process's items. The shares of all processes hold each item once."""
         return list(items[self.part * self.ranks + self.rank :: self.parts * self.ranks])

@@ -1,0 +1,235 @@
+"""One writer for each folder: a second one is refused within seconds, and told who holds it.
+
+1. The holder writes its lock file (user, host, process, SLURM job, a token of its own) and counts on in it.
+2. Who finds a lock asks whether its holder lives. On the same machine its process tells; elsewhere its count, which
+   goes on every few seconds. A job that SLURM has queued again takes over from its earlier start without asking.
+3. A lock whose holder is gone is taken over. Should the holder have been unreachable only, it finds another's token
+   in the file, and ends before it writes any further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+LOST = 75
+"""Exit status of a process whose folder another one has taken over (EX_TEMPFAIL)."""
+BEAT = 4.0
+"""Seconds between two counts."""
+SILENCE = 3 * BEAT
+"""Seconds without a count after which a holder elsewhere is taken for gone."""
+SETTLE = 0.3
+"""Seconds after which one of several that take over at once has the last word."""
+
+
+held: set[Path] = set()
+"""The lock files that this process holds."""
+
+
+class LockedError(ValueError):
+    """A folder that another process writes to, whom the message names, or that cannot be written at all."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder."""
+
+    token: str
+    user: str
+    host: str
+    pid: int
+    process: str
+    """Start of the process, and its machine's boot and process table: equal for one process alone."""
+    job: str
+    restarts: int
+    """How often SLURM has queued the job again."""
+    since: str
+    count: int = 0
+
+    @classmethod
+    def this_process(cls) -> Holder:
+        """This one, with a token of its own."""
+        return cls(
+            token=secrets.token_hex(8),
+            user=_user(),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process=f"{psutil.Process().create_time()} {_machine()}",
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restarts=int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            since=datetime.now().astimezone().isoformat(timespec="seconds"),
+        )
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"{self.user} on {self.host} (process {self.pid}{job}, since {self.since})"
+
+
+class FolderLock:
+    """Holds `folder` for this process while its block runs; within such a block a second one changes nothing.
+
+    name: of the lock file; processes that may share a folder (slices, ranks) have one each.
+    against: pattern of further lock files in the folder that nobody else may hold.
+    Raises LockedError where another process holds it, or it cannot be written.
+    """
+
+    def __init__(self, folder: Path, name: str = ".lock.json", against: str = "") -> None:
+        self.folder, self.path, self.against = folder, folder / name, against
+        self.own = Holder.this_process()
+        self.released = threading.Event()
+
+    def __enter__(self) -> FolderLock:
+        self.inner = self.path.resolve() in held
+        if self.inner:
+            return self
+        self.made = not self.folder.exists()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            created = self._created()
+        except OSError as error:
+            raise LockedError(
+                f"{self.folder} cannot be written ({error.strerror}): mend that, or give another folder"
+            ) from error
+        if not created:
+            self._take_over()
+        try:
+            self._refuse(sorted(set(self.folder.glob(self.against)) - {self.path}) if self.against else [])
+        except LockedError:
+            self._give_back()
+            raise
+        held.add(self.path.resolve())
+        self.counting = threading.Thread(target=self._count, daemon=True)
+        self.counting.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.inner:
+            return
+        self.released.set()
+        self.counting.join()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        held.discard(self.path.resolve())
+        if (holder := read_holder(self.path)) and holder.token == self.own.token:
+            self.path.unlink(missing_ok=True)
+        if self.made:
+            with contextlib.suppress(OSError):  # no longer empty
+                self.folder.rmdir()
+
+    def _created(self) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(_text(self.own))
+        return True
+
+    def _take_over(self) -> None:
+        if read_holder(self.path) is None:
+            time.sleep(SETTLE)  # its holder may be about to write it
+        holder = read_holder(self.path)
+        self._refuse([self.path])
+        log.warning("%s: taken over from %s, which is gone", self.folder, holder or "a start that was cut short")
+        self.path.write_text(_text(self.own), encoding="utf-8")
+        time.sleep(SETTLE)
+        if (other := read_holder(self.path)) is None or other.token != self.own.token:
+            raise LockedError(f"{self.folder} was taken at the same moment by {other}: wait for it")
+
+    def _refuse(self, paths: list[Path]) -> None:
+        if found := living(paths, self.own):
+            path, holder = found
+            raise LockedError(
+                f"{self.folder} is being written by {holder}: wait for it, or choose another folder (if it is gone for "
+                f"good, remove {path})"
+            )
+
+    def _count(self) -> None:
+        count = 0
+        while not self.released.wait(BEAT):
+            count += 1
+            with contextlib.suppress(OSError):  # a disk that is away or full: training itself says so
+                holder = read_holder(self.path)
+                if holder is None or holder.token != self.own.token:
+                    self._lost(holder)
+                # In place: over NFS others see a file's new content sooner than its new name.
+                with self.path.open("r+", encoding="utf-8") as file:
+                    file.write(_text(Holder(**{**asdict(self.own), "count": count})))
+
+    def _lost(self, holder: Holder | None) -> None:
+        log.error("%s is now held by %s: this process ends", self.folder, holder or "nobody: its lock was removed")
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        os._exit(LOST)
+
+
+def living(paths: list[Path], own: Holder) -> tuple[Path, Holder] | None:
+    """The first of the locks whose holder is still at work; takes seconds where it may be on another machine."""
+    elsewhere: dict[Path, Holder] = {}
+    for path in paths:
+        if (holder := read_holder(path)) is None or (holder.job == own.job != "" and holder.restarts < own.restarts):
+            continue
+        start, _, machine = holder.process.partition(" ")
+        if machine != _machine():
+            elsewhere[path] = holder
+        elif _started(holder.pid) == start:
+            return path, holder
+    deadline = time.monotonic() + SILENCE
+    while elsewhere and time.monotonic() < deadline:
+        time.sleep(BEAT / 4)
+        for path, holder in elsewhere.items():
+            if (now := read_holder(path)) is not None and now != holder:
+                return path, now
+    return None
+
+
+def _started(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def read_holder(path: Path) -> Holder | None:
+    """Who holds the lock; none where it is not there, or not written yet."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def _text(holder: Holder) -> str:
+    """Of one length whatever the count, so that it can be written over."""
+    return json.dumps({**asdict(holder), "count": 0}).replace('"count": 0', f'"count": {holder.count:<9d}')
+
+
+def _machine() -> str:
+    """This kernel's boot, and the table that process numbers belong to, which containers have of their own."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    table = Path("/proc/self/ns/pid")
+    told = boot.read_text(encoding="utf-8").strip() if boot.exists() else socket.gethostname()
+    return f"{told} {table.readlink() if table.exists() else ''}"
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container that does not know its user's name
+        return f"user {os.getuid()}"
