@@ -104,7 +104,12 @@ def _expand(pattern: str, foreign: tuple[str, ...], key: str) -> list[Path]:
 
 
 def _expand_folder(folder: Path, foreign: tuple[str, ...], key: str) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if is_volume(entry))
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if is_volume(entry))
+    except OSError as error:
+        raise CaseError(
+            f"{key}: {error.filename} cannot be read ({error.strerror}): allow it to be read, or move it away"
+        ) from error
     own = [entry for entry in entries if not _role_ending(foreign).search(_stem(entry))]
     if own:
         return own

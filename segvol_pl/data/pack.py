@@ -23,12 +23,15 @@ import shutil
 import signal
 import threading
 import time
+import traceback
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import wait
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +43,9 @@ from rich.table import Table
 from rich.text import Text
 
 from segvol_pl.config import PackConfig, parse_slice
-from segvol_pl.data.cases import Case, find_cases, load_categories, read_cases
+from segvol_pl.data.cases import Case, find_cases, listed, load_categories, read_cases
 from segvol_pl.data.datasets import DatasetRecipe, read_recipe, recipe_cases
+from segvol_pl.data.lock import FolderLock
 from segvol_pl.data.m3d import is_m3d, m3d_cases
 from segvol_pl.data.measure import Rules, pack_case
 from segvol_pl.data.sample import SampleError, Split
@@ -56,17 +60,21 @@ from segvol_pl.data.shards import (
 )
 from segvol_pl.data.store import Store
 from segvol_pl.data.volume import VolumeError, files_of, source_sha256
-from segvol_pl.data.whole import write_text
+from segvol_pl.data.whole import NoRoomError, write_text
 
 log = logging.getLogger(__name__)
 
 STAGING = ".staging"
 REPORT = "pack_report.json"
 SPLITS = "splits.csv"
+PATIENCE = 3
+"""Workers killed for each configured one, and not a case finished, before packing gives up."""
 COPIES = 8
 """Shards joined side by side."""
 KEY_LENGTH = 80
 """Characters of a key at most: a member's name must fit a tar header of 100."""
+KEY_HASH = 8
+"""Of them, those that tell apart ids with letters beyond ASCII."""
 
 
 class PackError(ValueError):
@@ -138,34 +146,36 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
 
     A folder already packed from the same cases and configuration is left as it is; where cases were added or repaired
     since, they alone are packed, and the shards joined anew. Raises CaseError for cases or
-    categories that cannot be found or paired, and PackError where `out` holds something else, no case can be used,
-    or more of them cannot than `max_bad_fraction` allows; then no index is written.
+    categories that cannot be found or paired, LockedError where another process packs into `out`, and PackError where
+    it holds something else, no case can be used, or more of them cannot than `max_bad_fraction` allows; then no index
+    is written.
     """
     console = console or Console(quiet=True)
     start, out = time.monotonic(), Path(config.out)
     recipe = read_recipe(config.recipe) if config.recipe else None
     rules, cases = _rules_of(config, recipe), _cases_of(config, recipe, console)
     fingerprint = rules.fingerprint(config.samples_per_shard, [_stat_of(case) for case in cases])
-    if (out / INDEX).exists():
-        finished = _finished(out)
-        if finished.fingerprint == fingerprint:
-            return _left_as_it_is(finished, out, console)
+    if (out / INDEX).exists() and (finished := _finished(out)).fingerprint == fingerprint:
+        return _left_as_it_is(finished, out, console)
+    with _lock(config):
+        jobs = _open_jobs(config, cases, rules, console)
         if config.slice:
-            raise PackError(f"out: {out} is complete and cases were added since: pack them without slice")
-        if finished.samples_per_shard != config.samples_per_shard:
-            raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
-        _reopen(out, finished, _jobs_of(cases, rules, out / STAGING), console)
-    jobs = _jobs_of(cases, rules, _open_staging(out))
+            number, count = parse_slice(config.slice)
+            return _stage_slice(jobs[number::count], config, fingerprint, console)
+        outcomes = [outcome for _, outcome in sorted(_run(jobs, _workers(config, jobs), console).items())]
+        kept, duplicates = _drop_duplicates([outcome for outcome in outcomes if isinstance(outcome, Staged)])
+        bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
+        report = PackReport(len(cases), fingerprint, bad, duplicates)
+        _print_left_out(report, console)
+        _check_bound(report, config, out, start)
+        return _finish(kept, report, config, rules.dataset, start, console)
+
+
+def _lock(config: PackConfig) -> FolderLock:
+    """Slices stage side by side; what joins them, or packs alone, bears no other beside it."""
     if config.slice:
-        number, count = parse_slice(config.slice)
-        return _stage_slice(jobs[number::count], config, fingerprint, console)
-    outcomes = [outcome for _, outcome in sorted(_run(jobs, _workers(config, jobs), console).items())]
-    kept, duplicates = _drop_duplicates([outcome for outcome in outcomes if isinstance(outcome, Staged)])
-    bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
-    report = PackReport(len(cases), fingerprint, bad, duplicates)
-    _print_left_out(report, console)
-    _check_bound(report, config, out, start)
-    return _finish(kept, report, config, rules.dataset, start, console)
+        return FolderLock(Path(config.out), f".lock-{config.slice.replace('/', '-of-')}.json", against=".lock.json")
+    return FolderLock(Path(config.out), against=".lock-*.json")
 
 
 def listed_jobs(config: PackConfig) -> list[Job]:
@@ -229,9 +239,16 @@ def _listed_cases(config: PackConfig, recipe: DatasetRecipe | None) -> list[Case
 
 def _stat_of(case: Case) -> list[Any]:
     """What tells cheaply whether a case's files changed since they were packed."""
-    files = [file for path in case.paths for file in files_of(path)]
-    stats = [[file.name, *((s := file.stat()).st_size, s.st_mtime_ns)] for file in files if file.exists()]
+    stats = [stat for path in case.paths for stat in _file_stats(path)]
     return [case.id, sorted(case.masks), case.channels, case.notes, stats]
+
+
+def _file_stats(path: Path) -> list[list[Any]]:
+    """Name, size and time of the files; without those that cannot be looked at, of which packing will say so."""
+    try:
+        return [[file.name, *((s := file.stat()).st_size, s.st_mtime_ns)] for file in files_of(path) if file.exists()]
+    except OSError:
+        return []
 
 
 def _finished(out: Path) -> PackReport:
@@ -271,22 +288,34 @@ def _reopen(out: Path, report: PackReport, jobs: list[Job], console: Console) ->
     (out / STAGING).mkdir(exist_ok=True)
     store = Store(out)
     for record in read_index(store).samples:
-        if not by_key[record.key].path.exists():
-            write_shard(by_key[record.key].path, [read_sample(store, record)])
+        path = by_key[record.key].path
+        if not path.exists():
+            with _writing(path):
+                write_shard(path, [read_sample(store, record)])
     (out / INDEX).unlink()
     console.print(
         f"{out}: {len(report.staged)} packed cases are kept, {len(jobs) - len(report.staged)} others are tried"
     )
 
 
+def _open_jobs(config: PackConfig, cases: list[Case], rules: Rules, console: Console) -> list[Job]:
+    """All jobs, with the folder made ready for them: one that is finished is opened again for the cases added since."""
+    out = Path(config.out)
+    if (out / INDEX).exists():
+        finished = _finished(out)
+        if config.slice:
+            raise PackError(f"out: {out} is complete and cases were added since: pack them without slice")
+        if finished.samples_per_shard != config.samples_per_shard:
+            raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
+        _reopen(out, finished, _jobs_of(cases, rules, out / STAGING), console)
+    return _jobs_of(cases, rules, _open_staging(out))
+
+
 def _open_staging(out: Path) -> Path:
     staging = out / STAGING
     if not staging.is_dir() and any(out.glob("*.tar")):
         raise PackError(f"out: {out} holds tars that an unfinished pack did not leave: give another folder")
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise PackError(f"out: {out} cannot be made ({error.strerror}): give another folder") from error
+    staging.mkdir(parents=True, exist_ok=True)
     return staging
 
 
@@ -300,11 +329,21 @@ def _jobs_of(cases: list[Case], rules: Rules, staging: Path) -> list[Job]:
 
 
 def _key_of(id: str) -> str:
-    # WebDataset ends a key at its first dot.
-    key = re.sub(r"[^A-Za-z0-9_-]+", "_", id)
+    """The id in the characters of a key; a hash tells apart those that have letters beyond ASCII."""
+    if not id.isascii():
+        # In one spelling: macOS stores an accent apart from its letter.
+        name = unicodedata.normalize("NFC", id)
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:KEY_HASH]
+        return f"{_in_ascii(name)[: KEY_LENGTH - KEY_HASH - 1]}-{digest}"
+    key = _in_ascii(id)
     if len(key) > KEY_LENGTH:
         raise PackError(f"case {id}: its id is longer than {KEY_LENGTH} characters: shorten it, or use cases=FILE")
     return key
+
+
+def _in_ascii(name: str) -> str:
+    # WebDataset ends a key at its first dot.
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)
 
 
 # Running
@@ -341,23 +380,80 @@ def _run_here(jobs: list[Job]) -> Iterator[tuple[str, Staged | BadCase]]:
 
 
 def _run_apart(jobs: list[Job], workers: int) -> Iterator[tuple[str, Staged | BadCase]]:
-    # One process imports what they all need; it has no threads, so forking it is safe.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
+    """Raises PackError where workers are killed one after the other and none finishes a case."""
+    killed: list[Job] = []
+    for done, (job, outcome) in enumerate(_share_out(jobs, workers)):
+        if outcome:
+            yield job.key, outcome
+            continue
+        killed.append(job)
+        log.warning("a worker was killed over case %s (%s): it is tried again, alone", job.case.id, job.case.image)
+        if len(killed) == done + 1 == PATIENCE * workers:
+            raise PackError(
+                f"{len(killed)} workers were killed and none finished a case, in hand were "
+                f"{listed([job.case.id for job in killed])}: likely for want of memory, give fewer workers="
+            )
+    # Alone: what kills a worker then is its own case, not those beside it.
+    for job, outcome in _share_out(killed, 1):
+        yield job.key, outcome or BadCase(job.case.id, str(job.case.image), _killed_twice(job))
+
+
+def _killed_twice(job: Job) -> str:
+    return (
+        f"{job.case.image}: its worker was killed twice, the second time with no other beside it, likely for want of "
+        "memory: leave the case out or give more"
+    )
+
+
+def _share_out(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Staged | BadCase | None]]:
+    """Each job and what became of it, as they end; None where the worker was killed over it."""
+    waiting, staff = iter(jobs), [_Worker() for _ in range(workers)]
     try:
-        futures = {executor.submit(_stage_apart, job): job.key for job in jobs}
-        for future in as_completed(futures):
-            outcome, records = future.result()
-            for record in records:
-                _log_again(record)
-            yield futures[future], outcome
-    except BrokenProcessPool as error:
-        raise PackError(
-            "a worker died, likely for want of memory: give fewer workers=, then run again to go on"
-        ) from error
+        in_hand = {worker.take(job): (job, worker) for worker, job in zip(staff, waiting, strict=False)}
+        while in_hand:
+            for future in wait(in_hand, return_when=FIRST_COMPLETED).done:
+                job, worker = in_hand.pop(future)
+                outcome = _outcome_of(future)
+                if following := next(waiting, None):
+                    in_hand[worker.take(following)] = following, worker
+                yield job, outcome
     finally:
-        executor.shutdown(cancel_futures=True)
+        for worker in staff:
+            worker.dismiss()
+
+
+def _outcome_of(future: Future[tuple[Staged | BadCase, list[logging.LogRecord]]]) -> Staged | BadCase | None:
+    try:
+        outcome, records = future.result()
+    except BrokenProcessPool:
+        return None
+    for record in records:
+        _log_again(record)
+    return outcome
+
+
+class _Worker:
+    """A process with one case in hand, in a pool of its own: a larger pool dies as a whole and names no case."""
+
+    def __init__(self) -> None:
+        self._pool = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        # One process imports what they all need; it has no threads, so forking it is safe.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker)
+
+    def take(self, job: Job) -> Future[tuple[Staged | BadCase, list[logging.LogRecord]]]:
+        try:
+            return self._pool.submit(_stage_apart, job)
+        except BrokenProcessPool:  # killed over an earlier case, or while it waited for one
+            self._pool = self._start()
+            return self._pool.submit(_stage_apart, job)
+
+    def dismiss(self) -> None:
+        """Waits for the case in hand."""
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _prepare_worker() -> None:
@@ -375,7 +471,7 @@ def _die_with_parent() -> None:
     """A killed parent cannot tell its workers; without this they would wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        wait([parent.sentinel])
+        connection.wait([parent.sentinel])
         os._exit(1)
 
 
@@ -405,14 +501,43 @@ def _log_again(record: logging.LogRecord) -> None:
 
 
 def _stage(job: Job) -> Staged | BadCase:
-    """Packs the case into the staging folder unless it lies there already."""
-    try:
-        if not job.path.exists():
-            write_shard(job.path, [pack_case(job.case, job.key, job.rules, _source_of(job.case))])
-    except (VolumeError, SampleError) as error:
-        return BadCase(job.case.id, str(job.case.image), str(error))
+    """Packs the case into the staging folder unless it lies there already.
+
+    Whatever is wrong with the case makes it a BadCase. Raises PackError where the staging folder cannot be written,
+    which is wrong for every case.
+    """
+    if not job.path.exists():
+        try:
+            sample = pack_case(job.case, job.key, job.rules, _source_of(job.case))
+        except Exception as error:
+            log.debug("case %s: %s", job.case.id, traceback.format_exc())
+            return BadCase(job.case.id, str(job.case.image), _reason(error, job.case))
+        with _writing(job.path, f"case {job.case.id}: "):
+            write_shard(job.path, [sample])
     record, facts = walk_shard(job.path)[0]
     return Staged(job.case.id, record, facts.source["content_sha256"], job.mark)
+
+
+def _reason(error: Exception, case: Case) -> str:
+    """Why a case cannot be used, in one line that names its file."""
+    if isinstance(error, VolumeError | SampleError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"{case.image}: there is not enough memory for it: give fewer workers= or leave it out"
+    text = " ".join(str(error).split())
+    return f"{case.image} cannot be packed ({type(error).__name__}: {text}): mend the case's files or leave it out"
+
+
+@contextmanager
+def _writing(path: Path, whose: str = "") -> Iterator[None]:
+    """Raises PackError, naming the file, for what keeps it from being written."""
+    try:
+        yield
+    except NoRoomError as error:
+        raise PackError(f"{whose}{error}") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise PackError(f"{whose}{path} cannot be written ({reason}): mend that, then run again to go on") from error
 
 
 def _source_of(case: Case) -> dict[str, str]:
@@ -434,8 +559,8 @@ def _drop_duplicates(staged: list[Staged]) -> tuple[list[Staged], dict[str, str]
     first: dict[str, Staged] = {}
     for case in staged:
         first.setdefault(case.content_sha256, case)
-    kept = list(first.values())
-    return kept, {case.id: first[case.content_sha256].id for case in staged if case not in kept}
+    doubles = {case.id: first[case.content_sha256].id for case in staged if first[case.content_sha256] is not case}
+    return list(first.values()), doubles
 
 
 def _print_left_out(report: PackReport, console: Console) -> None:
@@ -491,10 +616,11 @@ def _finish(
 def _join_shards(kept: list[Staged], config: PackConfig, dataset: str) -> list[Path]:
     """A shard holds one split only: who reads tars without the index cannot mix them up."""
     out = Path(config.out)
-    for stale in out.glob("*.tar"):
+    # A joining that was killed left shards, and parts of them under names that nobody would take up again.
+    for stale in [*out.glob("*.tar"), *out.glob(".*.part")]:
         stale.unlink()
     shards: dict[Path, list[SampleRecord]] = {}
-    stem = _key_of(dataset)
+    stem = _in_ascii(dataset)[:KEY_LENGTH]
     for split in Split:
         records = [case.record for case in kept if case.record.split == split.value]
         for first in range(0, len(records), config.samples_per_shard):
@@ -503,7 +629,8 @@ def _join_shards(kept: list[Staged], config: PackConfig, dataset: str) -> list[P
     staging = Store(out / STAGING)
 
     def copy(path: Path) -> None:
-        write_shard(path, (read_sample(staging, record) for record in shards[path]))
+        with _writing(path):
+            write_shard(path, (read_sample(staging, record) for record in shards[path]))
 
     # Copying waits for the disk: threads are enough.
     with ThreadPoolExecutor(COPIES) as threads:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ct_files import SPACING, phantom, to_image, write_case, write_dicom
+from ct_files import SPACING, phantom, to_image, write_case, write_dicom, write_promise
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -30,7 +30,7 @@ from segvol_pl.data.measure import join_masks, split_of
 from segvol_pl.data.pack import PackError, PackReport, pack
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import Facts, Member, Split
-from segvol_pl.data.shards import INDEX, read_facts, read_index, read_member, verify
+from segvol_pl.data.shards import INDEX, KEY, read_facts, read_index, read_member, verify
 from segvol_pl.data.store import Store
 from segvol_pl.data.transforms import box_slices
 from segvol_pl.data.volume import read_label, read_volume, write_mask
@@ -383,6 +383,11 @@ def _spoil_two_series(folder: Path) -> None:
     write_dicom(folder / "case2_ct", phantom(2)[0], "1.2.3.9")
 
 
+def _spoil_header(folder: Path) -> None:
+    (folder / "case2_ct.nii.gz").unlink()
+    write_promise(folder / "case2_ct.nii", 30000)
+
+
 SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unreadable": (lambda folder: (folder / "case2_ct.nii.gz").write_bytes(b"x"), "case2_ct.nii.gz cannot be read"),
     "NaN": (_spoil_nan, "1 of 17472 voxels are NaN or infinite"),
@@ -400,6 +405,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "another grid": (_spoil_grid, "label on another grid that cannot be aligned"),
     "4-D": (_spoil_axes, "a 4-D image"),
+    "absurd header": (_spoil_header, "case2_ct.nii: its header promises 30000 x 30000 x 30000 voxels"),
     "missing slice": (lambda folder: _spoil_series(folder, skip=(5,)), "a slice is missing or there twice"),
     "two series": (_spoil_two_series, "holds 2 series: 1.2.3.4 (24 slices), 1.2.3.9 (24 slices)"),
 }
@@ -426,7 +432,9 @@ def test_the_verb_says_what_it_packed_and_left_out(source: Path, tmp_path: Path)
     keys = {"images": folder, "labels": folder, "categories": folder / "categories.yaml", "out": tmp_path / "out"}
     keys |= {"overview_shape": "[8,16,16]", "max_bad_fraction": 0.2, "regions.enabled": "false", "workers": 1}
     command = [sys.executable, "-m", "segvol_pl", "pack", *(f"{key}={value}" for key, value in keys.items())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "400"})
+    wide = {**os.environ, "COLUMNS": "400"}
+    # Stated, since GDCM takes the process to the C locale when it writes a series.
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env=wide)
     assert done.returncode == 0, done.stderr
     assert "1 of 6 cases cannot be used" in done.stdout and "are NaN or infinite" in done.stdout
     assert "5 samples" in done.stdout and "volumes/s" in done.stdout
@@ -470,6 +478,17 @@ def test_identical_cases_are_packed_once(source: Path, tmp_path: Path) -> None:
     assert (report.packed, report.duplicates) == (6, {"twin": "case1"})
 
 
+def test_leaving_out_copies_compares_no_case_with_all_others(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = read_index(Store(packed)).samples[0]
+    cases = [packing.Staged(f"case{number}", record, f"{number % 290}", "mark") for number in range(300)]
+    compared: list[object] = []
+    monkeypatch.setattr(packing.Staged, "__eq__", lambda case, other: (compared.append(other), case is other)[1])
+    kept, doubles = packing._drop_duplicates(cases)
+    assert len(compared) <= len(cases)
+    assert [case.id for case in kept] == [f"case{number}" for number in range(290)]
+    assert doubles == {f"case{number}": f"case{number - 290}" for number in range(290, 300)}
+
+
 def test_stated_labels_need_categories(source: Path, tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text("id,image,label\na,a.nii,b.nii\n")
     stated = {"images": None, "labels": None, "categories": None, "cases": str(tmp_path / "cases.csv")}
@@ -483,6 +502,47 @@ def test_ids_that_make_one_key(source: Path, tmp_path: Path) -> None:
     stated = {"images": None, "labels": None, "categories": None, "cases": str(tmp_path / "cases.json")}
     with pytest.raises(PackError, match=r"cases a b, a\.b have one key"):
         pack(_config(source, tmp_path / "out", **stated))
+
+
+@pytest.mark.parametrize("id", ["case0", "a.b c-1_X", "CT (2)", "1.2.840", "x" * 80])
+def test_the_key_of_an_ascii_id_has_no_hash(id: str) -> None:
+    assert packing._key_of(id) == "".join(
+        letter if letter.isalnum() or letter in "_-" else "_" for letter in id
+    ).replace("__", "_")
+
+
+def test_ids_beyond_ascii_have_keys_of_their_own() -> None:
+    ids = [
+        "ü",
+        "é",
+        "数据一",
+        "数据二",
+        "naïve",
+        "naive",
+        "na_ve",
+        "ü" * 90,
+        "x" * 90 + "ü",
+        "broken \udcff",
+        "broken \udcfe",
+    ]
+    keys = [packing._key_of(id) for id in ids]
+    assert len(set(keys)) == len(ids)
+    assert all(KEY.fullmatch(key) and len(key) <= packing.KEY_LENGTH for key in keys)
+    assert keys[4].startswith("na_ve-") and keys[5:7] == ["naive", "na_ve"]
+    assert packing._key_of("e\N{COMBINING ACUTE ACCENT}") == keys[1], "both spellings are one name"
+
+
+def test_a_folder_of_names_beyond_ascii_is_packed(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    for number, name in enumerate(("病例一", "病例二", "ü", "é")):
+        write_case(folder, name, number)
+    out = tmp_path / "out"
+    report = pack(
+        _config(folder, out, categories=str(source / "categories.yaml"), regions=RegionsConfig(enabled=False))
+    )
+    assert (report.packed, report.bad, verify(out)) == (4, [], [])
+    names = {read_facts(Store(out), record).source["image"] for record in read_index(Store(out)).samples}
+    assert names == {f"{name}_ct.nii.gz" for name in ("病例一", "病例二", "ü", "é")}
 
 
 def test_a_missing_categories_file_fails_before_anything_is_made(source: Path, tmp_path: Path) -> None:
