@@ -1,0 +1,86 @@
+"""Which slice a task of an array computes: the scripts themselves run, with the variables that SLURM sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ["pack.sbatch", "evaluate.sbatch"]
+
+
+@pytest.fixture
+def srun(tmp_path: Path) -> Path:
+    """A folder with an `srun` that prints its arguments."""
+    program = tmp_path / "srun"
+    program.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    program.chmod(0o755)
+    return tmp_path
+
+
+def submit(
+    srun: Path, script: str, tasks: list[int], task: int | None, **settings: str
+) -> subprocess.CompletedProcess[str]:
+    """The script as SLURM runs it for `task` of an array of `tasks`; None: as a job without an array."""
+    job = {"SLURM_JOB_NAME": "lab", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "SLURM_CPUS_PER_TASK": "1"}
+    if task is not None:
+        numbers = {"ID": task, "MIN": min(tasks), "MAX": max(tasks), "COUNT": len(tasks)}
+        job |= {f"SLURM_ARRAY_TASK_{name}": str(number) for name, number in numbers.items()}
+    path = f"{srun}:{os.environ['PATH']}"
+    command = ["bash", str(ROOT / "slurm" / script), "a.yaml", "out=b"]
+    environment = {"PATH": path, **job, **settings}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+def slice_of(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stderr
+    arguments = done.stdout.splitlines()
+    place = arguments.index("a.yaml")
+    assert arguments[place + 1] == "out=b"
+    return " ".join(arguments[place + 2 :])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_array_that_follows_on_is_all_slices(srun: Path, script: str) -> None:
+    assert [slice_of(submit(srun, script, [0, 1, 2], task)) for task in range(3)] == [
+        "slice=0/3",
+        "slice=1/3",
+        "slice=2/3",
+    ]
+    assert [slice_of(submit(srun, script, [3, 4], task)) for task in (3, 4)] == ["slice=0/2", "slice=1/2"]
+    assert slice_of(submit(srun, script, [0], 0)) == "slice=0/1"
+    assert slice_of(submit(srun, script, [], None)) == ""
+    assert slice_of(submit(srun, script, [], None, SLICES="64")) == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_some_tasks_again_are_the_slices_that_they_were(srun: Path, script: str) -> None:
+    assert [slice_of(submit(srun, script, [3, 7], task, SLICES="64")) for task in (3, 7)] == [
+        "slice=3/64",
+        "slice=7/64",
+    ]
+    assert slice_of(submit(srun, script, [63], 63, SLICES="64")) == "slice=63/64"
+    assert slice_of(submit(srun, script, [3, 4, 5], 4, SLICES="8")) == "slice=4/8"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("tasks", "settings", "reason"),
+    [
+        ([3, 7], {}, "its 2 tasks do not say of how many slices they are: put SLICES=N before sbatch"),
+        ([0, 2, 4], {}, "its 3 tasks do not say"),
+        ([5], {}, "its 1 tasks do not say"),
+        ([3, 64], {"SLICES": "64"}, "task 64 is none of SLICES=64, which are 0 to 63"),
+        ([3], {"SLICES": "many"}, "SLICES=many is no number of slices"),
+        ([0], {"SLICES": "0"}, "SLICES=0 is no number of slices"),
+    ],
+)
+def test_an_array_that_does_not_fit_is_refused(
+    srun: Path, script: str, tasks: list[int], settings: dict[str, str], reason: str
+) -> None:
+    done = submit(srun, script, tasks, tasks[0], **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"--array: {reason}" in done.stderr and len(done.stderr.splitlines()) == 1
