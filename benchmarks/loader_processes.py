@@ -1,6 +1,7 @@
 """What loader processes hold, how they add up, and what planning an epoch costs.
 
     python benchmarks/loader_processes.py [CT_FOLDER] [samples=10000]
+    python benchmarks/loader_processes.py samples=0        # planning alone
 
 1. Volumes/s of one and of two loader processes, in turns within one run, on the volume of `benchmarks/loader.py`;
    and of one and of two processes that load without a loader and know nothing of each other: what the machine gives.
@@ -12,6 +13,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -35,7 +37,7 @@ from segvol_pl.data.parcel import as_it_is
 from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.shards import SampleRecord
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import Batch, Plan, Stream, World, assign
+from segvol_pl.data.stream import Batch, Plan, Stream, World
 
 LARGE = (512, 512, 600)
 """Voxels of the large volume, in the order of its file: right, anterior, superior."""
@@ -133,13 +135,17 @@ def planning(samples: int = 90_000, repeats: int = 20) -> float:
     for epoch in range(repeats):
         started = time.perf_counter()
         stream.rows(epoch)
-        assign(samples, 4096, World(511, 1024, 7, 16))
+        dealt = stream.plan.positions(World(511, 1024, 7, 16), epoch * stream.plan.usable)
+        for _ in itertools.takewhile(lambda micro, now=epoch: micro[0] == now, dealt):
+            pass
         taken.append(1000 * (time.perf_counter() - started))
     return statistics.median(taken)
 
 
 def main(source: Path, samples: int) -> None:
     print(f"planning an epoch of 90,000: {planning():.1f} ms")
+    if not samples:
+        return
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / part for part in ("scaling", "small", "large")]
         for folder in folders:

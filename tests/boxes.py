@@ -68,7 +68,8 @@ def sample_of(
         modality="CT",
         intensity=intensity_of(hu_DHW),
         categories={
-            name: CategoryFacts(present[name], int(mask.sum()), list(box_of(mask)), []) for name, mask in masks.items()
+            name: CategoryFacts(present[name], int(mask.sum()), list(box_of(mask)), np.argwhere(mask)[:1].tolist())
+            for name, mask in masks.items()
         },
         labelled=labelled,
         overview_shape=list(WINDOW),

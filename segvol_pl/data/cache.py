@@ -4,6 +4,7 @@
    same sample from two stores is one entry.
 2. A block is written under another name and renamed, so that processes may fill the cache side by side.
 3. When a process has added a part of the bound, it removes the blocks used longest ago.
+4. A cache that fails, on a disk that is full or cannot be written, is gone without: it is said once a process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from segvol_pl.data.frames import Span
@@ -36,45 +38,65 @@ class Cache:
         self.folder, self.limit = Path(folder), limit
         self.added = limit
         """Bytes since the last look; at first the cache may hold anything."""
+        self.failed = False
 
     def read(self, key: str, size: int, spans: list[Span], fetch: Fetch) -> list[bytes]:
         """The bytes of the spans of a member of `size` bytes; `fetch` is asked for the blocks that are not there."""
         wanted = sorted({block for first, last in spans for block in range(first // BLOCK, -(-last // BLOCK))})
-        blocks = {block: self._get(key, block) for block in wanted}
+        places = {block: (block * BLOCK, min((block + 1) * BLOCK, size)) for block in wanted}
+        blocks = {block: self._get(key, block, _length(places[block])) for block in wanted}
         missing = [block for block in wanted if blocks[block] is None]
-        fetched = fetch([(block * BLOCK, min((block + 1) * BLOCK, size)) for block in missing]) if missing else []
+        fetched = fetch([places[block] for block in missing]) if missing else []
         for block, content in zip(missing, fetched, strict=True):
             blocks[block] = content
-            self._put(key, block, content)
+            # What a cut shard gave must not outlive the cut.
+            if len(content) == _length(places[block]):
+                self._put(key, block, content)
         return [_assembled(blocks, span) for span in spans]
 
     def forget(self, key: str) -> None:
         """Removes a member's blocks: what was fetched was damaged."""
-        for path in self._path(key, 0).parent.glob(f"{_name(key)}.*"):
-            path.unlink(missing_ok=True)
+        with self._bypassed():
+            for path in self._path(key, 0).parent.glob(f"{_name(key)}.*"):
+                path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _bypassed(self) -> Iterator[None]:
+        """The disk's errors are no fault of a sample. They are met anew each time: a full disk may be cleared."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                log.warning(
+                    "data.cache %s fails (%s): what it does not hold is read from the store each time: "
+                    "see that it may be written and has room, or set data.cache_gb lower",
+                    *(self.folder, error),
+                )
+            self.failed = True
 
     def _path(self, key: str, block: int) -> Path:
         name = _name(key)
         return self.folder / name[:2] / f"{name}.{block}"
 
-    def _get(self, key: str, block: int) -> bytes | None:
+    def _get(self, key: str, block: int, length: int) -> bytes | None:
+        """None for a block that is not there or not whole."""
         path = self._path(key, block)
-        try:
+        content = None
+        with self._bypassed(), suppress(FileNotFoundError):
             content = path.read_bytes()
             os.utime(path)
-        except FileNotFoundError:
-            return None
-        return content
+        return content if content is not None and len(content) == length else None
 
     def _put(self, key: str, block: int, content: bytes) -> None:
         path = self._path(key, block)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            part.write_bytes(content)
-        self.added += len(content)
-        if self.added > self.limit * SHARE:
-            self._clear()
-            self.added = 0
+        with self._bypassed():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as part:
+                part.write_bytes(content)
+            self.added += len(content)
+            if self.added > self.limit * SHARE:
+                self._clear()
+                self.added = 0
 
     def _clear(self) -> None:
         """Removes the blocks used longest ago where the bound is near."""
@@ -102,6 +124,10 @@ def _used(path: Path) -> tuple[int, int, Path]:
     except FileNotFoundError:
         return 0, 0, path
     return status.st_mtime_ns, status.st_size, path
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
 
 
 def _assembled(blocks: dict[int, bytes | None], span: Span) -> bytes:

@@ -3,7 +3,7 @@
 1. `open_folders` reads the indexes once.
 2. `training_corpus` keeps a split, labelled samples alone where labels are needed, and a share of them by the hash of
    their content: 1 % lies within 10 %, 10 % within all, on every machine and in every repacking. `held_out_corpus`
-   keeps a split whole.
+   keeps a split whole, of the folders that have it.
 3. `rows` deals the samples of an epoch: those of a folder with weight 2 twice, with weight 0.5 every other one, and
    which ones changes from epoch to epoch.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from segvol_pl.config import ConfigError, DataConfig
+from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.shards import Index, SampleRecord, ShardError, load_index, size_problems
 from segvol_pl.data.store import Source, Store
@@ -106,21 +107,32 @@ def open_folders(data: DataConfig) -> list[Folder]:
 
 def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool) -> Corpus:
     """What an epoch of training sees. Raises ConfigError where nothing is left of a folder."""
-    return Corpus(
-        [
-            Part(
-                folder.store,
-                nested(_chosen(folder, data.split, labelled), data.fraction, folder.store.folder),
-                folder.weight * data.samples_per_volume,
-            )
-            for folder in folders
-        ]
-    )
+    return Corpus([_training_part(folder, data, labelled) for folder in folders])
+
+
+def _training_part(folder: Folder, data: DataConfig, labelled: bool) -> Part:
+    chosen = _chosen(folder, data.split, labelled)
+    if not chosen:
+        raise _none_held([folder], data.split, labelled)
+    kept = nested(chosen, data.fraction, folder.store.folder)
+    return Part(folder.store, kept, folder.weight * data.samples_per_volume)
 
 
 def held_out_corpus(folders: Sequence[Folder], split: str, labelled: bool) -> Corpus:
-    """Every sample of a split once, whatever training sees of it. Raises ConfigError as `training_corpus`."""
-    return Corpus([Part(folder.store, _chosen(folder, split, labelled)) for folder in folders])
+    """Every sample of a split once, whatever training sees of it. Raises ConfigError where no folder has one.
+
+    A folder without the split is one to train on alone.
+    """
+    held = [(folder, _chosen(folder, split, labelled)) for folder in folders]
+    parts = [Part(folder.store, chosen) for folder, chosen in held if chosen]
+    if not parts:
+        raise _none_held(folders, split, labelled)
+    for folder, chosen in held:
+        if not chosen:
+            log.info(
+                "%s holds nothing of %r: what is held out comes from the other folders", folder.store.folder, split
+            )
+    return Corpus(parts)
 
 
 def _opened(store: Store, data: DataConfig) -> Index:
@@ -145,18 +157,22 @@ def parse_weighted(entry: str) -> tuple[str, float]:
     except ValueError:
         times = 0.0
     if not (times > 0 and math.isfinite(times)) or not folder:
-        raise ConfigError(f"data.mix: {entry!r} is not DIR or WEIGHT*DIR with a positive weight", "data.mix")
+        raise ConfigError(f"data.mix: {masked(entry)!r} is not DIR or WEIGHT*DIR with a positive weight", "data.mix")
     return folder, times
 
 
 def _chosen(folder: Folder, split: str, labelled: bool) -> list[SampleRecord]:
     records = [record for record in folder.index.samples if split in ("all", record.split)]
-    chosen = [record for record in records if record.labelled or not labelled]
-    if not chosen:
-        kind = "labelled samples" if labelled else "samples"
-        place, splits = folder.store.folder, folder.index.splits
-        raise ConfigError(f"data.split, data.val_split: {place} holds no {kind} in {split!r} (it has {splits})")
-    return chosen
+    return [record for record in records if record.labelled or not labelled]
+
+
+def _none_held(folders: Sequence[Folder], split: str, labelled: bool) -> ConfigError:
+    kind = "labelled samples" if labelled else "samples"
+    found = [
+        f"{masked(str(folder.store.folder))} holds no {kind} in {split!r} (it has {folder.index.splits})"
+        for folder in folders
+    ]
+    return ConfigError(f"data.split, data.val_split: {'; '.join(found)}")
 
 
 def nested(records: Sequence[SampleRecord], fraction: float, folder: Source) -> list[SampleRecord]:
@@ -167,7 +183,8 @@ def nested(records: Sequence[SampleRecord], fraction: float, folder: Source) -> 
     if fraction == 1:
         return list(records)
     if any(not record.content for record in records):
-        raise ConfigError(f"data.fraction: the index of {folder} holds no content hashes: run segvol-pl index {folder}")
+        place = masked(str(folder))
+        raise ConfigError(f"data.fraction: the index of {place} holds no content hashes: run segvol-pl index {place}")
     # The split is decided by the hash itself: hashed again, the subset does not depend on it.
     ranked = sorted(records, key=lambda record: hashlib.sha256(f"subset {record.content}".encode()).digest())
     kept = {record.key for record in ranked[: max(1, round(fraction * len(records)))]}

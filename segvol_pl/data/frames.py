@@ -2,13 +2,16 @@
 
 1. `encode_array` turns an array into a frame: a head, compressed chunks one behind the other, a tail.
 2. `chunk_table` says where the chunks lie and what they hash to; large members have one in their sample's facts.
-3. `PartialFrame` fetches the chunks that a slice touches, holds them against their hashes, and decodes the slice.
+3. `WholeFrame` decodes a slice of a frame that is there; `PartialFrame` first fetches the chunks that the slice touches
+   and holds them against their hashes. Both refuse, before memory is taken, a frame that is not of the stated `Form`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import blosc2
@@ -51,20 +54,53 @@ def encode_array(array_DHW: np.ndarray) -> bytes:
     return bytes(encoded.to_cframe())
 
 
-def decode_array(frame: bytes | bytearray) -> blosc2.NDArray:
+@dataclass(frozen=True)
+class Form:
+    """What is known of an array before its frame is opened."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    """Those that it may have, as numpy names them."""
+
+
+def decode_array(frame: bytes | bytearray, form: Form | None = None) -> blosc2.NDArray:
     """The array of a Blosc2 frame, still encoded: slicing it decodes only what the slice touches.
 
-    Raises SampleError for bytes that are no such frame.
+    Raises SampleError for bytes that are no such frame, or not of the form.
     """
     try:
         array = cast(blosc2.NDArray, blosc2.ndarray_from_cframe(frame))
         kind = array.dtype.kind
-    except (RuntimeError, ValueError, TypeError, SyntaxError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # what it raises depends on the bytes: it evaluates the dtype that they state
         raise SampleError(f"{len(frame)} bytes are no Blosc2 frame ({error})") from error
     if kind not in "iu":
         # Bytes that call themselves objects would be taken for addresses.
         raise SampleError(f"a Blosc2 frame holds {array.dtype}, not whole numbers")
+    dtype = array.dtype.newbyteorder("=").name
+    if form is not None and (array.shape != form.shape or dtype not in form.dtypes):
+        raise SampleError(f"a Blosc2 frame holds {dtype} {array.shape}, not {' or '.join(form.dtypes)} {form.shape}")
+    # A slice takes memory for whole chunks.
+    if len(array.chunks) != len(array.shape) or any(np.greater(array.chunks, array.shape)):
+        raise SampleError(f"a Blosc2 frame of {array.shape} says that its chunks are of {array.chunks}")
     return array
+
+
+def decoded(array: blosc2.NDArray, key: slice | tuple[slice, ...]) -> np.ndarray:
+    """A slice. Raises SampleError where a chunk cannot be decoded."""
+    try:
+        return np.asarray(array[key])
+    except RuntimeError as error:
+        raise SampleError(f"a chunk of a Blosc2 frame of {array.shape} cannot be decoded ({error})") from error
+
+
+def decode_alone() -> None:
+    """From here on this process decodes with one thread: for processes and threads beside which others decode.
+
+    Blosc2 would take every core that the process may use, in each of them. To be called before a fork.
+    """
+    blosc2.set_nthreads(1)
 
 
 def chunk_table(frame: bytes, worth: int = WORTH_PARTS) -> ChunkTable | None:
@@ -73,7 +109,10 @@ def chunk_table(frame: bytes, worth: int = WORTH_PARTS) -> ChunkTable | None:
         return None
     array = decode_array(frame)
     chunks = [array.schunk.get_chunk(number) for number in range(array.schunk.nchunks)]
-    start = next(place for place in (frame.find(chunk, 0, HEAD + len(chunk)) for chunk in chunks) if place > 0)
+    places = (frame.find(chunk, 0, HEAD + len(chunk)) for chunk in chunks)
+    start = next((place for place in places if place > 0), None)
+    if start is None:
+        raise SampleError(f"a Blosc2 frame of {array.shape} does not begin with its first chunk")
     sizes, hashes, place = [], [], start
     for chunk in chunks:
         # A chunk of one value alone takes no room: the tail states it.
@@ -96,12 +135,51 @@ def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGITS]
 
 
-class PartialFrame:
-    """A frame of which only the chunks that a slice touches are fetched, each once. Slices are of step 1."""
+class WholeFrame:
+    """A frame whose bytes are all there; slicing it decodes only what the slice touches."""
 
-    def __init__(self, table: ChunkTable, fetch: Fetch) -> None:
-        self.table, self.fetch = table, fetch
+    def __init__(self, frame: bytes, form: Form | None = None) -> None:
+        self._array = decode_array(frame, form)
+        self.shape = tuple(self._array.shape)
+        self.dtype: np.dtype[Any] = self._array.dtype
+
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:
+        return decoded(self._array, key)
+
+
+def _check_table(table: ChunkTable) -> None:
+    """A table is data from elsewhere. Raises SampleError for one that describes no frame."""
+    lists = [table.shape, table.chunk, table.sizes, [table.bytes, table.start]]
+    if (
+        all(isinstance(numbers, list) and all(type(number) is int for number in numbers) for numbers in lists)
+        and len(table.shape) == len(table.chunk) == 3
+        and all(0 < chunk <= extent for chunk, extent in zip(table.chunk, table.shape, strict=True))
+        and min(table.sizes, default=0) >= 0 < table.start
+        and len(table.sizes) == math.prod(map(_parts, table.shape, table.chunk))
+        and table.start + max(sum(table.sizes), CHUNK_HEADER) <= table.bytes
+        and isinstance(table.hashes, str)
+        and len(table.hashes) == DIGITS * len(table.sizes)
+    ):
+        return
+    raise SampleError(f"its facts describe no chunks of an array of {table.shape}: pack it again")
+
+
+def _parts(extent: int, chunk: int) -> int:
+    return -(-extent // chunk)
+
+
+class PartialFrame:
+    """A frame of which only the chunks that a slice touches are fetched, each once. Slices are of step 1.
+
+    Raises SampleError for a table that describes no frame, or not one of the form.
+    """
+
+    def __init__(self, table: ChunkTable, fetch: Fetch, form: Form | None = None) -> None:
+        _check_table(table)
+        self.table, self.fetch, self.form = table, fetch, form
         self.shape = tuple(table.shape)
+        if form is not None and self.shape != form.shape:
+            raise SampleError(f"its facts describe chunks of an array of {self.shape}, not {form.shape}")
         # Pages that are never written take no memory.
         self.frame = bytearray(table.bytes)
         self.bounds = np.cumsum([table.start, *table.sizes]).tolist()
@@ -117,11 +195,17 @@ class PartialFrame:
     def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:
         slices = self._full(key)
         self._load(self._touched(slices))
-        return np.asarray(self._array()[slices])
+        return decoded(self._array(), slices)
 
     def _array(self) -> blosc2.NDArray:
         self._load([])
-        return decode_array(self.frame)
+        array = decode_array(self.frame, self.form)
+        if (array.shape, array.chunks) != (self.shape, tuple(self.table.chunk)):
+            raise SampleError(
+                f"a Blosc2 frame holds {array.shape} in chunks of {array.chunks}, "
+                f"not {self.shape} in {tuple(self.table.chunk)}"
+            )
+        return array
 
     def _full(self, key: slice | tuple[slice, ...]) -> tuple[slice, ...]:
         given = key if isinstance(key, tuple) else (key,)
@@ -130,9 +214,9 @@ class PartialFrame:
 
     def _touched(self, slices: Sequence[slice]) -> list[int]:
         """Numbers of the chunks that the slices touch."""
-        grid = [-(-extent // chunk) for extent, chunk in zip(self.shape, self.table.chunk, strict=True)]
+        grid = list(map(_parts, self.shape, self.table.chunk))
         along = [
-            np.arange(part.start // chunk, -(-part.stop // chunk))
+            np.arange(part.start // chunk, _parts(part.stop, chunk))
             for part, chunk in zip(slices, self.table.chunk, strict=True)
         ]
         return np.ravel_multi_index(np.meshgrid(*along, indexing="ij"), grid).reshape(-1).tolist()

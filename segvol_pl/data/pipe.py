@@ -11,6 +11,7 @@ with fewer shards than loader processes some shards are read by several. Every r
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import random
@@ -23,8 +24,9 @@ import webdataset
 
 from segvol_pl.data.corpus import Corpus, rng_of
 from segvol_pl.data.sample import Member
-from segvol_pl.data.shards import Damage, DamagedSample, ShardError, array_of, facts_of
+from segvol_pl.data.shards import Damage, DamagedSample, ShardError, array_of, arrays_of, facts_of
 from segvol_pl.data.stream import ATTEMPTS, DAMAGES, Batch, Draw, Plan, Stream, World, collate
+from segvol_pl.data.transforms import Sliceable
 from segvol_pl.data.views import Arrays
 
 log = logging.getLogger(__name__)
@@ -88,7 +90,7 @@ class PipeStream(Stream):
             except DamagedSample as error:
                 self.damaged.append((volume.row, error.damage))
             else:
-                yield {**sample, "damaged_A2": self._told()}
+                yield {**sample, "damaged_A2": self._told(), "row": np.array(volume.row)}
 
     def _copies(self, volume: Volume, rng: np.random.Generator) -> Iterator[Volume]:
         """The volume as often as a pass draws from it; of a fraction, by chance."""
@@ -115,14 +117,19 @@ class PipeStream(Stream):
         store, record = self.corpus.located(volume.row)
         place = f"shard {store.place(record.shard)}, sample {record.key}"
 
-        def member(ending: str) -> bytes:
-            if ending not in volume.members:
-                raise DamagedSample(f"{place}: {ending} is not there", Damage.MISSING)
-            return volume.members[ending]
+        def content(member: Member) -> bytes:
+            if member.value not in volume.members:
+                raise DamagedSample(f"{place}: {member.value} is not there", Damage.MISSING)
+            return volume.members[member.value]
 
-        facts = facts_of(member(Member.FACTS.value), record, place)
-        sound = {ending: array_of(member(ending), sha256, place) for ending, sha256 in facts.members.items()}
-        return self.draw(facts, lambda wanted: sound[wanted.value], rng)
+        @functools.cache
+        def array(member: Member) -> Sliceable:
+            return array_of(content(member), facts, member, f"{place}: {member.value}")
+
+        facts = facts_of(content(Member.FACTS), record, store.place(record.shard))
+        for member in arrays_of(facts, volume.members):
+            array(member)  # every one is held against its hash, whichever the draw reads
+        return self.draw(facts, array, rng)
 
     def _told(self) -> np.ndarray:
         """(row, damage) of what was left out and not yet told, as `Stream.sample` says it."""

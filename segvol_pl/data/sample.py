@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from segvol_pl.credentials import PlaceError
+
 SCHEMA = 1
 
 Box = tuple[int, int, int, int, int, int]
@@ -40,7 +42,7 @@ class Split(str, Enum):
     TEST = "test"
 
 
-class SampleError(ValueError):
+class SampleError(PlaceError):
     """A sample that cannot be used. The message names the file and key, and the remedy."""
 
 

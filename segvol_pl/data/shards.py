@@ -4,7 +4,7 @@
 2. `build_index` (verb `index`) walks the tars of a folder once and writes `index.json`: where every member lies.
 3. `read_index` gives it back and refuses what is missing or truncated; `read_member`, `read_facts` and `read_array`
    read by range, of large arrays the chunks that a slice touches, and check the hashes taken at packing.
-4. `verify` (verb `verify`) recomputes every hash; `describe` (verb `inspect`) lists the samples.
+4. `verify` (verb `verify`) recomputes every hash and decodes every array; `describe` (verb `inspect`) lists samples.
 
 The format is promised in shards/README.md. Nothing in a shard is ever unpickled.
 """
@@ -16,31 +16,44 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import webdataset
 
-from segvol_pl.data.frames import PartialFrame, Span, decode_array
+from segvol_pl.credentials import PlaceError
+from segvol_pl.data.frames import CHUNK, Form, PartialFrame, Span, WholeFrame, decode_alone
 from segvol_pl.data.sample import SCHEMA, CategoryFacts, Facts, Member, SampleError
-from segvol_pl.data.store import Source, Store
+from segvol_pl.data.store import INDEX as INDEX
+from segvol_pl.data.store import Source, Store, StoreError
 from segvol_pl.data.transforms import Sliceable
 from segvol_pl.data.whole import replacing, write_text
 
-INDEX = "index.json"
-
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 """What a sample is called. Files are named after it: it holds no dot and no slash."""
+
+DTYPES = {
+    Member.CT: ("int16",),
+    Member.LABEL: ("uint8", "uint16"),
+    Member.OVERVIEW: ("int16",),
+    Member.OVERVIEW_LABEL: ("uint8", "uint16"),
+    Member.REGIONS: ("uint16",),
+}
+"""What the arrays of a sample hold."""
+ON_OVERVIEW = {Member.OVERVIEW, Member.OVERVIEW_LABEL, Member.REGIONS}
+"""Arrays on the overview's grid; the others are on the volume's."""
 
 TAR_END = 1024
 """A tar ends in two empty records of 512 bytes; without them it was cut off."""
 
 
-class ShardError(ValueError):
+class ShardError(PlaceError):
     """A folder of shards that cannot be used. The message names the shard and key, and the remedy."""
 
 
@@ -50,7 +63,7 @@ class Damage(Enum):
     MISSING = "missing"  # the shard, or the member, is not there
     SHORT = "short"  # the shard ends before the member does
     ALTERED = "altered"  # the bytes are not those that were packed
-    UNREADABLE = "unreadable"  # the disk gives an error, or the bytes are no facts and no array
+    UNREADABLE = "unreadable"  # the bytes are no facts and no array
 
 
 class DamagedSample(ShardError):
@@ -109,6 +122,26 @@ class SampleRecord:
     facts_sha256: str = ""
     """sha256 of the facts' bytes, which hold the hashes of the other members. Empty likewise."""
 
+    def check_kinds(self) -> None:
+        """Raises TypeError for a value that is not what it is declared to be."""
+        _require_shape(self.shape, f"shape of sample {self.key}")
+        for text in (self.shard, self.split, self.content, self.facts_sha256):
+            _require_kind(text, str, f"sample {self.key}")
+        for ending, place in self.members.items():
+            for number in place:
+                _require_kind(number, int, f"place of {ending} of sample {self.key}")
+
+
+def _require_kind(value: object, kind: type, name: str) -> None:
+    # A bool is no number here.
+    if type(value) is not kind:
+        raise TypeError(f"{name}: {value!r} is no {kind.__name__}")
+
+
+def _require_shape(shape: object, name: str) -> None:
+    if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
+        raise TypeError(f"{name}: {shape!r} is no shape of three axes")
+
 
 @dataclass(frozen=True)
 class Index:
@@ -146,14 +179,22 @@ class Index:
             return index
         except ShardError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ShardError(f"{place} is no index of shards ({error}): {_remedy(place)}") from error
 
     def _check(self, place: str) -> None:
-        """An index is data from elsewhere: what it names lies within its shards. Raises ShardError."""
-        sizes = {shard.name: shard.bytes for shard in self.shards}
+        """An index is data from elsewhere: what it names lies within its shards, once. Raises ShardError."""
+        sizes: dict[str, int] = {}
+        for shard in self.shards:
+            _require_kind(shard.bytes, int, f"bytes of shard {shard.name}")
+            if shard.name in sizes:
+                raise ShardError(f"{place}: lists shard {shard.name} twice: {_remedy(place)}")
+            sizes[shard.name] = shard.bytes
+        _require_shape(self.overview_shape, "overview_shape")
+        _check_keys(self.samples, place)
         for record in self.samples:
             _check_key(record.key, place)
+            record.check_kinds()
             if record.shard not in sizes:
                 raise ShardError(f"{place}: sample {record.key} is in no shard that it lists: {_remedy(place)}")
             for ending, (offset, size) in record.members.items():
@@ -275,15 +316,31 @@ def _check_key(key: str, place: str) -> None:
 
 def _parse_facts(text: bytes, place: str) -> Facts:
     try:
-        return Facts.from_dict(json.loads(text))
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, SampleError) as error:
+        facts = Facts.from_dict(json.loads(text))
+        _require_shape(facts.shape, "shape")
+        _require_shape(facts.overview_shape, "overview_shape")
+        for ending, sha256 in facts.members.items():
+            _require_kind(sha256, str, f"hash of {Member(ending).value}")
+        for name, held in facts.categories.items():
+            _require_voxels(held, facts.shape, name)
+        return facts
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
+
+
+def _require_voxels(held: CategoryFacts, shape: list[int], name: str) -> None:
+    anchors_N3 = np.array(held.anchors)
+    voxels = anchors_N3.ndim == 2 and anchors_N3.shape[1] == 3 and anchors_N3.dtype.kind == "i"
+    if not voxels or (anchors_N3 < 0).any() or (anchors_N3 >= shape).any():
+        raise TypeError(f"anchors of {name} are no voxels of {shape}")
+    if not isinstance(held.values, list) or not all(type(value) is int for value in held.values):
+        raise TypeError(f"values of {name} are no list of whole numbers")
 
 
 def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]], hashes: list[str]) -> Index:
     pairs = [pair for _, samples in found for pair in samples]
     records, facts = [record for record, _ in pairs], [fact for _, fact in pairs]
-    _check_keys(records)
+    _check_keys(records, str(found[0][0].parent))
     shapes = sorted({tuple(fact.overview_shape) for fact in facts})
     if len(shapes) != 1:
         raise ShardError(f"{found[0][0].parent} mixes overviews of shape {shapes}: pack them into folders of their own")
@@ -301,12 +358,12 @@ def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]], hashe
     )
 
 
-def _check_keys(records: list[SampleRecord]) -> None:
+def _check_keys(records: list[SampleRecord], place: str) -> None:
     seen: dict[str, str] = {}
     for record in records:
         if record.key in seen:
             raise ShardError(
-                f"sample {record.key} stands in {seen[record.key]} and in {record.shard}: remove one of them"
+                f"{place}: sample {record.key} stands in {seen[record.key]} and in {record.shard}: remove one of them"
             )
         seen[record.key] = record.shard
 
@@ -362,8 +419,6 @@ def load_index(store: Store) -> Index:
         text = store.file(INDEX)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} does not exist: {_remedy(place)}") from None
-    except OSError as error:
-        raise ShardError(f"{place} cannot be read ({error})") from error
     return Index.from_json(text.decode("utf-8", errors="replace"), place)
 
 
@@ -401,7 +456,8 @@ def _read_parts(
         return parts
     if store.cache is not None:
         store.cache.forget(sha256)
-        parts = _read_spans(store, record, member, spans, sha256)
+        # Past the cache: one that cannot be written has forgotten nothing.
+        parts = _read_spans(replace(store, cache=None), record, member, spans, sha256)
         if sound(parts):
             return parts
     raise _altered(_name(store, record, member))
@@ -414,9 +470,8 @@ def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[
     offset, size = record.members[member.value]
     try:
         parts = store.member(record.shard, offset, size, spans, sha256)
-    except OSError as error:
-        damage = Damage.MISSING if isinstance(error, FileNotFoundError) else Damage.UNREADABLE
-        raise DamagedSample(f"{place} cannot be read ({error})", damage) from error
+    except FileNotFoundError as error:
+        raise DamagedSample(f"{place} cannot be read ({error})", Damage.MISSING) from error
     got, asked = sum(map(len, parts)), sum(last - first for first, last in spans)
     if got != asked:
         raise DamagedSample(f"{place} gave {got} of {asked} bytes: the shard is truncated, copy it again", Damage.SHORT)
@@ -443,28 +498,86 @@ def facts_of(text: bytes, record: SampleRecord, place: str) -> Facts:
         raise DamagedSample(
             f"shard {place}, sample {record.key}: holds the facts of {facts.key}: {_remedy(place)}", Damage.ALTERED
         )
+    if facts.shape != record.shape:
+        raise DamagedSample(
+            f"shard {place}, sample {record.key}: is of {facts.shape}, the index says {record.shape}: {_remedy(place)}",
+            Damage.ALTERED,
+        )
     return facts
 
 
 def read_array(store: Store, record: SampleRecord, facts: Facts, member: Member) -> Sliceable:
     """One member as an array, still encoded, its bytes being those that were packed.
 
-    Raises DamagedSample, here or, for a large member that is read in parts, where it is sliced.
+    Raises DamagedSample, here or where it is sliced.
     """
     sha256, table = facts.members.get(member.value, ""), facts.chunks.get(member.value)
+    place = _name(store, record, member)
     if table is None:
-        return array_of(read_member(store, record, member, sha256), "", _name(store, record, member))
+        return _opened(read_member(store, record, member, sha256), facts, member, place)
     if record.members.get(member.value, (0, 0))[1] != table.bytes:
-        raise _altered(_name(store, record, member))
-    return PartialFrame(table, lambda spans, sound: _read_parts(store, record, member, spans, sound, sha256))
-
-
-def array_of(content: bytes, sha256: str, place: str) -> Sliceable:
-    """The array in a member's bytes. Raises DamagedSample where they are not what was packed, or no array."""
-    if not _is_sound(content, sha256):
         raise _altered(place)
+    with _blamed(place):
+        partial = PartialFrame(
+            table,
+            lambda spans, sound: _read_parts(store, record, member, spans, sound, sha256),
+            _form(facts, member),
+        )
+    return _Blamed(partial, place)
+
+
+def array_of(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
+    """The array in a member's bytes, still encoded.
+
+    Raises DamagedSample where they are not what was packed, here or where it is sliced.
+    """
+    if not _is_sound(content, facts.members.get(member.value, "")):
+        raise _altered(place)
+    return _opened(content, facts, member, place)
+
+
+def arrays_of(facts: Facts, stored: Collection[str]) -> list[Member]:
+    """The arrays that a sample has: those that its facts name, and others among the endings of what is `stored`."""
+    return [member for member in DTYPES if member.value in facts.members or member.value in stored]
+
+
+def _opened(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
+    with _blamed(place):
+        return _Blamed(WholeFrame(content, _form(facts, member)), place)
+
+
+def _form(facts: Facts, member: Member) -> Form:
+    return Form(tuple(facts.overview_shape if member in ON_OVERVIEW else facts.shape), DTYPES[member])
+
+
+class _Blamed:
+    """An array of which what cannot be decoded is damage of its sample."""
+
+    def __init__(self, array: Sliceable, place: str) -> None:
+        self._array, self._place = array, place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    @property
+    def dtype(self) -> Any:
+        with _blamed(self._place):
+            return self._array.dtype
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        with _blamed(self._place):
+            return self._array[key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Without it numpy takes the whole for one object.
+        return np.array(self[:], dtype)
+
+
+@contextmanager
+def _blamed(place: str) -> Iterator[None]:
     try:
-        return decode_array(content)
+        yield
     except SampleError as error:
         raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
 
@@ -490,18 +603,21 @@ def _remedy(place: str) -> str:
 
 
 def verify(folder: Source) -> list[str]:
-    """The faults of a local folder of shards, one line each: sizes, and the sha256 of shards and of members.
+    """The faults of a local folder of shards, one line each: sizes, the sha256 of shards and of members, decoding.
 
     Each line names the shard, the sample and the byte at which the member starts. Shards are read in parallel. An
-    empty list means that every byte is as it was packed. Raises ShardError where there is no index.
+    empty list means that every byte is as it was packed, or, of shards without hashes, that every array can be decoded
+    and is of the stated shape and dtype. Raises ShardError where there is no index.
     """
-    store = Store(folder)
+    # A check does not wait for a disk that fails: it says where.
+    store = Store(folder, patience=0.0)
     if not store.local:
         raise ShardError(f"{folder} is no local folder: run segvol-pl verify where the shards lie")
     index = load_index(store)
     records: dict[str, list[SampleRecord]] = {shard.name: [] for shard in index.shards}
     for record in index.samples:
         records[record.shard].append(record)
+    decode_alone()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         found = threads.map(lambda shard: _faults_of(store, shard, records[shard.name]), index.shards)
         return [fault for faults in found for fault in faults]
@@ -521,21 +637,31 @@ def _sample_faults(store: Store, record: SampleRecord) -> list[str]:
     """Faults that a re-indexed shard would hide: the facts hold the hashes taken at packing."""
     try:
         facts = read_facts(store, record)
-    except DamagedSample as error:
-        return [_at(error, record, Member.FACTS.value)]
+    except (DamagedSample, StoreError) as error:
+        return [_at(error, record, Member.FACTS)]
     faults = []
-    for ending, sha256 in facts.members.items():
+    for member in arrays_of(facts, record.members):
         try:
-            member = Member(ending)
-            array_of(read_member(store, record, member, sha256), "", _name(store, record, member))
-        except DamagedSample as error:
-            faults.append(_at(error, record, ending))
+            _decode_all(store, record, facts, member)
+        except (DamagedSample, StoreError) as error:
+            faults.append(_at(error, record, member))
     return faults
 
 
-def _at(error: DamagedSample, record: SampleRecord, ending: str) -> str:
-    offset, size = record.members.get(ending, (0, 0))
-    return f"{error} [{error.damage.value}, bytes {offset} to {offset + size} of {record.shard}]"
+def _decode_all(store: Store, record: SampleRecord, facts: Facts, member: Member) -> None:
+    """Decodes every chunk of an array as a loader does, a few at a time. Raises DamagedSample, StoreError."""
+    if member.value in facts.chunks:
+        # Read in parts, it is held against the hashes of its chunks alone.
+        read_member(store, record, member, facts.members.get(member.value, ""))
+    array = read_array(store, record, facts, member)
+    for start in range(0, array.shape[0], CHUNK[0]):
+        array[start : start + CHUNK[0]]
+
+
+def _at(error: DamagedSample | StoreError, record: SampleRecord, member: Member) -> str:
+    offset, size = record.members.get(member.value, (0, 0))
+    cause = error.damage.value if isinstance(error, DamagedSample) else "not read"
+    return f"{error} [{cause}, bytes {offset} to {offset + size} of {record.shard}]"
 
 
 def describe(folder: Source) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Where shards lie: a local folder, a URL that fsspec opens (http, https, s3, gs), or a command (pipe:).
 
-A `Store` reads ranges of its files. A read from a URL that fails, or that gives fewer bytes than asked for, is tried
-again after a pause that doubles. A store that stays away longer than its patience ends the run with a StoreError: no
-sample is to blame for it. What comes from a URL may be kept in a cache on this machine.
+A `Store` reads ranges of its files. A read that fails, or one from a URL that gives fewer bytes than asked for, is
+tried again after a pause that doubles. A store that stays away longer than its patience, or that refuses, ends the run
+with a StoreError: no sample is to blame for it. A sample's own are a shard that is not there while the index beside it
+is, and a shard that is too short. What comes from a URL may be kept in a cache on this machine.
 
 `pipe:COMMAND {file}` runs the command for a file of the folder and reads what it prints. It cannot seek: the stream of
 such a folder is sequential, see `pipe`.
@@ -10,19 +11,26 @@ such a folder is sequential, see `pipe`.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 
+from segvol_pl.credentials import PlaceError, is_masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.frames import Span
+
+log = logging.getLogger(__name__)
+
+INDEX = "index.json"
+"""What every folder of shards holds beside them."""
 
 Source = str | Path
 """A folder of shards: a path, a URL that fsspec opens (file:, http:, https:, s3:, gs:), or `pipe:COMMAND {file}`."""
@@ -34,16 +42,43 @@ REQUEST_TIMEOUT = 20.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 SHORT_ANSWERS = 3
 """A file that is this often as short as before ends there."""
+BEYOND = 416
+"""Status of an answer to a range that begins behind the file's end."""
+REFUSED = {401, 403, 405, 407, 410}
+"""Statuses that asking again does not mend."""
 
 PIPE, FILE = "pipe:", "{file}"
 
+Content = TypeVar("Content", bytes, list[bytes])
 
 Asked = tuple[int, int] | None
 """Offset and size of a range; None for the whole file."""
 
 
-class StoreError(ValueError):
-    """A store that does not answer. The message names it, how long it was tried, and what it said last."""
+class StoreError(PlaceError):
+    """A store that does not answer, or refuses. The message names it, how long it was tried, and what it said last."""
+
+
+@dataclass
+class Patience:
+    """How long something is tried again, with pauses that double."""
+
+    seconds: float
+    started: float = field(default_factory=time.monotonic)
+    pause: float = FIRST_PAUSE
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the first try."""
+        return time.monotonic() - self.started
+
+    def again(self) -> bool:
+        """Pauses, and gives True, where there is time for another try."""
+        if self.waited + self.pause > self.seconds:
+            return False
+        time.sleep(self.pause)
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+        return True
 
 
 @dataclass(frozen=True)
@@ -52,9 +87,17 @@ class Store:
 
     folder: Source
     patience: float = PATIENCE
-    """Seconds for which a URL that gives no answer is asked again."""
+    """Seconds for which a folder or URL that cannot be read is tried again."""
     cache: Cache | None = None
     """Where the bytes of a URL are kept, if at all."""
+
+    def __post_init__(self) -> None:
+        """Raises StoreError where the folder is named by a configuration that was written without its credentials."""
+        if is_masked(str(self.folder)):
+            raise StoreError(
+                f"{self.folder}: its credentials were masked when the configuration was written: give the place anew, "
+                'behind the file, as data.shards="$SHARDS"'
+            )
 
     @property
     def local(self) -> bool:
@@ -76,11 +119,13 @@ class Store:
         return f"{str(self.folder).rstrip('/')}/{name}"
 
     def file(self, name: str) -> bytes:
-        """A whole file. Raises OSError (FileNotFoundError where there is none), or StoreError."""
+        """A whole file. Raises FileNotFoundError or NotADirectoryError where there is none, or StoreError."""
         place = self.place(name)
         if self.piped:
             return _printed(place)
-        return Path(place).read_bytes() if self.local else _patiently(place, [None], self.patience)[0]
+        if self.local:
+            return _steadily(place, Path(place).read_bytes, self.patience, lambda: True)
+        return _patiently(place, [None], self.patience)[0]
 
     def member(self, name: str, offset: int, size: int, spans: list[Span], key: str = "") -> list[bytes]:
         """Parts of the member that lies at `offset` of a file; `key`, its hash, names it in the cache.
@@ -96,7 +141,14 @@ class Store:
         if self.piped:
             raise StoreError(f"{self.folder}: a pipe cannot be read in parts: name the folder's path or URL instead")
         asked = [(offset + first, last - first) for first, last in spans]
-        return _pread(place, asked) if self.local else _patiently(place, asked, self.patience)
+        if self.local:
+            return _steadily(place, lambda: _pread(place, asked), self.patience, self._indexed)
+        return _patiently(place, asked, self.patience)
+
+    def _indexed(self) -> bool:
+        """Whether the index is there: where it is gone too, the folder is away, and no single file is missing."""
+        # Unlike Path.exists, this says no of a mount that fails.
+        return os.access(self.place(INDEX), os.F_OK)
 
 
 def _plain(name: str) -> bool:
@@ -112,9 +164,30 @@ def _printed(command: str) -> bytes:
     return done.stdout
 
 
+def _steadily(place: str, read: Callable[[], Content], patience: float, lost: Callable[[], bool]) -> Content:
+    """What `read` gives: a mounted folder may be away for a while. `lost`: whether a file that is not there is missing.
+
+    Raises FileNotFoundError or NotADirectoryError where it is, StoreError for every other error of the system.
+    """
+    waiting = Patience(patience)
+    while True:
+        try:
+            return read()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError | NotADirectoryError) and lost():
+                raise
+            if waiting.pause == FIRST_PAUSE and patience:
+                log.warning("%s cannot be read (%s): trying again for %.0f s", place, error.strerror, patience)
+            if not waiting.again():
+                raise StoreError(
+                    f"{place} could not be read for {waiting.waited:.0f} s ({error.strerror}): see that its folder is "
+                    "mounted and may be read, then start the run again: it goes on where it stopped"
+                ) from error
+
+
 def _patiently(place: str, asked: Sequence[Asked], patience: float) -> list[bytes]:
     """The answers, one a range; one that fails, or is too short, is asked for again."""
-    started, pause = time.monotonic(), FIRST_PAUSE
+    waiting = Patience(patience)
     last: dict[int, bytes] = {}
     done: set[int] = set()
     short = Counter[tuple[int, int]]()
@@ -129,14 +202,11 @@ def _patiently(place: str, asked: Sequence[Asked], patience: float) -> list[byte
                     done.add(number)
         if len(done) == len(asked):
             return [last[number] for number in range(len(asked))]
-        waited = time.monotonic() - started
-        if waited + pause > patience:
+        if not waiting.again():
             failed = [answer for answer in answers.values() if isinstance(answer, Exception)]
             if failed:
-                raise _away(place, waited, failed[0]) from failed[0]
+                raise _away(place, waiting.waited, failed[0]) from failed[0]
             return [last[number] for number in range(len(asked))]
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _complete(asked: Asked, answer: bytes) -> bool:
@@ -163,10 +233,41 @@ def _answers(place: str, asked: Sequence[Asked]) -> list[bytes | Exception]:
         ) from error
     except Exception as error:  # the client libraries behind fsspec share no class of errors
         found = [error] * len(asked)
-    for answer in found:
-        if isinstance(answer, FileNotFoundError | PermissionError):
-            raise answer
-    return [answer if isinstance(answer, Exception) else bytes(answer) for answer in found]
+    return [_judged(place, answer) for answer in found]
+
+
+def _judged(place: str, answer: bytes | Exception) -> bytes | Exception:
+    """The answer, or an error that asking again may mend. Raises the others."""
+    if not isinstance(answer, Exception):
+        return bytes(answer)
+    if isinstance(answer, FileNotFoundError | StoreError):
+        raise answer
+    status = _status(answer)
+    if status == BEYOND:
+        return b""
+    if isinstance(answer, PermissionError) or status in REFUSED:
+        raise StoreError(
+            f"{place}: the store refuses it ({type(answer).__name__}: {answer}): check the address and the "
+            "credentials, then start the run again: it goes on where it stopped"
+        ) from answer
+    return answer
+
+
+def _status(error: Exception) -> int | None:
+    """The HTTP status that an error tells: aiohttp's own, or botocore's, which s3fs gives as its cause."""
+    response = getattr(error.__cause__, "response", None)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(error, "status", None)
+
+
+async def _refuse_whole(response: Any) -> None:
+    """Called with the head of an answer, before a whole shard is fetched for each of its members."""
+    if response.status == 200 and "Range" in response.request_info.headers:
+        raise StoreError(
+            f"{response.url}: the server takes no ranges, it sends whole files: use one that does (nginx, Apache, S3), "
+            "copy the folder here, or read it in order by pipe:curl -sf URL/{file}"
+        )
 
 
 def _options(place: str) -> dict[str, Any]:
@@ -180,7 +281,8 @@ def _options(place: str) -> dict[str, Any]:
         import aiohttp
     except ImportError:
         return {}  # fsspec says what is lacking
-    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)}}
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
+    return {"client_kwargs": {"timeout": timeout, "raise_for_status": _refuse_whole}}
 
 
 def _pread(place: str, asked: list[tuple[int, int]]) -> list[bytes]:

@@ -1,7 +1,8 @@
 """The stream: which rank and worker loads which sample, and when.
 
 1. `epoch_order`: the order of an epoch is a pure function of (seed, epoch).
-2. `assign`: which positions of it a worker of a rank loads, a pure function of integers too.
+2. `Plan.positions`: which positions of it a worker of a rank loads, a pure function of integers too: micro-batch k,
+   counted from the run's start, goes to worker k mod num_workers of each rank, and each rank loads its share of it.
 3. `Stream` reads, draws and collates them, endlessly, epoch after epoch. A damaged sample is replaced by another one,
    decided by its position alone, so that every rank keeps its number of batches; the batch says what was replaced.
 
@@ -52,24 +53,12 @@ def epoch_order(num_samples: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return rng_of(seed, epoch).permutation(num_samples)
 
 
-def assign(num_samples: int, global_batch: int, world: World, start: int = 0) -> np.ndarray:
-    """Positions in the epoch's order that this worker loads: int64 (batches, local batch).
-
-    `start` is the number of samples already seen in the epoch. Batch k of a rank, counted from the epoch's start,
-    goes to its worker k mod num_workers, so that a resumed epoch deals its batches as the uninterrupted one does.
-    The last incomplete global batch is left out. Raises ValueError where the ranks do not divide the global batch.
-    """
-    batches = (num_samples - start) // global_batch
-    mine = np.arange(world.worker, batches, world.num_workers, dtype=np.int64)
-    return _share(start + mine * global_batch, global_batch, world)
-
-
-def _share(first: np.ndarray | int, batch: int, world: World) -> np.ndarray:
-    """The rank's positions of the batches that begin at `first`: int64 (..., local batch)."""
+def _share(first: int, batch: int, world: World) -> np.ndarray:
+    """The rank's positions of the batch that begins at `first`: int64 (local batch,)."""
     if batch % world.num_ranks:
         raise ValueError(f"global batch {batch} is not a multiple of {world.num_ranks} ranks")
     local = batch // world.num_ranks
-    return np.add.outer(first + world.rank * local, np.arange(local, dtype=np.int64))
+    return first + world.rank * local + np.arange(local, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -91,7 +80,10 @@ class Plan:
         return self.num_samples - rest
 
     def positions(self, world: World, seen: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, samples seen after the micro-batch, its positions) for this worker, from `seen` samples on."""
+        """(epoch, samples seen after the micro-batch, its positions) for this worker, from `seen` samples on.
+
+        Raises ValueError where the ranks do not divide the micro-batch.
+        """
         micro = self.global_batch // self.accumulate
         per_epoch = self.usable // micro
         batch = seen // micro + world.worker
@@ -133,14 +125,14 @@ class Stream(IterableDataset[Batch]):
     def sample(self, epoch: int, position: int, rows: np.ndarray) -> Arrays:
         """The sample at `position` of the epoch, drawn with its own rng.
 
-        `damaged_A2` says what was replaced: (row, damage) for each attempt, -1 where there was none. Raises ShardError
-        where `ATTEMPTS` samples in a row are damaged.
+        `row` is its place in the corpus; `damaged_A2` says what was replaced: (row, damage) for each attempt, -1 where
+        there was none. Raises ShardError where `ATTEMPTS` samples in a row are damaged.
         """
         damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
         row, key = int(rows[position % len(rows)]), [self.plan.seed, epoch, position]
         for attempt in range(ATTEMPTS):
             try:
-                return {**self._drawn(row, rng_of(*key)), "damaged_A2": damaged_A2}
+                return {**self._drawn(row, rng_of(*key)), "damaged_A2": damaged_A2, "row": np.array(row)}
             except DamagedSample as error:
                 damaged_A2[attempt] = row, DAMAGES.index(error.damage)
                 last = error

@@ -53,6 +53,18 @@ def test_a_forgotten_member_is_fetched_anew(tmp_path: Path) -> None:
     assert cache.read("key", SIZE, [(0, SIZE)], Far().fetch) == [CONTENT]
 
 
+def test_a_block_that_is_not_whole_is_fetched_anew(tmp_path: Path) -> None:
+    """Neither what a shard gave while it was cut, nor what is left of a block on the disk, is taken for the member."""
+    cache = Cache(str(tmp_path), 10 * SIZE)
+    assert cache.read("key", SIZE, [(0, SIZE)], Far(CONTENT[: BLOCK + 5]).fetch) == [CONTENT[: BLOCK + 5]]
+    far = Far()
+    assert cache.read("key", SIZE, [(0, SIZE)], far.fetch) == [CONTENT]
+    assert far.asked == [(BLOCK, 2 * BLOCK), (2 * BLOCK, SIZE)]
+    for path in tmp_path.glob("??/*.0"):
+        os.truncate(path, 7)
+    assert cache.read("key", SIZE, [(0, SIZE)], far.fetch) == [CONTENT]
+
+
 def test_it_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path: Path) -> None:
     limit = 20 * BLOCK
     cache, far = Cache(str(tmp_path), limit), Far()

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segvol_pl.config import ConfigError, DataConfig
+from segvol_pl.config import ConfigError, DataConfig, RunConfig
 from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
-from segvol_pl.data.shards import INDEX, SampleRecord, ShardError
+from segvol_pl.data.module import VolumeModule
+from segvol_pl.data.shards import INDEX, SampleRecord, ShardError, build_index
 from segvol_pl.data.store import Store, StoreError
 
 
@@ -104,6 +105,32 @@ def test_folders_open_as_one_corpus(phantom_shards: Path) -> None:
         held_out_corpus(folders, "none", labelled=True)
     with pytest.raises(ShardError, match=INDEX):
         open_folders(replace(data, mix=["nowhere"]))
+
+
+@pytest.fixture
+def train_only(phantom_shards: Path, tmp_path: Path) -> Path:
+    """A set packed with test_fraction=0, as an extra one to train on."""
+    folder = Path(shutil.copytree(phantom_shards, tmp_path / "extra"))
+    for path in folder.glob("*-test-*.tar"):
+        path.unlink()
+    build_index(folder)
+    return folder
+
+
+def test_a_folder_without_a_test_split_is_mixed_in_to_train_on(
+    phantom_shards: Path, train_only: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    data = DataConfig(shards=str(phantom_shards), mix=[f"2*{train_only}"], global_batch=2, samples_per_volume=4)
+    module = VolumeModule(data, RunConfig(out="unused"), None, None, labelled=True)  # type: ignore[arg-type]
+    assert [str(part.store.folder) for part in module.train_corpus.parts] == [str(phantom_shards), str(train_only)]
+    assert [str(part.store.folder) for part in module.val_corpus.parts] == [str(phantom_shards)]
+    assert {record.split for record in module.val_corpus.records} == {"test"}
+    assert f"{train_only} holds nothing of 'test'" in caplog.text
+    with pytest.raises(ConfigError, match=rf"data\.val_split: {train_only} holds no labelled samples in 'test'"):
+        held_out_corpus(open_folders(replace(data, shards=str(train_only), mix=[])), "test", labelled=True)
+    with pytest.raises(ConfigError, match=rf"{train_only} holds no labelled samples in 'test'"):
+        training_corpus(open_folders(data), replace(data, split="test"), labelled=True)
 
 
 def test_a_missing_shard_is_borne_within_the_bound(

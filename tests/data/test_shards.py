@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import resource
 import tarfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
+import blosc2
 import numpy as np
 import pytest
 import webdataset
@@ -19,13 +23,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from segvol_pl.data.frames import decode_array, encode_array
+from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
 from segvol_pl.data.sample import CategoryFacts, Facts, Intensity, Member, SampleError
 from segvol_pl.data.shards import (
     INDEX,
+    Damage,
+    DamagedSample,
     Index,
     Sample,
+    SampleRecord,
     ShardError,
+    _sample_faults,
     build_index,
     describe,
     read_array,
@@ -55,8 +63,10 @@ def _arrays(seed: int, labelled: bool) -> dict[Member, np.ndarray]:
     return made
 
 
-def _sample(key: str, seed: int = 0, labelled: bool = True, split: str = "train") -> Sample:
-    frames = {member: encode_array(array) for member, array in _arrays(seed, labelled).items()}
+def _sample(
+    key: str, seed: int = 0, labelled: bool = True, split: str = "train", frames: dict[Member, bytes] | None = None
+) -> Sample:
+    frames = {**{member: encode_array(array) for member, array in _arrays(seed, labelled).items()}, **(frames or {})}
     liver = CategoryFacts(values=[1], voxels=10 + seed, box=[0, 0, 0, 1, 1, 1], anchors=[[0, 0, 0]])
     facts = Facts(
         key=key,
@@ -313,6 +323,153 @@ def test_verify_finds_a_changed_byte_even_after_indexing_anew(folder: Path) -> N
         (fault,) = verify(folder)
         assert fault.startswith(named) and fault.endswith(where)
         build_index(folder)
+
+
+def _without_hashes(folder: Path, tamper: Callable[[dict[Member, bytes]], None], **changes: Any) -> SampleRecord:
+    """Sample a, indexed, as another program may have packed it; `tamper` changes its frames, `changes` its facts."""
+    sample = _sample("a")
+    facts = json.loads(sample.members.pop(Member.FACTS)) | {"members": {}} | changes
+    tamper(sample.members)
+    write_shard(folder / "a.tar", [Sample("a", {Member.FACTS: json.dumps(facts).encode(), **sample.members})])
+    return build_index(folder).samples[0]
+
+
+def _spoil(frames: dict[Member, bytes]) -> None:
+    """Where the first chunk says where its blocks lie."""
+    frame, first = frames[Member.CT], 184 + CHUNK_HEADER
+    frames[Member.CT] = frame[:first] + b"\xff" * 64 + frame[first + 64 :]
+
+
+def test_chunks_that_cannot_be_decoded_are_damage_even_without_hashes(tmp_path: Path) -> None:
+    record = _without_hashes(tmp_path, _spoil)
+    named = r"a\.tar, sample a: ct\.b2nd: a chunk .* of \(9, 40, 33\) cannot be decoded"
+    array = read_array(Store(tmp_path), record, read_facts(Store(tmp_path), record), Member.CT)
+    with pytest.raises(DamagedSample, match=named) as raised:
+        array[:2, :9]
+    assert raised.value.damage is Damage.UNREADABLE
+    (fault,) = verify(tmp_path)
+    assert re.search(rf"{named}.*\[unreadable, bytes \d+ to \d+ of a\.tar\]", fault)
+
+
+@pytest.mark.parametrize(
+    ("member", "array_DHW", "said"),
+    [
+        (Member.CT, np.zeros((9, 40, 34), np.int16), r"holds int16 \(9, 40, 34\), not int16 \(9, 40, 33\)"),
+        (Member.CT, np.zeros(SHAPE, np.uint8), "holds uint8"),
+        (Member.LABEL, np.zeros(SHAPE, np.int64), "holds int64 .*, not uint8 or uint16"),
+        (Member.REGIONS, np.zeros(SHAPE, np.uint16), r"holds .*, not uint16 \(4, 8, 8\)"),
+        (Member.OVERVIEW, blosc2.zeros((2000, 2000, 2000), np.int16), r"holds int16 \(2000, 2000, 2000\), not"),
+    ],
+)
+def test_a_frame_that_is_not_of_its_facts_is_refused_before_it_is_decoded(
+    tmp_path: Path, member: Member, array_DHW: np.ndarray | blosc2.NDArray, said: str
+) -> None:
+    frame = array_DHW.to_cframe() if isinstance(array_DHW, blosc2.NDArray) else encode_array(array_DHW)
+    record = _without_hashes(tmp_path, lambda frames: frames.update({member: bytes(frame)}))
+    with pytest.raises(DamagedSample, match=rf"sample a: {member.value}: a Blosc2 frame {said}"):
+        read_array(Store(tmp_path), record, read_facts(Store(tmp_path), record), member)
+    assert [said for said in verify(tmp_path) if f"sample a: {member.value}" in said] == verify(tmp_path) != []
+
+
+TABLE = chunk_table(encode_array(_arrays(0, True)[Member.CT]), worth=0)
+assert TABLE is not None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [9, 40, 33.0]},
+        {"shape": [9, 40]},
+        {"chunk": [0, 40, 33]},
+        {"chunk": [-9, 40, 33]},
+        {"chunk": [99, 40, 33]},
+        {"chunk": "all"},
+        {"start": -5},
+        {"start": TABLE.bytes},
+        {"start": None},
+        {"sizes": []},
+        {"sizes": TABLE.sizes * 2},
+        {"sizes": [TABLE.bytes]},
+        {"sizes": [-1]},
+        {"sizes": [0.5]},
+        {"sizes": 7},
+        {"hashes": ""},
+        {"hashes": 7},
+    ],
+    ids=str,
+)
+def test_a_table_that_describes_no_chunks_is_damage(tmp_path: Path, changes: dict[str, Any]) -> None:
+    record = _without_hashes(tmp_path, lambda _: None, chunks={"ct.b2nd": vars(TABLE) | changes})
+    facts = read_facts(Store(tmp_path), record)
+    with pytest.raises(DamagedSample, match=r"sample a: ct\.b2nd: its facts describe no chunks .*: pack it again"):
+        read_array(Store(tmp_path), record, facts, Member.CT)
+    assert len(verify(tmp_path)) == 1
+
+
+def test_a_table_of_another_frame_is_damage(tmp_path: Path) -> None:
+    other = chunk_table(encode_array(np.zeros(SHAPE, np.int16) + 7), worth=0)
+    assert other is not None and TABLE is not None
+    wrong = [{"ends": "0" * 16}, {"hashes": "0" * 16}, {"shape": [9, 40, 32], "chunk": [9, 40, 32]}, {"start": 90}]
+    for changes in [*wrong, {"chunk": [9, 40, 20], "sizes": [*TABLE.sizes, 0], "hashes": TABLE.hashes + other.hashes}]:
+        record = _without_hashes(tmp_path, lambda _: None, chunks={"ct.b2nd": vars(TABLE) | changes})
+        facts = read_facts(Store(tmp_path), record)
+        with pytest.raises(DamagedSample, match=r"sample a: ct\.b2nd"):
+            read_array(Store(tmp_path), record, facts, Member.CT)[:]
+        (fault,) = verify(tmp_path)
+        assert "sample a: ct.b2nd" in fault
+
+
+LIVER = {"values": [1], "voxels": 10, "box": [0, 0, 0, 1, 1, 1], "anchors": [[0, 0, 0]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"shape": [9, 40, 33.5]}, r"no shape of three axes"),
+        ({"shape": [9, 40]}, r"no shape of three axes"),
+        ({"overview_shape": [4, 8, -8]}, r"no shape of three axes"),
+        ({"members": {"note.txt": ""}}, r"'note.txt' is not a valid Member"),
+        ({"members": {"ct.b2nd": 7}}, r"hash of ct.b2nd: 7 is no str"),
+        ({"categories": {"liver": {**LIVER, "anchors": []}}}, r"anchors of liver are no voxels of"),
+        ({"categories": {"liver": {**LIVER, "anchors": [[0, 40, 0]]}}}, r"anchors of liver are no voxels of"),
+        ({"categories": {"liver": {**LIVER, "anchors": [[0, 1], [2]]}}}, r"inhomogeneous"),
+        ({"categories": {"liver": {**LIVER, "values": "1"}}}, r"values of liver are no list"),
+    ],
+)
+def test_facts_that_are_none_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(DamagedSample, match=rf"a\.tar, sample a: .*{said}"):
+        _without_hashes(tmp_path, lambda _: None, **changes)
+
+
+def test_facts_of_another_shape_than_the_index_says(folder: Path) -> None:
+    record = replace(read_index(Store(folder)).samples[0], shape=[9, 40, 32])
+    with pytest.raises(DamagedSample, match=r"sample a: is of \[9, 40, 33\], the index says \[9, 40, 32\]: run"):
+        read_facts(Store(folder), record)
+
+
+@pytest.mark.parametrize("deep", ["[" * 200_000, '{"a":' * 200_000])
+def test_what_is_nested_too_deep_is_no_index_and_no_facts(folder: Path, deep: str) -> None:
+    (folder / INDEX).write_text(deep)
+    with pytest.raises(ShardError, match=r"index\.json is no index of shards"):
+        read_index(Store(folder))
+    write_shard(folder / "a-00000.tar", [Sample("a", {Member.FACTS: deep.encode()})])
+    with pytest.raises(DamagedSample, match=r"a-00000\.tar, sample a: .*recursion"):
+        build_index(folder)
+
+
+def test_verify_says_what_it_could_not_read(folder: Path) -> None:
+    path = folder / "a-00001.tar"
+    path.rename(folder / "moved")
+    path.symlink_to("moved")
+    assert verify(folder) == []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    record = read_index(Store(folder)).samples[0]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        (fault,) = _sample_faults(Store(folder, 0.0), record)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "a-00000.tar could not be read for 0 s (Too many open files)" in fault and "[not read, bytes" in fault
 
 
 def test_verify_finds_what_lies_between_the_members(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -30,17 +31,15 @@ class Moody(BaseHTTPRequestHandler):
         server = type(self)
         server.asked += 1
         mood = server.moods.pop(0) if server.moods else "well"
-        if mood == "500":
-            self.send_error(500)
-        elif mood == "404":
-            self.send_error(404)
+        if mood.isdigit():
+            self.send_error(int(mood))
         elif mood == "drop":
             self.connection.close()
         else:
             self._answer(mood)
 
     def _answer(self, mood: str) -> None:
-        content, wanted = CONTENT, self.headers.get("Range")
+        content, wanted = CONTENT, self.headers.get("Range") if mood != "no ranges" else None
         if mood == "delay":
             time.sleep(1.0)
         if wanted:
@@ -119,6 +118,33 @@ def test_what_is_not_there_is_not_asked_for_again(moody: tuple[str, type[Moody]]
     assert handler.asked == 1
 
 
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_a_store_that_refuses_is_named_at_once(moody: tuple[str, type[Moody]], status: str) -> None:
+    place, handler = moody
+    for ask in (lambda: read(place, 0, 10), lambda: Store(place).file("index.json")):
+        handler.moods[:], handler.asked = [status] * 1000, 0
+        with pytest.raises(StoreError, match=rf"http://127.*: the store refuses it .*{status}.*check the address"):
+            ask()
+        assert handler.asked == 1
+
+
+def test_a_range_behind_the_end_is_none_of_the_stores_faults(moody: tuple[str, type[Moody]]) -> None:
+    place, handler = moody
+    handler.moods[:] = ["416"] * 1000
+    started = time.monotonic()
+    assert read(place, 2 * len(CONTENT), 10) == b""
+    assert time.monotonic() - started < 10
+
+
+def test_a_server_without_ranges_is_named_before_a_shard_is_fetched(moody: tuple[str, type[Moody]]) -> None:
+    place, handler = moody
+    handler.moods[:] = ["no ranges"] * 1000
+    with pytest.raises(StoreError, match=r"shard\.tar: the server takes no ranges.*pipe:curl"):
+        read(place, 300, 10)
+    assert handler.asked == 1
+    assert Store(place).file("shard.tar") == CONTENT
+
+
 def test_a_file_that_is_shorter_gives_what_it_has(moody: tuple[str, type[Moody]], tmp_path: Path) -> None:
     place, handler = moody
     assert read(place, len(CONTENT) - 5, 50) == CONTENT[-5:]
@@ -138,6 +164,84 @@ def test_what_the_cache_holds_is_not_asked_for(moody: tuple[str, type[Moody]], t
     assert handler.asked == 1
     cached.member("shard.tar", 100, 900, [(10, 20)])
     assert handler.asked == 2
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no room"])
+def test_a_cache_that_fails_is_gone_without_and_said_once(
+    moody: tuple[str, type[Moody]], tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    place, handler = moody
+    folder = tmp_path / "cache"
+    if fault == "no folder":
+        folder.write_text("in the way")
+    cached = Store(place, cache=Cache(str(folder), 10**9))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if fault == "no room" else limits[0], limits[1]))
+        for _ in range(3):
+            assert cached.member("shard.tar", 100, 900, [(10, 20)], "hash") == [CONTENT[110:120]]
+        assert cached.cache
+        cached.cache.forget("hash")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert handler.asked == 3
+    assert caplog.text.count(f"data.cache {folder} fails") == 1
+    if fault == "no room":
+        cached.member("shard.tar", 100, 900, [(10, 20)], "hash")
+        cached.member("shard.tar", 100, 900, [(10, 20)], "hash")
+        assert handler.asked == 4, "it serves again when there is room"
+
+
+# folders
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "mount" / "shards"
+    made.mkdir(parents=True)
+    (made / "index.json").write_bytes(CONTENT)
+    (made / "shard.tar").write_bytes(CONTENT)
+    return made
+
+
+def test_a_folder_that_is_away_for_a_while_is_waited_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gone = folder.parent.rename(folder.parent.with_name("away"))
+    back = threading.Timer(0.5, lambda: gone.rename(folder.parent))
+    back.start()
+    assert read(folder, 300, 500) == CONTENT[300:800]
+    back.join()
+    assert "shard.tar cannot be read (No such file or directory): trying again for 60 s" in caplog.text
+
+
+def test_a_folder_that_stays_away_is_named_within_the_stated_time(folder: Path) -> None:
+    folder.parent.rename(folder.parent.with_name("away"))
+    (folder.parent / "shards").mkdir(parents=True)  # as a mount point is without its mount
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=rf"{folder}/shard\.tar could not be read for \d s .*mounted.*goes on where"):
+        read(folder, 0, 10, patience=0.5)
+    assert 0.1 < time.monotonic() - started < 10
+
+
+def test_a_shard_that_lacks_beside_its_index_is_missing(folder: Path) -> None:
+    (folder / "shard.tar").unlink()
+    with pytest.raises(FileNotFoundError):
+        read(folder, 0, 10)
+
+
+@pytest.mark.parametrize("fault", ["Too many open files", "Too many levels of symbolic links"])
+def test_an_error_of_the_system_is_no_damage(folder: Path, fault: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        if "files" in fault:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        else:
+            (folder / "shard.tar").unlink()
+            (folder / "shard.tar").symlink_to("shard.tar")
+        for ask in (lambda: read(folder, 0, 10, 0.2), lambda: Store(folder, 0.2).file("shard.tar")):
+            with pytest.raises(StoreError, match=rf"shard\.tar could not be read for 0 s \({fault}\)"):
+                ask()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("name", ["../shard.tar", "/etc/passwd", "a/b.tar", ".."])
@@ -208,3 +312,21 @@ def test_an_s3_server_that_is_away(bucket: str, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(StoreError, match=r"s3://volumes/mine/shard.tar: the store gave no answer for"):
         read(bucket, 0, 10, patience=1.0)
     assert time.monotonic() - started < 30
+
+
+def test_credentials_that_an_s3_server_refuses(
+    bucket: str, moody: tuple[str, type[Moody]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    place, handler = moody
+    handler.moods[:] = ["403"] * 1000
+    monkeypatch.setenv("AWS_ENDPOINT_URL", place)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(StoreError, match=r"s3://volumes/mine/shard.tar: the store refuses it .*credentials"):
+        read(bucket, 0, 10)
+    assert handler.asked == 1
+
+
+def test_a_range_behind_the_end_of_an_s3_object(bucket: str) -> None:
+    assert read(bucket, 2 * len(CONTENT), 10) == b""
