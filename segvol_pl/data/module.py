@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import hashlib
 import logging
 import math
 import multiprocessing
@@ -14,12 +16,16 @@ from torch.utils.data import DataLoader
 
 from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
 from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
+from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.health import Health
 from segvol_pl.data.parcel import as_it_is
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.stream import Batch, Draw, Plan, Stream, World
 
 log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+"""Of what a checkpoint holds of the stream."""
 
 
 class VolumeModule(pl.LightningDataModule):
@@ -42,6 +48,8 @@ class VolumeModule(pl.LightningDataModule):
         self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()
         self.seen = self.drawn = 0
+        self.rows: list[int] = []
+        """Where the samples of the batch that is being trained on stand in the corpus."""
 
     def _warn_of_leaks(self) -> None:
         trained, held_out = (
@@ -87,6 +95,7 @@ class VolumeModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """The same `run.val_batches` batches every time."""
+        # Whole global batches, however many micro-batches each of them takes.
         wanted = self.run.val_batches * self.data.global_batch
         samples = len(self.val_corpus.records)
         micro = self.data.global_batch // self.run.accumulate
@@ -99,32 +108,80 @@ class VolumeModule(pl.LightningDataModule):
         return Stream(corpus, draw, plan, self._world(), seen)
 
     def _loader(self, stream: Stream, workers: int) -> DataLoader[Batch]:
+        # Before a fork: a process that inherits Blosc2's threads crashes when it ends them.
+        decode_alone()
         return DataLoader(
             stream,
             batch_size=None,
             collate_fn=as_it_is,
             num_workers=workers,
             prefetch_factor=self.data.prefetch if workers else None,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=_begin_worker,
             multiprocessing_context=self.data.start_method.value if workers else None,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # Here the batch is still in main memory: looking at it on a GPU would stop the step.
-        damaged_BA2 = batch.pop("damaged_BA2")
+        damaged_BA2, rows_B = batch.pop("damaged_BA2"), batch.pop("row_B")
         drawn = int(batch.pop("seen"))
         validating = self.trainer is not None and not self.trainer.training
         if not validating:
-            self.drawn = drawn
+            self.drawn, self.rows = drawn, rows_B.tolist()
         (self.val_health if validating else self.health).note(damaged_BA2.numpy())
         return batch
 
+    def batch_keys(self) -> list[str]:
+        """The samples of the batch that is being trained on."""
+        return [self.train_corpus.located(row)[1].key for row in self.rows]
+
+    @functools.cached_property
+    def samples(self) -> dict[str, dict[str, Any]]:
+        """What is trained on and what is held out: how many samples, and a digest of them in their order."""
+        return {"train": statement_of(self.train_corpus), "held_out": statement_of(self.val_corpus)}
+
+    def differs(self, state: dict[str, Any]) -> str:
+        """What of the samples is not as it was when `state` was saved; nothing where they are the same.
+
+        Held-out samples that differ are warned of: no training depends on them.
+        """
+        if state.get("version") != STATE_VERSION:
+            return f"its checkpoint is of version {state.get('version')} of the stream's state, not {STATE_VERSION}"
+        before, now = state["samples"], self.samples
+        if before["held_out"] != now["held_out"]:
+            log.warning("the held-out samples are not those that the run began with: val/ metrics cannot be compared")
+        if before["train"] == now["train"]:
+            return ""
+        then, given = before["train"]["samples"], now["train"]["samples"]
+        return f"{then} samples then, {given} now" if then != given else f"other {given} samples, or in another order"
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen}
+        return {
+            "version": STATE_VERSION,
+            "seen": self.seen,
+            "samples": self.samples,
+            "damaged": self.health.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen = state_dict["seen"]
+        self.health.load_state_dict(state_dict["damaged"])
+
+
+def statement_of(corpus: Corpus) -> dict[str, Any]:
+    """How many samples the corpus holds, and the sha256 of what they are, in order, and how often each is seen.
+
+    Where the folders lie and how they are cut into shards is left out: that may change.
+    """
+    lines = (
+        f"{part.times} {record.key} {record.content} {record.facts_sha256}\n"
+        for part in corpus.parts
+        for record in part.records
+    )
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode())
+    return {"samples": len(corpus.records), "sha256": digest.hexdigest()}
 
 
 @atexit.register
@@ -135,7 +192,8 @@ def _end_workers() -> None:
             worker.kill()
 
 
-def _leave_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    decode_alone()
     # SLURM signals every process of a step; the training process decides what follows.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -18,6 +18,7 @@ from segvol_pl import flops
 from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
 from segvol_pl.data.whole import replacing
 from segvol_pl.devices import accelerator
+from segvol_pl.run.ranks import gathered
 from segvol_pl.run.strategies import uses_bf16
 from segvol_pl.tasks.optim import Task
 
@@ -43,8 +44,8 @@ class StreamPosition(pl.Callback):
 class DataHealth(pl.Callback):
     """Every `every` steps (each step of a single rank): damaged samples over all ranks, logged and held to the bound.
 
-    Logs `data/damaged` (samples of the corpus, counted by each rank that met them) and `data/replaced` (draws). All
-    ranks ask together, so that all of them end together. Raises ShardError beyond `bound`.
+    Logs `data/damaged`, samples of the corpus that any rank has met since the run's first start, and `data/replaced`,
+    draws since this start. All ranks ask together, so that all of them end together. Raises ShardError beyond `bound`.
     """
 
     def __init__(self, every: int, bound: float) -> None:
@@ -61,12 +62,16 @@ class DataHealth(pl.Callback):
         health = trainer.datamodule.health  # type: ignore[attr-defined]
         # A single rank asks at every step, and nobody else: a GPU need not be stopped for it.
         device = module.device if trainer.world_size > 1 else torch.device("cpu")
-        counts = torch.tensor([len(health.rows), health.replaced], dtype=torch.float64, device=device)
-        damaged, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        counts = torch.tensor([len(health.untold), health.replaced], dtype=torch.float64, device=device)
+        untold, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if untold:
+            for found in gathered(health.told(), trainer.world_size):
+                health.hear(found)
         if due:
+            metrics: dict[str, float] = {"data/damaged": len(health.damaged), "data/replaced": replaced}
             for logger in trainer.loggers:
-                logger.log_metrics({"data/damaged": damaged, "data/replaced": replaced}, step=trainer.global_step)
-        health.check(damaged, self.bound)
+                logger.log_metrics(metrics, step=trainer.global_step)
+        health.check(self.bound)
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,7 @@ class Throughput(pl.Callback):
             "step_p95_s": high,
             "tflops": achieved / 1e12,
             "mfu": achieved / self.load.peak if self.load.peak else 0.0,
-            "memory_gib": peak_memory(),
+            "memory_gib": peak_memory(self.clock.device),
         }
         unknown = {"pairs_per_s": self.load.pairs, "tflops": achieved, "mfu": found["mfu"]}
         return {name: value for name, value in found.items() if unknown.get(name, 1)}
@@ -235,10 +240,10 @@ class Profile(pl.Callback):
         log.info("profile: %s", self.folder / "profile.json")
 
 
-def peak_memory() -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB: the most that torch held on the GPU, or what this process holds now on the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from segvol_pl.config import RunConfig
-from segvol_pl.data.whole import replacing
+from segvol_pl.data.whole import no_room, replacing
+from segvol_pl.run.gradients import NonFiniteError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -47,9 +49,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     @staticmethod
     def _write(checkpoint: dict[str, Any], path: Path) -> None:
+        check_finite(checkpoint, path)
         with replacing(path) as part:
             # Given a name, torch writes without the interpreter's lock; Lightning would first write to memory.
-            torch.save(checkpoint, part)
+            try:
+                torch.save(checkpoint, part)
+            except RuntimeError as error:
+                # Of a full disk torch says neither the path nor the cause.
+                needed = bytes_of(checkpoint)
+                raise no_room(path, needed) if shutil.disk_usage(path.parent).free < needed else error from error
             with part.open("rb") as file:
                 os.fsync(file.fileno())  # the name must not be there before the content, should the power fail
 
@@ -73,6 +81,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.wait()
 
 
+def bytes_of(checkpoint: dict[str, Any]) -> int:
+    """Of its tensors."""
+    return sum(tensor.nbytes for _, tensor in _tensors(checkpoint))
+
+
+def check_finite(checkpoint: dict[str, Any], path: Path) -> None:
+    """Raises NonFiniteError where a weight or a moment is not: such a checkpoint never replaces a good one."""
+    for name, tensor in _tensors(checkpoint):
+        if not tensor.isfinite().all():
+            raise NonFiniteError(f"{path}: not saved, as {name} is not finite; the checkpoint before is as it was")
+
+
+def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, Mapping | list | tuple):
+        entries = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for key, part in entries:
+            yield from _tensors(part, f"{name}.{key}" if name else str(key))
+
+
 def remove_parts(folder: Path) -> None:
     """What runs that were killed had half written: with every kill one more whole checkpoint's bytes would be lost."""
     for part in folder.glob(".*.ckpt.*.part"):
@@ -93,6 +122,8 @@ class Checkpoints(pl.Callback):
         self.folder, self.run = folder, run
         self.best = math.inf
         self.saved = -1
+        self.kept: list[int] = []
+        """Steps of the checkpoints that are kept beside."""
 
     @property
     def last(self) -> Path:
@@ -101,6 +132,8 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved = trainer.global_step
+        # Those of steps that this run has yet to do were found damaged, or are another run's.
+        self.kept = [step for step in sorted(map(_step, self.folder.glob("step-*.ckpt"))) if step <= self.saved]
         if trainer.is_global_zero:
             remove_parts(self.folder)
 
@@ -114,6 +147,7 @@ class Checkpoints(pl.Callback):
             trainer.save_checkpoint(self.last)
         if self.run.keep_every and step % self.run.keep_every == 0:
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+            self.kept.append(step)
             if trainer.is_global_zero:
                 writer(trainer).afterwards(self._leave_newest)
 
@@ -124,12 +158,15 @@ class Checkpoints(pl.Callback):
             trainer.save_checkpoint(self.folder / "best.ckpt")
 
     def _leave_newest(self) -> None:
-        kept = sorted(self.folder.glob("step-*.ckpt"), key=lambda path: int(path.stem.removeprefix("step-")))
-        for path in kept[: -self.run.keep]:
-            path.unlink()
+        while len(self.kept) > self.run.keep:
+            (self.folder / f"step-{self.kept.pop(0)}.ckpt").unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))

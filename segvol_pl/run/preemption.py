@@ -1,8 +1,10 @@
 """Surviving the queue: a signal sets a flag, all ranks agree between two steps, save, and are queued again.
 
 1. SIGUSR1 (sent by SLURM before the time limit, see `--signal`) and SIGTERM only set a flag.
-2. Between two steps the ranks ask each other, over the CPU, whether any of them was signalled.
-3. If so, all save the checkpoint together, rank 0 asks SLURM to queue the job again, and all end.
+2. Between two steps, and between two batches of a validation, which is cut short then, the ranks ask each other, over
+   the CPU, whether any of them was signalled.
+3. If so, all save the checkpoint together, rank 0 asks SLURM to queue the job again, and all end. Before the first step
+   there is nothing to save.
 
 A further signal while saving finds the flag set. The next start of the same command goes on from the checkpoint.
 """
@@ -21,9 +23,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 
 from segvol_pl.run import tracking
 from segvol_pl.run.checkpoints import writer
+from segvol_pl.run.ranks import host_group
 
 log = logging.getLogger(__name__)
 
@@ -65,39 +69,46 @@ class Preemption(pl.Callback):
 
     def __init__(self, stop: StopSignal, checkpoint: Path, requeue: bool) -> None:
         self.stop, self.checkpoint, self.requeue = stop, checkpoint, requeue
-        self.group: dist.ProcessGroup | None = None
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Lightning's own handler of SIGTERM, set a moment ago, talks to other ranks in the middle of a step.
         self.stop.install()
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        # The notice that SLURM gives may be shorter than a validation.
+        if number := self._agree(trainer):
+            self._end(trainer, number)
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.stop.install()
-        if trainer.world_size > 1:
-            # Asking over NCCL would make the host wait for the GPU in every step.
-            self.group = dist.new_group(backend="gloo")
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
         # Not at the step's end: its metrics are logged only after that.
-        number = 0 if index % trainer.accumulate_grad_batches else self._agree()
+        number = 0 if index % trainer.accumulate_grad_batches else self._agree(trainer)
         if number:
             self._end(trainer, number)
 
-    def _agree(self) -> int:
+    def _agree(self, trainer: pl.Trainer) -> int:
         received = torch.tensor([self.stop.received])
-        if self.group is not None:
-            dist.all_reduce(received, dist.ReduceOp.MAX, group=self.group)
+        if trainer.world_size > 1:
+            # Asking over NCCL would make the host wait for the GPU in every step.
+            dist.all_reduce(received, dist.ReduceOp.MAX, group=host_group())
         return int(received)
 
     def _end(self, trainer: pl.Trainer, number: int) -> None:
-        trainer.save_checkpoint(self.checkpoint)
-        writer(trainer).wait()
         name, step = signal.Signals(number).name, trainer.global_step
+        begun = trainer.state.fn == TrainerFn.FITTING
+        if begun:
+            trainer.save_checkpoint(self.checkpoint)
+            writer(trainer).wait()
         if trainer.is_global_zero:
             tracking.finish(trainer.loggers, preempted=True)
             again = self.requeue and queue_again()
             after = "queued again" if again else "the same command goes on from there"
-            log.info("%s: saved step %d to %s, %s", name, step, self.checkpoint, after)
+            saved = f"saved step {step} to {self.checkpoint}" if begun else "nothing to save yet"
+            log.info("%s: %s, %s", name, saved, after)
         trainer.strategy.barrier()
         raise SystemExit(SIGNALLED + number)
 

@@ -12,12 +12,12 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 
+from segvol_pl.config import RunConfig
 from segvol_pl.data.module import VolumeModule
+from segvol_pl.run.ranks import gathered
 from segvol_pl.run.tracking import manifest
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ CLOCK = 60.0
 BYTES_A_WEIGHT = 12
 """In a checkpoint: float32, and AdamW's two moments."""
 CHECKPOINTS = 3
-"""Those that must fit at once: last, best, and the one being written."""
+"""Those that must fit at once beside the ones that are kept: last, best, and the one being written."""
 LEAST_SHARED = 2**28
 """Bytes of shared memory for loader processes; containers come with 64 MiB."""
 
@@ -42,20 +42,19 @@ class StartUpError(ValueError):
 class StartUp(pl.Callback):
     """Compares the ranks once, before the first step or validation. Raises StartUpError."""
 
-    def __init__(self, config_yaml: str, out: Path, workers: int) -> None:
-        self.config_yaml, self.out, self.workers = config_yaml, out, workers
+    def __init__(self, config_yaml: str, run: RunConfig, workers: int) -> None:
+        self.config_yaml, self.run, self.workers = config_yaml, run, workers
         self.looked = False
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if self.looked:
             return
         self.looked = True
-        check_room(self.out, sum(parameter.numel() for parameter in module.parameters()))
+        check_room(self.run, sum(parameter.numel() for parameter in module.parameters()))
         check_shared_memory(self.workers)
         if trainer.world_size > 1:
-            group = dist.new_group(backend="gloo")
-            stated: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(stated, (self._statement(trainer), socket.gethostname(), time.time()), group=group)
+            said = self._statement(trainer), socket.gethostname(), time.time()
+            stated = gathered(said, trainer.world_size)
             hosts = [host for _, host, _ in stated]
             compare([statement for statement, _, _ in stated], hosts)
             compare_clocks([clock for _, _, clock in stated], hosts)
@@ -98,12 +97,13 @@ def compare_clocks(clocks: list[float], hosts: list[str]) -> None:
         log.warning("the clocks of %s and %s are %.0f s apart", late, early, apart)
 
 
-def check_room(out: Path, weights: int) -> None:
+def check_room(run: RunConfig, weights: int) -> None:
     """Raises StartUpError where the run folder's disk cannot hold the checkpoints."""
-    needed, free = CHECKPOINTS * BYTES_A_WEIGHT * weights, shutil.disk_usage(out).free
+    count = CHECKPOINTS + (run.keep if run.keep_every else 0)
+    needed, free = count * BYTES_A_WEIGHT * weights, shutil.disk_usage(run.out).free
     if free < needed:
         raise StartUpError(
-            f"run.out: {out} has {free / 1e9:.1f} GB free, its checkpoints need {needed / 1e9:.1f}: make room"
+            f"run.out: {run.out} has {free / 1e9:.1f} GB free, {count} checkpoints need {needed / 1e9:.1f}: make room"
         )
 
 

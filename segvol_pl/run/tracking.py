@@ -14,8 +14,11 @@ import logging
 import os
 import platform
 import secrets
+import socket
 import subprocess
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from segvol_pl.config import TrackConfig, Wandb
+from segvol_pl.credentials import masked
 from segvol_pl.data.whole import replacing, write_text
 from segvol_pl.run.record import HEADER, read_places
 from segvol_pl.run.record import read_metrics as read_metrics
@@ -44,6 +48,7 @@ class MetricsFile(Logger):
     def __init__(self, path: Path, after: int) -> None:
         super().__init__()
         self.path = path
+        self.unwritten: list[list[Any]] = []
         self._start(after)
 
     @rank_zero_only
@@ -73,8 +78,18 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with self.path.open("a", newline="", encoding="utf-8") as stream:
-            csv.writer(stream).writerows([step, name, value] for name, value in metrics.items() if name != "epoch")
+        before, size = len(self.unwritten), self.path.stat().st_size if self.path.exists() else 0
+        self.unwritten += [[step, name, value] for name, value in metrics.items() if name != "epoch"]
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as stream:
+                csv.writer(stream).writerows(self.unwritten)
+        except OSError as error:  # a full disk: what counts is that the run lives until it can save
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, size)
+            if not before:
+                log.warning("%s: %s: metrics wait in memory until they can be written", self.path, error.strerror)
+        else:
+            self.unwritten = []
 
 
 class WandbRun(WandbLogger):
@@ -99,7 +114,8 @@ class WandbRun(WandbLogger):
             try:
                 if mode != "as it is":
                     self._wandb_init["mode"] = mode
-                made = super().experiment
+                with _masked_arguments():
+                    made = super().experiment
             except Exception as error:  # a client of a service: whatever fails, training does not
                 self._give_up(error, mode)
             else:
@@ -179,6 +195,17 @@ class WandbRun(WandbLogger):
         return model
 
 
+@contextlib.contextmanager
+def _masked_arguments() -> Iterator[None]:
+    """The command line as wandb may keep it: it reads `sys.argv` when a run begins."""
+    given = sys.argv
+    sys.argv = [masked(argument) for argument in given]
+    try:
+        yield
+    finally:
+        sys.argv = given
+
+
 def loggers(out: Path, track: TrackConfig, after: int) -> list[Logger]:
     """metrics.csv, and wandb unless it is disabled or missing. Without a key it writes offline runs to sync later."""
     made: list[Logger] = [MetricsFile(out / "metrics.csv", after)]
@@ -242,10 +269,17 @@ def _has_key() -> bool:
 
 
 @rank_zero_only
-def write_manifest(out: Path, config_yaml: str) -> None:
-    """config.yaml (running it again reproduces the run) and manifest.json (git commit, versions)."""
+def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str] = ()) -> None:
+    """config.yaml (running it again reproduces the run) and manifest.json (git commit, versions, and every start).
+
+    step: where this start goes on, 0 for the first; changed: what its configuration has other than the start before.
+    """
+    path, made = out / "manifest.json", manifest()
+    started = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "step": step}
+    before = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if step and path.exists() else []
+    starts = [*before, {**started, **made, "changed": list(changed)}]
     write_text(out / "config.yaml", config_yaml)
-    write_text(out / "manifest.json", json.dumps(manifest(), indent=2) + "\n")
+    write_text(path, json.dumps({**made, "starts": starts}, indent=2) + "\n")
 
 
 def manifest() -> dict[str, Any]:

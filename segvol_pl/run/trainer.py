@@ -1,7 +1,7 @@
 """A training run: data, task, trainer, run folder.
 
 1. The configuration and the manifest are written to the run folder.
-2. Where the folder holds a checkpoint of the same configuration, the run goes on from it.
+2. Where the folder holds a checkpoint of the same configuration and data, the run goes on from it, see `resume`.
 3. Validation comes before the first step too, so that every curve has its start (but with DeepSpeed).
 4. `checkpoints/last.ckpt` is the newest state, see `checkpoints`.
 """
@@ -14,7 +14,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,25 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
 from segvol_pl.config import ConfigError, PretrainConfig, Rule, TextSource, TrainConfig
-from segvol_pl.configure import differences, own_function, plain, to_yaml
+from segvol_pl.configure import own_function, plain, to_yaml
 from segvol_pl.data import views
+from segvol_pl.data.lock import FolderLock
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
-from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_checkpoint, read_weights
+from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run import strategies, tracking
 from segvol_pl.run.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.run.checkpoints import AtomicCheckpointIO, Checkpoints, writer
+from segvol_pl.run.gradients import FiniteSteps, GradientNorm
+from segvol_pl.run.launched import rank_named
 from segvol_pl.run.preemption import Preemption, StopSignal
+from segvol_pl.run.resume import Start, set_aside, start_of
 from segvol_pl.run.startup import StartUp
-from segvol_pl.run.validation import CorpusSize, GradientNorm, ValidationDice
+from segvol_pl.run.validation import CorpusSize, ValidationDice
 from segvol_pl.run.watchdog import Watchdog
 from segvol_pl.tasks.pretrain import SimMIMTask
 from segvol_pl.tasks.segment import SegVolTask
@@ -153,24 +158,33 @@ def _seed(config: Config) -> None:
 
 
 def _fit(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path:
+    """Raises LockedError where another process writes to the run folder."""
+    # Until there is a trainer, Lightning takes the first rank of every node for rank 0.
+    setattr(rank_zero_only, "rank", 1 if rank_named() else 0)  # noqa: B010, it is declared as a function
+    # The other ranks of the job are started by, or beside, the one that holds the folder.
+    with nullcontext() if rank_named() else FolderLock(Path(config.run.out)):
+        return _fitted(config, task, module)
+
+
+def _fitted(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path:
     out = Path(config.run.out)
     last = out / "checkpoints" / "last.ckpt"
-    done = _done_steps(config, last)
-    if done >= config.optim.max_steps:
-        log.info("%s: already at step %d of %d, nothing to do", out, done, config.optim.max_steps)
-        return last
+    start = start_of(config, module)
+    if start.checkpoint is not None and start.step >= config.optim.max_steps:
+        log.info("%s: already at step %d of %d, nothing to do", out, start.step, config.optim.max_steps)
+        return start.checkpoint
     last.parent.mkdir(parents=True, exist_ok=True)
-    tracking.write_manifest(out, to_yaml(config))
+    _write_records(config, start)
     if strategies.run_device(config.run).type == "cpu":
         strategies.keep_freed_memory()
     if config.run.compile:
         strategies.compile_blocks(task)
     with StopSignal() as stop, _quiet():
-        trainer = _trainer(config, out, done, stop)
+        trainer = _trainer(config, out, start.step, stop)
         # DeepSpeed would hook the modules once for validation and again for training.
-        if done == 0 and config.run.strategy not in strategies.STAGES:
+        if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
             trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
-        trainer.fit(task, datamodule=module, ckpt_path=str(last) if done else None, weights_only=True)
+        trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
         trainer.save_checkpoint(last)
         writer(trainer).wait()
     tracking.finish(trainer.loggers)
@@ -192,20 +206,12 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _done_steps(config: Config, last: Path) -> int:
-    """The step that the run folder's checkpoint stands at; 0 where the run starts anew."""
-    if not config.run.resume or not last.exists():
-        return 0
-    checkpoint = read_checkpoint(last)
-    changed = differences(checkpoint["hyper_parameters"]["config"], plain(config))
-    if changed:
-        described = ", ".join(changed[:5])
-        raise ConfigError(
-            f"run.out: {last.parents[1]} holds a run with {described}: choose another folder, or run.resume=false"
-        )
-    step = int(checkpoint["global_step"])
-    log.info("going on from step %d of %s", step, last)
-    return step
+@rank_zero_only
+def _write_records(config: Config, start: Start) -> None:
+    out = Path(config.run.out)
+    if not config.run.resume:
+        set_aside(out / "checkpoints")
+    tracking.write_manifest(out, to_yaml(config), start.step, start.changed)
 
 
 def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Trainer:
@@ -219,11 +225,11 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
         gradient_clip_val=config.optim.clip_norm or None,
         val_check_interval=(run.val_every or config.optim.max_steps) * run.accumulate,
         check_val_every_n_epoch=None,
-        limit_val_batches=run.val_batches,
+        limit_val_batches=run.val_batches * run.accumulate,
         num_sanity_val_steps=0,
         log_every_n_steps=run.log_every,
         logger=tracking.loggers(out, config.track, done),
-        callbacks=[StartUp(to_yaml(config), out, config.data.workers), *_callbacks(config, out, stop)],
+        callbacks=[StartUp(to_yaml(config), run, config.data.workers), *_callbacks(config, out, stop)],
         plugins=[AtomicCheckpointIO(), *strategies.environments()],
         default_root_dir=str(out),
         use_distributed_sampler=False,
@@ -240,5 +246,11 @@ def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
     watching += [ValidationDice(), GradientNorm(run.log_every), CorpusSize()]
     if run.profile:
         watching.append(Profile(run.profile, out))
-    surviving = [Watchdog(out / "ranks", run.timeout), Preemption(stop, checkpoints.last, run.requeue), checkpoints]
+    # Before what saves: a run that ends for NaN saves nothing more.
+    surviving = [
+        FiniteSteps(run.max_bad_steps),
+        Watchdog(out / "ranks", run.timeout),
+        Preemption(stop, checkpoints.last, run.requeue),
+        checkpoints,
+    ]
     return [StreamPosition(), DataHealth(run.log_every, config.data.max_bad_fraction), *watching, *surviving]

@@ -5,7 +5,6 @@ Letters: B batch, K categories of one volume, C prompt combinations, D H W voxel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -31,7 +30,7 @@ class ValidationDice(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(module, SegVolTask):
             shape = len(module.config.prompts.combinations), len(module.hparams["categories"]), 2
-            self.sums_CG2 = torch.zeros(shape, dtype=torch.float64, device=_summing_device(module))
+            self.sums_CG2 = torch.zeros(shape, dtype=torch.float64, device=module.device)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
@@ -76,11 +75,6 @@ class ValidationDice(pl.Callback):
             )
 
 
-def _summing_device(module: pl.LightningModule) -> torch.device:
-    """float64 sums are exact whatever the order of ranks; Apple's GPUs have none."""
-    return module.device if module.device.type != "mps" else torch.device("cpu")
-
-
 def _upright(plane_HW: Tensor) -> Any:
     """As radiologists look at it: anterior up, the patient's right on the left."""
     return plane_HW.flip(0, 1).cpu().numpy()
@@ -88,46 +82,12 @@ def _upright(plane_HW: Tensor) -> Any:
 
 def dice(masks_BKCDHW: Tensor, truth_BKDHW: Tensor) -> Tensor:
     """Dice of bool masks, (B,K,C) in float32."""
-    masks, truth = masks_BKCDHW.flatten(3).float(), truth_BKDHW.flatten(2)[:, :, None].float()
-    both = masks.sum(-1) + truth.sum(-1)
-    return 2 * (masks * truth).sum(-1) / both.clamp(min=1)
-
-
-class GradientNorm(pl.Callback):
-    """Every `every` steps logs `train/grad_norm`, that of all gradients before they are clipped."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.logged = 0
-
-    def on_before_optimizer_step(
-        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer
-    ) -> None:
-        if (trainer.global_step + 1) % self.every:
-            return
-        gradients = [each.grad for each in module.parameters() if each.grad is not None]
-        if gradients:
-            self._log(trainer, whole_norm(gradients), trainer.global_step + 1)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """DeepSpeed keeps the gradients to itself, and tells their norm once it has stepped."""
-        told = getattr(trainer.strategy.model, "get_global_grad_norm", None)
-        # Micro-batches between two steps see the same step.
-        if told is not None and trainer.global_step % self.every == 0 and trainer.global_step > self.logged:
-            self._log(trainer, float(told()), trainer.global_step)
-
-    def _log(self, trainer: pl.Trainer, norm: float, step: int) -> None:
-        self.logged = step
-        for logger in trainer.loggers:
-            logger.log_metrics({"train/grad_norm": norm}, step=step)
-
-
-def whole_norm(gradients: Sequence[Tensor]) -> float:
-    """Of gradients that lie whole here, or are split over the ranks."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    # Counted a combination at a time: all of them as numbers would take more memory than training does.
+    truth_BKV = truth_BKDHW.flatten(2)
+    found = [masks_BKDHW.flatten(2) for masks_BKDHW in masks_BKCDHW.unbind(2)]
+    shared = torch.stack([(mask_BKV & truth_BKV).sum(-1) for mask_BKV in found], -1)
+    both = torch.stack([mask_BKV.sum(-1) for mask_BKV in found], -1) + truth_BKV.sum(-1)[..., None]
+    return 2 * shared / both.clamp(min=1)
 
 
 class CorpusSize(pl.Callback):

@@ -1,9 +1,10 @@
 """A rank that hangs is named, and the job ends, instead of all others waiting for it until the time limit.
 
 1. Every rank counts what it does (batches begun and ended, validation, saving) and a thread of it writes the count,
-   with a tick that shows that the process lives, to a file of its own in the run folder.
+   with a tick that shows that the process lives, to a file of its own in the run folder. The first validation, which
+   comes before training, is watched too, and so is a run of one process.
 2. A rank whose count has stood still for `timeout` seconds reads the others' files and names the rank that all wait
-   for: the one that has done least, or else the one whose tick stands still.
+   for: the one that has done least, or else the one whose tick stands still; and after what it stands.
 3. It ends its process; SLURM, or whoever started the ranks, ends the others.
 """
 
@@ -15,6 +16,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,16 @@ LOOKS = 10
 """Times that the count is looked at within the timeout."""
 
 Beat = dict[str, Any]
-"""rank, host, pid, done (what it did so far), tick."""
+"""rank, host, pid, done (how much it did so far), after (the last of it), tick."""
+
+
+def _noting(what: str) -> Callable[..., None]:
+    """A hook that counts, and notes after what it comes."""
+
+    def note(self: Watchdog, *arguments: Any, **named: Any) -> None:
+        self.done, self.after = self.done + 1, what
+
+    return note
 
 
 class Watchdog(pl.Callback):
@@ -39,17 +50,20 @@ class Watchdog(pl.Callback):
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self.folder, self.timeout = folder, timeout
-        self.done = 0
+        self.done, self.after = 0, "the start"
         self.stopped = threading.Event()
+        self.stopped.set()
 
-    def _did(self, *arguments: Any, **named: Any) -> None:
-        self.done += 1
+    on_train_batch_start = _noting("it was given a batch")
+    on_before_backward = _noting("a forward pass")
+    on_before_optimizer_step = _noting("a backward pass")
+    on_train_batch_end = _noting("a batch")
+    on_validation_batch_start = _noting("it was given a batch of validation")
+    on_validation_batch_end = _noting("a batch of validation")
+    on_save_checkpoint = _noting("its state was gathered for a checkpoint")
 
-    on_train_batch_start = on_train_batch_end = on_before_backward = on_before_optimizer_step = _did
-    on_validation_batch_start = on_validation_batch_end = on_save_checkpoint = _did
-
-    def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.world_size == 1:
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if not self.stopped.is_set():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.stopped.clear()
@@ -65,7 +79,8 @@ class Watchdog(pl.Callback):
             tick += 1
             if self.done != done:
                 done, since, before = self.done, time.monotonic(), {}
-            beat = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "done": done, "tick": tick}
+            who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+            beat = {**who, "done": done, "after": self.after, "tick": tick}
             write_text(self._file(rank), json.dumps(beat))
             waited = time.monotonic() - since
             # The ticks are first read at half of the time: a process that lives has ticked again by its end.
@@ -103,5 +118,8 @@ def suspects(before: dict[int, Beat], now: dict[int, Beat], ranks: int) -> list[
     least = min(beat["done"] for beat in now.values())
     behind = [rank for rank, beat in now.items() if beat["done"] == least]
     named = still or (behind if len(behind) < ranks else [])
-    described = [f"rank {rank} on {now[rank]['host']} (process {now[rank]['pid']})" for rank in named]
+    described = [
+        f"rank {rank} on {now[rank]['host']} (process {now[rank]['pid']}, after {now[rank]['after']})"
+        for rank in named or (range(1) if ranks == 1 else ())
+    ]
     return described or ["each other: no rank is behind"]

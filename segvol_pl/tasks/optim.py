@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from segvol_pl.config import OptimConfig
@@ -51,6 +52,11 @@ class StepMeans:
             logger.log_metrics({f"train/{name}": value for name, value in self.latest.items()}, step=step)
 
 
+def poisoned(loss: Tensor) -> Tensor:
+    """The loss as it is; one that is not finite makes every gradient NaN, so that all ranks see it in their norm."""
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
 def log_validation(module: pl.LightningModule, metrics: dict[str, Tensor], batch: Batch) -> None:
     """Logs a validation batch's metrics, averaged over batches and ranks, at the steps done so far."""
     named = {f"val/{name}": value for name, value in metrics.items()}
@@ -72,6 +78,8 @@ class Task(pl.LightningModule):
         """Whether this process holds them whole at all times; otherwise each only while its module computes."""
         self.gather: Callable[[], None] = lambda: None
         """Makes the decoder's weights whole before it computes; set by the strategy where torch may not."""
+        self.step_norm: Tensor | None = None
+        """That of the last step's gradients before clipping, (); DeepSpeed tells its own."""
 
     def configure_model(self) -> None:
         """Lightning's moment for splitting; may come again."""
@@ -82,9 +90,17 @@ class Task(pl.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        if not gradients:  # DeepSpeed's, which clips and skips by itself
+            return
+        norm = nn.utils.get_total_norm(gradients)
         # Lightning refuses to clip for a fused optimizer under autocast: one that unscales. bf16 is not scaled.
         if gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
+        # Of gradients that are split over the ranks, the same on all of them.
+        self.step_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        # A fused AdamW that is told so leaves its weights, moments and count as they are.
+        optimizer.found_inf = (~self.step_norm.isfinite()).float()
 
     def configure_optimizers(self) -> Any:
         adamw, scheduler = optimizer(self.parameters(), self.optim)

@@ -16,7 +16,7 @@ from segvol_pl.configure import plain
 from segvol_pl.data.stream import Batch
 from segvol_pl.losses import simmim_loss
 from segvol_pl.model.image_encoder import ImageEncoder
-from segvol_pl.tasks.optim import Task, log_validation
+from segvol_pl.tasks.optim import Task, log_validation, poisoned
 
 
 class SimMIMTask(Task):
@@ -50,7 +50,7 @@ class SimMIMTask(Task):
         """The loss of a micro-batch, which is logged as its step's mean."""
         loss = self.loss(batch)
         self.means.log(self, {"loss": loss.detach()})
-        return loss
+        return poisoned(loss)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Logs the loss of a batch."""

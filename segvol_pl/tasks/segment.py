@@ -24,7 +24,7 @@ from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import ImageSide
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.tasks.groups import sum_over_groups
-from segvol_pl.tasks.optim import Task, log_validation
+from segvol_pl.tasks.optim import Task, log_validation, poisoned
 
 
 class SegVolTask(Task):
@@ -44,7 +44,7 @@ class SegVolTask(Task):
         """The loss of a micro-batch; it and its parts are logged as their step's means."""
         loss, parts = self.losses(batch)
         self.means.log(self, parts)
-        return loss
+        return poisoned(loss)
 
     def validation_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The masks of the categories in every combination, for whoever looks on: bool (B,K,C,D,H,W)."""

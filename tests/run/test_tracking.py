@@ -20,13 +20,14 @@ import psutil
 import pytest
 import torch
 import wandb
+from ranks import Ranks
 from test_trainer import _train_config
 from wandb.proto.wandb_internal_pb2 import Record
 
 from segvol_pl.config import TrackConfig, TrainConfig, Wandb
 from segvol_pl.configure import plain, to_yaml
 from segvol_pl.run.record import read_metrics
-from segvol_pl.run.tracking import WandbRun, loggers
+from segvol_pl.run.tracking import MetricsFile, WandbRun, loggers
 from segvol_pl.run.trainer import train
 from segvol_pl.run.validation import dice
 
@@ -116,7 +117,8 @@ def test_an_offline_run_holds_all_that_there_is_to_know(phantom_shards: Path, tm
     assert (run.run_group, run.display_name, run.run_id) == ("ladder", "run", (out / "wandb_id").read_text())
     kept = settings(out)
     assert kept["config"] == plain(config) and kept["places"] == {"size": "s", "seed": "0"}
-    assert kept["manifest"] == json.loads((out / "manifest.json").read_text()) and kept["manifest"]["commit"]
+    assert kept["manifest"].items() <= json.loads((out / "manifest.json").read_text()).items()
+    assert kept["manifest"]["commit"]
 
     losses = ["loss", "supervised", "pseudo", "dice_loss/text", "dice_loss/box+text", "lr", "grad_norm"]
     rates = ["rate/volumes_per_s", "rate/data_wait", "data/damaged", "data/replaced"]
@@ -164,14 +166,13 @@ def test_dice_of_masks() -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_count_the_same_dice_and_gradient_norm_as_one(phantom_shards: Path, tmp_path: Path) -> None:
-    for name, devices in (("one", 1), ("two", 2)):
+def test_two_ranks_count_the_same_dice_and_gradient_norm_as_one(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    for name, number in (("one", 1), ("two", 2)):
         config = config_of(phantom_shards, tmp_path / name, steps=2)
-        config = replace(config, run=replace(config.run, devices=devices), track=TrackConfig(wandb=Wandb.disabled))
-        (tmp_path / f"{name}.yaml").write_text(to_yaml(config))
-        command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / f"{name}.yaml")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, track=TrackConfig(wandb=Wandb.disabled))))
+        ranks[number]("train", str(tmp_path / f"{name}.yaml"))
     one, two = (tmp_path / name / "metrics.csv" for name in ("one", "two"))
     norms = [dict(read_metrics(path, "train/grad_norm")) for path in (one, two)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3) and list(norms[0]) == [1, 2]
@@ -273,3 +274,21 @@ def test_a_run_that_begins_anew_keeps_no_row_of_the_one_that_was_killed(tmp_path
         (tmp_path / "metrics.csv").write_text("step,metric,value\n0,val/loss,3.5\n2,val/loss,1.5\n4,val/loss,1.0\n")
         loggers(tmp_path, TrackConfig(wandb=Wandb.disabled), after)
         assert read_metrics(tmp_path / "metrics.csv", "val/loss") == kept
+
+
+def test_metrics_of_a_full_disk_wait_and_are_written_once_there_is_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.csv"
+    metrics = MetricsFile(path, after=0)
+    metrics.log_metrics({"train/loss": 1.0}, step=1)
+    path.rename(tmp_path / "kept.csv")
+    path.symlink_to("/dev/full")
+    for step in (2, 3):
+        metrics.log_metrics({"train/loss": float(step)}, step=step)
+    said = [record.message for record in caplog.records if "metrics wait in memory" in record.message]
+    assert len(said) == 1 and "No space left on device" in said[0]
+    path.unlink()
+    (tmp_path / "kept.csv").rename(path)
+    metrics.log_metrics({"train/loss": 4.0}, step=4)
+    assert read_metrics(path, "train/loss") == [(step, float(step)) for step in range(1, 5)]

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ranks import Ranks
 
 from segvol_pl.config import (
     ConfigError,
@@ -46,6 +48,7 @@ from segvol_pl.run.preemption import SIGNALLED, SIGNALS, StopSignal
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import pretrain, train
 from segvol_pl.run.watchdog import HUNG, suspects
+from segvol_pl.tasks.segment import SegVolTask
 
 MODEL = SegVolConfig(
     input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
@@ -182,17 +185,14 @@ def test_accumulation_does_not_change_the_first_step(phantom_shards: Path, tmp_p
     two = _pretrain_config(phantom_shards, tmp_path / "two", steps=1)
     two = replace(two, run=replace(two.run, accumulate=2))
     assert _moved_alike(_weights(pretrain(one)), _weights(pretrain(two)))
+    before, after = (dict(read_metrics(tmp_path / name / "metrics.csv", "val/loss")) for name in ("one", "two"))
+    assert before[0] == pytest.approx(after[0], rel=1e-6), "validation sees the same volumes"
 
 
-def test_two_ranks_train_like_one(phantom_shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one(phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]) -> None:
     one = _train_config(phantom_shards, tmp_path / "one", steps=4)
-    two = _train_config(phantom_shards, tmp_path / "two", steps=4)
-    two = replace(two, run=replace(two.run, devices=2))
-    program = "import sys\nfrom segvol_pl.configure import load\nfrom segvol_pl.run.trainer import train\n"
-    (tmp_path / "two.yaml").write_text(to_yaml(two))
-    (tmp_path / "two.py").write_text(f"{program}train(load('train', sys.argv[1:]))\n")
-    done = subprocess.run([sys.executable, tmp_path / "two.py", tmp_path / "two.yaml"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "two.yaml").write_text(to_yaml(_train_config(phantom_shards, tmp_path / "two", steps=4)))
+    ranks[2]("train", str(tmp_path / "two.yaml"))
     assert _moved_alike(_weights(train(one)), _weights(tmp_path / "two/checkpoints/last.ckpt"))
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "val/loss")) for name in ("one", "two")]
     assert losses[0][4] == pytest.approx(losses[1][4], rel=1e-3)
@@ -282,29 +282,46 @@ def test_a_damaged_sample_is_replaced_counted_and_beyond_the_bound_fatal(
     assert f"sample {record.key} of" in caplog.text
 
 
+def test_a_sample_that_two_ranks_find_damaged_counts_once(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    """And once more over a resume: the bound is on samples, whoever met them."""
+    shards, record = _flipped(phantom_shards, tmp_path / "shards")
+    config = _train_config(shards, tmp_path / "run", steps=8)
+    samples = len([one for one in read_index(Store(shards)).samples if one.split == "train"])
+    data = replace(config.data, overview_fraction=1.0, max_bad_fraction=1 / samples)
+    (tmp_path / "run.yaml").write_text(to_yaml(replace(config, data=data)))
+    for steps in ("8", "12"):
+        said = ranks[2]("train", str(tmp_path / "run.yaml"), f"optim.max_steps={steps}")
+    metrics = tmp_path / "run/metrics.csv"
+    assert dict(read_metrics(metrics, "data/damaged"))[12] == 1
+    assert dict(read_metrics(metrics, "data/replaced"))[8] >= 2 and said.count(record.key) <= 1
+
+
 KILLS = int(os.environ.get("SEGVOL_KILLS", "20"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(phantom_shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
     """SIGKILL at random moments, often while saving, of one rank or of all; each start goes on from the last save."""
     steps, rng = 2 * KILLS + 20, np.random.default_rng(0)
     config = _train_config(phantom_shards, tmp_path / "whole", steps=steps)
-    run = replace(config.run, devices=2, checkpoint_every=1, val_every=0, val_batches=1)
+    run = replace(config.run, checkpoint_every=1, val_every=0, val_batches=1)
     config = replace(config, run=run, data=replace(config.data, workers=1, samples_per_volume=5))
     for name in ("whole", "killed"):
         (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
-    command = [sys.executable, "-m", "segvol_pl", "train"]
-    done = subprocess.run([*command, tmp_path / "whole.yaml"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    ranks[2]("train", str(tmp_path / "whole.yaml"))
     metrics = tmp_path / "killed/metrics.csv"
     for step in sorted(rng.choice(np.arange(1, 2 * KILLS), size=KILLS, replace=False).tolist()):
-        everyone, delay = bool(rng.integers(2)), rng.uniform(0, 0.05)
-        _kill_after([*command, str(tmp_path / "killed.yaml")], metrics, step, everyone, delay)
+        killed, delay = [[1], [0, 1]][rng.integers(2)], rng.uniform(0, 0.05)
+        ranks[2].begin("train", str(tmp_path / "killed.yaml"))
+        _kill_after(ranks[2], metrics, step, killed, delay)
         assert read_metrics(metrics, "train/loss")[-1][0] < steps, "killed before its end"
-    done = subprocess.run([*command, tmp_path / "killed.yaml"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and ("going on from step" in done.stderr or "nothing to do" in done.stderr), done.stderr
+    said = ranks[2]("train", str(tmp_path / "killed.yaml"))
+    assert "going on from step" in said or "nothing to do" in said, said
     first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "killed")]
@@ -313,59 +330,35 @@ def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(phantom
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_killed_on_one_world_goes_on_on_another(phantom_shards: Path, tmp_path: Path) -> None:
+def test_a_run_killed_on_one_world_goes_on_on_another(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
     """Two ranks, one, two with other workers and accumulation, one: the losses are those of an unbroken run."""
     steps, base = 24, _train_config(phantom_shards, tmp_path / "whole", steps=24)
     run = replace(base.run, checkpoint_every=1, val_every=0, val_batches=1)
     config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5, global_batch=4))
     for name in ("whole", "moved"):
         (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
-    command = [sys.executable, "-m", "segvol_pl", "train"]
-    worlds = [
-        ["run.devices=2"],
-        ["run.devices=1", "data.workers=0"],
-        ["run.devices=2", "run.accumulate=2", "data.workers=2"],
-        ["run.devices=1"],
-    ]
-    moved = [*command, str(tmp_path / "moved.yaml")]
-    for world, stop in zip(worlds, (5, 11, 17), strict=False):
-        _kill_after([*moved, *world], tmp_path / "moved/metrics.csv", stop)
-    for arguments in ([*command, str(tmp_path / "whole.yaml")], [*moved, *worlds[-1]]):
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    worlds = [(2, []), (1, ["data.workers=0"]), (2, ["run.accumulate=2", "data.workers=2"])]
+    for (number, keys), stop in zip(worlds, (5, 11, 17), strict=True):
+        ranks[number].begin("train", str(tmp_path / "moved.yaml"), *keys)
+        _kill_after(ranks[number], tmp_path / "moved/metrics.csv", stop)
+    for name in ("whole", "moved"):
+        ranks[1]("train", str(tmp_path / f"{name}.yaml"))
     whole, other = (dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "moved"))
     assert list(whole) == list(other) == list(range(1, steps + 1))
     np.testing.assert_allclose(list(other.values()), list(whole.values()), rtol=1e-3)
 
 
-def _kill_after(command: list[str], metrics: Path, step: int, everyone: bool = True, delay: float = 0.0) -> None:
-    """Starts a run and kills its processes, or its second rank, `delay` seconds after it has logged `step`."""
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        while running.poll() is None:
-            if metrics.exists() and max((at for at, _ in read_metrics(metrics, "train/loss")), default=0) >= step:
-                break
-            time.sleep(0.02)
-        time.sleep(delay)
-        if not everyone:
-            for process in _second_ranks(running.pid):
-                process.kill()
-            running.wait(timeout=60)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
-
-
-def _second_ranks(first: int) -> list[psutil.Process]:
-    """The second rank with its loader processes; none where the run is just ending."""
-    found = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(first).children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # some live for a moment only
-                if process.environ().get("LOCAL_RANK") == "1":
-                    found.append(process)
-    return found
+def _kill_after(running: Ranks, metrics: Path, step: int, killed: Sequence[int] = (), delay: float = 0.0) -> None:
+    """Kills the ranks named, or all, `delay` seconds after the run has logged `step`; the others then end too."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or max((at for at, _ in read_metrics(metrics, "train/loss")), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+    time.sleep(delay)
+    running.kill(*killed)
+    running.end()
 
 
 def test_a_share_of_the_data_is_held_against_the_whole_held_out_set(phantom_shards: Path) -> None:
@@ -378,42 +371,66 @@ def test_a_share_of_the_data_is_held_against_the_whole_held_out_set(phantom_shar
     assert half.val_corpus == whole.val_corpus
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("number", [1, 2])
 def test_a_signal_saves_at_a_steps_end_and_the_same_command_goes_on(
-    phantom_shards: Path, tmp_path: Path, devices: int
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks], number: int
 ) -> None:
     """SIGUSR1 to all processes, SIGTERM to the first, thrice each: losses and weights are those of an unbroken run."""
     steps, base = 12, _train_config(phantom_shards, tmp_path / "whole", steps=12)
-    run = replace(base.run, devices=devices, checkpoint_every=1000, val_every=0, val_batches=1)
+    run = replace(base.run, checkpoint_every=1000, val_every=0, val_batches=1)
     config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5))
     for name in ("whole", "signalled"):
         (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
-    command = [sys.executable, "-m", "segvol_pl", "train"]
-    assert subprocess.run([*command, tmp_path / "whole.yaml"], check=False).returncode == 0
-    for step, number, everyone in ((3, signal.SIGUSR1, True), (6, signal.SIGTERM, False)):
-        errors = _signal_after(
-            [*command, str(tmp_path / "signalled.yaml")], tmp_path / "signalled", step, number, everyone
-        )
-        assert f"{number.name}: saved step" in errors, errors
-    assert subprocess.run([*command, tmp_path / "signalled.yaml"], check=False).returncode == 0
+    ranks[number]("train", str(tmp_path / "whole.yaml"))
+    for step, signalled, everyone in ((3, signal.SIGUSR1, True), (6, signal.SIGTERM, False)):
+        ranks[number].begin("train", str(tmp_path / "signalled.yaml"))
+        _signal_after(ranks[number], tmp_path / "signalled", step, signalled, everyone)
+    ranks[number]("train", str(tmp_path / "signalled.yaml"))
     first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "signalled")]
     assert losses[0] == losses[1] and len(losses[0]) == steps
 
 
-def _signal_after(command: list[str], out: Path, step: int, number: signal.Signals, everyone: bool) -> str:
-    """Starts a run and signals it, several times, once it has logged `step`; what it said."""
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def test_a_signal_in_a_validation_ends_it_between_two_batches(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _train_config(phantom_shards, tmp_path / "whole", steps=6)
+    whole = replace(base, run=replace(base.run, val_every=4, val_batches=5, checkpoint_every=1000))
+    signalled = replace(whole, run=replace(whole.run, out=str(tmp_path / "signalled")))
+    train(whole)
+    validate, seen = SegVolTask.validation_step, []
+
+    def interrupted(self: SegVolTask, batch: Any, index: int) -> Any:
+        if self.global_step == 4:
+            seen.append(index)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, batch, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegVolTask, "validation_step", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train(signalled)
+    assert ended.value.code == SIGNALLED + signal.SIGTERM and seen == [0]
+    train(signalled)
+    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert _losses_so_far(tmp_path / "whole") == _losses_so_far(tmp_path / "signalled")
+
+
+def _signal_after(running: Ranks, out: Path, step: int, number: signal.Signals, everyone: bool) -> None:
+    """Signals a run, several times, once it has logged `step`: all processes, or rank 0 alone."""
+    deadline = time.monotonic() + 120
     while max((at for at, _ in _losses_so_far(out)), default=0) < step:
-        assert running.poll() is None, f"the run ended before step {step}"
+        assert time.monotonic() < deadline, f"no step {step}"
         time.sleep(0.02)
     for _ in range(3):
-        (os.killpg if everyone else os.kill)(running.pid, number)
+        for pid in running.pids if everyone else running.pids[:1]:
+            (os.killpg if everyone else os.kill)(pid, number)
         time.sleep(0.01)
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode == SIGNALLED + number, errors
-    return errors
+    statuses = running.end()
+    assert set(statuses) == {SIGNALLED + number}, running.said()
+    assert f"{number.name}: saved step" in running.said()[0]
 
 
 def _losses_so_far(out: Path) -> list[tuple[int, float]]:
@@ -435,12 +452,42 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(phantom_shards: Path, tmp_p
     os.kill(hung, signal.SIGSTOP)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == HUNG, errors
-    assert f"waiting for rank 1 on {socket.gethostname()} (process {hung})" in errors
+    assert f"waiting for rank 1 on {socket.gethostname()} (process {hung}, after " in errors
     # Killed it is at once; gone when the kernel has let go of its memory.
     deadline = time.monotonic() + 10
     while not _ended(hung) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert _ended(hung)
+
+
+STUCK = """
+import sys, time
+from segvol_pl.__main__ import main
+from segvol_pl.data.stream import Stream
+sample = Stream.sample
+def stuck(self, epoch, position, rows):
+    if {where}:
+        time.sleep(1000)
+    return sample(self, epoch, position, rows)
+Stream.sample = stuck
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "devices"), [("position > 3", 1), ("self.draw.keywords['data'].flip == 0 and self.world.rank == 1", 2)]
+)
+def test_a_loader_that_hangs_ends_the_run(phantom_shards: Path, tmp_path: Path, where: str, devices: int) -> None:
+    """That of a run of one process in training, and that of one rank in the first validation."""
+    config = _train_config(phantom_shards, tmp_path / "run", steps=1000)
+    run = replace(config.run, devices=devices, checkpoint_every=1000, val_every=0, val_batches=1, timeout=6.0)
+    config = replace(config, run=run, data=replace(config.data, workers=1, flip=0.1))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    (tmp_path / "stuck.py").write_text(STUCK.format(where=where))
+    command = [sys.executable, tmp_path / "stuck.py", tmp_path / "run.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == HUNG, done.stderr
+    assert f"waiting for rank {devices - 1} on {socket.gethostname()}" in done.stderr
 
 
 def _ended(pid: int) -> bool:
@@ -451,7 +498,7 @@ def _ended(pid: int) -> bool:
 
 def _beats(*pairs: tuple[int, int]) -> dict[int, Any]:
     return {
-        rank: {"rank": rank, "host": f"n{rank}", "pid": rank, "done": done, "tick": tick}
+        rank: {"rank": rank, "host": f"n{rank}", "pid": rank, "done": done, "after": "a batch", "tick": tick}
         for rank, (done, tick) in enumerate(pairs)
     }
 
@@ -460,9 +507,10 @@ def _beats(*pairs: tuple[int, int]) -> dict[int, Any]:
     ("before", "now", "named"),
     [
         (_beats((5, 1), (5, 1)), _beats((5, 3)), ["rank 1, which never began"]),
-        (_beats((5, 1), (5, 1), (5, 1)), _beats((5, 3), (5, 1), (5, 3)), ["rank 1 on n1 (process 1)"]),
-        (_beats((5, 1), (5, 1), (4, 1)), _beats((5, 3), (5, 2), (4, 3)), ["rank 2 on n2 (process 2)"]),
+        (_beats((5, 1), (5, 1), (5, 1)), _beats((5, 3), (5, 1), (5, 3)), ["rank 1 on n1 (process 1, after a batch)"]),
+        (_beats((5, 1), (5, 1), (4, 1)), _beats((5, 3), (5, 2), (4, 3)), ["rank 2 on n2 (process 2, after a batch)"]),
         (_beats((5, 1), (5, 1)), _beats((5, 3), (5, 2)), ["each other: no rank is behind"]),
+        (_beats((5, 1)), _beats((5, 3)), ["rank 0 on n0 (process 0, after a batch)"]),
     ],
 )
 def test_the_rank_that_all_wait_for_is_found(before: dict[int, Any], now: dict[int, Any], named: list[str]) -> None:

@@ -15,6 +15,7 @@ from test_trainer import _train_config
 
 from segvol_pl.config import TrainConfig
 from segvol_pl.configure import to_yaml
+from segvol_pl.run.gradients import NOT_FINITE
 from segvol_pl.run.tracking import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -101,3 +102,27 @@ def test_the_loss_of_a_node_costs_a_checkpoints_interval_at_most(
     assert lab.record(job)["Restarts"] == "1"
     assert _losses(out) == whole
     assert before < STEPS, "the node was lost in mid-training"
+
+
+def test_a_second_job_in_the_same_folder_is_refused(
+    lab: SlurmLab, config: TrainConfig, whole: Losses, tmp_path: Path
+) -> None:
+    """It names the first one, which goes on as if nothing had been."""
+    out = tmp_path / "run"
+    first = _submit(lab, config, out)
+    _await_step(lab, first, out, 5)
+    # The nodes have one GPU each, which the first one has.
+    second = _submit(lab, config, out, "--gpus-per-node=0")
+    lab.wait(second, {"FAILED"}, timeout=120)
+    said = (tmp_path / f"lab-{second}-0.log").read_text()
+    assert f"{out} is being written by" in said and f"SLURM job {first}" in said
+    lab.wait(first, {"COMPLETED"}, timeout=120)
+    assert _losses(out) == whole
+
+
+def test_a_run_that_is_not_finite_is_not_queued_again(lab: SlurmLab, config: TrainConfig, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    job = _submit(lab, replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0)), out)
+    lab.wait(job, {"FAILED"}, timeout=120)
+    assert lab.record(job)["Restarts"] == "0" and f"Exited with exit code {NOT_FINITE}" in lab.log(job)
+    assert "not finite" in (tmp_path / f"lab-{job}-0.log").read_text()
