@@ -63,12 +63,13 @@ def read_contents(path: Path, mapped: bool = False) -> Contents:
     else:
         contents = _contents_of(_read_torch(path, mapped), path)
     for name, value in contents.tensors.items():
-        if not _is_finite(value):
+        if not is_finite(value):
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values: take an earlier checkpoint")
     return contents
 
 
-def _is_finite(value: Tensor) -> bool:
+def is_finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
     # One that is not finite leaves no finite sum, and summing makes no second tensor.
     return bool(value.float().sum().isfinite()) or bool(value.isfinite().all())
 

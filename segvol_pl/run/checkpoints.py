@@ -26,6 +26,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from segvol_pl.config import RunConfig
 from segvol_pl.data.whole import no_room, replacing
+from segvol_pl.model.released import is_finite
 from segvol_pl.run.gradients import NonFiniteError
 
 
@@ -89,7 +90,7 @@ def bytes_of(checkpoint: dict[str, Any]) -> int:
 def check_finite(checkpoint: dict[str, Any], path: Path) -> None:
     """Raises NonFiniteError where a weight or a moment is not: such a checkpoint never replaces a good one."""
     for name, tensor in _tensors(checkpoint):
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise NonFiniteError(f"{path}: not saved, as {name} is not finite; the checkpoint before is as it was")
 
 
