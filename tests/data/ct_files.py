@@ -146,13 +146,18 @@ def _dataset(**attributes: object) -> pydicom.Dataset:
     return dataset
 
 
-def write_promise(path: Path, side: int) -> Path:
-    """A NIfTI of 11 KB whose header promises `side` voxels along each axis, int16."""
+def cube_header(side: int) -> bytes:
+    """The header of a NIfTI of `side` voxels along each axis, int16; 4 bytes stand between it and the voxels."""
     header = nibabel.Nifti1Header()
     header.set_data_shape((side, side, side))
     header.set_data_dtype(np.int16)
     header.set_sform(np.eye(4), code=1)
     header["magic"], header["vox_offset"] = b"n+1", 352
-    content = header.binaryblock + bytes(11_000)
+    return bytes(header.binaryblock)
+
+
+def write_promise(path: Path, side: int) -> Path:
+    """A NIfTI of 11 KB whose header promises `side` voxels along each axis, int16."""
+    content = cube_header(side) + bytes(11_000)
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return path

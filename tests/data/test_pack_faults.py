@@ -19,10 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-import nibabel
-import numpy as np
 import pytest
-from ct_files import write_case
+from ct_files import cube_header, write_case
 from holders import holding
 
 from segvol_pl.config import PackConfig, RegionsConfig
@@ -225,13 +223,8 @@ def pack_limited(source: Path, out: Path, limit: int, room: int, **settings: str
 
 def write_large(path: Path, side: int) -> None:
     """A sound .nii.gz of `side` voxels along each axis, of zeros alone: 0.1 % of its voxels' bytes."""
-    header = nibabel.Nifti1Header()
-    header.set_data_shape((side, side, side))
-    header.set_data_dtype(np.int16)
-    header.set_sform(np.eye(4), code=1)
-    header["magic"], header["vox_offset"] = b"n+1", 352
     block = gzip.compress(bytes(2**24))
-    path.write_bytes(gzip.compress(header.binaryblock + bytes(4)) + block * (2 * side**3 // 2**24 + 1))
+    path.write_bytes(gzip.compress(cube_header(side) + bytes(4)) + block * (2 * side**3 // 2**24 + 1))
 
 
 def test_a_case_larger_than_memory_is_listed_and_left_out(source: Path, tmp_path: Path) -> None:
