@@ -1,4 +1,5 @@
 # make demo: the main job on phantoms.  make test: lint, types, fast tests.  make slow: the minutes-long ones.
+# make gpu: those that need a CUDA device; without one they are skipped.
 # make coverage: the fast tests, and the lines of code that they never ran.
 # make docs: the pages, into site/.  make wheel: into dist/.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
@@ -12,12 +13,12 @@ LOWEST := build/lowest
 INSTALL := install --quiet --disable-pip-version-check --no-compile
 compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 
-FAST := -m pytest -m "not slow" -n 2 --dist loadfile
+FAST := -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
-.PHONY: coverage demo docs env format lint lowest slow test wheel
+.PHONY: coverage demo docs env format gpu lint lowest slow test wheel
 
 demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
@@ -29,7 +30,10 @@ coverage: env
 	OMP_NUM_THREADS=1 $(BIN)/python $(FAST) --cov --cov-report=term
 
 slow: env
-	$(BIN)/python -m pytest -m slow --durations=20
+	$(BIN)/python -m pytest -m "slow and not gpu" --durations=20
+
+gpu: env
+	$(BIN)/python -m pytest -m gpu --durations=20
 
 lowest: $(LOWEST)/.installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(FAST)

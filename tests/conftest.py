@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import Ranks
 
-from segvol_pl.config import PackConfig
-from segvol_pl.data.pack import pack
-from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.run import strategies
 
 SHARED = Path(os.environ.get("SEGVOL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
@@ -46,7 +44,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ranks]
 
 @pytest.fixture(scope="session")
 def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six small labelled phantoms, packed: four or so to train on, the others to test on."""
+    """Six small labelled phantoms, packed: four or so to train on, the others to test on.
+
+    Packing needs SimpleITK. Where it is not, SEGVOL_PHANTOMS names a folder that this fixture packed elsewhere.
+    """
+    if "SEGVOL_PHANTOMS" in os.environ:
+        return Path(os.environ["SEGVOL_PHANTOMS"])
+    from segvol_pl.config import PackConfig
+    from segvol_pl.data.pack import pack
+    from segvol_pl.data.phantom import write_phantoms
+
     folder = tmp_path_factory.mktemp("phantoms")
     write_phantoms(folder, count=6, seed=0, scale=0.45)
     config = PackConfig(
@@ -62,6 +69,15 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     pack(config)
     return folder / "shards"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a CUDA device are skipped where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.hookimpl(hookwrapper=True)
