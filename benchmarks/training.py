@@ -59,13 +59,15 @@ def train_config(model: SegVolConfig, categories: int, pseudo: int) -> TrainConf
     )
 
 
-def train_batch(config: TrainConfig) -> Batch:
-    """One volume of noise; every mask is a box, its points are drawn within."""
+def train_batch(config: TrainConfig, volumes: int = 1) -> Batch:
+    """Volumes of noise; every mask is a box, its points are drawn within."""
     generator = torch.Generator().manual_seed(0)
     shape, prompts = config.model.input_shape, config.prompts
-    batch = {"image_BCDHW": torch.rand(1, 1, *shape, generator=generator)}
+    batch = {"image_BCDHW": torch.rand(volumes, 1, *shape, generator=generator)}
     for prefix, count in (("", prompts.categories_per_volume), ("pseudo_", prompts.pseudo_per_volume)):
-        low = torch.stack([torch.randint(0, size // 2, (1, count), generator=generator) for size in shape], dim=-1)
+        low = torch.stack(
+            [torch.randint(0, size // 2, (volumes, count), generator=generator) for size in shape], dim=-1
+        )
         high = low + torch.tensor([size // 2 - 1 for size in shape])
         grids = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
         inside = [
@@ -75,11 +77,11 @@ def train_batch(config: TrainConfig) -> Batch:
         width = 1 + prompts.extra_positive + prompts.extra_negative
         batch |= {
             f"{prefix}masks_BKDHW": functools.reduce(torch.logical_and, inside),
-            f"{prefix}category_BK": torch.zeros(1, count, dtype=torch.int64),
+            f"{prefix}category_BK": torch.zeros(volumes, count, dtype=torch.int64),
             f"{prefix}points_BKN3": low[:, :, None] + torch.arange(width)[:, None] % 4,
-            f"{prefix}labels_BKN": torch.ones(1, count, width, dtype=torch.int64),
+            f"{prefix}labels_BKN": torch.ones(volumes, count, width, dtype=torch.int64),
             f"{prefix}boxes_BK6": torch.cat([low, high], dim=-1),
-            f"{prefix}valid_BK": torch.ones(1, count, dtype=torch.bool),
+            f"{prefix}valid_BK": torch.ones(volumes, count, dtype=torch.bool),
         }
     return batch
 
