@@ -13,7 +13,7 @@
 
 `--small` takes a tiny model and runs on a CPU too, in a minute or two; what needs a GPU then says so. `--pack` makes
 the phantoms' shards that the stages `runs`, `syncs`, `loader` read, for a machine that cannot pack (no SimpleITK):
-there they are given as `--shards DIR`. What a stage measures stands at its function in `gpu_stages.py` and `gpu_micro.py`.
+there they are given as `--shards DIR`. What a stage measures stands at its function in `gpu_stages.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpu_figures import FAILED, now, read, tables
+from gpu_figures import CLOCK, FAILED, now, read, tables
 
 if TYPE_CHECKING:
     from gpu_stages import Bench
@@ -80,7 +80,7 @@ def run(given: argparse.Namespace) -> int:
             problem = run_stage(bench, min(left, LIMITS[stage] * (SMALL_FACTOR if given.small else 1)))
             if problem:
                 bench.note(FAILED, problem)
-            bench.note("clock", round(time.monotonic() - started, 1), "s")
+            bench.note(CLOCK, round(time.monotonic() - started, 1), "s")
     return sum(one.name == FAILED for one in read(given.out)[before:])
 
 
@@ -127,6 +127,7 @@ def run_stage(bench: Bench, limit: float) -> str:
                 os.setsid()
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
+                sys.stdout = sys.stderr = log
                 gpu_stages.STAGES[bench.stage](bench)
         status = waited(pid, limit)
         if status == 0:

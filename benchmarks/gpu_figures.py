@@ -12,6 +12,8 @@ from typing import Any
 FIGURES = "figures.jsonl"
 FAILED = "failed"
 """The name of a figure that says why there is no other."""
+CLOCK = "clock"
+"""The name of a stage's last figure: its seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,29 @@ def read(out: Path) -> list[Figure]:
 
 
 def tables(figures: Iterable[Figure]) -> str:
-    """Markdown: for each stage a row for each setting, a column for each figure; of several alike the newest."""
-    newest = {(one.stage, label(one.settings), one.name): one for one in figures}
-    stages = list(dict.fromkeys(stage for stage, _, _ in newest))
-    cards = dict.fromkeys(one.card for one in newest.values() if one.card)
-    parts = [f"Card: {', '.join(cards) or 'not known'}."]
-    for stage in stages:
-        found = {(row, name): one for (of, row, name), one in newest.items() if of == stage}
-        parts.append(f"### {stage}\n\n" + table(found))
+    """Markdown: for each stage, as it ran last, a row for each setting and a column for each figure."""
+    stages: dict[str, list[Figure]] = {}
+    ended: set[str] = set()
+    for one in figures:
+        if one.stage not in stages or one.stage in ended:
+            stages[one.stage] = []
+        stages[one.stage].append(one)
+        (ended.add if one.name == CLOCK else ended.discard)(one.stage)
+    cards = dict.fromkeys(one.card for found in stages.values() for one in found)
+    parts = [f"Card: {', '.join(cards)}."]
+    for stage, found in stages.items():
+        parts.append(f"### {stage}\n\n" + table({(label(one.settings), one.name): one for one in found}))
     return "\n\n".join(parts) + "\n"
 
 
 def table(found: dict[tuple[str, str], Figure]) -> str:
+    """One stage's; what has no settings stands below, as a list."""
     rows = list(dict.fromkeys(row for row, _ in found))
     columns = list(dict.fromkeys(name for row, name in found if row))
     lines = []
     if columns:
         units = {name: next(one.unit for (_, of), one in found.items() if of == name) for name in columns}
-        head = [f"{name}, {units[name]}" if units[name] else name for name in columns]
+        head = [f"{name}, {units[name]}" if units[name] not in ("", name) else name for name in columns]
         lines += ["| settings | " + " | ".join(head) + " |", "|---|" + "---:|" * len(columns)]
         for row in filter(None, rows):
             cells = [shown(found[row, name].value) if (row, name) in found else "" for name in columns]
