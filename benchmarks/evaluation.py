@@ -1,10 +1,10 @@
 """What evaluating costs: seconds of the three modes on one CT, and of the surface Dice against MONAI's.
 
-    python benchmarks/evaluation.py [tiny|small|base]
+    python benchmarks/evaluation.py [tiny|small|base] [precision=fp32|bf16]
 
 1. Seconds a prompt of zoom, resize and sliding, everything encoded anew (paper Table 3: 190, 65, 3331 ms a case and
    organ on a GPU, its prompts not stated): a CT of 244 x 202 x 224 voxels, text and box+text, an untrained model of the
-   size named (base: the published ViT-B), float32.
+   size named (base: the published ViT-B), float32 unless said otherwise.
 2. The surface Dice of a ball of 120 voxels across, against `monai.metrics.compute_surface_dice` in the same run.
 """
 
@@ -60,7 +60,7 @@ def subject() -> tuple[Subject, np.ndarray]:
     return Subject(facts, hu_DHW, truth_DHW.astype(np.uint8), None, (0, 0, 0, 243, 201, 223)), truth_DHW
 
 
-def modes(size: str) -> None:
+def modes(size: str, precision: Precision) -> None:
     model_config = load(
         "train", [f"model={MODELS / size}.yaml", "data.shards=x", "run.out=x", "optim.max_steps=1"]
     ).model
@@ -73,7 +73,7 @@ def modes(size: str) -> None:
         modes=list(Mode),
         prompts=["text", "box+text"],
         timing=Timing.alone,
-        precision=Precision.fp32,
+        precision=precision,
     )
     # An untrained model marks about half of all voxels, so that the region zoomed into is the whole volume; holding it
     # to the organ is what a trained one does.
@@ -90,6 +90,7 @@ def modes(size: str) -> None:
 
     model.decode = held  # type: ignore[method-assign,assignment]
     seconds = {}
+    print(f"{size} model, {precision.value}")
     for setting in settings(config):
         answer = examination.answer(setting, "liver", truth_DHW)
         seconds[setting.prompt, setting.mode] = answer.seconds
@@ -121,5 +122,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    modes(sys.argv[1] if len(sys.argv) > 1 else "small")
+    keys = dict(argument.split("=") for argument in sys.argv[1:] if "=" in argument)
+    sizes = [argument for argument in sys.argv[1:] if "=" not in argument]
+    modes(sizes[0] if sizes else "small", Precision(keys.get("precision", "fp32")))
     surfaces()

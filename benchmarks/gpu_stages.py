@@ -421,6 +421,8 @@ def _trainer_syncs(bench: Bench) -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
+        on_exception = on_train_batch_end
+
     own = trainer._callbacks
     shards = tiny_shards(bench)
     config = load("train", _arguments(bench, shards, "syncs", 5, "run.log_every=100", "run.val_batches=0"))
@@ -462,7 +464,9 @@ def runs(bench: Bench) -> None:
             name = waiting.pop(0)
             running[_forked(functools.partial(_run, bench, shards, name))] = name
         pid, status = os.wait()
-        name = running.pop(pid)
+        name = running.pop(pid, "")
+        if not name:  # one of packing's
+            continue
         ended[name] = Ended(bench.scratch / "runs" / name, os.waitstatus_to_exitcode(status))
     for name in wanted:
         with bench.part(strategy=name):
@@ -767,12 +771,13 @@ def profile(bench: Bench) -> None:
                 print(f"==== {bench.card}, {step.settings}, {now()}", file=text)
                 print(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90), file=text)
             events = found.events() or []
-            kernels = [event for event in events if event.device_type == DeviceType.CUDA]
+            on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+            kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
             if bench.gpu:
                 bench.note("kernels", len(kernels), "", **step.settings)
-                busy = sum(event.device_time for event in kernels) / 1000
+                busy = sum(event.time_range.elapsed_us() for event in kernels) / 1000
                 bench.note("kernels' time", round(busy, 2), "ms", **step.settings)
-            bench.note("operations", len(events) - len(kernels), "", **step.settings)
+            bench.note("operations", len(events) - len(on_device), "", **step.settings)
             _write_trace(bench, found, bench.out / f"trace-{name}.json.gz")
             del step
 

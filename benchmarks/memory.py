@@ -1,6 +1,6 @@
-"""The planner's memory of a step against what a process really takes: CPU, float32, one volume.
+"""The planner's memory of a step against what a process really takes: CPU, one volume, float32 or bf16.
 
-    python benchmarks/memory.py [SIZE ...]
+    python benchmarks/memory.py [SIZE ...] [precision=fp32|bf16]
 
 A row is a process of its own. Measured is the highest resident size over three steps, less that before the model was
 built. malloc is told to map every larger block by itself, so that what is freed is gone: as it comes, glibc's holds 10
@@ -23,9 +23,10 @@ from rich.table import Table
 from training import OPTIM, train_batch, train_config
 
 from segvol_pl import memory
-from segvol_pl.config import PretrainConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import Precision, PretrainConfig, SegVolConfig, TrainConfig
 from segvol_pl.configure import load
 from segvol_pl.model import TextBank
+from segvol_pl.run.strategies import autocast
 from segvol_pl.tasks.optim import optimizer
 from segvol_pl.tasks.pretrain import SimMIMTask
 from segvol_pl.tasks.segment import SegVolTask
@@ -59,7 +60,7 @@ def configured(row: str) -> TrainConfig | PretrainConfig:
     return train_config(model, 1, 6) if verb == "train" else PretrainConfig(model=model, optim=OPTIM)
 
 
-def measure(row: str) -> tuple[float, float]:
+def measure(row: str, precision: Precision) -> tuple[float, float]:
     """Bytes beyond those of a process that has imported everything and multiplied once; and as planned."""
     config = configured(row)
     torch.randn(64, 64) @ torch.randn(64, 64)
@@ -75,19 +76,20 @@ def measure(row: str) -> tuple[float, float]:
         batch = {"image_BCDHW": torch.rand(1, 1, *config.model.input_shape), "mask_BT": mask_BT}
     adamw, _ = optimizer(task.parameters(), OPTIM)
     for _ in range(STEPS):
-        loss = task.losses(batch)[0] if isinstance(task, SegVolTask) else task.loss(batch)
+        with autocast(torch.device("cpu"), precision):
+            loss = task.losses(batch)[0] if isinstance(task, SegVolTask) else task.loss(batch)
         loss.backward()
         adamw.step()
         adamw.zero_grad()
     taken = resident() - before
-    return taken, memory.peak(config, 1, bf16=False).total
+    return taken, memory.peak(config, 1, bf16=precision is Precision.bf16).total
 
 
-def compare(rows: list[str]) -> dict[str, tuple[float, float]]:
+def compare(rows: list[str], precision: Precision = Precision.fp32) -> dict[str, tuple[float, float]]:
     """Row -> measured and planned bytes."""
     found = {}
     for row in rows:
-        command = [sys.executable, __file__, "--row", row]
+        command = [sys.executable, __file__, "--row", row, precision.value]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{row}: {done.stderr[-2000:]}")
@@ -95,11 +97,11 @@ def compare(rows: list[str]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def main(rows: list[str]) -> None:
-    table = Table(title="peak memory of a step, one volume, CPU, float32")
+def main(rows: list[str], precision: Precision) -> None:
+    table = Table(title=f"peak memory of a step, one volume, CPU, {precision.value}")
     for column in ("run", "measured, GiB", "planned, GiB", "planned / measured"):
         table.add_column(column, justify="left" if column == "run" else "right")
-    for row, (measured, planned) in compare(rows).items():
+    for row, (measured, planned) in compare(rows, precision).items():
         table.add_row(row, f"{measured / 2**30:.2f}", f"{planned / 2**30:.2f}", f"{planned / measured:.2f}")
     Console().print(table)
 
@@ -108,7 +110,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--row"] and MAPPED not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, MAPPED: "65536"})
     if sys.argv[1:2] == ["--row"]:
-        print(json.dumps(measure(sys.argv[2])))
+        print(json.dumps(measure(sys.argv[2], Precision(sys.argv[3]))))
     else:
-        sizes = sys.argv[1:]
-        main([row for row in ROWS if not sizes or row.split()[1] in sizes])
+        keys = dict(argument.split("=") for argument in sys.argv[1:] if "=" in argument)
+        sizes = [argument for argument in sys.argv[1:] if "=" not in argument]
+        chosen = [row for row in ROWS if not sizes or row.split()[1] in sizes]
+        main(chosen, Precision(keys.get("precision", "fp32")))

@@ -1,6 +1,7 @@
 """What a prediction costs: many categories against each on its own, a second prompt, a large CT, the start of the help.
 
     python benchmarks/prediction.py [CT_FOLDER] [--small] [--parts categories second memory help click] [--overlap 0]
+                                    [--precision fp32|bf16]
 
 1. Box+text prompts on the trunk CT with each axis doubled (244 x 202 x 224), the overview and every window encoded anew
    for each category, one at a time, as the published code does; and all of them together. The same windows both ways.
@@ -10,7 +11,7 @@
 5. Seconds of a click on the open trunk CT at 3 mm with the tiny model (configs/model/tiny.yaml), at places that were
    not looked at before; a structure of a quarter of the CT along each axis is taken to lie there.
 
-Everything is float32. Weights are random, of the published size, or with --small of configs/model/small.yaml. They find
+Everything is float32 unless --precision says bf16. Weights are random, of the published size, or with --small of configs/model/small.yaml. They find
 no organs: the box of the prompt stands for the coarse mask, after that has been decoded, so that the windows are a
 trained model's.
 Windows overlap by --overlap (0 by default, to keep a run at full size within minutes; predictions use 0.5).
@@ -43,6 +44,7 @@ from segvol_pl.data.volume import read_label, read_volume
 from segvol_pl.logits import Coarse
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.predict import Predictor
+from segvol_pl.run.strategies import autocast
 from segvol_pl.zoom import Zoomer, ZoomResult
 
 SMALL = SegVolConfig(hidden=384, heads=6, mlp=1536, decoder_mlp=1024)
@@ -151,14 +153,14 @@ def second(model: SegVol, image: Normalised, prompts: list[Prompt]) -> None:
     )
 
 
-def memory(source: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig) -> None:
+def memory(source: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig, precision: Precision) -> None:
     with tempfile.TemporaryDirectory() as name:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as apart:
             apart.submit(enlarge, source, Path(name)).result()
         with ProcessPoolExecutor(1, mp_context=context) as apart:
             path = Path(name) / "large_ct.nii.gz"
-            before, peak, windows, took = apart.submit(predict_large, path, config, whole, zoom).result()
+            before, peak, windows, took = apart.submit(predict_large, path, config, whole, zoom, precision).result()
     region = "the whole body" if whole else "a region of 60 x 150 x 150 voxels"
     print(
         f"512 x 512 x 800, {region}, {windows} windows, {took:.0f} s: peak {peak:.2f} GB, "
@@ -167,9 +169,11 @@ def memory(source: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig) ->
     )
 
 
-def predict_large(path: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig) -> tuple[float, float, int, float]:
+def predict_large(
+    path: Path, config: SegVolConfig, whole: bool, zoom: ZoomConfig, precision: Precision
+) -> tuple[float, float, int, float]:
     """GB before and at the peak, windows, seconds."""
-    predictor = Predictor(build(config, ["liver"]), zoom, Precision.fp32)
+    predictor = Predictor(build(config, ["liver"]), zoom, precision)
     before, started = peak_gb(), time.perf_counter()
     done = [0]
 
@@ -198,8 +202,8 @@ def help_seconds() -> None:
     print(f"predict --help: {np.median(taken):.2f} s", flush=True)
 
 
-def click(source: Path) -> None:
-    session = Predictor(build(TINY, ["liver"]), precision=Precision.fp32).open(source / "trunk_ct.nii.gz")
+def click(source: Path, precision: Precision) -> None:
+    session = Predictor(build(TINY, ["liver"]), precision=precision).open(source / "trunk_ct.nii.gz")
     session.zoomer.__class__ = BoxZoomer
     low_3, high_3 = np.array(session.body[:3]), np.array(session.body[3:])
     taken = []
@@ -218,23 +222,26 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--categories", nargs="+", type=int, default=[10, 30])
     parser.add_argument("--overlap", type=float, default=0.0)
+    parser.add_argument("--precision", type=Precision, default=Precision.fp32, metavar="fp32|bf16")
     given = parser.parse_args()
+    print(f"{given.precision.value}, {torch.get_num_threads()} threads", flush=True)
     config, zoom = SMALL if given.small else SegVolConfig(), ZoomConfig(overlap=given.overlap, batch=1)
     if "help" in given.parts:
         help_seconds()
     if "click" in given.parts:
-        click(given.source)
+        click(given.source, given.precision)
     if {"categories", "second"} & set(given.parts):
         with tempfile.TemporaryDirectory() as name:
             image, prompts = opened(given.source, Path(name))
         model = build(config, [str(prompt.text) for prompt in prompts])
-        print(f"{image.shape} voxels of body, {len(prompts)} categories, {torch.get_num_threads()} threads", flush=True)
-        if "second" in given.parts:
-            second(model, image, prompts)
-        for count in given.categories if "categories" in given.parts else []:
-            categories(model, image, prompts, count, zoom)
+        print(f"{image.shape} voxels of body, {len(prompts)} categories", flush=True)
+        with autocast(torch.device("cpu"), given.precision):
+            if "second" in given.parts:
+                second(model, image, prompts)
+            for count in given.categories if "categories" in given.parts else []:
+                categories(model, image, prompts, count, zoom)
     if "memory" in given.parts:
-        memory(given.source, config, given.small, zoom)
+        memory(given.source, config, given.small, zoom, given.precision)
 
 
 if __name__ == "__main__":
