@@ -11,9 +11,9 @@
 5. Seconds of a click on the open trunk CT at 3 mm with the tiny model (configs/model/tiny.yaml), at places that were
    not looked at before; a structure of a quarter of the CT along each axis is taken to lie there.
 
-Everything is float32 unless --precision says bf16. Weights are random, of the published size, or with --small of configs/model/small.yaml. They find
-no organs: the box of the prompt stands for the coarse mask, after that has been decoded, so that the windows are a
-trained model's.
+Everything is float32 unless --precision says bf16. Weights are random, of the published size, or with --small of
+configs/model/small.yaml. They find no organs: the box of the prompt stands for the coarse mask, after that has been
+decoded, so that the windows are a trained model's.
 Windows overlap by --overlap (0 by default, to keep a run at full size within minutes; predictions use 0.5).
 """
 
