@@ -31,13 +31,14 @@ from torch.utils.data import DataLoader
 
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import views
+from segvol_pl.data.batch import Batch
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
 from segvol_pl.data.pack import pack
 from segvol_pl.data.parcel import as_it_is
 from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.shards import SampleRecord
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import Batch, Plan, Stream, World
+from segvol_pl.data.stream import Plan, Stream, World
 
 LARGE = (512, 512, 600)
 """Voxels of the large volume, in the order of its file: right, anterior, superior."""

@@ -112,7 +112,7 @@ def by_bare_loop(config: TrainConfig) -> float:
     adamw, scheduler = optimizer(task.parameters(), config.optim)
     marks = []
     for _, batch in zip(range(config.optim.max_steps), module.train_dataloader(), strict=False):
-        loss, _ = task.losses(module.on_before_batch_transfer(batch, 0))
+        loss, _ = task.losses(module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0))
         loss.backward()
         nn.utils.clip_grad_norm_(task.parameters(), config.optim.clip_norm)
         adamw.step()

@@ -169,9 +169,9 @@ def _time(made: Plan) -> Iterator[str]:
 
 
 def sample_bytes(config: Config) -> int:
-    """Of a sample as training gets it: a float32 image, and a byte for each voxel of each mask."""
-    voxels = math.prod(config.model.input_shape)
+    """Of a sample as it travels to the device: int16 HU, and bytes of eight masks each, of either kind."""
     masks = 0
     if isinstance(config, TrainConfig):
-        masks = config.prompts.categories_per_volume + config.prompts.pseudo_per_volume
-    return voxels * (4 + masks)
+        asked = config.prompts.categories_per_volume, config.prompts.pseudo_per_volume
+        masks = sum(-(-count // 8) for count in asked)
+    return math.prod(config.model.input_shape) * (2 + masks)

@@ -9,18 +9,22 @@ import logging
 import math
 import multiprocessing
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 
 from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
+from segvol_pl.data.ahead import Ahead, Begin, SideStream
+from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.health import Health
 from segvol_pl.data.parcel import as_it_is
 from segvol_pl.data.pipe import PipeStream
-from segvol_pl.data.stream import Batch, Draw, Plan, Stream, World
+from segvol_pl.data.stream import Draw, Plan, Stream, World
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +93,11 @@ class VolumeModule(pl.LightningDataModule):
             )
         return World(self.trainer.global_rank, ranks)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Micro-batches from `seen` on, without end. Raises ConfigError where ranks do not divide the batch."""
         return self._loader(self._stream(self.train_corpus, self.draw, self.plan, self.seen), self.data.workers)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> Iterable[Batch]:
         """The same `run.val_batches` batches every time."""
         # Whole global batches, however many micro-batches each of them takes.
         wanted = self.run.val_batches * self.data.global_batch
@@ -107,10 +111,11 @@ class VolumeModule(pl.LightningDataModule):
             return PipeStream(corpus, draw, plan, self._world(), seen, self.data.pipe_buffer)
         return Stream(corpus, draw, plan, self._world(), seen)
 
-    def _loader(self, stream: Stream, workers: int) -> DataLoader[Batch]:
+    def _loader(self, stream: Stream, workers: int) -> Iterable[Batch]:
         # Before a fork: a process that inherits Blosc2's threads crashes when it ends them.
         decode_alone()
-        return DataLoader(
+        begin = self._copying()
+        loader = DataLoader(
             stream,
             batch_size=None,
             collate_fn=as_it_is,
@@ -118,8 +123,14 @@ class VolumeModule(pl.LightningDataModule):
             prefetch_factor=self.data.prefetch if workers else None,
             worker_init_fn=_begin_worker,
             multiprocessing_context=self.data.start_method.value if workers else None,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=begin is not None,
         )
+        return loader if begin is None else Ahead(loader, begin)
+
+    def _copying(self) -> Begin | None:
+        """What copies batches ahead of the step; nothing where the step computes in main memory."""
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        return SideStream(device) if device.type == "cuda" else None
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # Here the batch is still in main memory: looking at it on a GPU would stop the step.
@@ -130,6 +141,9 @@ class VolumeModule(pl.LightningDataModule):
             self.drawn, self.rows = drawn, rows_B.tolist()
         (self.val_health if validating else self.health).note(damaged_BA2.numpy())
         return batch
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return unpacked(batch)
 
     def batch_keys(self) -> list[str]:
         """The samples of the batch that is being trained on."""

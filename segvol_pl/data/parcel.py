@@ -43,14 +43,16 @@ def opened(buffer: Tensor, layout: Layout) -> dict[str, Tensor]:
 def stacked(samples: Sequence[Arrays], names: dict[str, str], common: Arrays) -> dict[str, Tensor]:
     """The samples' arrays stacked along a new first axis, and what is `common` to all as it is.
 
-    `names` gives each of the samples' arrays its name in the batch. In a loader process the batch is a `Parcel`.
+    `names` gives each of the samples' arrays its name in the batch; one that some samples alone hold is stacked over
+    those. In a loader process the batch is a `Parcel`.
     """
-    shapes = {names[name]: (array.dtype, (len(samples), *array.shape)) for name, array in samples[0].items()}
+    held = {name: [sample[name] for sample in samples if name in sample] for name in names}
+    shapes = {names[name]: (arrays[0].dtype, (len(arrays), *arrays[0].shape)) for name, arrays in held.items()}
     layout, size = _laid_out({**shapes, **{name: (array.dtype, array.shape) for name, array in common.items()}})
     buffer = _buffer(size)
     views = _views(buffer, layout)
-    for name, batched in names.items():
-        np.stack([sample[name] for sample in samples], out=views[batched])
+    for name, arrays in held.items():
+        np.stack(arrays, out=views[names[name]])
     for name, array in common.items():
         views[name][...] = array
     # Elsewhere nothing travels, and a plain dict is what every library knows to copy.

@@ -22,12 +22,13 @@ from dataclasses import dataclass
 import numpy as np
 import webdataset
 
+from segvol_pl.data.batch import Batch
 from segvol_pl.data.corpus import Corpus, rng_of
+from segvol_pl.data.parcel import Arrays
 from segvol_pl.data.sample import Member
 from segvol_pl.data.shards import Damage, DamagedSample, ShardError, array_of, arrays_of, facts_of
-from segvol_pl.data.stream import ATTEMPTS, DAMAGES, Batch, Draw, Plan, Stream, World, collate
+from segvol_pl.data.stream import ATTEMPTS, DAMAGES, Draw, Plan, Stream, World, collate
 from segvol_pl.data.transforms import Sliceable
-from segvol_pl.data.views import Arrays
 
 log = logging.getLogger(__name__)
 

@@ -16,20 +16,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from segvol_pl.config import Tail
+from segvol_pl.data.batch import Batch, order_of
 from segvol_pl.data.corpus import Corpus, rng_of
-from segvol_pl.data.parcel import stacked
+from segvol_pl.data.parcel import Arrays, stacked
 from segvol_pl.data.sample import Facts
 from segvol_pl.data.shards import Damage, DamagedSample, ShardError, read_array, read_facts
-from segvol_pl.data.views import Arrays, Read, lettered
+from segvol_pl.data.views import Read, lettered
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
 """Makes one training sample from a volume's facts, its members and the sample's own rng."""
-
-Batch = dict[str, Tensor]
 
 ATTEMPTS = 4
 """Samples tried for one position: the one in its place and its replacements."""
@@ -96,7 +94,8 @@ class Plan:
 class Stream(IterableDataset[Batch]):
     """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None, collate_fn=as_it_is`.
 
-    Each batch carries `seen`: the samples seen by all ranks once it has been used.
+    Batches are in the form in which they travel, see `batch.unpacked`; each carries `seen`: the samples seen by all
+    ranks once it has been used.
     """
 
     def __init__(self, corpus: Corpus, draw: Draw, plan: Plan, world: World | None = None, seen: int = 0) -> None:
@@ -150,5 +149,6 @@ class Stream(IterableDataset[Batch]):
 
 
 def collate(samples: list[Arrays], seen: int) -> Batch:
-    """Stacks the arrays of each name along a new first axis: image_CDHW becomes image_BCDHW."""
-    return stacked(samples, {name: lettered(name, "B") for name in samples[0]}, {"seen": np.array(seen)})
+    """Stacks the arrays of each name along a new first axis: hu_CDHW becomes hu_BCDHW."""
+    names = {name: lettered(name, "B") for sample in samples for name in sample}
+    return stacked(samples, names, {"seen": np.array(seen), **order_of(samples)})

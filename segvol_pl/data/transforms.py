@@ -3,7 +3,7 @@
 1. `intensity_of` measures the whole CT once; `normalise` maps HU to [0, 1] by it.
 2. `body_box` crops the air away.
 3. `resize_image` / `resize_label` make the overview; `window_around` and `crop` make native-resolution windows.
-4. `flip` and `shift_intensity` augment, drawing from the sample's own rng.
+4. `flip` and `draw_intensity` augment, drawing from the sample's own rng.
 """
 
 from __future__ import annotations
@@ -147,12 +147,8 @@ def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Gener
     return {name: np.flip(array, axes) for name, array in arrays.items()} if axes else arrays
 
 
-def shift_intensity(image_DHW: np.ndarray, probability: float, rng: np.random.Generator) -> np.ndarray:
-    """A scale of up to +-10 % and a shift of up to +-0.1, each with `probability` (published augmentation)."""
+def draw_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:
+    """A scale of up to +-10 % and a shift of up to +-0.1, each with `probability`, else 1 and 0 (as published)."""
     scaled, shifted = rng.random(2) < probability
     scale, shift = rng.uniform(-0.1, 0.1, size=2)
-    if scaled:
-        image_DHW = image_DHW * np.float32(1 + scale)
-    if shifted:
-        image_DHW = image_DHW + np.float32(shift)
-    return image_DHW
+    return 1 + float(scale) if scaled else 1.0, float(shift) if shifted else 0.0

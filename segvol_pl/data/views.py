@@ -1,9 +1,11 @@
 """What one training sample shows, drawn from the sample's own rng.
 
 1. `draw_view`: the whole volume (overview) or a window at native resolution, with its label map and regions.
-2. `augment`: flips and intensity shifts.
+2. `augment`: flips, and draws of the intensity.
 3. `segment_sample`: categories with their masks and prompts, pseudo-label prompts (paper Algorithm 1).
    `simmim_sample`: the tokens to hide (paper Sec. 2.2).
+
+Samples are in the form in which they travel, see `batch`.
 
 The training step draws nothing; hence the same batch gives the same loss on any number of ranks.
 """
@@ -19,15 +21,18 @@ import numpy as np
 
 from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import transforms
+from segvol_pl.data.batch import packed, shade_of
+from segvol_pl.data.parcel import Arrays
 from segvol_pl.data.prompts import ABSENT, box_of, draw_marks, draw_points, gathered_marks, jitter_box
-from segvol_pl.data.sample import Box, Facts, Member
+from segvol_pl.data.sample import Box, Facts, Intensity, Member
 
 Read = Callable[[Member], Any]
 """Gives a member of the sample as a sliceable array, decoded only where sliced."""
 
-Arrays = dict[str, np.ndarray]
-
 FEW_VALUES = 4
+
+MASK = "mask_DHW"
+"""What a prompt was drawn from, bool; masks travel as bits."""
 
 PSEUDO_EXTRA_POSITIVE = (4, 10)
 MERGE_INSIDE = 0.9
@@ -36,13 +41,19 @@ MERGE_INSIDE = 0.9
 
 @dataclass(frozen=True)
 class View:
-    """One training image in [0, 1]; on the same grid its label map and pseudo-label regions, if any."""
+    """What one training image shows; on the same grid its label map and pseudo-label regions, if any."""
 
     image_DHW: np.ndarray
+    """int16 HU, or float32 in [0, 1] where an overview had to be resized."""
+    intensity: Intensity | None
+    """What makes an image of the HU; none where it is one."""
     label_DHW: np.ndarray | None
     regions_DHW: np.ndarray | None
     category: str | None = None
     """The category that the window was drawn around; none for overviews and unlabelled volumes."""
+    scale: float = 1.0
+    shift: float = 0.0
+    """What the image is multiplied by and what is then added."""
 
 
 def draw_view(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> View:
@@ -53,15 +64,18 @@ def draw_view(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, r
 
 
 def _overview(facts: Facts, read: Read, model: SegVolConfig) -> View:
+    hu_DHW = read(Member.OVERVIEW)[:]
+    fits = hu_DHW.shape == tuple(model.input_shape)
     return View(
-        image_DHW=_fit(transforms.normalise(read(Member.OVERVIEW)[:], facts.intensity), model.input_shape),
+        image_DHW=hu_DHW if fits else _resized(hu_DHW, facts.intensity, model.input_shape),
+        intensity=facts.intensity if fits else None,
         label_DHW=_fit_label(read(Member.OVERVIEW_LABEL)[:], model.input_shape) if facts.labelled else None,
         regions_DHW=_fit_label(read(Member.REGIONS)[:], model.input_shape) if has_regions(facts) else None,
     )
 
 
-def _fit(image_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    return image_DHW if image_DHW.shape == tuple(shape) else transforms.resize_image(image_DHW, shape)
+def _resized(hu_DHW: np.ndarray, intensity: Intensity, shape: Sequence[int]) -> np.ndarray:
+    return transforms.resize_image(transforms.normalise(hu_DHW, intensity), shape)
 
 
 def _fit_label(label_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -79,7 +93,8 @@ def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Genera
     start = _window_start(facts, category, window, rng)
     hu_DHW = transforms.crop(read(Member.CT), start, window, fill=facts.intensity.minimum)
     return View(
-        image_DHW=transforms.normalise(hu_DHW, facts.intensity),
+        image_DHW=hu_DHW,
+        intensity=facts.intensity,
         label_DHW=transforms.crop(read(Member.LABEL), start, window) if facts.labelled else None,
         regions_DHW=_window_regions(facts, read(Member.REGIONS)[:], start, window) if has_regions(facts) else None,
         category=category,
@@ -112,21 +127,30 @@ def augment(view: View, data: DataConfig, rng: np.random.Generator) -> View:
     """The published flips and intensity shifts, alike for image, label and regions."""
     arrays = {name: array for name, array in vars(view).items() if isinstance(array, np.ndarray)}
     flipped = transforms.flip(arrays, data.flip, rng)
-    image_DHW = transforms.shift_intensity(flipped["image_DHW"], data.intensity, rng)
+    scale, shift = transforms.draw_intensity(data.intensity, rng)
     return replace(
         view,
-        image_DHW=np.ascontiguousarray(image_DHW),
+        image_DHW=flipped["image_DHW"],
         label_DHW=flipped.get("label_DHW"),
         regions_DHW=flipped.get("regions_DHW"),
+        scale=scale,
+        shift=shift,
     )
 
 
+def image_of(view: View) -> Arrays:
+    """hu_CDHW int16 and shade_4 float32, which make the image on the device; or image_CDHW float32, as it is."""
+    if view.intensity is None:
+        return {"image_CDHW": (view.image_DHW * np.float32(view.scale) + np.float32(view.shift))[None]}
+    return {"hu_CDHW": view.image_DHW[None], "shade_4": shade_of(view.intensity, view.scale, view.shift)}
+
+
 def simmim_sample(view: View, model: SegVolConfig, mask_ratio: float, rng: np.random.Generator) -> Arrays:
-    """image_CDHW and mask_T: exactly `mask_ratio` of the tokens, drawn without replacement."""
+    """The image, see `image_of`, and mask_T: exactly `mask_ratio` of the tokens, drawn without replacement."""
     tokens = int(np.prod(model.grid))
     mask_T = np.zeros(tokens, dtype=bool)
     mask_T[rng.permutation(tokens)[: round(mask_ratio * tokens)]] = True
-    return {"image_CDHW": view.image_DHW[None], "mask_T": mask_T}
+    return {**image_of(view), "mask_T": mask_T}
 
 
 def segment_sample(
@@ -139,15 +163,16 @@ def segment_sample(
 ) -> Arrays:
     """The image, its categories' masks and prompts, and the pseudo-label ones under `pseudo_` names.
 
-    Arrays: image_CDHW float32; per category masks_KDHW bool, category_K (row of the text bank), points_KN3,
-    labels_KN, boxes_K6, valid_K, with marks of the user's own marks_KM3; per pseudo-label the same with `pseudo_`, but
-    for the marks. A view that shows no category, or no region, has valid 0 there and counts nothing.
+    Arrays: the image, see `image_of`; of the categories bits_JDHW uint8, their masks packed; per category category_K
+    (row of the text bank), points_KN3, labels_KN, boxes_K6, valid_K, with marks of the user's own marks_KM3; of the
+    pseudo-labels the same with `pseudo_`, but for the marks. A view that shows no category, or no region, has valid 0
+    there and counts nothing.
     """
     masks = _draw_categories(view, facts, config.categories_per_volume, rng)
     categories = [_draw_prompt(mask, row_of.get(name, 0), config, marked, rng) for name, mask in masks]
     pseudo = _draw_pseudos(view, config, rng)
     return {
-        "image_CDHW": view.image_DHW[None],
+        **image_of(view),
         **_stack(categories, ""),
         **_stack(pseudo, "pseudo_"),
     }
@@ -209,7 +234,7 @@ def _prompted(
         points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
         box = jitter_box(box or box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
     return {
-        "masks_DHW": mask_DHW,
+        MASK: mask_DHW,
         "category": np.array(row, dtype=np.int64),
         "points_N3": points_N3,
         "labels_N": labels_N,
@@ -254,10 +279,12 @@ def merged_inside(regions_DHW: np.ndarray, sizes: np.ndarray, box: Box) -> np.nd
 
 
 def _stack(parts: list[Arrays], prefix: str) -> Arrays:
-    """Stacks along a new first axis: masks_DHW becomes masks_KDHW, category becomes category_K."""
+    """Stacks along a new first axis: category becomes category_K. Masks become bits_JDHW."""
     if not parts:
         return {}
-    return {prefix + lettered(name, "K"): np.stack([part[name] for part in parts]) for name in parts[0]}
+    names = [name for name in parts[0] if name != MASK]
+    stacked = {prefix + lettered(name, "K"): np.stack([part[name] for part in parts]) for name in names}
+    return {prefix + "bits_JDHW": packed([part[MASK] for part in parts]), **stacked}
 
 
 def lettered(name: str, letter: str) -> str:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from segvol_pl.data.stream import Batch
+from segvol_pl.data.batch import Batch
 from segvol_pl.run.record import HELD_OUT, VOLUMES
 from segvol_pl.run.tracking import WandbRun
 from segvol_pl.tasks.segment import SegVolTask

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from segvol_pl.config import OptimConfig
-from segvol_pl.data.stream import Batch
+from segvol_pl.data.batch import Batch
 
 
 def schedule(step: int, config: OptimConfig) -> float:

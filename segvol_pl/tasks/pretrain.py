@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from segvol_pl.config import PretrainConfig
 from segvol_pl.configure import plain
-from segvol_pl.data.stream import Batch
+from segvol_pl.data.batch import Batch
 from segvol_pl.losses import simmim_loss
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.tasks.optim import Task, log_validation, poisoned

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from segvol_pl.config import TrainConfig, named_parts
 from segvol_pl.configure import plain
-from segvol_pl.data.stream import Batch
+from segvol_pl.data.batch import Batch
 from segvol_pl.losses import mask_losses
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import ImageSide

@@ -20,9 +20,11 @@ from torch.utils.data import DataLoader
 
 from segvol_pl.config import DataConfig, PromptConfig, RunConfig, SegVolConfig, StartMethod, Tail
 from segvol_pl.data import views
+from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.health import Health
 from segvol_pl.data.module import VolumeModule
+from segvol_pl.data.parcel import Arrays
 from segvol_pl.data.sample import Facts, Member
 from segvol_pl.data.shards import (
     Damage,
@@ -35,8 +37,8 @@ from segvol_pl.data.shards import (
     write_shard,
 )
 from segvol_pl.data.store import Store, StoreError
-from segvol_pl.data.stream import DAMAGES, Batch, Plan, Stream, World, epoch_order
-from segvol_pl.data.views import Arrays, Read
+from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
+from segvol_pl.data.views import Read
 
 MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
 
@@ -124,7 +126,7 @@ def _equal(a: Batch, b: Batch) -> bool:
 
 
 def test_batches_have_the_promised_names_and_shapes(phantom_shards: Path) -> None:
-    batch = next(iter(_stream(phantom_shards)))
+    batch = unpacked(next(iter(_stream(phantom_shards))))
     shapes = {name: tuple(value.shape) for name, value in batch.items()}
     assert shapes["image_BCDHW"] == (4, 1, 8, 16, 16)
     assert shapes["masks_BKDHW"] == shapes["pseudo_masks_BKDHW"] == (4, 2, 8, 16, 16)
@@ -133,6 +135,7 @@ def test_batches_have_the_promised_names_and_shapes(phantom_shards: Path) -> Non
     assert shapes["boxes_BK6"] == (4, 2, 6)
     assert shapes["category_BK"] == shapes["valid_BK"] == (4, 2)
     assert batch["image_BCDHW"].dtype == torch.float32
+    assert batch["masks_BKDHW"].dtype == batch["pseudo_masks_BKDHW"].dtype == torch.bool
     assert int(batch["seen"]) == 4
 
 
@@ -195,7 +198,7 @@ def test_a_repeated_tail_starts_the_epoch_anew(phantom_shards: Path) -> None:
     rows = stream.rows(0)
     assert np.array_equal(np.bincount(rows), [3] * 6)
     last = list(islice(iter(stream), 5))[-1]
-    assert last["image_BCDHW"].shape[0] == 4 and int(last["seen"]) == 20
+    assert last["hu_BCDHW"].shape[0] == 4 and int(last["seen"]) == 20
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -270,10 +273,10 @@ def test_a_damaged_sample_is_replaced_alike_on_every_world(broken: Path, what: s
     hit = [np.isin(batch["damaged_BA2"][..., 0], list(lost)).any(axis=1) for batch in after]
     assert any(row.any() for row in hit)
     for old, new, replaced in zip(before, after, hit, strict=True):
-        assert torch.equal(old["image_BCDHW"][~replaced], new["image_BCDHW"][~replaced])
-        assert new["image_BCDHW"].shape == old["image_BCDHW"].shape and int(new["seen"]) == int(old["seen"])
-    parts = [next(iter(half))["image_BCDHW"] for half in halves]
-    assert torch.equal(after[0]["image_BCDHW"], torch.cat(parts))
+        assert torch.equal(old["hu_BCDHW"][~replaced], new["hu_BCDHW"][~replaced])
+        assert new["hu_BCDHW"].shape == old["hu_BCDHW"].shape and int(new["seen"]) == int(old["seen"])
+    parts = [next(iter(half))["hu_BCDHW"] for half in halves]
+    assert torch.equal(after[0]["hu_BCDHW"], torch.cat(parts))
     causes = {Damage.ALTERED} if what in DAMAGED else {Damage[what.upper()]}
     said = {DAMAGES[int(code)] for batch in after for code in batch["damaged_BA2"][..., 1].flatten() if code >= 0}
     assert said == causes

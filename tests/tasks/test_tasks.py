@@ -23,10 +23,11 @@ from segvol_pl.config import (
     TrainConfig,
 )
 from segvol_pl.data import views
+from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.shards import read_index
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import Batch, Draw, Plan, Stream
+from segvol_pl.data.stream import Draw, Plan, Stream
 from segvol_pl.model import TextBank
 from segvol_pl.tasks.optim import optimizer, schedule
 from segvol_pl.tasks.pretrain import SimMIMTask
@@ -41,7 +42,7 @@ OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
 
 def _batch(folder: Path, draw: Draw, size: int = 2) -> Batch:
     records = [record for record in read_index(Store(folder)).samples if record.labelled]
-    return next(iter(Stream(Corpus([Part(Store(folder), records)]), draw, Plan(len(records), size))))
+    return unpacked(next(iter(Stream(Corpus([Part(Store(folder), records)]), draw, Plan(len(records), size)))))
 
 
 @pytest.fixture(scope="module")

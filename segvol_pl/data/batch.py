@@ -1,0 +1,92 @@
+"""A batch in its two forms: as it travels, and as the tasks use it.
+
+1. In the loader a sample keeps its int16 HU beside the four numbers that make an image of them (`shade_of`), and eight
+   masks share a byte of each voxel (`packed`): 4 bytes a voxel instead of 18.
+2. So a batch goes through shared memory, pinned memory and to the device.
+3. There `unpacked` makes the float32 image and the bool masks, by the same arithmetic as `transforms.normalise`, bit
+   for bit, on a CPU as on a GPU.
+
+An overview that had to be resized has no HU: it travels as the image itself, and a batch may hold both kinds.
+Letters as in `sample`; J bytes of a voxel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from segvol_pl.data.parcel import Arrays
+from segvol_pl.data.sample import Intensity
+
+Batch = dict[str, Tensor]
+
+HOST = ("seen", "row_B", "damaged_BA2")
+"""What the training process looks at itself: it stays in main memory."""
+KINDS = ("", "pseudo_")
+"""Prefixes of what a batch holds by mask: categories' and pseudo-labels'."""
+BITS = 8
+
+
+def shade_of(intensity: Intensity, scale: float, shift: float) -> np.ndarray:
+    """What makes an image of HU, float32 (4,): clip((hu - low) / span, 0, 1) * scale + shift."""
+    return np.array([intensity.low, intensity.high - intensity.low, scale, shift], dtype=np.float32)
+
+
+def packed(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Bool masks (D,H,W) as bits, uint8 (J,D,H,W): mask k is bit k % 8 of byte k // 8."""
+    bits_JDHW = np.empty((-(-len(masks) // BITS), *masks[0].shape), dtype=np.uint8)
+    for byte, bits_DHW in enumerate(bits_JDHW):
+        *lower, highest = masks[byte * BITS : (byte + 1) * BITS]
+        # Slice by slice, which the fastest cache holds.
+        for d, bits_HW in enumerate(bits_DHW):
+            bits_HW[...] = highest[d]
+            for mask_DHW in reversed(lower):
+                np.add(bits_HW, bits_HW, out=bits_HW)
+                np.bitwise_or(bits_HW, mask_DHW[d].view(np.uint8), out=bits_HW)
+    return bits_JDHW
+
+
+def order_of(samples: Sequence[Arrays]) -> Arrays:
+    """`place_B`, where each sample's image is behind those made of HU and those that came as they are; if both are."""
+    finished = np.array(["image_CDHW" in sample for sample in samples])
+    mixed = finished.any() and not finished.all()
+    return {"place_B": np.argsort(np.argsort(finished, kind="stable"))} if mixed else {}
+
+
+def unpacked(batch: Batch) -> Batch:
+    """The batch as the tasks use it: image_BCDHW float32, masks_BKDHW and pseudo_masks_BKDHW bool; others as they are.
+
+    On the batch's device, which is not waited for.
+    """
+    batch = dict(batch)
+    images = [shaded(batch.pop("hu_BCDHW"), batch.pop("shade_B4"))] if "hu_BCDHW" in batch else []
+    images += [batch.pop("image_BCDHW")] if "image_BCDHW" in batch else []
+    if images:
+        batch["image_BCDHW"] = torch.cat(images)[batch.pop("place_B")] if len(images) > 1 else images[0]
+    for kind in KINDS:
+        if f"{kind}bits_BJDHW" in batch:
+            count = batch[f"{kind}valid_BK"].shape[1]
+            batch[f"{kind}masks_BKDHW"] = masks_of(batch.pop(f"{kind}bits_BJDHW"), count)
+    return batch
+
+
+def shaded(hu_BCDHW: Tensor, shade_B4: Tensor) -> Tensor:
+    """The image of int16 HU, float32, see `shade_of`."""
+    # Tensors, not Python's numbers: a GPU would multiply by the reciprocal of one instead of dividing by it.
+    low, span, scale, shift = shade_B4[..., None, None, None, None].unbind(1)
+    return hu_BCDHW.float().sub_(low).div_(span).clamp_(0, 1).mul_(scale).add_(shift)
+
+
+def masks_of(bits_BJDHW: Tensor, count: int) -> Tensor:
+    """The first `count` masks of the bits, bool (B,K,D,H,W)."""
+    batch, _, *shape = bits_BJDHW.shape
+    masks_BKDHW = bits_BJDHW.new_empty((batch, count, *shape))
+    place_K111 = torch.arange(BITS, dtype=torch.uint8, device=bits_BJDHW.device)[:, None, None, None]
+    for byte, bits_BDHW in enumerate(bits_BJDHW.unbind(1)):
+        eight_BKDHW = masks_BKDHW[:, byte * BITS : (byte + 1) * BITS]
+        torch.bitwise_right_shift(bits_BDHW[:, None], place_K111[: eight_BKDHW.shape[1]], out=eight_BKDHW)
+    # Bytes of 0 and 1 are bools already.
+    return masks_BKDHW.bitwise_and_(1).view(torch.bool)
