@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ from segvol_pl.config import (
     Wandb,
 )
 from segvol_pl.configure import load, to_yaml
+from segvol_pl.data.batch import Batch
 from segvol_pl.data.module import VolumeModule
 from segvol_pl.data.sample import Member
 from segvol_pl.data.shards import SampleRecord, ShardError, read_index
 from segvol_pl.data.store import Store
 from segvol_pl.model.checkpoint import CheckpointError, load_model
+from segvol_pl.run.callbacks import StreamPosition
 from segvol_pl.run.preemption import SIGNALLED, SIGNALS, StopSignal
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import pretrain, train
@@ -524,3 +526,54 @@ def test_handlers_of_signals_are_given_back() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGUSR1
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+class _Following:
+    """Keeps what the trainer says of each batch when its step is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[int, int, list[str]]] = []
+        end = StreamPosition.on_train_batch_end
+
+        def noted(callback: StreamPosition, trainer: Any, *rest: Any) -> None:
+            end(callback, trainer, *rest)
+            data = trainer.datamodule
+            self.told.append((trainer.global_step, data.seen, data.batch_keys()))
+
+        monkeypatch.setattr(StreamPosition, "on_train_batch_end", noted)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_copied_ahead_change_nothing(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """As on a GPU: the copy of a batch has begun before the batch in front of it is trained on."""
+    following, begun = _Following(monkeypatch), []
+
+    def begin(batch: Batch) -> Callable[[], Batch]:
+        begun.append((int(batch["seen"]), len(following.told)))
+        return lambda: {name: value.clone() for name, value in batch.items()}
+
+    def configured(name: str) -> TrainConfig:
+        config = _train_config(phantom_shards, tmp_path / name)
+        config = replace(config, data=replace(config.data, workers=workers))
+        return replace(config, run=replace(config.run, keep_every=3))
+
+    plain = train(configured("plain"))
+    expected, following.told = following.told, []
+    assert [(step, seen) for step, seen, _ in expected] == [(step, 2 * step) for step in range(1, 7)]
+    monkeypatch.setattr(VolumeModule, "_copying", lambda self: begin)
+    ahead = train(configured("ahead"))
+    assert following.told == expected
+    assert max(seen - 2 * steps for seen, steps in begun) >= 4, "a batch beyond the one that is trained on"
+    kept = tmp_path / "ahead" / "checkpoints" / "step-3.ckpt"
+    assert torch.load(kept, weights_only=True)["VolumeModule"]["seen"] == 6
+    resumed_folder = tmp_path / "resumed" / "checkpoints"
+    resumed_folder.mkdir(parents=True)
+    shutil.copy(kept, resumed_folder / "last.ckpt")
+    following.told = []
+    resumed = train(configured("resumed"))
+    assert following.told == expected[3:]
+    for other in (ahead, resumed):
+        first, second = _weights(plain), _weights(other)
+        assert all(torch.equal(first[name], second[name]) for name in first)
