@@ -543,6 +543,7 @@ class _Following:
         monkeypatch.setattr(StreamPosition, "on_train_batch_end", noted)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_copied_ahead_change_nothing(
     phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
