@@ -787,7 +787,7 @@ class EvaluateConfig(Keys):
     sliding: SlidingConfig = field(default_factory=SlidingConfig)
     track: TrackConfig = field(default_factory=lambda: TrackConfig(wandb=Wandb.disabled))
     device: str = "auto"
-    """cpu, cuda or auto: each rank of a node takes a GPU of its own."""
+    """auto, cuda, cuda:1 or cpu. With auto and cuda each rank of a node takes a GPU of its own."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
@@ -836,7 +836,7 @@ class PredictConfig(Keys):
     """Seeds the points re-drawn in zoom-in windows."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """auto, cuda, cuda:1 or cpu. With auto and cuda each task of a node takes a GPU of its own."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 
@@ -878,7 +878,7 @@ class ViewConfig(Keys):
     """Seeds the points re-drawn in zoom-in windows."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     device: str = "auto"
-    """cpu, cuda or auto."""
+    """auto, cuda, cuda:1 or cpu. With auto and cuda each task of a node takes a GPU of its own."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from segvol_pl.config import ConfigError, EvaluateConfig, Mode, Wandb, named_parts
@@ -36,7 +35,7 @@ from segvol_pl.data.shards import ShardError, sha256_of
 from segvol_pl.data.volume import VolumeError
 from segvol_pl.data.whole import write_text
 from segvol_pl.evaluation.examination import Answer, Examination
-from segvol_pl.evaluation.ledger import CaseResult, Ledger, Share, local_rank
+from segvol_pl.evaluation.ledger import CaseResult, Ledger, Share
 from segvol_pl.evaluation.metrics import dice, score
 from segvol_pl.evaluation.pictures import Picture, cut, draw_picture
 from segvol_pl.evaluation.prompting import Setting, check_own, settings
@@ -47,7 +46,7 @@ from segvol_pl.evaluation.tracked import track
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.report import write_report
-from segvol_pl.run.strategies import autocast, resolve_device
+from segvol_pl.run.strategies import autocast, own_device
 from segvol_pl.run.tracking import manifest
 from segvol_pl.zoom import Promptable
 
@@ -76,7 +75,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
     CheckpointError, ShardError and CaseError for files that cannot be used.
     """
     subjects = find_subjects(config.data)
-    model = load_model(config.checkpoint, _own_device(config.device))
+    model = load_model(config.checkpoint, own_device(config.device))
     summary = _Evaluation(config, subjects, model, sha256_of(Path(config.checkpoint))).run()
     if summary and console:
         console.print(summary.table())
@@ -86,12 +85,6 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
 def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary | None:
     """`evaluate` with a model at hand (in eval mode); `config.checkpoint` is only its name, `config.device` unused."""
     return _Evaluation(config, find_subjects(config.data), model, config.checkpoint).run()
-
-
-def _own_device(name: str) -> torch.device:
-    device = resolve_device(name)
-    shared = name == "auto" and device.type == "cuda" and torch.cuda.device_count() > 1
-    return torch.device("cuda", local_rank() % torch.cuda.device_count()) if shared else device
 
 
 def _own_figures(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:

@@ -31,7 +31,7 @@ from segvol_pl.dicom_seg import check_dicom_seg, write_dicom_seg
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
 from segvol_pl.placement import PromptError, check_prompt, into_crop, prompt_of
-from segvol_pl.run.strategies import autocast, resolve_device
+from segvol_pl.run.strategies import autocast, own_device
 from segvol_pl.zoom import Progress, Promptable, Zoomer, ZoomResult, binary
 
 __all__ = ["LabelMap", "Mask", "Predictor", "PromptError", "Score", "Session", "into_crop", "predict", "prompt_of"]
@@ -169,8 +169,11 @@ class Predictor:
         precision: Precision = Precision.auto,
         seed: int = 0,
     ) -> Predictor:
-        """From a training checkpoint (.ckpt) or an exported model (.safetensors). Raises CheckpointError."""
-        return cls(load_model(path, resolve_device(device)), zoom, precision, seed)
+        """From a training checkpoint (.ckpt) or an exported model (.safetensors). Raises CheckpointError.
+
+        device: of several GPUs, `auto` and `cuda` take the one of this process's number on its node, see `own_device`.
+        """
+        return cls(load_model(path, own_device(device)), zoom, precision, seed)
 
     def open(self, source: str | Path | Volume, progress: Progress | None = None) -> Session:
         """Read a CT (NIfTI, NRRD, MHA, DICOM folder) and encode it once. Raises VolumeError or SampleError.

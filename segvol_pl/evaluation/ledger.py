@@ -46,7 +46,6 @@ marks do."""
 
 RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """A process's rank and how many there are: torchrun's names, and those that srun (but not sbatch) sets."""
-LOCAL_RANK_VARIABLES = ("LOCAL_RANK", "SLURM_LOCALID")
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,6 @@ class Share:
     def of_list(self, items: Sequence[Item]) -> list[Item]:
         """This process's items. The shares of all processes hold each item once."""
         return list(items[self.part * self.ranks + self.rank :: self.parts * self.ranks])
-
-
-def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The process's number on its node."""
-    return next((int(environment[name]) for name in LOCAL_RANK_VARIABLES if name in environment), 0)
 
 
 @dataclass(frozen=True)

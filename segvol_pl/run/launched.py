@@ -9,6 +9,13 @@ RANKS = ("SLURM_PROCID", "RANK")
 """Its number among all: SLURM's name, torchrun's."""
 NODES = ("NODE_RANK", "GROUP_RANK")
 """Its node's number, where ranks are started by hand or by Lightning's launcher."""
+LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
+"""Its number on its node: torchrun's and Lightning's name, SLURM's."""
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """The process's number on its node; 0 for one that is alone."""
+    return next((int(environment[name]) for name in LOCAL_RANKS if name in environment), 0)
 
 
 def rank_named(environment: Mapping[str, str] = os.environ) -> str:

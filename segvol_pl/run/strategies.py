@@ -37,6 +37,7 @@ from torch.optim import Optimizer
 from segvol_pl.config import DEEPSPEED_BUCKET, ConfigError, Precision, RunConfig, Strategy
 from segvol_pl.configure import own_function
 from segvol_pl.model.mask_decoder import TwoWayAttentionBlock, Upscaling
+from segvol_pl.run.launched import local_rank
 from segvol_pl.tasks.optim import Task
 
 STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
@@ -58,6 +59,23 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device: {name!r} is no device: use auto, cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device: {name} asked for, but torch finds no CUDA device: use device=cpu")
+    return device
+
+
+def own_device(name: str) -> torch.device:
+    """`resolve_device` for a process that has a GPU to itself, which becomes its current one.
+
+    `auto` and `cuda` spread a node's processes over the GPUs that they see: the one of the process's number there, and
+    device 0 where each sees one alone. Raises ConfigError for a GPU that this process does not see.
+    """
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    seen = torch.cuda.device_count()
+    device = torch.device("cuda", local_rank() % seen if device.index is None else device.index)
+    if device.index >= seen:
+        raise ConfigError(f"device: {name} asked for, but this process sees {seen} CUDA devices: use device=cuda")
+    torch.cuda.set_device(device)
     return device
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, ZoomConfig
-from segvol_pl.evaluation.ledger import CaseResult, Ledger, Share, local_rank
+from segvol_pl.evaluation.ledger import CaseResult, Ledger, Share
 from segvol_pl.evaluation.reading import Reading
 from segvol_pl.evaluation.rows import Row
 from segvol_pl.evaluation.subjects import EvaluateError
@@ -37,7 +37,6 @@ def test_a_share_is_known_from_torchrun_and_srun_but_not_from_sbatch() -> None:
     assert Share.of("", {**step, "RANK": "0", "WORLD_SIZE": "9"}) == Share(0, 9)
     with pytest.raises(EvaluateError, match="RANK=4 and WORLD_SIZE=4"):
         Share.of("", {"RANK": "4", "WORLD_SIZE": "4"})
-    assert local_rank({"SLURM_LOCALID": "3"}) == 3 and local_rank({}) == 0
 
 
 def test_results_are_found_again_unless_the_case_has_changed(tmp_path: Path) -> None:
