@@ -623,11 +623,12 @@ class ZoomConfig(Keys):
     """Probability above which a voxel belongs to the mask."""
     overlap: float = ranged(0.5, least=0, below=1)
     """Overlap of neighbouring zoom-in windows."""
-    batch: int = ranged(2, least=1)
-    """Zoom-in windows encoded together."""
-    decode_batch: int = ranged(4, least=1)
-    """Prompts decoded together, of whichever windows; one takes about 0.3 GB at the published size. In fp32 the
-    number moves logits by less than 1e-5, in bf16 by some hundredths, and with them the voxels at a mask's edge."""
+    batch: int = ranged(0, least=0)
+    """Zoom-in windows encoded together. 0: 8 on a GPU, 2 on a CPU."""
+    decode_batch: int = ranged(0, least=0)
+    """Prompts decoded together, of whichever windows; one takes about 0.3 GB at the published size. 0: 16 on a GPU, 4
+    on a CPU. In fp32 the number moves logits by less than 1e-5, in bf16 by some hundredths, and with them the voxels at
+    a mask's edge."""
     cache_gb: float = ranged(1.0, least=0)
     """Room for the tokens of encoded windows, in GB, so that further prompts only decode; at the published size a
     window takes 6 MB, in bf16 3. What was used longest ago goes first. 0: none are kept."""
@@ -650,6 +651,11 @@ class ZoomConfig(Keys):
     reflection: Rule = Rule.consistent
     """What a window is told: the user's own prompt inside it, and windows that hold nothing are skipped. `published`:
     the coarse mask's box in place of the user's, points drawn from the enlarged user's points, no window skipped."""
+
+    def batches(self, kind: str) -> tuple[int, int]:
+        """Windows encoded and prompts decoded together on a device of that kind, `cuda` or `cpu`."""
+        encoded, decoded = (8, 16) if kind == "cuda" else (2, 4)
+        return self.batch or encoded, self.decode_batch or decoded
 
 
 @dataclass

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from segvol_pl.data.prompts import box_of
 from segvol_pl.data.sample import Box
 from segvol_pl.data.transforms import box_slices, resize_tensor
+
+Logits = TypeVar("Logits", np.ndarray, torch.Tensor)
 
 SURE = 10.0
 """Logit of a voxel that is known to belong to a mask; its negative where it is known not to."""
@@ -33,8 +35,8 @@ def logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def binary(logits_DHW: np.ndarray, threshold: float) -> np.ndarray:
-    """Bool mask of the voxels whose probability exceeds `threshold`."""
+def binary(logits_DHW: Logits, threshold: float) -> Logits:
+    """Bool mask of the voxels whose probability exceeds `threshold`; of a tensor on its device."""
     return logits_DHW > logit(threshold)
 
 

@@ -32,7 +32,7 @@ from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
 from segvol_pl.placement import PromptError, check_prompt, into_crop, prompt_of
 from segvol_pl.run.strategies import autocast, own_device
-from segvol_pl.zoom import Progress, Promptable, Zoomer, ZoomResult, binary
+from segvol_pl.zoom import Progress, Promptable, Zoomer, ZoomResult
 
 __all__ = ["LabelMap", "Mask", "Predictor", "PromptError", "Score", "Session", "into_crop", "predict", "prompt_of"]
 
@@ -245,10 +245,10 @@ class Session:
         best_DHW = np.full(inside_DHW.shape, -np.inf, np.float16) if overlaps is Overlaps.probability else None
         found: list[tuple[int, float, Box | None]] = []
         for value, (_, result) in enumerate(self._answers([Prompt(text=name) for name in names]), start=1):
+            own_DHW, logits_N = result.found(self.predictor.zoom.threshold)
             if result.roi is not None:
-                self._claim(value, result.patch_DHW, box_slices(result.roi), inside_DHW, best_DHW)
-            own_DHW = binary(result.patch_DHW, self.predictor.zoom.threshold)
-            found.append((int(np.count_nonzero(own_DHW)), _probability(result.patch_DHW, own_DHW), result.roi))
+                self._claim(value, own_DHW, logits_N, box_slices(result.roi), inside_DHW, best_DHW)
+            found.append((logits_N.size, _probability(logits_N), result.roi))
         # Of a whole volume bincount would make an int64 copy.
         counts = np.sum([np.bincount(label_HW.reshape(-1), minlength=len(names) + 1) for label_HW in inside_DHW], 0)
         litres = float(np.prod(self.volume.spacing)) / 1000
@@ -258,21 +258,25 @@ class Session:
         ]
         return LabelMap(label_DHW, self.volume, scores, overlaps)
 
+    @staticmethod
     def _claim(
-        self,
         value: int,
-        logits_DHW: np.ndarray,
+        own_DHW: np.ndarray,
+        logits_N: np.ndarray,
         place: tuple[slice, ...],
         label_DHW: np.ndarray,
         best_DHW: np.ndarray | None,
     ) -> None:
-        """Slice by slice: whole volumes of temporary arrays would not fit."""
+        """Slice by slice: whole volumes of temporary arrays would not fit. logits_N: of the voxels of `own_DHW`."""
         labels, best = label_DHW[place], None if best_DHW is None else best_DHW[place]
-        for depth, logits_HW in enumerate(logits_DHW):
-            claimed_HW = binary(logits_HW, self.predictor.zoom.threshold)
+        ends = np.cumsum([np.count_nonzero(own_HW) for own_HW in own_DHW])[:-1]
+        for depth, (own_HW, sure_N) in enumerate(zip(own_DHW, np.split(logits_N, ends), strict=True)):
+            claimed_HW = own_HW
             if best is not None:
-                claimed_HW &= logits_HW > best[depth]
-                best[depth][claimed_HW] = logits_HW[claimed_HW]
+                higher_N = sure_N > best[depth][own_HW]
+                claimed_HW = np.zeros_like(own_HW)
+                claimed_HW[own_HW] = higher_N
+                best[depth][claimed_HW] = sure_N[higher_N]
             labels[depth][claimed_HW] = value
 
     def _answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, ZoomResult]]:
@@ -309,11 +313,11 @@ class Session:
         return self._mask(result, prompt)
 
     def _mask(self, result: ZoomResult, prompt: Prompt) -> Mask:
-        threshold = self.predictor.zoom.threshold
         array_DHW = np.zeros(self.volume.array_DHW.shape, bool)
-        array_DHW[box_slices(self.body)] = result.mask(threshold)
-        probability = _probability(result.patch_DHW, binary(result.patch_DHW, threshold))
-        return Mask(array_DHW, self.volume, self._in_ct(result.roi), prompt, probability)
+        own_DHW, logits_N = result.found(self.predictor.zoom.threshold)
+        if result.roi is not None:
+            array_DHW[box_slices(self.body)][box_slices(result.roi)] = own_DHW
+        return Mask(array_DHW, self.volume, self._in_ct(result.roi), prompt, _probability(logits_N))
 
     def _in_ct(self, roi: Box | None) -> Box | None:
         if roi is None:
@@ -322,10 +326,9 @@ class Session:
         return roi[0] + d, roi[1] + h, roi[2] + w, roi[3] + d, roi[4] + h, roi[5] + w
 
 
-def _probability(logits_DHW: np.ndarray, mask_DHW: np.ndarray) -> float:
-    """Mean over the mask; 0 for an empty one."""
-    inside_N = logits_DHW[mask_DHW]
-    return float(np.mean(1 / (1 + np.exp(-inside_N)))) if inside_N.size else 0.0
+def _probability(logits_N: np.ndarray) -> float:
+    """Mean over a mask, by the logits inside it; 0 for an empty one."""
+    return float(np.mean(1 / (1 + np.exp(-logits_N)))) if logits_N.size else 0.0
 
 
 def _continued(earlier: Prompt, later: Prompt) -> Prompt:

@@ -2,7 +2,8 @@
 
 1. `put` keeps a window's tokens on the device that they were computed on.
 2. What was used longest ago moves to main memory when the device's share is full, and goes when all of it is.
-3. `get` brings a window back to the device.
+3. `get` brings a window back to the device. Neither way waits for a GPU: copies follow each other in its order of work,
+   and nothing here reads what they bring.
 
 Letters: B batch (of one), T tokens, E embedding.
 """
@@ -43,7 +44,7 @@ class TokenStore:
             tokens_BTE = self._far.pop(key, None)
         if tokens_BTE is None:
             return None
-        tokens_BTE = tokens_BTE.to(device)
+        tokens_BTE = tokens_BTE.to(device, non_blocking=True)
         self.put(key, tokens_BTE)
         return tokens_BTE
 
@@ -52,9 +53,15 @@ class TokenStore:
         self._near[key] = tokens_BTE
         while self._near and _bytes(self._near) > self.device_limit:
             oldest, tokens_BTE = self._near.popitem(last=False)
-            self._far[oldest] = tokens_BTE.cpu()
+            self._far[oldest] = _away(tokens_BTE)
         while self._far and self.bytes > self.limit:
             self._far.popitem(last=False)
+
+
+def _away(tokens_BTE: torch.Tensor) -> torch.Tensor:
+    if tokens_BTE.device.type != "cuda":
+        return tokens_BTE.cpu()
+    return torch.empty_like(tokens_BTE, device="cpu", pin_memory=True).copy_(tokens_BTE, non_blocking=True)
 
 
 def _bytes(tensors: OrderedDict[Hashable, torch.Tensor]) -> int:

@@ -8,7 +8,10 @@
 3. The windows' logits, averaged where they overlap, are pasted over the coarse logits of that region.
 4. Many prompts are answered at once: each window is encoded once for all of them, and its tokens are kept as long as
    there is room.
-5. To refine, the mask found before takes the place of the coarse mask.
+5. On a GPU the logits stay there: they are summed and thresholded where they come up. The host waits for the coarse
+   logits, by which windows are chosen, and for what is asked of the result: a mask, the logits inside it. Between the
+   two it only gives work.
+6. To refine, the mask found before takes the place of the coarse mask.
 
 `config.interpolation`, `grid` and `reflection` say how each of these is done; set to `published` they give what the
 released weights were validated with (configs/zoom/published.yaml).
@@ -16,11 +19,12 @@ released weights were validated with (configs/zoom/published.yaml).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import product
+from itertools import pairwise, product
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +39,8 @@ from segvol_pl.tokens import TokenStore
 
 __all__ = ["Promptable", "Prompted", "ZoomResult", "Zoomer", "binary", "scale_prompt", "zoom"]
 
+log = logging.getLogger(__name__)
+
 Start = tuple[int, int, int]
 """First voxel (d, h, w) of a window."""
 
@@ -43,11 +49,17 @@ NOWHERE: Box = (-1, -1, -1, -1, -1, -1)
 
 GIGABYTE = 1e9
 
+VOXEL = 5
+"""Bytes of a voxel of a region of interest: its logit and whether it is inside."""
+
 TOGETHER = 2**27
-"""Voxels of regions of interest beyond which no more prompts are worked on at once: 0.7 GB at 5 bytes each."""
+"""Voxels of regions of interest beyond which no more prompts are worked on at once: 0.7 GB."""
+
+LISTED = 2**22
+"""Voxels of which those inside are listed at once: the list takes up to 8 bytes each."""
 
 Progress = Callable[[int, int], None]
-"""Told the windows decoded and those to be decoded, of the prompts worked on at once."""
+"""Told the windows decoded (on a GPU: given to it) and those to be decoded, of the prompts worked on at once."""
 
 
 class Promptable(Protocol):
@@ -77,8 +89,8 @@ class ZoomResult:
     """Zoom-out; in refining, the mask found before."""
     roi: Box | None
     """Region of interest, inclusive: what zooming in may change, see `region_of`; None: the coarse mask is empty."""
-    patch_DHW: np.ndarray
-    """Final logits of the region of interest."""
+    patch_DHW: torch.Tensor
+    """Final logits of the region of interest, where they were summed: on the GPU where there is one with room."""
     windows: int
     """Windows decoded in the zoom-in."""
 
@@ -93,7 +105,7 @@ class ZoomResult:
         if self.roi is None:
             return self.coarse_DHW
         final_DHW = self.coarse_DHW.copy()
-        final_DHW[box_slices(self.roi)] = self.patch_DHW
+        final_DHW[box_slices(self.roi)] = self.patch_DHW.numpy(force=True)
         return final_DHW
 
     def coarse_mask(self, threshold: float) -> np.ndarray:
@@ -104,8 +116,15 @@ class ZoomResult:
         """Bool mask (D,H,W), the threshold being the one that was zoomed with: nothing lies outside of the region."""
         mask_DHW = np.zeros(self.ground.shape, bool)
         if self.roi is not None:
-            mask_DHW[box_slices(self.roi)] = binary(self.patch_DHW, threshold)
+            mask_DHW[box_slices(self.roi)] = binary(self.patch_DHW, threshold).numpy(force=True)
         return mask_DHW
+
+    def found(self, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+        """Bool mask of the region of interest, and the logits inside it in the mask's order; no others are fetched."""
+        mask_DHW = binary(self.patch_DHW, threshold)
+        parts = zip(self.patch_DHW.flatten().split(LISTED), mask_DHW.flatten().split(LISTED), strict=True)
+        inside_N = torch.cat([logits_N[inside_N] for logits_N, inside_N in parts])
+        return mask_DHW.numpy(force=True), inside_N.numpy(force=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +154,12 @@ class Tile:
         )
 
     def cut(self, array_DHW: Sliceable, window: Sequence[int]) -> np.ndarray:
-        """The window of a volume; zero outside the bound."""
+        """The window of a volume, to be read alone; zero outside the bound."""
+        seen_DHW = array_DHW[self.slices(window, self.bound, (0, 0, 0))]
+        if seen_DHW.shape == tuple(window):
+            return seen_DHW
         tile_DHW = np.zeros(tuple(window), array_DHW.dtype)
-        seen = self.slices(window, self.bound, self.start), self.slices(window, self.bound, (0, 0, 0))
-        tile_DHW[seen[0]] = array_DHW[seen[1]]
+        tile_DHW[self.slices(window, self.bound, self.start)] = seen_DHW
         return tile_DHW
 
 
@@ -345,6 +366,20 @@ def clip_box(box: Box, start: Sequence[int], shape: Sequence[int]) -> Box | None
     return d0, h0, w0, d1, h1, w1
 
 
+def room(device: torch.device) -> float:
+    """Bytes that a GPU has left for tensors. Main memory is not asked: it has always room."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def _sent(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """On the device; the way to a GPU is not waited for."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class _Plan:
     """One prompt's zoom-in: the windows to decode, and the sum of what they gave so far."""
@@ -352,25 +387,49 @@ class _Plan:
     ground: Ground
     roi: Box | None
     local: list[tuple[Tile, Prompt]]
-    total_DHW: np.ndarray
-    count_DHW: np.ndarray
+    window: tuple[int, ...]
+    total_DHW: torch.Tensor
 
-    def add(self, tile: Tile, logits_DHW: np.ndarray, window: Sequence[int]) -> None:
+    def add(self, tile: Tile, logits_DHW: torch.Tensor) -> None:
+        """What one window gave."""
         assert self.roi is not None
-        place = tile.slices(window, self.roi, self.roi[:3])
-        self.total_DHW[place] += logits_DHW[tile.slices(window, self.roi, tile.start)]
-        self.count_DHW[place] += 1
+        seen_DHW = logits_DHW[tile.slices(self.window, self.roi, tile.start)]
+        self.total_DHW[tile.slices(self.window, self.roi, self.roi[:3])].add_(seen_DHW.to(self.total_DHW.device))
 
     def result(self) -> ZoomResult:
-        """What no window covered keeps its coarse logits."""
+        """The windows' mean; what none of them covered keeps its coarse logits."""
         if self.roi is not None:
-            d, h, w = self.roi[:3]
-            for place, (total_HW, count_HW) in enumerate(zip(self.total_DHW, self.count_DHW, strict=True), start=d):
-                if (count_HW == 0).any():
-                    below = self.ground.logits((place, h, w, place, *self.roi[4:]))[0]
-                    total_HW[count_HW == 0] = below[count_HW == 0]
-                np.divide(total_HW, count_HW, out=total_HW, where=count_HW > 0)
+            self._average(self.roi)
         return ZoomResult(self.ground, self.roi, self.total_DHW, len(self.local))
+
+    def _average(self, roi: Box) -> None:
+        d, h, w = roi[:3]
+        for deep, count_HW in self._covered(roi):
+            part_DHW, many_HW = self.total_DHW[deep], _sent(count_HW, self.total_DHW.device)
+            if not count_HW.all():
+                below_DHW = self.ground.logits((d + deep.start, h, w, d + deep.stop - 1, *roi[4:]))
+                torch.where(many_HW == 0, _sent(below_DHW, many_HW.device), part_DHW, out=part_DHW)
+            if count_HW.max() > 1:
+                part_DHW.div_(many_HW.clamp_(min=1))
+
+    def _covered(self, roi: Box) -> Iterator[tuple[slice, np.ndarray]]:
+        """Slabs of the region, none deeper than a window, and how many windows cover each voxel (H,W) of their slices.
+
+        The number is the same between two faces of windows: it is counted there alone, not voxel by voxel.
+        """
+        places = [tile.slices(self.window, roi, roi[:3]) for tile, _ in self.local]
+        faces = [
+            np.unique([0, size, *(face for place in places for face in (place[axis].start, place[axis].stop))])
+            for axis, size in enumerate(self.total_DHW.shape)
+        ]
+        faces[0] = np.union1d(faces[0], np.arange(0, len(self.total_DHW), self.window[0]))
+        count_DHW = np.zeros([len(axis) - 1 for axis in faces], np.float32)
+        for place in places:
+            within = zip(faces, place, strict=True)
+            count_DHW[tuple(slice(*np.searchsorted(axis, (cut.start, cut.stop))) for axis, cut in within)] += 1
+        high, wide = (np.diff(axis) for axis in faces[1:])
+        for (first, stop), count_HW in zip(pairwise(faces[0].tolist()), count_DHW, strict=True):
+            yield slice(first, stop), count_HW.repeat(high, axis=0).repeat(wide, axis=1)
 
 
 class Zoomer:
@@ -385,7 +444,9 @@ class Zoomer:
         self.model, self.image_DHW, self.config = model, image_DHW, config
         self.window = tuple(int(size) for size in model.config.input_shape)
         self.device = next(model.parameters()).device
+        self.batch, self.decode_batch = config.batches(self.device.type)
         self.tokens = TokenStore(config.cache_gb * GIGABYTE, config.device_gb * GIGABYTE)
+        self._crowded = False
         self._progress = progress or (lambda done, wanted: None)
         self._overview_BTE: torch.Tensor | None = None
 
@@ -427,11 +488,11 @@ class Zoomer:
     def zoom_all(self, asked: Sequence[Prompted]) -> Iterator[ZoomResult]:
         """Zoom-out-zoom-in of each, in order, as many at once as memory allows: a window is encoded once for those."""
         plans: list[_Plan] = []
-        for first in range(0, len(asked), self.config.decode_batch):
-            group = asked[first : first + self.config.decode_batch]
+        for first in range(0, len(asked), self.decode_batch):
+            group = asked[first : first + self.decode_batch]
             for one, coarse in zip(group, self._coarse([one.shrunk for one in group]), strict=True):
                 plans.append(self._planned(one, coarse))
-                if sum(plan.total_DHW.size for plan in plans) > TOGETHER:
+                if sum(plan.total_DHW.numel() for plan in plans) > TOGETHER:
                     yield from self._carried_out(plans)
                     plans = []
         yield from self._carried_out(plans)
@@ -453,8 +514,7 @@ class Zoomer:
     def _planned(self, asked: Prompted, ground: Ground, reflection: Rule | None = None) -> _Plan:
         mask_DHW = ground.mask(self.config.threshold)
         if not mask_DHW.any():
-            nothing = np.zeros((0, 0, 0), np.float32)
-            return _Plan(ground, None, [], nothing, nothing)
+            return _Plan(ground, None, [], self.window, torch.zeros(0, 0, 0))
         if self.config.grid is Rule.published:
             roi = cut_off_region(mask_DHW, self.window)
         else:
@@ -464,8 +524,21 @@ class Zoomer:
         reflected = self._reflected_as_published if published else self._reflected
         local = list(reflected(asked, mask_DHW, grid))
         shape = [high - low + 1 for low, high in _pairs(roi[:3], roi[3:])]
-        counts = np.zeros(shape, np.min_scalar_type(len(local)))
-        return _Plan(ground, roi, local, np.zeros(shape, np.float32), counts)
+        return _Plan(ground, roi, local, self.window, torch.zeros(shape, device=self._place(shape)))
+
+    def _place(self, shape: Sequence[int]) -> torch.device:
+        """Where the logits of a region are summed: beside the model, where half of the room there is enough."""
+        wanted, left = VOXEL * math.prod(shape), room(self.device)
+        if wanted <= left / 2:
+            return self.device
+        if not self._crowded:
+            log.info(
+                "a region of %d x %d x %d voxels takes %.1f GB, the GPU has %.1f GB left: regions that take more than "
+                "half of that are summed in main memory, which is slower",
+                *(*shape, wanted / GIGABYTE, left / GIGABYTE),
+            )
+        self._crowded = True
+        return torch.device("cpu")
 
     def _reflected(self, asked: Prompted, mask_DHW: np.ndarray, grid: list[Tile]) -> Iterator[tuple[Tile, Prompt]]:
         for tile in grid:
@@ -485,23 +558,27 @@ class Zoomer:
             yield tile, _reflected_as_published(prompt, inside_DHW, said, alone, self.config.points, asked.rng)
 
     def _carried_out(self, plans: list[_Plan]) -> Iterator[ZoomResult]:
-        """Window after window, each for all prompts that look at it; then the prompts' results in their order."""
+        """The prompts' results in their order."""
+        self._look(plans)
+        for plan in plans:
+            yield plan.result()
+
+    def _look(self, plans: list[_Plan]) -> None:
+        """Window after window, each for all prompts that look at it. No step of this waits for a GPU."""
         wanted: dict[Tile, list[tuple[_Plan, Prompt]]] = {}
         for plan in plans:
             for tile, prompt in plan.local:
                 wanted.setdefault(tile, []).append((plan, prompt))
         ordered, done = sorted(wanted, key=lambda tile: tile.start), 0
-        for first in range(0, len(ordered), self.config.batch):
-            tokens = self._encoded(ordered[first : first + self.config.batch])
+        for first in range(0, len(ordered), self.batch):
+            tokens = self._encoded(ordered[first : first + self.batch])
             self._decode({tile: wanted[tile] for tile in tokens}, tokens)
             done += sum(len(wanted[tile]) for tile in tokens)
             self._progress(done, sum(len(plan.local) for plan in plans))
-        for plan in plans:
-            yield plan.result()
 
     def _decode(self, wanted: dict[Tile, list[tuple[_Plan, Prompt]]], tokens: dict[Tile, torch.Tensor]) -> None:
         """A window's prompts together, and windows that have equally many; `decode_batch` of them at a time."""
-        size = self.config.decode_batch
+        size = self.decode_batch
         groups: dict[int, list[tuple[Tile, list[tuple[_Plan, Prompt]]]]] = {}
         for tile, asked in wanted.items():
             for first in range(0, len(asked), size):
@@ -517,9 +594,9 @@ class Zoomer:
         tokens_BTE = torch.cat([tokens[tile] for tile, _ in group])
         prompts = self.model.prompts([[prompt for _, prompt in part] for _, part in group])
         logits_BPDHW = self.model.decode(tokens_BTE, prompts)
-        for (tile, part), logits_PDHW in zip(group, logits_BPDHW.float().cpu().numpy(), strict=True):
+        for (tile, part), logits_PDHW in zip(group, logits_BPDHW.float(), strict=True):
             for (plan, _), logits_DHW in zip(part, logits_PDHW, strict=True):
-                plan.add(tile, logits_DHW, self.window)
+                plan.add(tile, logits_DHW)
 
     def _encoded(self, wanted: list[Tile]) -> dict[Tile, torch.Tensor]:
         kept = {tile: self.tokens.get(tile, self.device) for tile in wanted}
@@ -534,8 +611,7 @@ class Zoomer:
 
     def _encode(self, images: list[np.ndarray]) -> torch.Tensor:
         """Under autocast the last norm gives float32 though what it was given had less: it is kept as that."""
-        image_BCDHW = torch.from_numpy(np.stack(images, dtype=np.float32)[:, None])
-        tokens_BTE = self.model.encode(image_BCDHW.to(self.device))
+        tokens_BTE = self.model.encode(_sent(np.stack(images, dtype=np.float32)[:, None], self.device))
         kind = self.device.type
         return tokens_BTE.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tokens_BTE
 

@@ -20,11 +20,13 @@ from segvol_pl.model.checkpoint import load_model
 from segvol_pl.tokens import TokenStore
 from segvol_pl.zoom import (
     Zoomer,
+    _Plan,
     binary,
     clip_box,
     cut_off_region,
     reflect,
     region_of,
+    room,
     scale_box,
     scale_prompt,
     tiles,
@@ -348,6 +350,59 @@ def test_progress_counts_windows() -> None:
     zoomer = Zoomer(Oracle(WINDOW), image_DHW, CONFIG, progress=lambda done, wanted: told.append((done, wanted)))
     windows = zoomer.zoom(Prompt(text="liver"), rng()).windows
     assert told[-1] == (windows, windows) and [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+@given(volumes_with_box(), st.sampled_from(Rule), st.integers(0, 2**30))
+@settings(max_examples=60, deadline=None)
+def test_windows_are_averaged_voxel_by_voxel_and_the_rest_is_coarse(
+    case: tuple[tuple[int, ...], Box], rule: Rule, seed: int
+) -> None:
+    shape, roi = case
+    draw, ground = rng(seed), Coarse(rng(seed).normal(size=WINDOW).astype(np.float32), shape, nearest=True)
+    grid = tiles(roi, WINDOW, shape, ZoomConfig(overlap=0.5, grid=rule))
+    looked = [(tile, Prompt(text="x")) for tile in grid if draw.random() < 0.7]
+    region = [high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)]
+    plan = _Plan(ground, roi, looked, WINDOW, torch.zeros(region))
+    total_DHW, count_DHW = np.zeros(region, np.float32), np.zeros(region, np.float32)
+    for tile, _ in looked:
+        logits_DHW, place = draw.normal(size=WINDOW).astype(np.float32), tile.slices(WINDOW, roi, roi[:3])
+        plan.add(tile, torch.from_numpy(logits_DHW))
+        total_DHW[place] += logits_DHW[tile.slices(WINDOW, roi, tile.start)]
+        count_DHW[place] += 1
+    want_DHW = np.where(count_DHW > 0, total_DHW / np.maximum(count_DHW, 1), ground.logits(roi))
+    result = plan.result()
+    np.testing.assert_array_equal(result.patch_DHW.numpy(), want_DHW)
+    mask_DHW, logits_N = result.found(0.5)
+    np.testing.assert_array_equal(mask_DHW, want_DHW > 0)
+    np.testing.assert_array_equal(logits_N, want_DHW[want_DHW > 0])
+
+
+# ---- by device ----
+
+
+def test_zero_takes_the_batches_that_suit_the_device_and_stated_ones_stay() -> None:
+    assert ZoomConfig().batches("cuda") == (8, 16) and ZoomConfig().batches("cpu") == (2, 4)
+    assert ZoomConfig(batch=3).batches("cuda") == (3, 16) and ZoomConfig(decode_batch=5).batches("cpu") == (2, 5)
+
+
+def test_the_room_on_a_gpu_is_what_is_free_and_what_torch_keeps_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    assert room(torch.device("cuda", 1)) == 25 and room(torch.device("cpu")) == np.inf
+
+
+def test_regions_without_room_beside_the_model_are_summed_in_main_memory_which_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    zoomer = Zoomer(Oracle(WINDOW), np.zeros((20, 30, 30), np.float32), CONFIG)
+    zoomer.device = torch.device("cuda", 1)
+    monkeypatch.setattr("segvol_pl.zoom.room", lambda device: 10 * 4 * 5 * 6)  # twice 5 bytes a voxel
+    with caplog.at_level("INFO"):
+        assert zoomer._place((4, 5, 6)) == torch.device("cuda", 1) and not caplog.messages
+        assert zoomer._place((4, 5, 7)) == zoomer._place((9, 9, 9)) == torch.device("cpu")
+    (line,) = caplog.messages
+    assert "4 x 5 x 7 voxels" in line and "summed in main memory" in line
 
 
 # ---- refining ----

@@ -9,7 +9,7 @@ Letters: B batch, P prompts of one image, N points, M marks of all kinds, S prom
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -40,8 +40,12 @@ class PromptTensors:
     has_marks_BPM: Tensor
 
     def to(self, device: torch.device | str) -> PromptTensors:
-        """The same on another device."""
-        return PromptTensors(**{item.name: getattr(self, item.name).to(device) for item in fields(self)})
+        """The same on another device; to a GPU in one copy, which is not waited for."""
+        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        if torch.device(device).type != "cuda":
+            return PromptTensors(**{name: tensor.to(device) for name, tensor in own.items()})
+        packed = pack(own.values()).pin_memory().to(device, non_blocking=True)
+        return PromptTensors(**dict(zip(own, unpack(packed, own.values()), strict=True)))
 
     def at(self, places: slice) -> PromptTensors:
         """Some of each image's prompts."""
@@ -54,15 +58,21 @@ class PromptTensors:
 
     @classmethod
     def from_prompts(
-        cls, prompts: Sequence[Sequence[Prompt]], index_of: Callable[[str], int], marked: dict[str, int]
+        cls,
+        prompts: Sequence[Sequence[Prompt]],
+        index_of: Callable[[str], int],
+        marked: dict[str, int],
+        step: int = 1,
     ) -> PromptTensors:
         """Every image must have the same number of prompts. `index_of` gives the text bank's row of a name.
 
-        marked: the model's kinds of marks, and how many each has. Raises ConfigError for others.
+        marked: the model's kinds of marks, and how many each has. Raises ConfigError for others. step: there is
+        room for a multiple of so many points.
         """
         shape = (len(prompts), len(prompts[0]))
         flat = [prompt for row in prompts for prompt in row]
-        width = max([len(prompt.points_N3) for prompt in flat if prompt.points_N3 is not None], default=1)
+        most = max([len(prompt.points_N3) for prompt in flat if prompt.points_N3 is not None], default=1)
+        width = math.ceil(most / step) * step
         points, labels = zip(*(_padded(prompt, width) for prompt in flat), strict=True)
         boxes = [prompt.box or (0,) * 6 for prompt in flat]
         text = [0 if prompt.text is None else index_of(prompt.text) for prompt in flat]
@@ -79,6 +89,25 @@ class PromptTensors:
             has_text_BP=torch.tensor([prompt.text is not None for prompt in flat]).view(shape),
             has_marks_BPM=torch.tensor(has_marks, dtype=torch.bool).view(*shape, -1),
         )
+
+
+def pack(tensors: Iterable[Tensor]) -> Tensor:
+    """The bytes of all of them, one after the other, in an order that `unpack` knows."""
+    return torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in _wide_first(tensors)])
+
+
+def unpack(packed_N: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+    """Views of what `pack` put together of tensors of these shapes and kinds, in the order of `like`."""
+    like = list(like)
+    ordered = _wide_first(like)
+    parts = packed_N.split([tensor.nbytes for tensor in ordered])
+    views = {id(old): part.view(old.dtype).view(old.shape) for old, part in zip(ordered, parts, strict=True)}
+    return [views[id(tensor)] for tensor in like]
+
+
+def _wide_first(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The widest numbers first: so each tensor begins at a multiple of its numbers' size, as a view of bytes must."""
+    return sorted(tensors, key=lambda tensor: -tensor.element_size())
 
 
 def _padded(prompt: Prompt, width: int) -> tuple[np.ndarray, np.ndarray]:

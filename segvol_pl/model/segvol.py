@@ -21,6 +21,9 @@ from segvol_pl.model.mask_decoder import ImageSide, MaskDecoder
 from segvol_pl.model.prompt_encoder import PromptEncoder, PromptTensors
 from segvol_pl.model.text_encoder import TextBank, TextEncoder
 
+POINTS = 8
+"""On a GPU there is room for a multiple of so many points: kernels are chosen, and compiled, by shape."""
+
 
 class Trilinear(nn.Module):
     """Trilinear interpolation (half-pixel centres) as one matrix product per axis.
@@ -111,4 +114,5 @@ class SegVol(nn.Module):
         Raises UnknownCategory for a text, ConfigError for marks that the model does not know.
         """
         device = self.text_encoder.bank_KE.device
-        return PromptTensors.from_prompts(prompts, self.bank.index, self.config.marked).to(device)
+        step = POINTS if device.type == "cuda" else 1
+        return PromptTensors.from_prompts(prompts, self.bank.index, self.config.marked, step).to(device)

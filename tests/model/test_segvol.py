@@ -14,6 +14,7 @@ from segvol_pl.config import ConfigError, SegVolConfig
 from segvol_pl.data.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import Upscaling
+from segvol_pl.model.prompt_encoder import PromptTensors, pack, unpack
 from segvol_pl.model.segvol import Trilinear
 
 MODEL = SegVolConfig(
@@ -24,6 +25,27 @@ MODEL = SegVolConfig(
 def _model(marks: Sequence[str] = ()) -> SegVol:
     torch.manual_seed(0)
     return SegVol(replace(MODEL, marks=list(marks)), TextBank.seeded(["liver", "spleen"], 512)).eval()
+
+
+def test_prompts_packed_for_one_copy_come_out_as_they_were() -> None:
+    """Numbers of 8, 4 and 1 bytes, and tensors without any, in any order."""
+    kinds = [torch.bool, torch.int64, torch.float32, torch.bool, torch.int64]
+    shapes = [(2, 3), (2, 3, 1), (1, 0, 3), (1, 5), (3,)]
+    tensors = [torch.randint(0, 2, shape).to(kind) for shape, kind in zip(shapes, kinds, strict=True)]
+    found = unpack(pack(tensors), tensors)
+    assert [one.dtype for one in found] == kinds
+    assert all(torch.equal(one, other) for one, other in zip(found, tensors, strict=True))
+
+
+def test_room_for_points_that_are_not_there_changes_nothing() -> None:
+    model = _model()
+    points = Prompt(points_N3=np.array([[3, 4, 5], [6, 20, 9]]), labels_N=np.array([1, 0]))
+    prompts = [[Prompt(text="liver"), points, Prompt(box=(1, 2, 3, 9, 20, 12))]]
+    narrow, wide = (PromptTensors.from_prompts(prompts, model.bank.index, {}, step) for step in (1, 8))
+    assert narrow.points_BPN3.shape == (1, 3, 2, 3) and wide.points_BPN3.shape == (1, 3, 8, 3)
+    with torch.no_grad():
+        tokens = model.encode(torch.rand(1, 1, *MODEL.input_shape))
+        torch.testing.assert_close(model.decode(tokens, wide), model.decode(tokens, narrow), rtol=0, atol=1e-5)
 
 
 def test_trilinear_equals_torchs() -> None:
