@@ -29,7 +29,10 @@ PROGRAM = "segvol-pl"
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 CARRIED = re.compile(r"Caught \w+ in (?:DataLoader worker|pin memory).*\n[\w.]+: (.*)", re.DOTALL)
 """What torch makes of an error in a loader process: its whole traceback, whose last line tells what went wrong."""
-SMALLER = "training takes less with run.recompute=blocks or a higher run.accumulate, predicting with zoom.batch=1 zoom.decode_batch=1"
+SMALLER = (
+    "training takes less with run.recompute=blocks or a higher run.accumulate, predicting with zoom.batch=1 and "
+    "zoom.decode_batch=1"
+)
 TOLD = 200
 """Characters of torch's account of a GPU's memory."""
 FLAGS = {"--help", "-h", "--debug", "--version"}
