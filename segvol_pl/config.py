@@ -994,6 +994,12 @@ class DemoConfig(Keys):
     """Supervised steps."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds phantoms and training."""
+    device: str = "auto"
+    """cpu, cuda or auto: the GPU where there is one. It computes in float32 on either."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.device in ("auto", "cpu", "cuda"), "device", f"{self.device!r} is none of auto, cpu, cuda")
 
 
 @dataclass

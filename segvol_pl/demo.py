@@ -1,5 +1,7 @@
 """The main job on phantoms, in a few minutes on two cores: the whole path, each part the one that real data takes.
 
+What learns or predicts does so on `device`, by default the GPU where there is one.
+
 1. Make phantoms (`data.phantom`), as NIfTI files in varying orientations.
 2. `pack` them; labelled and unlabelled ones into shards of their own.
 3. `pretrain` on the unlabelled, `train` on the labelled ones, with the settings of `configs/tiny`.
@@ -22,6 +24,7 @@ from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.whole import write_text
 from segvol_pl.evaluate import Summary, evaluate
 from segvol_pl.release import export
+from segvol_pl.run.strategies import resolve_device
 from segvol_pl.run.tracking import read_metrics
 from segvol_pl.run.trainer import pretrain, train
 from segvol_pl.shipped import shipped
@@ -34,18 +37,16 @@ PHANTOM_SCALE = 0.75
 
 def run(config: DemoConfig) -> Summary:
     """Runs the demo in `config.out`, prints the table and where the report lies. Raises what its parts raise."""
+    resolve_device(config.device)  # before any work, if it is not there
     started = time.perf_counter()
     out = Path(config.out)
     shards = _pack(config, out)
     _stage("pre-training", started)
-    encoder = pretrain(load("pretrain", _arguments("pretrain", shards, out, config.pretrain_steps, config.seed)))
+    encoder = pretrain(load("pretrain", training("pretrain", config, shards)))
     _stage("training", started)
-    arguments = _arguments("train", shards, out, config.train_steps, config.seed)
-    model = export(train(load("train", [*arguments, f"pretrained={encoder}"])), out / "model.safetensors")
+    model = export(train(load("train", [*training("train", config, shards), f"pretrained={encoder}"])), _model(out))
     _stage("evaluation", started)
-    chosen = [f"checkpoint={model}", f"data.shards={shards}", f"out={out / 'evaluation'}", f"seed={config.seed}"]
-    # The model may have been trained further since the demo ran before.
-    summary = evaluate(load("evaluate", [_settings("evaluate"), *chosen, "resume=false"]))
+    summary = evaluate(load("evaluate", evaluation(config, shards)))
     assert summary is not None, "one process alone puts its own results together"
     _tell(summary, out, time.perf_counter() - started)
     return summary
@@ -66,9 +67,25 @@ def _pack(config: DemoConfig, out: Path) -> Path:
     return out / "shards"
 
 
-def _arguments(verb: str, shards: Path, out: Path, steps: int, seed: int) -> list[str]:
-    chosen = [f"data.shards={shards}", f"data.seed={seed}", f"run.out={out / verb}", f"optim.max_steps={steps}"]
-    return [_settings(verb), *chosen]
+def training(verb: str, config: DemoConfig, shards: Path) -> list[str]:
+    """The arguments of `pretrain` and of `train`."""
+    steps = {"pretrain": config.pretrain_steps, "train": config.train_steps}[verb]
+    chosen = [f"data.shards={shards}", f"data.seed={config.seed}", f"optim.max_steps={steps}"]
+    placed = [f"run.out={Path(config.out) / verb}", f"run.accelerator={config.device}"]
+    return [_settings(verb), *chosen, *placed]
+
+
+def evaluation(config: DemoConfig, shards: Path) -> list[str]:
+    """The arguments of `evaluate`."""
+    out = Path(config.out)
+    chosen = [f"checkpoint={_model(out)}", f"data.shards={shards}", f"seed={config.seed}"]
+    placed = [f"out={out / 'evaluation'}", f"device={config.device}"]
+    # The model may have been trained further since the demo ran before.
+    return [_settings("evaluate"), *chosen, *placed, "resume=false"]
+
+
+def _model(out: Path) -> Path:
+    return out / "model.safetensors"
 
 
 def _settings(verb: str) -> str:

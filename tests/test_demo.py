@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from segvol_pl import demo
+from segvol_pl.config import ConfigError, DemoConfig, Precision
+from segvol_pl.configure import load
+from segvol_pl.run.strategies import resolve_device, run_device, trainer_precision
 
 PARTS = (
     "phantoms/categories.yaml",
@@ -63,11 +69,35 @@ def test_a_short_demo_goes_the_whole_way_and_again(tmp_path: Path) -> None:
     assert (tmp_path / "train" / "checkpoints" / "last.ckpt").stat().st_mtime_ns == trained
 
 
+@pytest.mark.parametrize(
+    ("asked", "there", "taken"), [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu")]
+)
+def test_each_part_computes_where_it_is_asked_to_and_in_float32(
+    asked: str, there: bool, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    config = DemoConfig(out=str(tmp_path), device=asked)
+    for verb in ("pretrain", "train"):
+        run = load(verb, demo.training(verb, config, tmp_path)).run
+        assert (run_device(run).type, trainer_precision(run)) == (taken, "32-true")
+    evaluation = load("evaluate", demo.evaluation(config, tmp_path))
+    assert (resolve_device(evaluation.device).type, evaluation.precision) == (taken, Precision.fp32)
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^device: cuda asked for, but torch finds no CUDA device: use device=cpu$"):
+        demo.run(load("demo", ["device=cuda", f"out={tmp_path}"]))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ConfigError, match="'cuda:1' is none of auto, cpu, cuda"):
+        load("demo", ["device=cuda:1"])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_demo_learns(tmp_path: Path) -> None:
     """Held-out phantoms: what the README states, with room for another CPU's rounding."""
-    _demo(tmp_path)
+    _demo(tmp_path, "device=cpu")
     figures, summary = _figures(tmp_path)
     dice = figures["dice"]
     assert dice == pytest.approx(_stated(), abs=SPREAD)
