@@ -11,10 +11,12 @@ import sysconfig
 import venv
 import zipfile
 from collections.abc import Collection
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from test_demo import PARTS
 
 from segvol_pl import shipped
@@ -23,6 +25,11 @@ from segvol_pl.config import SHIPPED, ConfigError
 from segvol_pl.configure import load
 
 ROOT = Path(__file__).parents[1]
+BARE = ("lightning", "numba", "scipy", "torch", "transformers")
+"""What docs/air-gapped.md takes a machine to have, and BESIDE."""
+BESIDE = ("einops", "matplotlib", "msgpack", "psutil", "requests")
+WHEELHOUSE = 19 * 2**20
+"""Bytes at most."""
 OPTIONAL = ("aiohttp", "bokeh", "deepspeed", "highdicom", "s3fs", "wandb")
 HEAVY = {"lightning", "matplotlib", "monai", "numpy", "omegaconf", "rich", "scipy", "torch", "transformers", *OPTIONAL}
 
@@ -49,6 +56,21 @@ def top_level(name: str) -> set[str]:
         return {file.parts[0] for file in distribution(name).files or ()}
     except PackageNotFoundError:
         return set()
+
+
+def needed_by(names: Collection[str]) -> set[str]:
+    """Those distributions and all that they ask for, by their canonical names."""
+    found: set[str] = set()
+    waiting = [canonicalize_name(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            asked = map(Requirement, distribution(name).requires or [])
+            waiting += [
+                canonicalize_name(one.name) for one in asked if not one.marker or one.marker.evaluate({"extra": ""})
+            ]
+    return found
 
 
 def run(command: list[str | Path], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -286,3 +308,86 @@ def test_training_goes_without_optional_packages(bare: Path, phantom_shards: Pat
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("wandb is not installed: the run goes on without it") == 1
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+# ---- without SimpleITK, and without a package index ----
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with nothing but what a machine that reaches no package index is taken to have."""
+    kept = needed_by([*BARE, *BESIDE])
+    gone = {each.metadata["Name"] for each in distributions()}
+    gone = {name for name in gone if canonicalize_name(name) not in kept}
+    return environment(tmp_path_factory.mktemp("machine") / "env", without=gone)
+
+
+def test_without_simpleitk_only_what_reads_ct_files_is_refused(
+    phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In one process, which has imported every module before."""
+    folder = tmp_path_factory.mktemp("without")
+    scripts = environment(folder / "env", without=("simpleitk",))
+    cts = phantom_shards.parent
+    sources = [f"images={cts / 'images'}", f"labels={cts / 'labels'}", f"categories={cts / 'categories.yaml'}"]
+    asked = [["inventory", f"images={cts / 'images'}", "out="], ["pack", *sources, f"out={folder / 'shards'}"]]
+    allowed = [["inspect", str(phantom_shards)], training(phantom_shards, folder / "run")]
+    source = """
+import importlib, importlib.util, json, pkgutil, sys
+import segvol_pl
+from segvol_pl.__main__ import main
+assert importlib.util.find_spec("SimpleITK") is None
+for module in pkgutil.walk_packages(segvol_pl.__path__, "segvol_pl."):
+    importlib.import_module(module.name)
+codes = [main(arguments) for arguments in json.loads(sys.argv[1])]
+print(codes)
+"""
+    done = run([scripts / "python", "-c", source, json.dumps([*asked, *allowed])], ROOT)
+    assert done.stdout.endswith("[2, 2, 0, 0]\n"), done.stderr
+    complaints = [line for line in done.stderr.splitlines() if "error" in line]
+    assert len(complaints) == len(asked)
+    for line in complaints:
+        assert "SimpleITK, which is missing" in line and "pip install SimpleITK" in line
+    assert not (folder / "shards").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_wheelhouse_is_all_that_an_air_gapped_machine_lacks(
+    machine: Path, phantom_shards: Path, tmp_path: Path
+) -> None:
+    """The demo's stages over shards that were packed elsewhere, by the commands of docs/air-gapped.md."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    made = run(["make", "wheelhouse", f"PYTHON={version}", f"WHEELHOUSE={tmp_path / 'wheels'}"], ROOT)
+    assert made.returncode == 0, made.stderr
+    wheels = sorted((tmp_path / "wheels").glob("*.whl"))
+    assert sum(wheel.stat().st_size for wheel in wheels) < WHEELHOUSE
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "--python", machine / "python", "install", "--quiet", "--no-index", "--no-deps"]
+    done = run([*pip, "--target", site, *wheels], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return run([machine / "python", "-m", "segvol_pl", *arguments], tmp_path, PYTHONPATH=str(site))
+
+    assert program("init", str(tmp_path / "lab")).returncode == 0
+    tiny, out = tmp_path / "lab" / "configs" / "tiny", tmp_path / "run"
+    common = [f"data.shards={phantom_shards}", "data.workers=0", "data.global_batch=2"]
+    small = training(phantom_shards, out)[2:8]
+    verbs = {
+        "pretrain": [str(tiny / "pretrain.yaml"), *small, *common, "optim.max_steps=2", f"run.out={out / 'pretrain'}"],
+        "train": [str(tiny / "train.yaml"), *small, *common, "optim.max_steps=2", f"run.out={out / 'train'}"],
+        "export": [str(out / "train"), str(out / "model.safetensors")],
+        "evaluate": [
+            str(tiny / "evaluate.yaml"),
+            f"checkpoint={out / 'model.safetensors'}",
+            f"data.shards={phantom_shards}",
+            f"out={out / 'evaluation'}",
+        ],
+    }
+    for verb, arguments in verbs.items():
+        done = program(verb, *arguments)
+        assert done.returncode == 0, (verb, done.stderr)
+    assert (out / "evaluation" / "report.html").exists()
+    refused = program("pack", "images=.", "labels=.", "categories=x", "out=y")
+    assert refused.returncode == 2

@@ -35,7 +35,6 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-import SimpleITK as sitk
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -45,6 +44,7 @@ from rich.text import Text
 from segvol_pl.config import PackConfig, parse_slice
 from segvol_pl.data.cases import Case, find_cases, listed, load_categories, read_cases
 from segvol_pl.data.datasets import DatasetRecipe, read_recipe, recipe_cases
+from segvol_pl.data.itk import simple_itk, sitk
 from segvol_pl.data.lock import FolderLock
 from segvol_pl.data.m3d import is_m3d, m3d_cases
 from segvol_pl.data.measure import Rules, pack_case
@@ -157,6 +157,7 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     fingerprint = rules.fingerprint(config.samples_per_shard, [_stat_of(case) for case in cases])
     if (out / INDEX).exists() and (finished := _finished(out)).fingerprint == fingerprint:
         return _left_as_it_is(finished, out, console)
+    simple_itk()  # now, rather than in each case's worker
     with _lock(config):
         jobs = _open_jobs(config, cases, rules, console)
         if config.slice:
@@ -441,7 +442,7 @@ class _Worker:
     def _start(self) -> ProcessPoolExecutor:
         # One process imports what they all need; it has no threads, so forking it is safe.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "SimpleITK"])
         return ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker)
 
     def take(self, job: Job) -> Future[tuple[Staged | BadCase, list[logging.LogRecord]]]:

@@ -21,21 +21,18 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
 from nibabel.volumeutils import apply_read_scaling
 
+from segvol_pl.data.itk import sitk
 from segvol_pl.data.whole import replacing
 
 log = logging.getLogger(__name__)
-
-# ITK warns on stderr of what is checked below, and would break the promise of one line an error.
-sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
 READABLE = (".nii", ".nii.gz", ".nrrd", ".mha", ".mhd")
 NIFTI = (".nii", ".nii.gz")
@@ -78,7 +75,7 @@ TAGS = {
     "PixelSpacing": "0028|0030",
 }
 
-Header = sitk.Image | sitk.ImageFileReader
+Header: TypeAlias = "sitk.Image | sitk.ImageFileReader"
 """Whatever knows size, spacing, origin and direction."""
 
 
@@ -557,7 +554,7 @@ def _read_folder(folder: Path, label: bool) -> tuple[_Stored, np.ndarray]:
         return _Stored(_resample(array, series.affine, shape, affine)), affine
     # Around the slices is what lies lowest within them: air, or the scanner's own padding.
     voxels = array.astype(np.float32)
-    return _Stored(_resample(voxels, series.affine, shape, affine, sitk.sitkLinear, float(array.min()))), affine
+    return _Stored(_resample(voxels, series.affine, shape, affine, linear=True, outside=float(array.min()))), affine
 
 
 def slice_files(folder: Path) -> list[Path]:
@@ -810,10 +807,11 @@ def _resample(
     affine: np.ndarray,
     shape: tuple[int, ...],
     onto: np.ndarray,
-    method: int = sitk.sitkNearestNeighbor,
+    linear: bool = False,
     outside: float = 0.0,
 ) -> np.ndarray:
     """The array, which lies by `affine`, on the grid of `shape` that lies by `onto`."""
+    method = sitk.sitkLinear if linear else sitk.sitkNearestNeighbor
     grid = _to_sitk(np.zeros(shape, np.uint8), onto)
     image = sitk.Resample(_to_sitk(array, affine), grid, sitk.Transform(), method, outside)
     return sitk.GetArrayFromImage(image)
