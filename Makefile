@@ -2,23 +2,34 @@
 # make gpu: those that need a CUDA device; without one they are skipped.
 # make coverage: the fast tests, and the lines of code that they never ran.
 # make docs: the pages, into site/.  make wheel: into dist/.
+# make wheelhouse PYTHON=3.12 PLATFORM=manylinux_2_28_x86_64: what a machine without a package index lacks, see docs/air-gapped.md.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
+# make image PYTHON=python3.12: the fast tests with what images for GPUs hold.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
+IMAGE := build/image
+# Where images for GPUs differ from constraints.txt.
+IMAGE_HAS := huggingface_hub==1.33.0 numpy==2.5.2 torch==2.11.0 transformers==5.17.0 triton==3.6.0
 
 # Compiled on all cores at once, which pip does not: without, each start takes 10 s more where Python writes no bytecode,
 # as in many containers. Some packages carry templates that do not compile.
 INSTALL := install --quiet --disable-pip-version-check --no-compile
 compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 
+# What a machine with torch, lightning, transformers, numba and scipy lacks to train. CARRY names more.
+WHEELHOUSE ?= build/wheelhouse
+PLATFORM ?= manylinux_2_28_$(shell uname -m)
+CARRIED := blosc2 braceexpand monai ndindex nibabel numexpr omegaconf webdataset
+CARRY ?=
+
 FAST := -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
-.PHONY: coverage demo docs env format gpu lint lowest slow test wheel
+.PHONY: coverage demo docs env format gpu image lint lowest slow test wheel wheelhouse
 
 demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
@@ -38,11 +49,28 @@ gpu: env
 lowest: $(LOWEST)/.installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(FAST)
 
+image: $(IMAGE)/.installed
+	OMP_NUM_THREADS=1 $(IMAGE)/bin/python $(FAST)
+
 docs: env
 	$(BIN)/mkdocs build --quiet
 
 wheel: env
 	$(BIN)/python -m hatchling build -t wheel
+
+# pip takes a wheel for one name of a platform alone: those of older glibc run on it too. The versions are the tested ones.
+wheelhouse: minor = $(word 3,$(subst _, ,$(PLATFORM)))
+wheelhouse: machine = $(PLATFORM:manylinux_2_$(minor)_%=%)
+wheelhouse: older = $(foreach each,$(shell seq 17 $(minor)),manylinux_2_$(each)_$(machine))
+wheelhouse: python = $(or $(filter 3.%,$(PYTHON)),$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+wheelhouse:
+	$(if $(filter manylinux_2_%,$(PLATFORM)),,$(error PLATFORM=$(PLATFORM): give manylinux_2_N_MACHINE, N of glibc 2.N))
+	rm -rf $(WHEELHOUSE)
+	@python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --dest $(WHEELHOUSE) \
+		--python-version $(python) $(addprefix --platform ,$(older) manylinux2014_$(machine)) \
+		$(foreach name,$(CARRIED) $(CARRY),"$(or $(shell grep -i '^$(name)==' constraints.txt),$(name))")
+	python3 -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(WHEELHOUSE) .
+	du -ch $(WHEELHOUSE)/*.whl
 
 lint: env
 	$(BIN)/ruff check .
@@ -73,4 +101,12 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip $(INSTALL) --constraint constraints-lowest.txt --editable ".[dev]"
 	$(call compile,$(LOWEST))
+	touch $@
+
+$(IMAGE)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(IMAGE)
+	grep -iv $(foreach each,$(IMAGE_HAS),-e '^$(firstword $(subst ==, ,$(each)))==') constraints.txt >$(IMAGE)/constraints.txt
+	printf '%s\n' $(IMAGE_HAS) >>$(IMAGE)/constraints.txt
+	$(IMAGE)/bin/pip $(INSTALL) --constraint $(IMAGE)/constraints.txt --editable ".[dev]"
+	$(call compile,$(IMAGE))
 	touch $@

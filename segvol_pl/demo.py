@@ -44,7 +44,7 @@ def run(config: DemoConfig) -> Summary:
     _stage("pre-training", started)
     encoder = pretrain(load("pretrain", training("pretrain", config, shards)))
     _stage("training", started)
-    model = export(train(load("train", [*training("train", config, shards), f"pretrained={encoder}"])), _model(out))
+    export(train(load("train", [*training("train", config, shards), f"pretrained={encoder}"])), _model(out))
     _stage("evaluation", started)
     summary = evaluate(load("evaluate", evaluation(config, shards)))
     assert summary is not None, "one process alone puts its own results together"
