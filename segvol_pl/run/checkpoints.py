@@ -158,6 +158,10 @@ class Checkpoints(pl.Callback):
             self.best = loss
             trainer.save_checkpoint(self.folder / "best.ckpt")
 
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Not after fit: its teardown brings the weights to main memory, from where NCCL gathers nothing.
+        trainer.save_checkpoint(self.last)
+
     def _leave_newest(self) -> None:
         while len(self.kept) > self.run.keep:
             (self.folder / f"step-{self.kept.pop(0)}.ckpt").unlink(missing_ok=True)

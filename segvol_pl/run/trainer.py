@@ -185,7 +185,6 @@ def _fitted(config: Config, task: pl.LightningModule, module: VolumeModule) -> P
         if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
             trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
         trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
-        trainer.save_checkpoint(last)
         writer(trainer).wait()
     tracking.finish(trainer.loggers)
     return last

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import Strategy
+from test_trainer import _pretrain_config
 
 from segvol_pl.run import checkpoints
 from segvol_pl.run.checkpoints import AtomicCheckpointIO, remove_parts
+from segvol_pl.run.trainer import pretrain
 
 
 @pytest.fixture
@@ -74,3 +77,24 @@ def test_what_a_killed_run_had_half_written_is_removed(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     remove_parts(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-3.ckpt"]
+
+
+def test_the_end_is_saved_before_the_weights_leave_their_device(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trainer's teardown brings them to main memory, where the ranks of GPUs cannot gather them any more."""
+    done: list[str] = []
+    save, teardown = AtomicCheckpointIO.save_checkpoint, Strategy.teardown
+
+    def saved(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, *options: Any, **named: Any) -> None:
+        done.append(f"{Path(path).name} {checkpoint['global_step']}")
+        save(self, checkpoint, path, *options, **named)
+
+    def torn_down(self: Strategy) -> None:
+        done.append("teardown")
+        teardown(self)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", saved)
+    monkeypatch.setattr(Strategy, "teardown", torn_down)
+    pretrain(_pretrain_config(phantom_shards, tmp_path / "run", steps=2))
+    assert done == ["teardown", "last.ckpt 2", "teardown"], "of the validation before the first step, then of training"
