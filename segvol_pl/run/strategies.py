@@ -19,10 +19,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from monai.networks.blocks.transformerblock import TransformerBlock
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -151,6 +153,9 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
     # The watchdog, which names the rank that hangs, ends the job before this does.
     timeout = timedelta(seconds=max(2 * run.timeout, LEAST_TIMEOUT))
     if run.strategy is Strategy.fsdp:
+        if run.offload and backend == "nccl":
+            # Gradients that lie in main memory are clipped there, by their norm over all ranks.
+            backend = "cuda:nccl,cpu:gloo"
         if torch.__version__ < "2.9":
             raise ConfigError("run.strategy: fsdp needs torch 2.9, before which CPU ranks summed gradients: use ddp")
         return FullyShard(run, backend, timeout)
@@ -170,20 +175,44 @@ class FullyShard(ModelParallelStrategy):
     """FSDP2: each block of encoder and decoder is gathered when it computes. Checkpoints are whole, on rank 0."""
 
     def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
-        super().__init__(
-            data_parallel_size=run.devices * run.nodes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=backend,
-            timeout=timeout,
-        )
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
         self.run = run
 
+    @property
+    def offloads(self) -> bool:
+        """Whether shares lie elsewhere than where this rank computes: on CPU ranks they lie in main memory anyhow."""
+        return self.run.offload and self.root_device.type != "cpu"
+
     def setup_environment(self) -> None:
-        super().setup_environment()
+        self._setup_distributed()
+        # One axis, that of all ranks: torch then takes their group as it is, whatever backends it has.
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
+        )
         assert isinstance(self.lightning_module, Task)
         self.lightning_module.shard = self._shard
         self.lightning_module.whole_weights = False
+
+    def model_to_device(self) -> None:
+        """Weights whose shares stay in main memory are brought to the device block by block; the rest lies there."""
+        if not self.offloads:
+            super().model_to_device()
+            return
+        assert self.lightning_module is not None
+        _move_buffers(self.lightning_module, self.root_device)
+        # Where batches go and metrics are summed.
+        _update_properties(self.lightning_module, device=self.root_device)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every rank's share of the whole checkpoint."""
+        if not self.offloads:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        # torch wants what a module holds on one device while it loads.
+        _move_buffers(self.lightning_module, torch.device("cpu"))
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        _move_buffers(self.lightning_module, self.root_device)
+        return checkpoint
 
     def _shard(self, module: pl.LightningModule) -> None:
         if isinstance(module, FSDPModule):
@@ -193,7 +222,7 @@ class FullyShard(ModelParallelStrategy):
             "mesh": self.device_mesh["data_parallel"],
             # Inputs stay as they are: coordinates would lose digits; autocast does the rest.
             "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if self.run.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if self.offloads else OffloadPolicy(),
         }
         blocks = sharded_blocks(module)
         decoding = [block for block in blocks if isinstance(block, TwoWayAttentionBlock)]
@@ -207,6 +236,12 @@ class FullyShard(ModelParallelStrategy):
         # Lightning calls these, not forward, before which FSDP2 gathers.
         for step in ("training_step", "validation_step"):
             register_fsdp_forward_method(module, step)
+
+
+def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
 
 
 def _gather(blocks: Sequence[torch.nn.Module]) -> None:

@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from test_trainer import _train_config
@@ -90,3 +92,31 @@ def test_fsdp_is_refused_where_torch_would_sum_gradients(monkeypatch: pytest.Mon
         trainer_placement(run)
     monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0"))
     assert isinstance(trainer_placement(run)["strategy"], FullyShard)
+
+
+def test_fsdp_leaves_offloaded_weights_in_main_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is not split is brought to the device; torch refuses to compute with shares that were."""
+    strategy = FullyShard(RunConfig(out="out", strategy=Strategy.fsdp, offload=True), "gloo", timedelta(seconds=60))
+    strategy.parallel_devices = [torch.device("meta")]
+    module = pl.LightningModule()
+    module.norm = torch.nn.BatchNorm1d(2)
+    monkeypatch.setattr(strategy, "_lightning_module", module)
+    monkeypatch.setattr(strategy, "model", module)
+    strategy.model_to_device()
+    assert {parameter.device.type for parameter in module.parameters()} == {"cpu"}
+    assert {buffer.device.type for buffer in module.buffers()} == {"meta"}
+    assert module.device == torch.device("meta"), "where batches and metrics go"
+
+
+@pytest.mark.parametrize(
+    ("offload", "accelerator", "backend"),
+    [(True, "cuda", "cuda:nccl,cpu:gloo"), (False, "cuda", "nccl"), (True, "cpu", "gloo")],
+)
+def test_gradients_in_main_memory_can_be_summed_there(
+    monkeypatch: pytest.MonkeyPatch, offload: bool, accelerator: str, backend: str
+) -> None:
+    """NCCL alone cannot: clipping raises."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: accelerator == "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    run = RunConfig(out="out", strategy=Strategy.fsdp, offload=offload, accelerator=accelerator)
+    assert trainer_placement(run)["strategy"].process_group_backend == backend

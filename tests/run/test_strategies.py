@@ -139,6 +139,12 @@ def test_activations_can_be_computed_again_under_every_strategy(
     np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=RELATIVE)
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_what_is_split_can_stay_in_main_memory(losses: dict[str, Losses], trained: Trained, strategy: str) -> None:
+    found = trained(f"{strategy}-offload", strategy, 2, "run.offload=true")
+    np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=RELATIVE)
+
+
 def test_kept_checkpoints_are_bounded_and_the_best_is_there(losses: dict[str, Losses], trained: Trained) -> None:
     names = {path.name for path in (trained / "auto/checkpoints").iterdir()}
     assert names == {"last.ckpt", "best.ckpt", f"step-{HALF}.ckpt"}
