@@ -11,9 +11,11 @@ Said = TypeVar("Said")
 
 
 def host_group() -> dist.ProcessGroup:
-    """All ranks, by gloo. The first call makes it, for which all ranks call together."""
-    assert dist.group.WORLD is not None, "one process has nobody to talk to"
-    return _made(dist.group.WORLD)
+    """All ranks, by gloo. The first call may make it, for which all ranks call together."""
+    world = dist.group.WORLD
+    assert world is not None, "one process has nobody to talk to"
+    # Ranks whose own group has gloo need no second one, with connections of its own from each to each.
+    return world if "cpu:gloo" in dist.get_backend_config(world) else _made(world)
 
 
 @functools.lru_cache(maxsize=1)
