@@ -134,14 +134,34 @@ def environments() -> list[SLURMEnvironment]:
 
 
 def trainer_placement(run: RunConfig) -> dict[str, Any]:
-    """Lightning's accelerator, devices, num_nodes and strategy."""
+    """Lightning's accelerator, devices, num_nodes and strategy. Raises ConfigError where devices are lacking."""
     accelerator = _accelerator(run)
+    alone = accelerator == "cuda" and sees_its_own_alone(run.devices, torch.cuda.device_count())
+    strategy = _strategy(run, accelerator)
+    if alone:
+        # By local rank. Lightning would look for a device of its own number, which is another task's.
+        strategy.parallel_devices = [torch.device("cuda", 0)] * run.devices
     return {
         "accelerator": accelerator,
-        "devices": run.devices,
+        "devices": 1 if alone else run.devices,
         "num_nodes": run.nodes,
-        "strategy": _strategy(run, accelerator),
+        "strategy": strategy,
     }
+
+
+def sees_its_own_alone(devices: int, seen: int) -> bool:
+    """Whether whoever started the ranks shows each of them one device, as `srun --gpus-per-task=1` does.
+
+    devices: ranks of this node; seen: devices that this process sees. Raises ConfigError where they are too few.
+    """
+    if devices <= seen:
+        return False
+    if seen == 1 and (environments() or "LOCAL_RANK" in os.environ):
+        return True
+    raise ConfigError(
+        f"run.devices: {devices} asked for, but this process sees {seen} GPU{'s' * (seen != 1)}: ask for {seen}, or "
+        "let the job have more (all tasks of a node see all its GPUs, or each task its own one)"
+    )
 
 
 def _strategy(run: RunConfig, accelerator: str) -> Any:
@@ -299,11 +319,15 @@ class ZeRO(DeepSpeedStrategy):
             super().setup_environment()
 
     def setup_distributed(self) -> None:
-        if self.on_cpu:
-            self.set_world_ranks()
-            self._init_deepspeed_distributed()
-        else:
-            super().setup_distributed()
+        """Lightning's, which would refuse ranks that each see their own device alone, as number 0."""
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _set_node_environment_variables(self) -> None:
+        super()._set_node_environment_variables()
+        if not self.on_cpu:
+            # DeepSpeed takes it for the number of the device.
+            os.environ["LOCAL_RANK"] = str(self.root_device.index)
 
     @property
     def root_device(self) -> torch.device:

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +20,11 @@ import torch
 from test_trainer import _train_config
 from torch.torch_version import TorchVersion
 
-from segvol_pl.config import ConfigError, RunConfig, Strategy
+from segvol_pl.config import ConfigError, Precision, RunConfig, Strategy
 from segvol_pl.configure import to_yaml
+from segvol_pl.run.ranks import host_group
 from segvol_pl.run.startup import StartUpError, check_room, check_shared_memory, compare, compare_clocks
-from segvol_pl.run.strategies import FullyShard, trainer_placement
+from segvol_pl.run.strategies import FullyShard, ZeRO, environments, trainer_placement
 
 SAME = {"configuration": "1", "packages": "torch 2", "samples": "3"}
 
@@ -120,3 +122,75 @@ def test_gradients_in_main_memory_can_be_summed_there(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run = RunConfig(out="out", strategy=Strategy.fsdp, offload=offload, accelerator=accelerator)
     assert trainer_placement(run)["strategy"].process_group_backend == backend
+
+
+def test_ranks_that_have_gloo_need_no_second_group(tmp_path: Path) -> None:
+    """Another one costs each rank a connection to every other."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        assert host_group() is torch.distributed.group.WORLD
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+TASK = {
+    "SLURM_JOB_NAME": "train",
+    "SLURM_JOB_ID": "7",
+    "SLURM_NODELIST": "n1",
+    "SLURM_NTASKS": "16",
+    "SLURM_NTASKS_PER_NODE": "8",
+    "SLURM_NNODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_LOCALID": "3",
+    "SLURM_PROCID": "11",
+}
+"""What SLURM tells the fourth of eight tasks of the second node."""
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has torch see so many devices; nothing is computed on them."""
+
+    def see(seen: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+
+    for name in ("LOCAL_RANK", "NODE_RANK", *TASK):
+        monkeypatch.delenv(name, raising=False)
+    return see
+
+
+@pytest.mark.parametrize(("seen", "device"), [(1, "cuda:0"), (8, "cuda:3")])
+@pytest.mark.parametrize("strategy", [Strategy.ddp, Strategy.fsdp, Strategy.zero3])
+def test_a_task_takes_its_own_gpu_whether_it_sees_all_or_that_alone(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, strategy: Strategy, seen: int, device: str
+) -> None:
+    """As under --gpus-per-node=8 and under --gpus-per-task=1."""
+    if strategy is Strategy.zero3:
+        pytest.importorskip("deepspeed")
+    gpus(seen)
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    run = RunConfig(out="out", strategy=strategy, devices=8, nodes=2, accelerator="cuda", precision=Precision.fp32)
+    trainer = pl.Trainer(**trainer_placement(run), plugins=environments(), logger=False, enable_checkpointing=False)
+    assert str(trainer.strategy.root_device) == device
+    assert (trainer.world_size, trainer.global_rank) == (16, 11)
+    if isinstance(trainer.strategy, ZeRO):
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "1")
+        trainer.strategy._set_node_environment_variables()
+        assert os.environ["LOCAL_RANK"] == device[-1], "DeepSpeed computes on the device of this number"
+
+
+@pytest.mark.parametrize(("seen", "task"), [(4, True), (1, False), (4, False)])
+def test_too_few_gpus_are_told(
+    gpus: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, seen: int, task: bool
+) -> None:
+    """One visible GPU is one for each rank only where a launcher has started the ranks."""
+    gpus(seen)
+    if task:
+        monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(ConfigError, match=rf"run\.devices: 8 asked for, but this process sees {seen} GPU"):
+        trainer_placement(RunConfig(out="out", strategy=Strategy.ddp, devices=8, accelerator="cuda"))
