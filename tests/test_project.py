@@ -60,7 +60,7 @@ MAY_IMPORT = {
         "run.tracking",
         "zoom",
     },
-    "run": {"config", "configure", "credentials", "data", "devices", "flops", "model", "tasks", "run"},
+    "run": {"config", "configure", "credentials", "data", "devices", "flops", "model", "plan", "tasks", "run"},
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -1,13 +1,14 @@
 """What must be alike on all ranks, and be there at all: looked at before training, so that it fails in seconds.
 
 1. Every rank states its configuration, packages, samples and clock; the first that differs from rank 0 is named.
-2. Room for checkpoints in the run folder and for batches in shared memory is asked for.
+2. Room for checkpoints in the run folder, and in shared memory for the batches of all ranks of a node, is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
 import socket
 import time
@@ -15,8 +16,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from segvol_pl.config import RunConfig
+from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.configure import to_yaml
 from segvol_pl.data.module import VolumeModule
+from segvol_pl.plan import GIB, sample_bytes
 from segvol_pl.run.ranks import gathered
 from segvol_pl.run.tracking import manifest
 
@@ -28,9 +31,13 @@ BYTES_A_WEIGHT = 12
 """In a checkpoint: float32, and AdamW's two moments."""
 CHECKPOINTS = 3
 """Those that must fit at once beside the ones that are kept: last, best, and the one being written."""
-LEAST_SHARED = 2**28
-"""Bytes of shared memory for loader processes; containers come with 64 MiB."""
+SHARED = Path("/dev/shm")
+"""Where loader processes lay their batches; containers come with 64 MiB of it."""
 
+VALIDATING = 1
+"""Loader processes of validation, which stay beside those of training."""
+
+Config = PretrainConfig | TrainConfig
 Statement = dict[str, str]
 """What is compared -> what this rank says of it."""
 
@@ -42,16 +49,16 @@ class StartUpError(ValueError):
 class StartUp(pl.Callback):
     """Compares the ranks once, before the first step or validation. Raises StartUpError."""
 
-    def __init__(self, config_yaml: str, run: RunConfig, workers: int) -> None:
-        self.config_yaml, self.run, self.workers = config_yaml, run, workers
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self.looked = False
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if self.looked:
             return
         self.looked = True
-        check_room(self.run, sum(parameter.numel() for parameter in module.parameters()))
-        check_shared_memory(self.workers)
+        check_room(self.config.run, sum(parameter.numel() for parameter in module.parameters()))
+        check_shared_memory(self.config)
         if trainer.world_size > 1:
             said = self._statement(trainer), socket.gethostname(), time.time()
             stated = gathered(said, trainer.world_size)
@@ -64,7 +71,11 @@ class StartUp(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, VolumeModule)
         packages = ", ".join(f"{name} {version}" for name, version in manifest()["packages"].items())
-        return {"configuration": _digest(self.config_yaml), "packages": packages, "samples": _digest(samples_of(data))}
+        return {
+            "configuration": _digest(to_yaml(self.config)),
+            "packages": packages,
+            "samples": _digest(samples_of(data)),
+        }
 
 
 def samples_of(data: VolumeModule) -> str:
@@ -107,10 +118,20 @@ def check_room(run: RunConfig, weights: int) -> None:
         )
 
 
-def check_shared_memory(workers: int, place: Path = Path("/dev/shm")) -> None:
-    """Raises StartUpError where loader processes could not hand over their batches."""
-    if workers and place.is_dir() and (size := shutil.disk_usage(place).total) < LEAST_SHARED:
+def shared_bytes(config: Config) -> int:
+    """What the loader processes of one node lay into shared memory: the batches that they hold ready."""
+    run, data = config.run, config.data
+    batch = sample_bytes(config) * data.global_batch // (run.devices * run.nodes * run.accumulate)
+    return run.devices * (data.workers + VALIDATING) * data.prefetch * batch if data.workers else 0
+
+
+def check_shared_memory(config: Config, place: Path = SHARED) -> None:
+    """Raises StartUpError where loader processes could not hand over their batches: they would die of SIGBUS."""
+    needed = shared_bytes(config)
+    if needed and place.is_dir() and (free := shutil.disk_usage(place).free) < needed:
+        size = math.ceil(1.1 * needed / GIB)
         raise StartUpError(
-            f"data.workers: {place} has {size / 2**20:.0f} MiB, too little for loader processes: "
-            "start the container with --shm-size=8g or --ipc=host, or set data.workers=0"
+            f"data.workers: {place} has {free / GIB:.2f} GiB free, the loader processes of {config.run.devices} ranks "
+            f"need {needed / GIB:.2f}: start the container with --shm-size={size}g or --ipc=host, or set data.workers or "
+            "data.prefetch lower"
         )

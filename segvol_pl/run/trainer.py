@@ -228,7 +228,7 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
         num_sanity_val_steps=0,
         log_every_n_steps=run.log_every,
         logger=tracking.loggers(out, config.track, done),
-        callbacks=[StartUp(to_yaml(config), run, config.data.workers), *_callbacks(config, out, stop)],
+        callbacks=[StartUp(config), *_callbacks(config, out, stop)],
         plugins=[AtomicCheckpointIO(), *strategies.environments()],
         default_root_dir=str(out),
         use_distributed_sampler=False,

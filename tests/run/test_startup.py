@@ -20,10 +20,11 @@ import torch
 from test_trainer import _train_config
 from torch.torch_version import TorchVersion
 
-from segvol_pl.config import ConfigError, Precision, RunConfig, Strategy
-from segvol_pl.configure import to_yaml
+from segvol_pl.config import ConfigError, Precision, RunConfig, Strategy, TrainConfig
+from segvol_pl.configure import load, to_yaml
+from segvol_pl.plan import sample_bytes
 from segvol_pl.run.ranks import host_group
-from segvol_pl.run.startup import StartUpError, check_room, check_shared_memory, compare, compare_clocks
+from segvol_pl.run.startup import StartUpError, check_room, check_shared_memory, compare, compare_clocks, shared_bytes
 from segvol_pl.run.strategies import FullyShard, ZeRO, environments, trainer_placement
 
 SAME = {"configuration": "1", "packages": "torch 2", "samples": "3"}
@@ -57,11 +58,24 @@ def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         check_room(replace(run, keep_every=10), weights=10**8)
 
 
-def test_a_container_with_little_shared_memory_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=2**26))
-    check_shared_memory(workers=0, place=tmp_path)
-    with pytest.raises(StartUpError, match="has 64 MiB, too little for loader processes"):
-        check_shared_memory(workers=2, place=tmp_path)
+def test_shared_memory_must_hold_the_batches_of_a_nodes_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of eight ranks needs GiB, where one of small volumes needs next to nothing."""
+    config = load("train", ["configs/train.yaml", "data.shards=x", "run.out=y", "run.devices=8", "run.nodes=2"])
+    assert isinstance(config, TrainConfig)
+    needed = 8 * (8 + 1) * 2 * (32 // 16) * sample_bytes(config)
+    assert shared_bytes(config) == needed > 2**30
+
+    def usage(free: int) -> Callable[[Path], SimpleNamespace]:
+        return lambda path: SimpleNamespace(total=2**40, free=free)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage(needed))
+    check_shared_memory(config, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", usage(2**30))
+    told = rf"has 1\.00 GiB free, the loader processes of 8 ranks need {needed / 2**30:.2f}: .* --shm-size=\d+g"
+    with pytest.raises(StartUpError, match=told):
+        check_shared_memory(config, tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", usage(0))
+    check_shared_memory(replace(config, data=replace(config.data, workers=0)), tmp_path)
 
 
 def test_ranks_started_with_other_arguments_end_in_seconds(phantom_shards: Path, tmp_path: Path) -> None:
