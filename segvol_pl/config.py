@@ -480,6 +480,12 @@ class RunConfig(Keys):
     """cpu, cuda or auto."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
+    tf32: bool = False
+    """Let GPUs multiply float32 matrices as TF32, of 10 bits, where bf16 is not taken: with precision=fp32 all of them.
+    The trilinear weights of upsampling are exact in it."""
+    deterministic: bool = False
+    """Let torch take only what gives the same bits each time, on GPUs too, where it is slower: a run that is stopped
+    and goes on is then bit-equal to one that was not, as it is on CPUs anyhow."""
     accumulate: int = ranged(1, least=1)
     """Micro-batches per optimizer step; the global batch stays as stated."""
     prompts_at_once: int = ranged(6, least=1)
@@ -505,6 +511,8 @@ class RunConfig(Keys):
     """Batches per validation; 0 for no validation."""
     checkpoint_every: int = ranged(500, least=1)
     """Steps between checkpoints that a run goes on from; each replaces the one before."""
+    checkpoint_minutes: float = ranged(0.0, least=0)
+    """Minutes after which such a checkpoint is written even so, by the clock of rank 0; 0: by steps alone."""
     keep_every: int = ranged(0, least=0)
     """Steps between checkpoints that are kept beside; 0 for none."""
     keep: int = ranged(3, least=1)

@@ -16,7 +16,7 @@ class Accelerator:
     tflops: float
     """Dense bf16 products, TFLOP/s."""
     fp32_tflops: float
-    """float32 products, TFLOP/s; not those of TF32, which torch takes only where it is told to, as no run does."""
+    """float32 products, TFLOP/s; not those of TF32, which a run takes with run.tf32 alone."""
     gib: float
     """Memory, GiB."""
     known_by: tuple[str, ...]

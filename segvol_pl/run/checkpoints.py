@@ -3,7 +3,8 @@
 1. Between two steps all ranks gather the state; rank 0 copies it to main memory, and training goes on.
 2. A thread writes the copy. The next save waits for it, and so does whatever ends the run.
 
-    checkpoints/last.ckpt      every `run.checkpoint_every` steps, at a signal, and at the end: what a run goes on from
+    checkpoints/last.ckpt      every `run.checkpoint_every` steps and `run.checkpoint_minutes` minutes, at a signal, and
+                               at the end: what a run goes on from
     checkpoints/best.ckpt      after the validation of the lowest loss
     checkpoints/step-N.ckpt    every `run.keep_every` steps, the newest `run.keep` of them
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -123,6 +125,10 @@ class Checkpoints(pl.Callback):
         self.folder, self.run = folder, run
         self.best = math.inf
         self.saved = -1
+        self.written = time.monotonic()
+        """When `last` was, or the run began."""
+        self.wanted = False
+        """Whether all ranks have agreed to save before the next step, whichever it is."""
         self.kept: list[int] = []
         """Steps of the checkpoints that are kept beside."""
 
@@ -131,8 +137,13 @@ class Checkpoints(pl.Callback):
         """The checkpoint that a run goes on from."""
         return self.folder / "last.ckpt"
 
+    def overdue(self) -> bool:
+        """Whether by this rank's clock the last checkpoint is older than `run.checkpoint_minutes`."""
+        minutes = self.run.checkpoint_minutes
+        return minutes > 0 and time.monotonic() - self.written >= 60 * minutes
+
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.saved = trainer.global_step
+        self.saved, self.written = trainer.global_step, time.monotonic()
         # Those of steps that this run has yet to do were found damaged, or are another run's.
         self.kept = [step for step in sorted(map(_step, self.folder.glob("step-*.ckpt"))) if step <= self.saved]
         if trainer.is_global_zero:
@@ -144,8 +155,9 @@ class Checkpoints(pl.Callback):
         if index % trainer.accumulate_grad_batches or step == self.saved:
             return
         self.saved = step
-        if step % self.run.checkpoint_every == 0:
+        if self.wanted or step % self.run.checkpoint_every == 0:
             trainer.save_checkpoint(self.last)
+            self.wanted, self.written = False, time.monotonic()
         if self.run.keep_every and step % self.run.keep_every == 0:
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
             self.kept.append(step)

@@ -2,7 +2,7 @@
 
 1. SIGUSR1 (sent by SLURM before the time limit, see `--signal`) and SIGTERM only set a flag.
 2. Between two steps, and between two batches of a validation, which is cut short then, the ranks ask each other, over
-   the CPU, whether any of them was signalled.
+   the CPU, whether any of them was signalled, and rank 0 says whether a checkpoint is due by its clock.
 3. If so, all save the checkpoint together, rank 0 asks SLURM to queue the job again, and all end. Before the first step
    there is nothing to save.
 
@@ -16,7 +16,6 @@ import os
 import shutil
 import signal
 import subprocess
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 
 from segvol_pl.run import tracking
-from segvol_pl.run.checkpoints import writer
+from segvol_pl.run.checkpoints import Checkpoints, writer
 from segvol_pl.run.ranks import host_group
 
 log = logging.getLogger(__name__)
@@ -62,13 +61,13 @@ class StopSignal:
 
 
 class Preemption(pl.Callback):
-    """Saves to `checkpoint` and ends the run between two steps, once any rank was signalled.
+    """Saves and ends the run between two steps, once any rank was signalled; has `checkpoints` save when it is time.
 
     Exits with 128 + the signal's number, having asked SLURM to queue the job again where it runs one and `requeue`.
     """
 
-    def __init__(self, stop: StopSignal, checkpoint: Path, requeue: bool) -> None:
-        self.stop, self.checkpoint, self.requeue = stop, checkpoint, requeue
+    def __init__(self, stop: StopSignal, checkpoints: Checkpoints, requeue: bool) -> None:
+        self.stop, self.checkpoints, self.requeue = stop, checkpoints, requeue
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Lightning's own handler of SIGTERM, set a moment ago, talks to other ranks in the middle of a step.
@@ -91,23 +90,26 @@ class Preemption(pl.Callback):
             self._end(trainer, number)
 
     def _agree(self, trainer: pl.Trainer) -> int:
-        received = torch.tensor([self.stop.received])
+        """The signal that any rank received, or 0; whether rank 0 found a checkpoint to be due goes the same way."""
+        due = trainer.is_global_zero and self.checkpoints.overdue()
+        said = torch.tensor([self.stop.received, int(due)])
         if trainer.world_size > 1:
             # Asking over NCCL would make the host wait for the GPU in every step.
-            dist.all_reduce(received, dist.ReduceOp.MAX, group=host_group())
-        return int(received)
+            dist.all_reduce(said, dist.ReduceOp.MAX, group=host_group())
+        self.checkpoints.wanted = bool(said[1])
+        return int(said[0])
 
     def _end(self, trainer: pl.Trainer, number: int) -> None:
         name, step = signal.Signals(number).name, trainer.global_step
         begun = trainer.state.fn == TrainerFn.FITTING
         if begun:
-            trainer.save_checkpoint(self.checkpoint)
+            trainer.save_checkpoint(self.checkpoints.last)
             writer(trainer).wait()
         if trainer.is_global_zero:
             tracking.finish(trainer.loggers, preempted=True)
             again = self.requeue and queue_again()
             after = "queued again" if again else "the same command goes on from there"
-            saved = f"saved step {step} to {self.checkpoint}" if begun else "nothing to save yet"
+            saved = f"saved step {step} to {self.checkpoints.last}" if begun else "nothing to save yet"
             log.info("%s: %s, %s", name, saved, after)
         trainer.strategy.barrier()
         raise SystemExit(SIGNALLED + number)

@@ -132,6 +132,6 @@ def check_shared_memory(config: Config, place: Path = SHARED) -> None:
         size = math.ceil(1.1 * needed / GIB)
         raise StartUpError(
             f"data.workers: {place} has {free / GIB:.2f} GiB free, the loader processes of {config.run.devices} ranks "
-            f"need {needed / GIB:.2f}: start the container with --shm-size={size}g or --ipc=host, or set data.workers or "
-            "data.prefetch lower"
+            f"need {needed / GIB:.2f}: start the container with --shm-size={size}g or --ipc=host, or lower "
+            "data.workers or data.prefetch"
         )

@@ -177,6 +177,7 @@ def _fitted(config: Config, task: pl.LightningModule, module: VolumeModule) -> P
     _write_records(config, start)
     if strategies.run_device(config.run).type == "cpu":
         strategies.keep_freed_memory()
+    torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
     if config.run.compile:
         strategies.compile_blocks(task)
     with StopSignal() as stop, _quiet():
@@ -218,6 +219,7 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
     return pl.Trainer(
         **strategies.trainer_placement(run),
         precision=strategies.trainer_precision(run),
+        deterministic=run.deterministic,
         max_steps=config.optim.max_steps,
         max_epochs=-1,
         accumulate_grad_batches=run.accumulate,
@@ -249,7 +251,7 @@ def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
     surviving = [
         FiniteSteps(run.max_bad_steps),
         Watchdog(out / "ranks", run.timeout),
-        Preemption(stop, checkpoints.last, run.requeue),
+        Preemption(stop, checkpoints, run.requeue),
         checkpoints,
     ]
     return [StreamPosition(), DataHealth(run.log_every, config.data.max_bad_fraction), *watching, *surviving]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.strategies import Strategy
+from ranks import Ranks
 from test_trainer import _pretrain_config
 
+from segvol_pl.configure import to_yaml
 from segvol_pl.run import checkpoints
 from segvol_pl.run.checkpoints import AtomicCheckpointIO, remove_parts
 from segvol_pl.run.trainer import pretrain
@@ -79,10 +82,9 @@ def test_what_a_killed_run_had_half_written_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "step-3.ckpt"]
 
 
-def test_the_end_is_saved_before_the_weights_leave_their_device(
-    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trainer's teardown brings them to main memory, where the ranks of GPUs cannot gather them any more."""
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is saved, at which step, and when the trainer takes a run down, in order."""
     done: list[str] = []
     save, teardown = AtomicCheckpointIO.save_checkpoint, Strategy.teardown
 
@@ -96,5 +98,43 @@ def test_the_end_is_saved_before_the_weights_leave_their_device(
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", saved)
     monkeypatch.setattr(Strategy, "teardown", torn_down)
+    return done
+
+
+def test_the_end_is_saved_before_the_weights_leave_their_device(
+    phantom_shards: Path, tmp_path: Path, done: list[str]
+) -> None:
+    """The trainer's teardown brings them to main memory, where the ranks of GPUs cannot gather them any more."""
     pretrain(_pretrain_config(phantom_shards, tmp_path / "run", steps=2))
     assert done == ["teardown", "last.ckpt 2", "teardown"], "of the validation before the first step, then of training"
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(0.0, [3, 5]), (1e-9, [1, 2, 3, 4, 5])])
+def test_a_checkpoint_is_due_by_the_clock_as_well(
+    phantom_shards: Path, tmp_path: Path, done: list[str], minutes: float, steps: list[int]
+) -> None:
+    """The shorter of the two is over before the next step."""
+    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=5)
+    run = replace(config.run, checkpoint_minutes=minutes, checkpoint_every=3, val_batches=0)
+    pretrain(replace(config, run=run))
+    assert [entry for entry in done if entry != "teardown"] == [f"last.ckpt {step}" for step in steps]
+
+
+@pytest.mark.parametrize(("clock", "saves"), [("0", 3), ("1", 1)])
+def test_all_ranks_go_by_the_clock_of_rank_0(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks], clock: str, saves: int
+) -> None:
+    """One rank alone finds a checkpoint to be due before every step; saving takes all of them."""
+    patch = (
+        "import os, segvol_pl.run.checkpoints as c\n"
+        f"c.Checkpoints.overdue = lambda self: os.environ['LOCAL_RANK'] == '{clock}'\n"
+        "write = c.AtomicCheckpointIO._write\n"
+        "def written(checkpoint, path):\n"
+        "    print('SAVED', checkpoint['global_step'], flush=True)\n"
+        "    write(checkpoint, path)\n"
+        "c.AtomicCheckpointIO._write = staticmethod(written)\n"
+    )
+    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(config, run=replace(config.run, checkpoint_every=100))))
+    said = ranks[2]("pretrain", str(tmp_path / "config.yaml"), "run.val_batches=0", patch=patch)
+    assert said.count("SAVED") == saves and "SAVED 3" in said

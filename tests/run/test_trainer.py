@@ -144,6 +144,16 @@ def test_a_stopped_run_goes_on_to_the_bit(phantom_shards: Path, tmp_path: Path, 
         assert curves[0] == curves[1]
 
 
+def test_how_products_are_taken_is_as_the_run_says(phantom_shards: Path, tmp_path: Path) -> None:
+    """Of this run, not of one that the process has done before."""
+    config = _pretrain_config(phantom_shards, tmp_path / "first", steps=1)
+    pretrain(replace(config, run=replace(config.run, tf32=True, deterministic=True)))
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    pretrain(_pretrain_config(phantom_shards, tmp_path / "second", steps=1))
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_a_finished_run_is_left_alone_and_another_configuration_refused(phantom_shards: Path, tmp_path: Path) -> None:
     config = _pretrain_config(phantom_shards, tmp_path / "run", steps=2)
     checkpoint = pretrain(config)
