@@ -496,8 +496,8 @@ class RunConfig(Keys):
     all but the results of matrix products and attention (not with zero3); blocks: everything within a block, at a third
     more time."""
     compile: bool = False
-    """Compile the blocks with torch.compile: the first steps take minutes longer, the others less time. Not with fsdp
-    and zero3, which compute groups of prompts again."""
+    """Compile the blocks with torch.compile: the first steps take minutes longer, the others less time. Under fsdp
+    the encoder's alone; not with zero3."""
     peak_tflops: float = ranged(0.0, least=0)
     """Peak of one device's matrix products in TFLOP/s, against which MFU is stated; 0: that of the table in
     segvol_pl/devices.py for bf16, and no MFU where it is not known."""
@@ -539,9 +539,9 @@ class RunConfig(Keys):
         _require(alone, "run.own_strategy", f"stands in place of run.strategy={self.strategy.value}: leave one out")
         kept = self.recompute is not Recompute.cheap or self.strategy is not Strategy.zero3
         _require(kept, "run.recompute", "cheap would give wrong gradients with zero3: use blocks")
-        # What a compiled block keeps differs between a pass and its repetition.
-        whole = self.strategy not in (Strategy.fsdp, Strategy.zero3)
-        _require(whole or not self.compile, "run.compile", "does not go with fsdp and zero3: use ddp, zero1 or zero2")
+        # DeepSpeed gathers weights by hooks within the blocks.
+        hooked = self.strategy is Strategy.zero3
+        _require(not (hooked and self.compile), "run.compile", "does not go with zero3: use fsdp, ddp, zero1 or zero2")
         splits = self.strategy not in (Strategy.auto, Strategy.ddp)
         _require(splits or not self.offload, "run.offload", "needs a strategy that splits: fsdp, zero1, zero2, zero3")
 

@@ -223,7 +223,6 @@ def test_a_range_is_checked_in_python_too() -> None:
     ("pairs", "key"),
     [
         (("run.strategy=zero3", "run.recompute=cheap"), "run.recompute"),
-        (("run.strategy=fsdp", "run.compile=true"), "run.compile"),
         (("run.strategy=zero3", "run.compile=true"), "run.compile"),
         (("run.strategy=ddp", "run.offload=true"), "run.offload"),
     ],

@@ -11,16 +11,34 @@ import torch
 from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
 from monai.networks.blocks.transformerblock import TransformerBlock
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from segvol_pl.config import Recompute, SegVolConfig
 
 
-def _block(config: SegVolConfig) -> TransformerBlock:
-    block = TransformerBlock(config.hidden, config.mlp, config.heads, qkv_bias=False, use_flash_attention=True)
-    # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
-    del block.norm_cross_attn
-    return block
+class Block(TransformerBlock):
+    """MONAI's transformer block, of which activations may be computed again in the backward pass.
+
+    That is decided within: a compiled block is compiled with it, and FSDP2 gathers weights once for both.
+    """
+
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__(config.hidden, config.mlp, config.heads, qkv_bias=False, use_flash_attention=True)
+        # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
+        del self.norm_cross_attn
+        self.recompute = Recompute.none
+
+    def forward(self, tokens_BTE: Tensor) -> Tensor:
+        """tokens_BTE -> tokens_BTE."""
+        if self.recompute is Recompute.none or not torch.is_grad_enabled():
+            plain: Tensor = super().forward(tokens_BTE)
+            return plain
+        # torch.compile wants to see each form by itself.
+        if self.recompute is Recompute.cheap:
+            cheap: Tensor = checkpoint(super().forward, tokens_BTE, use_reentrant=False, context_fn=_kept_products)
+            return cheap
+        whole: Tensor = checkpoint(super().forward, tokens_BTE, use_reentrant=False)
+        return whole
 
 
 class ImageEncoder(nn.Module):
@@ -41,10 +59,14 @@ class ImageEncoder(nn.Module):
             pos_embed_type="learnable",
             spatial_dims=3,
         )
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden)
 
-        self.recompute = Recompute.none
+    def compute_again(self, recompute: Recompute) -> None:
+        """What of the blocks' activations is computed again in the backward pass in place of being held."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recompute = recompute
 
     def patches(self, image_BCDHW: Tensor) -> Tensor:
         """The image cut into patches_BTV, in the order of the tokens."""
@@ -69,17 +91,9 @@ class ImageEncoder(nn.Module):
             tokens_BTE = torch.where(mask_BT[..., None], mask_token_E.to(tokens_BTE.dtype), tokens_BTE)
         tokens_BTE = tokens_BTE + self.patch_embedding.position_embeddings
         for block in self.blocks:
-            tokens_BTE = self._through(block, tokens_BTE)
+            tokens_BTE = block(tokens_BTE)
         normed_BTE: Tensor = self.norm(tokens_BTE)
         return normed_BTE
-
-    def _through(self, block: nn.Module, tokens_BTE: Tensor) -> Tensor:
-        if self.recompute is Recompute.none or not torch.is_grad_enabled():
-            plain: Tensor = block(tokens_BTE)
-            return plain
-        keep = _kept_products if self.recompute is Recompute.cheap else noop_context_fn
-        out: Tensor = checkpoint(block, tokens_BTE, use_reentrant=False, context_fn=keep)
-        return out
 
 
 def _kept_products() -> tuple[Any, Any]:

@@ -23,7 +23,6 @@ from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
-from monai.networks.blocks.transformerblock import TransformerBlock
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -38,6 +37,7 @@ from torch.optim import Optimizer
 
 from segvol_pl.config import DEEPSPEED_BUCKET, ConfigError, Precision, RunConfig, Strategy
 from segvol_pl.configure import own_function
+from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import TwoWayAttentionBlock, Upscaling
 from segvol_pl.run.launched import local_rank
 from segvol_pl.tasks.optim import Task
@@ -273,17 +273,20 @@ def _gather(blocks: Sequence[torch.nn.Module]) -> None:
 
 def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
     """The transformer blocks of encoder and decoder."""
-    return [part for part in module.modules() if isinstance(part, TransformerBlock | TwoWayAttentionBlock)]
+    return [part for part in module.modules() if isinstance(part, Block | TwoWayAttentionBlock)]
 
 
-def compile_blocks(module: torch.nn.Module) -> None:
+def compile_blocks(module: torch.nn.Module, run: RunConfig) -> None:
     """Compiles the blocks of encoder and decoder, and the decoder's upscaling, for the shapes that they first meet.
 
-    Block by block: equal blocks are compiled once, and the hooks that gather split weights stay outside.
+    Block by block: equal blocks are compiled once, and the hooks that gather split weights stay outside. Under fsdp
+    the encoder's alone: groups of prompts are computed again there, and a compiled block does not keep the same twice.
     """
+    kinds = (Block,) if run.strategy is Strategy.fsdp else (Block, TwoWayAttentionBlock, Upscaling)
     # A run has few shapes: training's and validation's last group of prompts have their own.
-    for part in (*sharded_blocks(module), *(part for part in module.modules() if isinstance(part, Upscaling))):
-        part.forward = torch.compile(part.forward, dynamic=False)
+    for part in module.modules():
+        if isinstance(part, kinds):
+            part.forward = torch.compile(part.forward, dynamic=False)
 
 
 class ZeRO(DeepSpeedStrategy):

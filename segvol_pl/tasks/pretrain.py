@@ -33,7 +33,7 @@ class SimMIMTask(Task):
         self.mask_token = nn.Parameter(torch.zeros(config.model.hidden))
         self.head = nn.Linear(config.model.hidden, math.prod(config.model.patch))
         self.hidden = round(config.mask_ratio * math.prod(config.model.grid))
-        self.encoder.recompute = config.run.recompute
+        self.encoder.compute_again(config.run.recompute)
         self.save_hyperparameters({"task": "pretrain", "config": plain(config)})
 
     def loss(self, batch: Batch) -> Tensor:

@@ -37,7 +37,7 @@ class SegVolTask(Task):
         super().__init__()
         self.config, self.optim = config, config.optim
         self.model = SegVol(config.model, bank)
-        self.model.image_encoder.recompute = config.run.recompute
+        self.model.image_encoder.compute_again(config.run.recompute)
         self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

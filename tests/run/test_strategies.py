@@ -148,3 +148,10 @@ def test_what_is_split_can_stay_in_main_memory(losses: dict[str, Losses], traine
 def test_kept_checkpoints_are_bounded_and_the_best_is_there(losses: dict[str, Losses], trained: Trained) -> None:
     names = {path.name for path in (trained / "auto/checkpoints").iterdir()}
     assert names == {"last.ckpt", "best.ckpt", f"step-{HALF}.ckpt"}
+
+
+def test_compiled_blocks_train_alike_where_weights_are_split(losses: dict[str, Losses], trained: Trained) -> None:
+    """Blocks and groups of prompts are computed again besides."""
+    keys = ("run.compile=true", "run.recompute=blocks", "run.prompts_at_once=3")
+    found = trained("fsdp-compiled", "fsdp", 2, *keys)
+    np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=1e-4)

@@ -189,7 +189,7 @@ def test_activations_computed_again_give_the_same_gradients(recompute: Recompute
     gradients, held = [], []
     for chosen in (Recompute.none, recompute):
         task = _segment_task()
-        task.model.image_encoder.recompute = chosen
+        task.model.image_encoder.compute_again(chosen)
         saved: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=saved: kept.append(x.numel()) or x, lambda x: x):  # type: ignore[misc]
             loss, _ = task.losses(segment_batch)
