@@ -122,7 +122,7 @@ def plain_loss(task: SegVolTask, batch: Batch) -> Tensor:
     asked = asked.joined(pseudo_questions(batch, {}), task.config.pseudo_weight)
     tokens_BTE = task.model.encode(batch["image_BCDHW"])
     loss = tokens_BTE.new_zeros(())
-    for place, mask_BDHW in enumerate(asked.masks):
+    for place, mask_BDHW in enumerate(asked.masks_BKDHW[:, asked.rows_P].unbind(1)):
         logits = plain_logits(task, tokens_BTE, asked.prompts.at(slice(place, place + 1))).flatten(1)
         truth, probability = mask_BDHW.float().flatten(1), logits.sigmoid()
         bce = F.binary_cross_entropy_with_logits(logits, truth)

@@ -1,6 +1,7 @@
 """The losses of the paper: Eq. 1 (SimMIM), Eq. 2 (BCE), Eq. 3 (Dice), Eq. 4 (their sum).
 
-Letters: B batch, K masks, P prompts (of one mask), D H W voxels, M hidden tokens, V voxels of one patch.
+Letters: B batch, K masks, P prompts (of one mask, or of a volume), D H W voxels, d h w voxels of low resolution, M
+hidden tokens, V voxels of one patch.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from segvol_pl.kernels.compared import compared
 
 DICE_SMOOTH = 1.0
 """Added to Dice's denominator alone, as in the published code: an empty prediction of an empty mask costs 1."""
@@ -29,6 +32,17 @@ def mask_losses(logits_BKPDHW: Tensor, masks_BKDHW: Tensor) -> tuple[Tensor, Ten
         overlap = (probability @ truth.transpose(2, 3))[..., 0]
         dice_BKP = 1 - 2 * overlap / (probability.sum(-1) + truth.sum(-1) + DICE_SMOOTH)
     return dice_BKP, bce_BKP
+
+
+def low_mask_losses(low_BPdhw: Tensor, masks_BKDHW: Tensor, rows_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Dice loss and BCE, (B,P) each, float32, of low-resolution logits: as `mask_losses` of the same upsampled.
+
+    masks_BKDHW: bool; rows_P: which of its image's masks answers a prompt. Nothing of full resolution is made where the
+    fused operations run.
+    """
+    bce_BP, probability_BP, overlap_BP, truth_BP = compared(low_BPdhw, masks_BKDHW, rows_P).unbind(-1)
+    dice_BP = 1 - 2 * overlap_BP / (probability_BP + truth_BP + DICE_SMOOTH)
+    return dice_BP, bce_BP / masks_BKDHW[0, 0].numel()
 
 
 def simmim_loss(predicted_BMV: Tensor, patches_BMV: Tensor) -> Tensor:

@@ -23,8 +23,9 @@ FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}
 MAY_IMPORT = {
     "credentials": set(),
     "data": {"config", "configure", "credentials", "data"},
-    "model": {"config", "configure", "data.prompts", "data.whole", "model"},
-    "losses": set(),
+    "kernels": {"kernels"},
+    "model": {"config", "configure", "data.prompts", "data.whole", "kernels", "model"},
+    "losses": {"kernels"},
     "zoom": {"config", "data.prompts", "data.sample", "data.transforms", "logits", "tokens"},
     "logits": {"data.prompts", "data.sample", "data.transforms"},
     "tokens": set(),
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     },
     "page": {"data.whole"},
     "scaling": {"config", "configure", "data.whole", "grid", "page", "run.record", "scaling"},
-    "tasks": {"config", "configure", "data", "model", "losses", "tasks"},
+    "tasks": {"config", "configure", "data", "kernels", "model", "losses", "tasks"},
     "evaluation": {
         "config",
         "configure",

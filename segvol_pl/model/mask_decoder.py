@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from segvol_pl.config import MASK_TOKENS, SegVolConfig
+from segvol_pl.kernels import fused
+from segvol_pl.kernels.upscaled import gelu_product, norm_gelu
 
 
 class Attention(nn.Module):
@@ -183,7 +185,7 @@ class HyperNetwork(nn.Module):
 
 
 class _Weighed(torch.autograd.Function):
-    """voxels_AVE and weights_AE -> their products (A, V), prompt by prompt.
+    """voxels_AVE and weights_AE -> their products (A, V), prompt by prompt: the form for CPUs.
 
     A batched product with a single column is several times slower, backward above all; and torch would put the
     prompts' gradients, the largest tensor of a step, together by copying them.
@@ -231,10 +233,9 @@ class Upscaling(nn.Sequential):
     def forward(self, image_ATE: Tensor, weights_AE: Tensor) -> Tensor:  # type: ignore[override]
         """logits_ADHW, four times the token grid along each axis."""
         first, second = self._convolutions()
-        fine = self._normed(self._double(image_ATE, first))
-        finest = F.gelu(self._double(F.gelu(fine), second))
-        logits_AV: Tensor = _Weighed.apply(finest.flatten(1, 3), weights_AE.to(finest.dtype))
-        return self._in_volume_order(logits_AV)
+        fine = self._activated(self._double(image_ATE, first))
+        finest = self._double(fine, second)
+        return self._in_volume_order(self._weighed(finest.flatten(1, 3), weights_AE))
 
     @staticmethod
     def _double(x: Tensor, conv: nn.ConvTranspose3d) -> Tensor:
@@ -243,11 +244,24 @@ class Upscaling(nn.Sequential):
         weight = conv.weight.flatten(2).permute(2, 1, 0).flatten(0, 1)
         return F.linear(x, weight, conv.bias.repeat(8)).unflatten(-1, (8, -1))
 
-    def _normed(self, fine_AT8E: Tensor) -> Tensor:
+    def _activated(self, fine_AT8E: Tensor) -> Tensor:
+        """Norm and GELU."""
         norm = self[1]
         assert isinstance(norm, nn.LayerNorm)
         scale, shift = self._in_token_order(norm.weight), self._in_token_order(norm.bias)
-        return F.layer_norm(fine_AT8E, fine_AT8E.shape[1:], scale, shift, norm.eps)
+        if fused(fine_AT8E):
+            # Torch's own norm would give each prompt's 3 million numbers to a single block of threads.
+            return norm_gelu(fine_AT8E.flatten(1), scale.flatten(), shift.flatten(), norm.eps).view_as(fine_AT8E)
+        return F.gelu(F.layer_norm(fine_AT8E, fine_AT8E.shape[1:], scale, shift, norm.eps))
+
+    @staticmethod
+    def _weighed(finest_AVE: Tensor, weights_AE: Tensor) -> Tensor:
+        """logits_AV: GELU, then the product with the mask's weights."""
+        if fused(finest_AVE):
+            return gelu_product(finest_AVE, weights_AE)
+        activated = F.gelu(finest_AVE)
+        logits_AV: Tensor = _Weighed.apply(activated, weights_AE.to(activated.dtype))
+        return logits_AV
 
     def _in_token_order(self, x_EDHW: Tensor) -> Tensor:
         """(E, 2D, 2H, 2W) -> (T, 8, E)."""

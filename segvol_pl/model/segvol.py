@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segvol_pl.config import SegVolConfig
 from segvol_pl.data.prompts import Prompt
+from segvol_pl.kernels.compared import interpolation
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.mask_decoder import ImageSide, MaskDecoder
 from segvol_pl.model.prompt_encoder import PromptEncoder, PromptTensors
@@ -35,8 +35,7 @@ class Trilinear(nn.Module):
         super().__init__()
         self.deepens = source[0] != target[0]
         for axis, old, new in zip("dhw", source, target, strict=True):
-            matrix = F.interpolate(torch.eye(old)[None], size=new, mode="linear", align_corners=False)[0].T
-            self.register_buffer(f"matrix_{axis}", matrix.contiguous(), persistent=False)
+            self.register_buffer(f"matrix_{axis}", interpolation(old, new), persistent=False)
 
     matrix_d: Tensor
     matrix_h: Tensor

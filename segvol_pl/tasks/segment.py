@@ -5,7 +5,7 @@
 3. A group is brought to full resolution and compared with its masks before the next one is decoded, see `groups`.
 
 Letters: B batch, K categories (or pseudo-labels) of one volume, C prompt combinations, P prompts of one volume, D H W
-voxels, N points, M marks.
+voxels, d h w voxels of low resolution, N points, M marks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from segvol_pl.config import TrainConfig, named_parts
 from segvol_pl.configure import plain
 from segvol_pl.data.batch import Batch
-from segvol_pl.losses import mask_losses
+from segvol_pl.kernels import fused
+from segvol_pl.losses import low_mask_losses, mask_losses
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import ImageSide
 from segvol_pl.model.prompt_encoder import PromptTensors
@@ -84,15 +85,19 @@ class SegVolTask(Task):
 
         def term(group: slice, *side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             self.gather()
-            logits_BPDHW = self.model.upsample(self.model.decode_side(ImageSide(*side), asked.prompts.at(group)))
-            if answers is not None:
-                answers.append(logits_BPDHW > 0)
-            masks_BPDHW = torch.stack(asked.masks[group], dim=1)
-            dice_BP, bce_BP = (loss[..., 0] for loss in mask_losses(logits_BPDHW[:, :, None], masks_BPDHW))
+            low_BPdhw, rows_P = self.model.decode_side(ImageSide(*side), asked.prompts.at(group)), asked.rows_P[group]
+            if fused(low_BPdhw) and answers is None:
+                dice_BP, bce_BP = low_mask_losses(low_BPdhw, asked.masks_BKDHW, rows_P)
+            else:
+                logits_BPDHW = self.model.upsample(low_BPdhw)
+                if answers is not None:
+                    answers.append(logits_BPDHW > 0)
+                found = mask_losses(logits_BPDHW[:, :, None], asked.masks_BKDHW[:, rows_P])
+                dice_BP, bce_BP = (loss[..., 0] for loss in found)
             return (asked.weights_BP[:, group] * (dice_BP + bce_BP)).sum(), dice_BP, bce_BP
 
         size = self.config.run.prompts_at_once
-        groups = [slice(first, first + size) for first in range(0, len(asked.masks), size)]
+        groups = [slice(first, first + size) for first in range(0, len(asked.rows_P), size)]
         decoding = (self.model.prompt_encoder, self.model.text_encoder, self.model.mask_decoder)
         weights = [parameter for part in decoding for parameter in part.parameters()]
         return sum_over_groups(term, groups, self.model.side(tokens_BTE), weights, self.whole_weights)
@@ -103,14 +108,18 @@ class Questions:
     """Prompts with the masks that answer them, and what each counts in the loss."""
 
     prompts: PromptTensors
-    masks: list[Tensor]
-    """P of (B,D,H,W), bool: prompts of one mask share it."""
+    masks_BKDHW: Tensor
+    """bool; prompts of one mask share it."""
+    rows_P: Tensor
+    """Which of its volume's masks answers a prompt, int64."""
     weights_BP: Tensor
 
     def joined(self, other: Questions, weight: float) -> Questions:
         """With the other's behind them, which count `weight` times as much."""
         weights_BP = torch.cat([self.weights_BP, weight * other.weights_BP], dim=1)
-        return Questions(self.prompts.joined(other.prompts), self.masks + other.masks, weights_BP)
+        masks_BKDHW = torch.cat([self.masks_BKDHW, other.masks_BKDHW], dim=1)
+        rows_P = torch.cat([self.rows_P, self.masks_BKDHW.shape[1] + other.rows_P])
+        return Questions(self.prompts.joined(other.prompts), masks_BKDHW, rows_P, weights_BP)
 
 
 def supervised_questions(batch: Batch, combinations: list[str], marked: dict[str, int]) -> Questions:
@@ -121,7 +130,8 @@ def supervised_questions(batch: Batch, combinations: list[str], marked: dict[str
     valid_BK = batch["valid_BK"]
     weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
     asked = combined(batch, combinations, marked)
-    return Questions(asked, _masks(batch["masks_BKDHW"], len(combinations)), weights_BP)
+    rows_P = _rows(valid_BK).repeat_interleave(len(combinations))
+    return Questions(asked, batch["masks_BKDHW"], rows_P, weights_BP)
 
 
 def pseudo_questions(batch: Batch, marked: dict[str, int]) -> Questions:
@@ -129,11 +139,12 @@ def pseudo_questions(batch: Batch, marked: dict[str, int]) -> Questions:
     valid_BK = batch["pseudo_valid_BK"]
     kinds = ["box" if place % 2 else "points" for place in range(valid_BK.shape[1])]
     weights_BP = valid_BK.float() / len(valid_BK)
-    return Questions(_prompts(batch, "pseudo_", kinds, marked), _masks(batch["pseudo_masks_BKDHW"], 1), weights_BP)
+    asked = _prompts(batch, "pseudo_", kinds, marked)
+    return Questions(asked, batch["pseudo_masks_BKDHW"], _rows(valid_BK), weights_BP)
 
 
-def _masks(masks_BKDHW: Tensor, each: int) -> list[Tensor]:
-    return [mask_BDHW for mask_BDHW in masks_BKDHW.unbind(1) for _ in range(each)]
+def _rows(valid_BK: Tensor) -> Tensor:
+    return torch.arange(valid_BK.shape[1], device=valid_BK.device)
 
 
 def combined(batch: Batch, combinations: list[str], marked: dict[str, int]) -> PromptTensors:

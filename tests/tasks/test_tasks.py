@@ -123,7 +123,7 @@ def _plain_loss(task: SegVolTask, batch: Batch) -> torch.Tensor:
     loss = torch.zeros(())
     names = PROMPTS.combinations
     asked = supervised_questions(batch, names, {}).joined(pseudo_questions(batch, {}), task.config.pseudo_weight)
-    for place, mask_BDHW in enumerate(asked.masks):
+    for place, mask_BDHW in enumerate(asked.masks_BKDHW[:, asked.rows_P].unbind(1)):
         tokens_BTE = task.model.encode(batch["image_BCDHW"])
         logits = task.model.decode(tokens_BTE, asked.prompts.at(slice(place, place + 1)))[:, 0].flatten(1)
         truth = mask_BDHW.float().flatten(1)
