@@ -488,9 +488,9 @@ class RunConfig(Keys):
     and goes on is then bit-equal to one that was not, as it is on CPUs anyhow."""
     accumulate: int = ranged(1, least=1)
     """Micro-batches per optimizer step; the global batch stays as stated."""
-    prompts_at_once: int = ranged(6, least=1)
+    prompts_at_once: int = ranged(0, least=0)
     """Prompts of each volume that are decoded together: bounds memory, whatever their number. The losses are the
-    same."""
+    same. 0: on a GPU as many as its memory allows, on a CPU 6."""
     recompute: Recompute = Recompute.none
     """Activations of the encoder's blocks that are computed again in the backward pass in place of being held. cheap:
     all but the results of matrix products and attention (not with zero3); blocks: everything within a block, at a third

@@ -4,6 +4,7 @@
 2. `moments`: while prompts are decoded, when the encoder's backward pass begins, and when the optimizer steps. What a
    device must have is the largest of them, `peak`.
 3. A strategy splits weights, gradients and moments over the ranks, and adds what it sends in one piece.
+4. Turned round, they say how many prompts a device can decode together: `prompt_groups`, for the step and the planner.
 
 All in bytes. Letters: T image tokens, E embedding.
 """
@@ -20,6 +21,10 @@ WIDE = 4
 """Bytes of a float32."""
 NARROW = 2
 """Bytes of a bfloat16."""
+MARGIN = 0.85
+"""Share of a GPU's memory that is filled on purpose; the rest is for fragments, libraries and what is not counted."""
+ON_A_CPU = 6
+"""Prompts of each volume that are decoded together on a CPU, which gains nothing by more."""
 
 Config = PretrainConfig | TrainConfig
 
@@ -39,13 +44,36 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def peak(config: Config, volumes: int, bf16: bool) -> Memory:
-    """The largest moment of a step with so many volumes at once on a device."""
-    return max(moments(config, volumes, bf16), key=lambda moment: moment.total)
+def prompt_groups(config: TrainConfig, count: int, volumes: int, bf16: bool, room: float | None) -> list[int]:
+    """How many of `count` prompts of each volume are decoded together, group by group.
+
+    As `run.prompts_at_once` says. Where it is 0, as many as `room` bytes of a GPU hold, in groups of like size;
+    `ON_A_CPU` where `room` is None.
+    """
+    size = config.run.prompts_at_once or (ON_A_CPU if room is None else 0)
+    if size:
+        return [min(size, count - first) for first in range(0, count, size)]
+    assert room is not None
+    left = MARGIN * room - moments(config, volumes, bf16, 0)[0].total
+    most = max(1, int(left / (volumes * prompt_bytes(config.model, bf16))))
+    groups = math.ceil(count / most)
+    return [count * (place + 1) // groups - count * place // groups for place in range(groups)]
 
 
-def moments(config: Config, volumes: int, bf16: bool) -> list[Memory]:
-    """Decoding (in pre-training: the head), the start of the encoder's backward pass, the optimizer's step."""
+def peak(config: Config, volumes: int, bf16: bool, room: float | None = None) -> Memory:
+    """The largest moment of a step with so many volumes at once on a device: a GPU of `room` bytes, or else a CPU."""
+    group = 0
+    if isinstance(config, TrainConfig):
+        count = flops.prompts_per_volume(config.prompts)
+        group = max(prompt_groups(config, count, volumes, bf16, room), default=0)
+    return max(moments(config, volumes, bf16, group), key=lambda moment: moment.total)
+
+
+def moments(config: Config, volumes: int, bf16: bool, group: int) -> list[Memory]:
+    """Decoding (in pre-training: the head), the start of the encoder's backward pass, the optimizer's step.
+
+    group: prompts of each volume that are decoded together.
+    """
     parts = flops.run_parameters(config)
     trained = sum(parts.values())
     weights, gradients, optimizer = state(config.run, config.model, trained, bf16)
@@ -56,7 +84,6 @@ def moments(config: Config, volumes: int, bf16: bool) -> list[Memory]:
     if isinstance(config, PretrainConfig):
         decoding, early = volumes * head_bytes(config, bf16), 0.0
     else:
-        group = min(config.run.prompts_at_once, flops.prompts_per_volume(config.prompts))
         decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16))
         early = float(WIDE * (trained - parts["image_encoder"])) if gathers_ahead(config.run) else 0.0
     block = volumes * block_bytes(config.model, bf16)

@@ -51,7 +51,19 @@ class Plan:
 
     def peak(self, strategy: Strategy, volumes: int) -> memory.Memory:
         """bf16, which all these devices have, unless the configuration says fp32."""
-        return memory.peak(self.under(strategy), volumes, self.bf16)
+        return memory.peak(self.under(strategy), volumes, self.bf16, self.room)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a run can have."""
+        return (self.device.gib - RESERVE) * GIB
+
+    def groups(self) -> list[int]:
+        """Prompts of each volume that are decoded together, group by group; none in pre-training."""
+        if isinstance(self.config, PretrainConfig):
+            return []
+        count = flops.prompts_per_volume(self.config.prompts)
+        return memory.prompt_groups(self.config, count, self.micro_batch, self.bf16, self.room)
 
     @property
     def bf16(self) -> bool:
@@ -60,14 +72,17 @@ class Plan:
 
     def largest(self, strategy: Strategy) -> int:
         """The most volumes that fit on a device at once; 0 where not even one does."""
-        room = (self.device.gib - RESERVE) * GIB
-        fixed, first = self.peak(strategy, 0).total, self.peak(strategy, 1).total
-        if first > room:
+
+        def needed(volumes: int) -> float:
+            return self.peak(strategy, volumes).total
+
+        if needed(1) > self.room:
             return 0
-        # What the optimizer's step needs does not grow; what the others need grows evenly.
-        slope = self.peak(strategy, 1025).total - self.peak(strategy, 1024).total
-        guess = int((room - fixed) / slope) if slope else 1
-        return max(count for count in range(1, guess + 2) if self.peak(strategy, count).total <= room)
+        # What the optimizer's step needs does not grow; what the others need grows evenly, where they have no room for
+        # more than one prompt at once.
+        slope = needed(1025) - needed(1024)
+        guess = int(self.room / slope) if slope else 1
+        return max(count for count in range(1, guess + 2) if needed(count) <= self.room)
 
     @property
     def operations(self) -> float:
@@ -150,6 +165,9 @@ def _memory(made: Plan) -> Iterator[str]:
         fits = "" if peak.total / GIB + RESERVE <= made.device.gib else "  does not fit"
         figures = "".join(f"{cell / GIB:>13.2f}" for cell in cells)
         yield f"  {strategy.value:<10}{figures}  {made.largest(strategy)}{fits}"
+    if groups := made.groups():
+        stated = f"run.prompts_at_once={made.config.run.prompts_at_once}"
+        yield f"  prompts of a volume at once: {max(groups)} of {sum(groups)} ({stated})"
     yield "  (auto's model is checked against measured peaks; what the others add is by arithmetic alone)"
 
 

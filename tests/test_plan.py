@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from segvol_pl import flops
+from segvol_pl import flops, memory
 from segvol_pl.config import ConfigError, PretrainConfig, Strategy, TrainConfig
 from segvol_pl.devices import ACCELERATORS
 from segvol_pl.plan import Plan, lines, plan, strategies
@@ -75,6 +76,38 @@ def test_memory_falls_with_what_is_split_and_computed_again() -> None:
     assert all(after.activations < before.activations for before, after in pairwise(kept))
     groups = [plan([TRAIN, *PLACE, f"run.prompts_at_once={size}"]).peak(Strategy.ddp, 4).total for size in (30, 6, 1)]
     assert groups == sorted(groups, reverse=True)
+
+
+@pytest.mark.parametrize("gib", [6, 10, 22, 78])
+@pytest.mark.parametrize("volumes", [1, 4, 16])
+def test_as_many_prompts_are_decoded_together_as_memory_holds(volumes: int, gib: int) -> None:
+    config = plan([TRAIN]).config
+    assert isinstance(config, TrainConfig)
+    room = gib * 2.0**30
+    sizes = memory.prompt_groups(config, 30, volumes, True, room)
+    assert sum(sizes) == 30 and max(sizes) - min(sizes) <= 1
+    taken = memory.moments(config, volumes, True, max(sizes))[0].total
+    assert taken <= memory.MARGIN * room or max(sizes) == 1
+    # One group less would not do.
+    fewer = math.ceil(30 / max(1, len(sizes) - 1))
+    assert len(sizes) == 1 or memory.moments(config, volumes, True, fewer)[0].total > memory.MARGIN * room
+
+
+def test_a_stated_number_of_prompts_is_kept_and_a_cpu_takes_six() -> None:
+    stated, free = plan([TRAIN, "run.prompts_at_once=8"]).config, plan([TRAIN]).config
+    assert isinstance(stated, TrainConfig) and isinstance(free, TrainConfig)
+    for room in (None, 2.0**30, 2.0**37):
+        assert memory.prompt_groups(stated, 30, 4, True, room) == [8, 8, 8, 6]
+    assert memory.prompt_groups(free, 32, 4, False, None) == [6, 6, 6, 6, 6, 2]
+
+
+def test_the_plan_says_how_many_prompts_are_decoded_together() -> None:
+    large = plan([TRAIN, "gpus=8", "device=l4"])
+    assert large.groups() == [15, 15] and any(
+        "at once: 15 of 30 (run.prompts_at_once=0)" in line for line in lines(large)
+    )
+    assert large.peak(Strategy.ddp, 4).total < large.room
+    assert plan([PRETRAIN]).groups() == []
 
 
 def test_rates_are_the_peaks_share_over_the_operations() -> None:

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     },
     "page": {"data.whole"},
     "scaling": {"config", "configure", "data.whole", "grid", "page", "run.record", "scaling"},
-    "tasks": {"config", "configure", "data", "kernels", "model", "losses", "tasks"},
+    "tasks": {"config", "configure", "data", "kernels", "memory", "model", "losses", "tasks"},
     "evaluation": {
         "config",
         "configure",

@@ -10,12 +10,16 @@ voxels, d h w voxels of low resolution, N points, M marks.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from segvol_pl import memory
 from segvol_pl.config import TrainConfig, named_parts
 from segvol_pl.configure import plain
 from segvol_pl.data.batch import Batch
@@ -26,6 +30,8 @@ from segvol_pl.model.mask_decoder import ImageSide
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.tasks.groups import sum_over_groups
 from segvol_pl.tasks.optim import Task, log_validation, poisoned
+
+log = logging.getLogger(__name__)
 
 
 class SegVolTask(Task):
@@ -96,11 +102,29 @@ class SegVolTask(Task):
                 dice_BP, bce_BP = (loss[..., 0] for loss in found)
             return (asked.weights_BP[:, group] * (dice_BP + bce_BP)).sum(), dice_BP, bce_BP
 
-        size = self.config.run.prompts_at_once
-        groups = [slice(first, first + size) for first in range(0, len(asked.rows_P), size)]
+        groups = self.groups(len(asked.rows_P), len(tokens_BTE))
         decoding = (self.model.prompt_encoder, self.model.text_encoder, self.model.mask_decoder)
         weights = [parameter for part in decoding for parameter in part.parameters()]
         return sum_over_groups(term, groups, self.model.side(tokens_BTE), weights, self.whole_weights)
+
+    def groups(self, count: int, volumes: int) -> list[slice]:
+        """Which of `count` prompts of each of so many volumes are decoded together."""
+        bf16 = torch.is_autocast_enabled(self.device.type)
+        sizes = memory.prompt_groups(self.config, count, volumes, bf16, self.room)
+        return [slice(last - size, last) for size, last in zip(sizes, accumulate(sizes), strict=True)]
+
+    @functools.cached_property
+    def room(self) -> float | None:
+        """Bytes of a GPU that this run may fill, on the fullest of all ranks'; None on a CPU. Asked for once."""
+        if self.device.type != "cuda":
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        room = torch.tensor(float(free + torch.cuda.memory_reserved(self.device)), device=self.device)
+        # Ranks that gather weights for each group must have as many of them.
+        if distributed.is_initialized():
+            distributed.all_reduce(room, distributed.ReduceOp.MIN)
+        log.info("memory: %.1f GiB of the GPU for this run", room.item() / 2**30)
+        return room.item()
 
 
 @dataclass(frozen=True)

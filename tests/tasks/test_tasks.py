@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from segvol_pl import memory
 from segvol_pl.config import (
     DataConfig,
     OptimConfig,
@@ -161,6 +162,20 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(segment_batch: Ba
     pairs = zip(partly.named_parameters(), whole.parameters(), strict=True)
     for (_, ours), theirs in pairs:
         assert ours.grad is None if not ours.requires_grad else torch.allclose(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+def test_a_gpu_decodes_together_what_its_memory_holds(monkeypatch: pytest.MonkeyPatch, segment_batch: Batch) -> None:
+    """The task's own groups: 15 prompts, each of which takes a third of what is left for them."""
+    task, count = _segment_task(), 2 * len(PROMPTS.combinations) + PROMPTS.pseudo_per_volume
+    alone = [slice(first, min(first + 6, count)) for first in range(0, count, 6)]
+    assert task.room is None and task.groups(count, 2) == alone
+    fixed, one = memory.moments(task.config, 2, False, 0)[0].total, 2 * memory.prompt_bytes(MODEL, False)
+    monkeypatch.setitem(task.__dict__, "room", (fixed + 4.5 * one) / memory.MARGIN)
+    groups = task.groups(count, 2)
+    assert [group.stop - group.start for group in groups] == [3, 4, 4, 4]
+    assert [group.start for group in groups] == [0, *(group.stop for group in groups[:-1])]
+    loss = float(task.losses(segment_batch)[0].detach())
+    assert loss == pytest.approx(float(_segment_task().losses(segment_batch)[0].detach()), rel=1e-6)
 
 
 class _Largest(TorchDispatchMode):
