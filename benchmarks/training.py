@@ -32,6 +32,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks.selfattention import SABlock
+from monai.networks.blocks.transformerblock import TransformerBlock
 from resident import resident
 from rich.console import Console
 from rich.table import Table
@@ -91,9 +92,11 @@ def train_batch(config: TrainConfig, volumes: int = 1) -> Batch:
 
 def default_attention(task: nn.Module) -> None:
     """MONAI's ViT as it comes."""
-    for module in task.modules():
-        if isinstance(module, SABlock):
-            module.use_flash_attention = False
+    for block in [module for module in task.modules() if isinstance(module, TransformerBlock)]:
+        ours = block.attn
+        theirs = SABlock(ours.qkv.in_features, ours.heads).to(ours.qkv.weight.device)
+        theirs.load_state_dict(ours.state_dict())
+        block.attn = theirs
 
 
 def plain_logits(task: SegVolTask, tokens_BTE: Tensor, prompts: Any) -> Tensor:

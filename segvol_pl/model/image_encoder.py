@@ -5,15 +5,34 @@ Letters: B batch, C channel, D H W voxels, T tokens, E embedding, V voxels of on
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
+from monai.networks.blocks.selfattention import SABlock
 from monai.networks.blocks.transformerblock import TransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from segvol_pl.config import Recompute, SegVolConfig
+from segvol_pl.model.narrow import narrowed
+
+
+class SelfAttention(nn.Module):
+    """MONAI's, of whose three gradients one tensor is made, not three of that size and their sum."""
+
+    def __init__(self, attention: SABlock) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out_proj = attention.num_heads, attention.qkv, attention.out_proj
+
+    def forward(self, tokens_BTE: Tensor, attn_mask: None = None) -> Tensor:
+        """(B,T,E) -> (B,T,E). MONAI's block always gives a mask, which here is none."""
+        qkv, *out = narrowed(self.qkv.weight, self.out_proj.weight, self.out_proj.bias)
+        each = F.linear(tokens_BTE, qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in each))
+        return F.linear(mixed.transpose(1, 2).flatten(2), *out)
 
 
 class Block(TransformerBlock):
@@ -23,9 +42,10 @@ class Block(TransformerBlock):
     """
 
     def __init__(self, config: SegVolConfig) -> None:
-        super().__init__(config.hidden, config.mlp, config.heads, qkv_bias=False, use_flash_attention=True)
+        super().__init__(config.hidden, config.mlp, config.heads, qkv_bias=False)
         # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
         del self.norm_cross_attn
+        self.attn = SelfAttention(self.attn)
         self.recompute = Recompute.none
 
     def forward(self, tokens_BTE: Tensor) -> Tensor:
@@ -33,11 +53,13 @@ class Block(TransformerBlock):
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
             plain: Tensor = super().forward(tokens_BTE)
             return plain
+        # Nothing in a block is random: the generators' states need not be kept.
+        again = functools.partial(checkpoint, super().forward, use_reentrant=False, preserve_rng_state=False)
         # torch.compile wants to see each form by itself.
         if self.recompute is Recompute.cheap:
-            cheap: Tensor = checkpoint(super().forward, tokens_BTE, use_reentrant=False, context_fn=_kept_products)
+            cheap: Tensor = again(tokens_BTE, context_fn=_kept_products)
             return cheap
-        whole: Tensor = checkpoint(super().forward, tokens_BTE, use_reentrant=False)
+        whole: Tensor = again(tokens_BTE)
         return whole
 
 

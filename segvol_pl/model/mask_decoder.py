@@ -3,12 +3,17 @@
 SAM's two-way transformer, upscaling by transposed 3-D convolutions, a hyper-network for the mask, and SegVol's
 text branch, whose similarity map is added to the mask (the paper's prose multiplies, its released code adds).
 
+A CPU copies what prompts share of their image, of which it has few. A GPU, where moving numbers costs more than
+multiplying them, does not: queries of all prompts meet an image's keys together, the image's projections are one
+product, and under autocast the image stays bf16 through its norm.
+
 Letters: B images, A images x prompts flattened, S prompt tokens, T image tokens, E embedding, I inner width of an
 attention, D H W low-resolution voxels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from segvol_pl.config import MASK_TOKENS, SegVolConfig
 from segvol_pl.kernels import fused
 from segvol_pl.kernels.upscaled import gelu_product, norm_gelu
+from segvol_pl.model.narrow import narrow
 
 
 class Attention(nn.Module):
@@ -51,7 +57,12 @@ class Attention(nn.Module):
         return self.mix(self.q_proj(q_ASE), self.k_proj(k_ATE), self.v_proj(v_ATE), keep_AT)
 
     def mix(self, q_ASI: Tensor, k_ATI: Tensor, v_ATI: Tensor, keep_AT: Tensor | None = None) -> Tensor:
-        """What follows the projections."""
+        """What follows the projections. Queries, or keys and values, may be those of B images, shared by prompts."""
+        if len(q_ASI) > len(k_ATI):
+            assert keep_AT is None, "what is shared has nothing left out"
+            of_image = q_ASI.unflatten(0, (len(k_ATI), -1)).flatten(1, 2)
+            return self.mix(of_image, k_ATI, v_ATI).view(*q_ASI.shape[:2], -1)
+        q_ASI = _spread(q_ASI, len(k_ATI) // len(q_ASI))
         mask = None if keep_AT is None else keep_AT[:, None, None, :]
         q, k, v = self._split(q_ASI), self._split(k_ATI), self._split(v_ATI)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -60,6 +71,37 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _spread(x_BTE: Tensor, count: int) -> Tensor:
+    """(B,...) -> (B x count, ...). A single image is not copied."""
+    return x_BTE[:, None].expand(-1, count, *x_BTE.shape[1:]).flatten(0, 1)
+
+
+def _projections(
+    image_ATE: Tensor, place_TE: Tensor, placed: Sequence[nn.Linear], plain: nn.Linear
+) -> tuple[Tensor, ...]:
+    """(A,T,I) each: what `placed` make of the image with its positions, and what `plain` makes of the image."""
+    if not fused(image_ATE):
+        placed_ATE = image_ATE + place_TE
+        return *(layer(placed_ATE) for layer in placed), plain(image_ATE)
+    # One product reads the image once, and the positions are projected once for all.
+    products = F.linear(image_ATE, torch.cat([*(layer.weight for layer in placed), plain.weight]))
+    assert plain.bias is not None
+    offset_T = torch.cat([*(layer(place_TE) for layer in placed), plain.bias.expand(len(place_TE), -1)], dim=-1)
+    return (products + offset_T.to(products.dtype)).split(plain.out_features, dim=-1)
+
+
+def _renewed(image_BTE: Tensor, found_ATE: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """(A,T,E): the norm of the image and what it found among each of its prompts' tokens."""
+    if not fused(found_ATE):
+        normed_ATE: Tensor = norm(image_BTE + found_ATE)
+        return normed_ATE
+    dtype = found_ATE.dtype
+    sum_ATE = (image_BTE.to(dtype)[:, None] + found_ATE.unflatten(0, (len(image_BTE), -1))).flatten(0, 1)
+    # Autocast would make it float32, twice as much to write, to read and to cast again. The statistics are float32.
+    with torch.autocast(found_ATE.device.type, enabled=False):
+        return F.layer_norm(sum_ATE, norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
 
 class MLPBlock(nn.Module):
@@ -89,9 +131,9 @@ class ImageSide(NamedTuple):
     """Queries where the image looks at the prompt tokens."""
 
     def spread(self, count: int) -> ImageSide:
-        """For `count` prompts of each image. A single image is not copied."""
+        """For `count` prompts of each image."""
         image, place, *projected = self
-        image, *projected = (x[:, None].expand(-1, count, -1, -1).flatten(0, 1) for x in (image, *projected))
+        image, *projected = (_spread(x, count) for x in (image, *projected))
         return ImageSide(image, place, *projected)
 
 
@@ -116,10 +158,9 @@ class TwoWayAttentionBlock(nn.Module):
         return self._projected(image_BTE, place_TE)
 
     def _projected(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
-        placed_BTE = image_BTE + place_TE
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        keys, values = to_image.k_proj(placed_BTE), to_image.v_proj(image_BTE)
-        return ImageSide(image_BTE, place_TE, keys, values, to_token.q_proj(placed_BTE))
+        keys, queries, values = _projections(image_BTE, place_TE, (to_image.k_proj, to_token.q_proj), to_image.v_proj)
+        return ImageSide(image_BTE, place_TE, keys, values, queries)
 
     def forward(
         self, tokens_ASE: Tensor, seen: ImageSide | tuple[Tensor, Tensor], prompt_ASE: Tensor, keep_AS: Tensor
@@ -127,12 +168,12 @@ class TwoWayAttentionBlock(nn.Module):
         """`seen` is what the layer sees of the image, or image_ATE and place_TE to be looked at."""
         side = seen if isinstance(seen, ImageSide) else self._projected(*seen)
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        tokens_ASE = self.norm1(self._attend_self(tokens_ASE, prompt_ASE, keep_AS))
+        tokens_ASE = narrow(self.norm1(self._attend_self(tokens_ASE, prompt_ASE, keep_AS)))
         q = to_image.q_proj(tokens_ASE + prompt_ASE)
-        tokens_ASE = self.norm2(tokens_ASE + to_image.mix(q, side.keys_BTI, side.values_BTI))
-        tokens_ASE = self.norm3(tokens_ASE + self.mlp(tokens_ASE))
+        tokens_ASE = narrow(self.norm2(tokens_ASE + to_image.mix(q, side.keys_BTI, side.values_BTI)))
+        tokens_ASE = narrow(self.norm3(tokens_ASE + self.mlp(tokens_ASE)))
         k, v = to_token.k_proj(tokens_ASE + prompt_ASE), to_token.v_proj(tokens_ASE)
-        image_ATE = self.norm4(side.image_BTE + to_token.mix(side.queries_BTI, k, v, keep_AS))
+        image_ATE = _renewed(side.image_BTE, to_token.mix(side.queries_BTI, k, v, keep_AS), self.norm4)
         return tokens_ASE, image_ATE
 
     def _attend_self(self, tokens_ASE: Tensor, prompt_ASE: Tensor, keep_AS: Tensor) -> Tensor:
@@ -159,15 +200,17 @@ class TwoWayTransformer(nn.Module):
         return first.look(image_BTE, place_TE)
 
     def forward(self, prompt_ASE: Tensor, side: ImageSide, keep_AS: Tensor) -> tuple[Tensor, Tensor]:
-        """`side` has been spread over the prompts."""
-        place_TE, tokens_ASE = side.place_TE, prompt_ASE
+        """`side` is that of all prompts, or on a GPU of their images."""
+        place_TE, prompt_ASE = side.place_TE, narrow(prompt_ASE)
+        tokens_ASE = prompt_ASE
         seen: ImageSide | tuple[Tensor, Tensor] = side
         for layer in self.layers:
             tokens_ASE, image_ATE = layer(tokens_ASE, seen, prompt_ASE, keep_AS)
             seen = (image_ATE, place_TE)
-        q, k = tokens_ASE + prompt_ASE, image_ATE + place_TE
-        tokens_ASE = self.norm_final_attn(tokens_ASE + self.final_attn_token_to_image(q, k, image_ATE))
-        return tokens_ASE, image_ATE
+        final = self.final_attn_token_to_image
+        q = final.q_proj(tokens_ASE + prompt_ASE)
+        tokens_ASE = tokens_ASE + final.mix(q, *_projections(image_ATE, place_TE, (final.k_proj,), final.v_proj))
+        return narrow(self.norm_final_attn(tokens_ASE)), image_ATE
 
 
 class HyperNetwork(nn.Module):
@@ -300,8 +343,9 @@ class MaskDecoder(nn.Module):
         own_SE = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens_ASE = torch.cat([own_SE.expand(len(prompt_ASE), -1, -1), prompt_ASE], dim=1)
         keep_AS = F.pad(keep_AS, (len(own_SE), 0), value=True)
-        spread = side.spread(len(prompt_ASE) // len(side.image_BTE))
-        tokens_ASE, image_ATE = self.transformer(tokens_ASE, spread, keep_AS)
+        if not fused(side.image_BTE):
+            side = side.spread(len(prompt_ASE) // len(side.image_BTE))
+        tokens_ASE, image_ATE = self.transformer(tokens_ASE, side, keep_AS)
         weights_AE = self.output_hypernetworks_mlps[0](tokens_ASE[:, 1])
         weights_AE = weights_AE + self.txt_align_upscaled_embedding(text_AE) * has_text_A[:, None]
         logits_ADHW: Tensor = self.output_upscaling(image_ATE, weights_AE)

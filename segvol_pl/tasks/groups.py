@@ -12,6 +12,7 @@ Letters: B images, P prompts of one image.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,9 +37,9 @@ def sum_over_groups(
         loss, dice_BP, bce_BP = _Ahead.apply(term, groups, len(inputs), *inputs, *weights)
         return loss, dice_BP, bce_BP
     again = torch.is_grad_enabled() and len(groups) > 1
-    found = [
-        checkpoint(term, group, *inputs, use_reentrant=False) if again else term(group, *inputs) for group in groups
-    ]
+    # Nothing in a term is random: the generators' states need not be kept.
+    once = functools.partial(checkpoint, term, use_reentrant=False, preserve_rng_state=False) if again else term
+    found = [once(group, *inputs) for group in groups]
     losses, dice, bce = zip(*found, strict=True)
     return torch.stack(losses).sum(), torch.cat(dice, 1).detach(), torch.cat(bce, 1).detach()
 
@@ -66,8 +67,9 @@ class _Ahead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        scaled = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return None, None, None, *scaled
+        # All in one operation, of which a GPU makes a few launches.
+        scaled = iter(torch._foreach_mul([grad for grad in ctx.saved_tensors if grad is not None], grad_loss))
+        return None, None, None, *(None if grad is None else next(scaled) for grad in ctx.saved_tensors)
 
 
 def _gather(loss: Tensor, sources: list[Tensor], gathered: list[Tensor | None]) -> None:
