@@ -38,11 +38,11 @@ class ValidationDice(pl.Callback):
         if not isinstance(module, SegVolTask):
             return
         masks_BKCDHW: Tensor = outputs
-        rows_BK, valid_BK = batch["category_BK"].long(), batch["valid_BK"]
-        for place, dice_BK in enumerate(dice(masks_BKCDHW, batch["masks_BKDHW"]).unbind(-1)):
-            for part, value_BK in enumerate((dice_BK, torch.ones_like(dice_BK))):
-                summed = (value_BK * valid_BK)[valid_BK].to(self.sums_CG2)
-                self.sums_CG2[place, :, part].index_add_(0, rows_BK[valid_BK].to(self.sums_CG2.device), summed)
+        valid_BK1 = batch["valid_BK"][..., None]
+        dice_BKC = dice(masks_BKCDHW, batch["masks_BKDHW"])
+        # An invalid mask adds nothing to its row; to leave it out, a GPU would have to say how many there are.
+        summed_BKC2 = torch.stack([dice_BKC.where(valid_BK1, 0), valid_BK1.expand_as(dice_BKC)], dim=-1)
+        self.sums_CG2.index_add_(1, batch["category_BK"].flatten(), summed_BKC2.flatten(0, 1).transpose(0, 1).double())
         if index == 0 and trainer.is_global_zero:
             self._picture(trainer, module, batch, masks_BKCDHW)
 
