@@ -567,10 +567,10 @@ def _note_run(bench: Bench, name: str, ended: Ended, auto: Ended) -> None:
 
 
 def pack_phantoms(folder: Path, small: bool) -> None:
-    """`folder`/tiny: six small phantoms, as the tests'; `folder`/base: three of 150 x 240 x 280 voxels or so."""
+    """`folder`/tiny: six small phantoms, as the tests'; `folder`/base: two of 150 x 240 x 280 voxels or so."""
     pack_into(folder / "tiny", 6, 0.45, [8, 16, 16], held_out=0.4)
     if not small:
-        pack_into(folder / "base", 3, 2.2, [32, 256, 256], held_out=0.0)
+        pack_into(folder / "base", 2, 2.2, [32, 256, 256], held_out=0.0)
 
 
 def pack_into(folder: Path, count: int, scale: float, overview: list[int], held_out: float) -> None:
