@@ -51,7 +51,7 @@ LIMITS = {
 """Stage -> seconds after which it is ended, in the order in which they run: what matters most comes first."""
 BUDGET = 460.0
 """Seconds for all of them, so that eight minutes hold them with what comes before and after."""
-SMALL_FACTOR = 3
+SMALL_FACTOR = 6
 """A CPU in other use may take so many times as long."""
 LOG = "log.txt"
 LOOK = 0.1

@@ -459,7 +459,7 @@ def runs(bench: Bench) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         bench.note(FAILED, "DeepSpeed is not installed: zero1, zero2, zero3 did not run")
         wanted = tuple(name for name in wanted if not name.startswith("zero"))
-    waiting, running, ended = list(wanted), dict[int, str](), dict[str, Ended]()
+    waiting, running, ended, noted = list(wanted), dict[int, str](), dict[str, Ended](), set[str]()
     while waiting or running:
         while waiting and len(running) < max(1, len(os.sched_getaffinity(0)) // 2):
             name = waiting.pop(0)
@@ -469,9 +469,11 @@ def runs(bench: Bench) -> None:
         if not name:  # one of packing's
             continue
         ended[name] = Ended(bench.scratch / "runs" / name, os.waitstatus_to_exitcode(status))
-    for name in wanted:
-        with bench.part(strategy=name):
-            _note_run(bench, name, ended[name], ended["auto"])
+        # At once, as far as there is something to hold it against: another strategy may hang.
+        for name in ended.keys() - noted if "auto" in ended else ():
+            noted.add(name)
+            with bench.part(strategy=name):
+                _note_run(bench, name, ended[name], ended["auto"])
 
 
 def _forked(work: Callable[[], None]) -> int:
