@@ -177,19 +177,27 @@ def side_bytes(model: SegVolConfig, bf16: bool) -> float:
     return _tokens(model) * (4 * WIDE + 2 * 1.5 * narrow)
 
 
+def two_way_bytes(model: SegVolConfig, bf16: bool) -> float:
+    """The two-way transformer of one prompt: its image, which is larger by far than its own tokens."""
+    layers, tokens = model.decoder_layers, _tokens(model)
+    if bf16:
+        # Queries, what they found, its sum with the image, the norm of that; from the second layer on two projections
+        # besides the queries; keys and values of the last attention.
+        return NARROW * tokens * (layers * (0.5 + 0.5 + 1 + 1) + (layers - 1) * 1 + 1)
+    first = 0.5 * WIDE + 2 * WIDE
+    later = first + WIDE + 1.5 * WIDE
+    return tokens * (first + (layers - 1) * later + 2 * WIDE)
+
+
 def prompt_bytes(model: SegVolConfig, bf16: bool) -> float:
     """Decoding one prompt and taking its gradients, at the moment when the finest features have theirs too."""
     narrow = NARROW if bf16 else WIDE
     tokens = _tokens(model)
-    first = 0.5 * narrow + 2 * WIDE
-    later = first + (3 * narrow if bf16 else narrow) + 1.5 * narrow
-    final = narrow + narrow + (narrow if bf16 else 0)
     # Twice the image's size, its norm in float32, then eight times.
     fine, finest = (4 * WIDE + 2 * narrow) + (narrow if bf16 else 0), 8 * narrow
-    transformer = first + (model.decoder_layers - 1) * later + final
     # Features before and after their activation, and gradients: of the one whole, of the other in part.
     upscaled = tokens * (fine + 3 * finest + finest * 0.75)
     voxels = math.prod(model.input_shape)
     # Logits, probabilities, the mask as a number and the logits' gradients in part.
     compared = 4 * WIDE * voxels + voxels
-    return tokens * transformer + max(upscaled, tokens * (fine + 2 * finest) + compared)
+    return two_way_bytes(model, bf16) + max(upscaled, tokens * (fine + 2 * finest) + compared)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from monai.networks.blocks.selfattention import SABlock
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from segvol_pl import kernels
+from segvol_pl import kernels, memory
 from segvol_pl.config import Recompute, SegVolConfig
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.mask_decoder import TwoWayTransformer
@@ -132,6 +133,34 @@ def test_keys_of_an_image_are_not_copied_for_its_prompts() -> None:
     with _Made() as watch:
         attention.mix(q_ASI, k_BTI, v_BTI)
     assert max(made for made, _ in watch.made) < PROMPTS * tokens * inner
+
+
+def _kept(transformer: TwoWayTransformer, config: SegVolConfig, prompts: int) -> int:
+    """Bytes that autograd keeps of so many prompts of two images in bf16, each storage counted once."""
+    tokens, width = math.prod(config.grid), config.hidden
+    storages: dict[Any, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storages[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    image_BTE, place_TE = torch.empty(2, tokens, width, requires_grad=True), torch.empty(tokens, width)
+    prompt_ASE, keep_AS = torch.empty(2 * prompts, SPARSE, width), torch.ones(2 * prompts, SPARSE, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        out = transformer(prompt_ASE, transformer.look(image_BTE, place_TE), keep_AS)
+        held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in out}
+    return sum({**storages, **held}.values())
+
+
+def test_the_planner_knows_what_a_prompt_keeps_of_its_image(on_gpu: Callable[[bool], None]) -> None:
+    """Of the full model, on fake tensors."""
+    on_gpu(True)
+    config = SegVolConfig()
+    with FakeTensorMode():
+        transformer = TwoWayTransformer(config)
+        few, many = (_kept(transformer, config, prompts) for prompts in (4, 12))
+    # A prompt's own tokens are small.
+    assert (many - few) / 16 == pytest.approx(memory.two_way_bytes(config, True), rel=0.05)
 
 
 # ---- the encoder ----
