@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.networks.blocks.patchembedding import PatchEmbeddingBlock
-from monai.networks.blocks.selfattention import SABlock
 from monai.networks.blocks.transformerblock import TransformerBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -20,23 +19,8 @@ from segvol_pl.config import Recompute, SegVolConfig
 from segvol_pl.model.narrow import narrowed
 
 
-class SelfAttention(nn.Module):
-    """MONAI's, of whose three gradients one tensor is made, not three of that size and their sum."""
-
-    def __init__(self, attention: SABlock) -> None:
-        super().__init__()
-        self.heads, self.qkv, self.out_proj = attention.num_heads, attention.qkv, attention.out_proj
-
-    def forward(self, tokens_BTE: Tensor, attn_mask: None = None) -> Tensor:
-        """(B,T,E) -> (B,T,E). MONAI's block always gives a mask, which here is none."""
-        qkv, *out = narrowed(self.qkv.weight, self.out_proj.weight, self.out_proj.bias)
-        each = F.linear(tokens_BTE, qkv).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in each))
-        return F.linear(mixed.transpose(1, 2).flatten(2), *out)
-
-
 class Block(TransformerBlock):
-    """MONAI's transformer block, of which activations may be computed again in the backward pass.
+    """MONAI's transformer block: its parameters, computed in fewer launches, and if so asked again when going backward.
 
     That is decided within: a compiled block is compiled with it, and FSDP2 gathers weights once for both.
     """
@@ -45,22 +29,33 @@ class Block(TransformerBlock):
         super().__init__(config.hidden, config.mlp, config.heads, qkv_bias=False)
         # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
         del self.norm_cross_attn
-        self.attn = SelfAttention(self.attn)
         self.recompute = Recompute.none
 
-    def forward(self, tokens_BTE: Tensor) -> Tensor:
+    def forward(self, tokens_BTE: Tensor) -> Tensor:  # type: ignore[override]
         """tokens_BTE -> tokens_BTE."""
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
-            plain: Tensor = super().forward(tokens_BTE)
-            return plain
+            return self._computed(tokens_BTE)
         # Nothing in a block is random: the generators' states need not be kept.
-        again = functools.partial(checkpoint, super().forward, use_reentrant=False, preserve_rng_state=False)
+        again = functools.partial(checkpoint, self._computed, use_reentrant=False, preserve_rng_state=False)
         # torch.compile wants to see each form by itself.
         if self.recompute is Recompute.cheap:
             cheap: Tensor = again(tokens_BTE, context_fn=_kept_products)
             return cheap
         whole: Tensor = again(tokens_BTE)
         return whole
+
+    def _computed(self, tokens_BTE: Tensor) -> Tensor:
+        parts = self.attn.out_proj, self.mlp.linear1, self.mlp.linear2
+        weights: list[Tensor] = [tensor for part in parts for tensor in (part.weight, part.bias)]
+        qkv, *others = narrowed(self.attn.qkv.weight, *weights)
+        tokens_BTE = tokens_BTE + F.linear(self._mixed(F.linear(self.norm1(tokens_BTE), qkv)), *others[:2])
+        return tokens_BTE + F.linear(F.gelu(F.linear(self.norm2(tokens_BTE), *others[2:4])), *others[4:])
+
+    def _mixed(self, qkv_BTE: Tensor) -> Tensor:
+        """Self-attention between the projections; of its three gradients one tensor is made, not a sum of three."""
+        each = qkv_BTE.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(2)
+        mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in each))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class ImageEncoder(nn.Module):
