@@ -46,6 +46,44 @@ def test_triton_interprets_the_kernels() -> None:
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
+BASE = (32, 64, 64, 32, 256, 256)
+"""The base model's voxels, low and full."""
+COMPILED: list[tuple[str, str, tuple[int, ...]]] = [
+    ("_moments_of_blocks", "*bf16 *fp32 *fp32 i32 i32", (4096,)),
+    ("_moments_of_rows", "*fp32 *fp32 *fp32 *fp32 fp32 i32 i32", (4096, 1024)),
+    ("_norm_gelu", "*bf16 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32", (1024,)),
+    ("_norm_gelu_sums", "*bf16 *bf16 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32", (1024,)),
+    ("_norm_gelu_backward", "*bf16 *bf16 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *bf16 i32 i32", (1024,)),
+    ("_gelu_product", "*bf16 *bf16 *fp32 i32 i32", (96, 64, 32)),
+    ("_gelu_product_backward", "*fp32 *bf16 *bf16 *bf16 *fp32 i32 i32", (96, 1024, 64, 32)),
+    ("_compared", "*fp32 *u8 *i64 *fp32 i32 i32 i32 i32", (*BASE, 8192, 1024)),
+    ("_compared_backward", "*fp32 *fp32 *u8 *i64 *fp32 i32 i32 i32", (*BASE, 1, 8, 8, 128)),
+]
+"""Kernels, the types of their first arguments, and the constants that are the others."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "types", "constants"), COMPILED)
+def test_kernels_compile_for_a_gpu(
+    name: str, types: str, constants: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To machine code of an H100, which needs none: what the interpreter takes the compiler may refuse."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs Triton: pip install triton, version of constraints.txt")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from segvol_pl.kernels import device
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, given = getattr(device, name), types.split()
+    names = kernel.arg_names
+    fixed = dict(zip(names[len(given) :], constants, strict=True))
+    signature = {**dict(zip(names, given, strict=False)), **dict.fromkeys(fixed, "constexpr")}
+    compiled = compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+    assert compiled.asm["cubin"] and "atom." not in compiled.asm["ptx"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "size", "mean"), [(3, 5000, 0.0), (1, 17, 0.0), (2, 4096, 30.0)])
 def test_norm_and_gelu(rows: int, size: int, mean: float, dtype: torch.dtype) -> None:
@@ -121,9 +159,11 @@ def test_a_step_on_a_gpu_is_one_operator_each_and_has_no_tensor_of_full_resoluti
     """Counted with fake tensors, where nothing could wait for a GPU either: their values are not there."""
     for module in ("model.mask_decoder", "tasks.segment"):
         monkeypatch.setattr(f"segvol_pl.{module}.fused", lambda x: True)
+    task, batch = step_task("cpu"), step_batch("cpu")
+    task.config.run.prompts_at_once = 100
     with FakeTensorMode(allow_non_fake_inputs=True), _Names() as seen:
-        task, batch = step_task("cpu"), step_batch("cpu")
-        task.losses(batch)[0].backward()
+        # Gradients of the prompts are taken in here.
+        task.losses(batch)
     ours = sorted(name for name in seen.names if name.startswith("segvol."))
     names = ("compared", "gelu_product", "norm_gelu")
     assert ours == sorted(f"segvol.{name}{end}" for name in names for end in ("", "_backward"))
