@@ -131,6 +131,7 @@ class Tail(str, Enum):
 class StartMethod(str, Enum):
     """How loader processes start."""
 
+    auto = "auto"
     fork = "fork"
     spawn = "spawn"
     forkserver = "forkserver"
@@ -383,8 +384,9 @@ class DataConfig(Keys):
     """The last incomplete global batch of an epoch: left out, or completed from the epoch's start."""
     workers: int = ranged(4, least=0)
     """Loader processes per rank; 0 loads in the training process."""
-    start_method: StartMethod = StartMethod.fork
-    """How loader processes start: they behave alike; fork starts fastest."""
+    start_method: StartMethod = StartMethod.auto
+    """How loader processes start: they behave alike, and fork starts fastest. auto: fork on CPUs; forkserver on GPUs,
+    where the training process has threads of CUDA and NCCL, which a forked copy of it may wait for without end."""
     prefetch: int = ranged(2, least=1)
     """Batches that each worker holds ready."""
     samples_per_volume: int = ranged(1, least=1)

@@ -10,13 +10,15 @@ import math
 import multiprocessing
 import signal
 from collections.abc import Iterable
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import ConfigError, DataConfig, RunConfig, Tail
+from segvol_pl.config import ConfigError, DataConfig, RunConfig, StartMethod, Tail
 from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
@@ -104,14 +106,16 @@ class VolumeModule(pl.LightningDataModule):
         samples = len(self.val_corpus.records)
         micro = self.data.global_batch // self.run.accumulate
         plan = Plan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
-        return self._loader(self._stream(self.val_corpus, self.val_draw, plan), min(self.data.workers, 1))
+        stream = self._stream(self.val_corpus, self.val_draw, plan)
+        # Starting its process anew for every validation would take longer than most of its batches.
+        return self._loader(stream, min(self.data.workers, 1), lasting=True)
 
     def _stream(self, corpus: Corpus, draw: Draw, plan: Plan, seen: int = 0) -> Stream:
         if any(part.store.piped for part in corpus.parts):
             return PipeStream(corpus, draw, plan, self._world(), seen, self.data.pipe_buffer)
         return Stream(corpus, draw, plan, self._world(), seen)
 
-    def _loader(self, stream: Stream, workers: int) -> Iterable[Batch]:
+    def _loader(self, stream: Stream, workers: int, lasting: bool = False) -> Iterable[Batch]:
         # Before a fork: a process that inherits Blosc2's threads crashes when it ends them.
         decode_alone()
         begin = self._copying()
@@ -122,7 +126,8 @@ class VolumeModule(pl.LightningDataModule):
             num_workers=workers,
             prefetch_factor=self.data.prefetch if workers else None,
             worker_init_fn=_begin_worker,
-            multiprocessing_context=self.data.start_method.value if workers else None,
+            multiprocessing_context=self._context() if workers else None,
+            persistent_workers=lasting and workers > 0,
             pin_memory=begin is not None,
         )
         return loader if begin is None else Ahead(loader, begin)
@@ -131,6 +136,15 @@ class VolumeModule(pl.LightningDataModule):
         """What copies batches ahead of the step; nothing where the step computes in main memory."""
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
         return SideStream(device) if device.type == "cuda" else None
+
+    def _context(self) -> BaseContext:
+        """What loader processes are started by."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        automatic = StartMethod.forkserver if on_gpu else StartMethod.fork
+        method = automatic if self.data.start_method is StartMethod.auto else self.data.start_method
+        if method is StartMethod.forkserver:
+            start_fork_server()
+        return multiprocessing.get_context(method.value)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # Here the batch is still in main memory: looking at it on a GPU would stop the step.
@@ -196,6 +210,18 @@ def statement_of(corpus: Corpus) -> dict[str, Any]:
     for line in lines:
         digest.update(line.encode())
     return {"samples": len(corpus.records), "sha256": digest.hexdigest()}
+
+
+def start_fork_server() -> None:
+    """Starts the process that loader processes are forked from, where none runs: it imports what they need, once."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["segvol_pl.data.views"])
+    # SLURM signals every process of a step: held back in the server too, which would end of them, and its children seem
+    # to have ended. This process gets what came meanwhile.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @atexit.register

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import time
 from dataclasses import replace
 from itertools import islice, takewhile
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import numpy as np
@@ -235,6 +240,43 @@ def test_a_loader_process_decodes_with_one_thread(phantom_shards: Path, method: 
             assert next(iter(loader))["threads_B"].tolist() == [0, 0]
     finally:
         blosc2.set_nthreads(ours)
+
+
+def _module(shards: Path, method: StartMethod) -> VolumeModule:
+    data = DataConfig(shards=str(shards), split="all", global_batch=2, workers=1, start_method=method)
+    draw = functools.partial(views.draw_simmim, model=MODEL, mask_ratio=0.5, data=data)
+    return VolumeModule(data, RunConfig(out="unused"), draw, draw, labelled=True)
+
+
+def test_a_validation_uses_the_process_of_the_one_before_and_sees_the_same(phantom_shards: Path) -> None:
+    loader = _module(phantom_shards, StartMethod.auto).val_dataloader()
+    first, workers = next(iter(loader)), multiprocessing.active_children()
+    second = next(iter(loader))
+    assert workers and multiprocessing.active_children() == workers
+    assert _equal(first, second)
+
+
+@pytest.mark.parametrize(("device", "method"), [("cpu", "fork"), ("cuda:0", "forkserver")])
+def test_processes_are_not_forked_from_one_that_has_threads_of_cuda(
+    phantom_shards: Path, device: str, method: str
+) -> None:
+    module = _module(phantom_shards, StartMethod.auto)
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    module.trainer = SimpleNamespace(strategy=strategy)  # type: ignore[assignment]
+    assert module._context().get_start_method() == method
+
+
+def test_signals_to_all_processes_of_a_job_do_not_end_the_fork_server(phantom_shards: Path) -> None:
+    """Nor those that it has forked, which would seem to have ended with it."""
+    forkserver._forkserver._stop()  # the one that torch has started for an earlier test
+    loader = iter(_module(phantom_shards, StartMethod.forkserver).train_dataloader())
+    next(loader)
+    server = forkserver._forkserver._forkserver_pid
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.kill(server, number)
+    time.sleep(0.5)
+    assert os.waitpid(server, os.WNOHANG) == (0, 0), "the server lives"
+    next(loader)
 
 
 # ---- damage ----
