@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import signal
 from collections.abc import Iterable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -215,6 +215,8 @@ def statement_of(corpus: Corpus) -> dict[str, Any]:
 def start_fork_server() -> None:
     """Starts the process that loader processes are forked from, where none runs: it imports what they need, once."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["segvol_pl.data.views"])
+    # Otherwise started with the server, when it lets SIGTERM through again.
+    resource_tracker.ensure_running()
     # SLURM signals every process of a step: held back in the server too, which would end of them, and its children seem
     # to have ended. This process gets what came meanwhile.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
