@@ -60,10 +60,11 @@ class DataHealth(pl.Callback):
 
     def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
         health = trainer.datamodule.health  # type: ignore[attr-defined]
+        untold, replaced = len(health.untold), health.replaced
         # A single rank asks at every step, and nobody else: a GPU need not be stopped for it.
-        device = module.device if trainer.world_size > 1 else torch.device("cpu")
-        counts = torch.tensor([len(health.untold), health.replaced], dtype=torch.float64, device=device)
-        untold, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if trainer.world_size > 1:
+            counts = torch.tensor([untold, replaced], dtype=torch.float64, device=module.device)
+            untold, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
         if untold:
             for found in gathered(health.told(), trainer.world_size):
                 health.hear(found)

@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from segvol_pl.config import ConfigError, PretrainConfig, Rule, TextSource, TrainConfig
+from segvol_pl.config import ConfigError, PretrainConfig, Rule, Strategy, TextSource, TrainConfig
 from segvol_pl.configure import own_function, plain, to_yaml
 from segvol_pl.data import views
 from segvol_pl.data.lock import FolderLock
@@ -228,6 +228,8 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
         check_val_every_n_epoch=None,
         limit_val_batches=run.val_batches * run.accumulate,
         num_sanity_val_steps=0,
+        # FSDP2 marks the weights that it gathers, which tensors of the inference mode do not let it.
+        inference_mode=run.strategy is not Strategy.fsdp,
         log_every_n_steps=run.log_every,
         logger=tracking.loggers(out, config.track, done),
         callbacks=[StartUp(config), *_callbacks(config, out, stop)],
