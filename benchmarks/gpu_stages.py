@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import importlib.util
-import inspect
 import math
 import os
 import statistics
@@ -216,7 +215,6 @@ def steps(bench: Bench) -> None:
     """ms, host ms, volumes/s, MFU against the card's stated and measured rate, peak memory against the planner's."""
     dtype = torch.bfloat16 if bench.bf16 else torch.float32
     measured = matrix_rate(bench.device, dtype, 8192 if bench.gpu else 512)
-    known = accelerator(bench.card)
     for make in all_steps(bench):
         with bench.part(precision=bench.precision.value):
             step = make()
@@ -224,19 +222,27 @@ def steps(bench: Bench) -> None:
             if bench.gpu:
                 torch.cuda.reset_peak_memory_stats()
             ms = milliseconds(step, bench.device, repeats=10 if bench.gpu else 2, warm=3 if bench.gpu else 1)
-            achieved = step.operations / (ms / 1000)
-            note("ms", round(ms, 2), "ms")
-            note("volumes/s", round(1000 * step.volumes / ms, 2), "1/s")
-            note("TFLOP", round(step.operations / 1e12, 3), "TFLOP")
-            if known:
-                note("MFU", round(100 * achieved / 1e12 / known.peak(bench.bf16), 2), "%")
-            note("of the measured matrix rate", round(100 * achieved / measured, 2), "%")
-            planned = memory.peak(step.config, step.volumes, bench.bf16).total / 2**30
+            note_rates(bench, step, ms, measured)
+            room = float(torch.cuda.get_device_properties(bench.device).total_memory) if bench.gpu else None
+            planned = memory.peak(step.config, step.volumes, bench.bf16, room).total / 2**30
             note("planned peak", round(planned, 2), "GiB")
             if bench.gpu:
                 note("peak", round(torch.cuda.max_memory_allocated() / 2**30, 2), "GiB")
-                note("host ms", round(host_milliseconds(step), 2), "ms")
             del step
+
+
+def note_rates(bench: Bench, step: Step, ms: float, measured: float) -> None:
+    """What a step of so many milliseconds is worth, and how long the host alone takes for it."""
+    note = functools.partial(bench.note, **step.settings)
+    achieved, known = step.operations / (ms / 1000), accelerator(bench.card)
+    note("ms", round(ms, 2), "ms")
+    note("volumes/s", round(1000 * step.volumes / ms, 2), "1/s")
+    note("TFLOP", round(step.operations / 1e12, 3), "TFLOP")
+    if known:
+        note("MFU", round(100 * achieved / 1e12 / known.peak(bench.bf16), 2), "%")
+    note("of the measured matrix rate", round(100 * achieved / measured, 2), "%")
+    if bench.gpu:
+        note("host ms", round(host_milliseconds(step), 2), "ms")
 
 
 def host_milliseconds(step: Step, repeats: int = 5) -> float:
@@ -717,13 +723,13 @@ def compiled(bench: Bench) -> None:
     if bench.gpu:
         makers.append(lambda: supervised_step(bench, volumes, 4, pseudo, 0))
     counters = torch._dynamo.utils.counters["stats"]
+    measured = matrix_rate(bench.device, torch.bfloat16 if bench.bf16 else torch.float32, 8192 if bench.gpu else 512)
     for make in makers:
         with bench.part():
             torch._dynamo.reset()
             step = make()
             plain = milliseconds(step, bench.device, repeats=8 if bench.gpu else 2, warm=2)
-            takes = inspect.signature(strategies.compile_blocks).parameters
-            strategies.compile_blocks(*(step.task, step.config.run)[: len(takes)])
+            strategies.compile_parts(step.task, step.config.run)
             started = time.perf_counter()
             step()
             if bench.gpu:
@@ -735,7 +741,7 @@ def compiled(bench: Bench) -> None:
             ms = milliseconds(step, bench.device, repeats=8 if bench.gpu else 2, warm=2)
             _validate(step)
             step()
-            bench.note("ms", round(ms, 2), "ms", **step.settings)
+            note_rates(bench, step, ms, measured)
             bench.note("of the plain step", round(ms / plain, 3), "", **step.settings)
             bench.note("graphs", before, "", **step.settings)
             bench.note("compiled again", counters["unique_graphs"] - before, "", **step.settings)

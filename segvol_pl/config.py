@@ -498,8 +498,8 @@ class RunConfig(Keys):
     all but the results of matrix products and attention (not with zero3); blocks: everything within a block, at a third
     more time."""
     compile: bool = False
-    """Compile the blocks with torch.compile: the first steps take minutes longer, the others less time. Under fsdp
-    the encoder's alone; not with zero3."""
+    """Compile the encoder's blocks and the decoder with torch.compile: the first steps take up to minutes longer, the
+    others less time. Under fsdp the encoder's blocks alone; not with zero3."""
     peak_tflops: float = ranged(0.0, least=0)
     """Peak of one device's matrix products in TFLOP/s, against which MFU is stated; 0: that of the table in
     segvol_pl/devices.py for bf16, and no MFU where it is not known."""

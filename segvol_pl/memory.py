@@ -54,8 +54,8 @@ def prompt_groups(config: TrainConfig, count: int, volumes: int, bf16: bool, roo
     if size:
         return [min(size, count - first) for first in range(0, count, size)]
     assert room is not None
-    left = MARGIN * room - moments(config, volumes, bf16, 0)[0].total
-    most = max(1, int(left / (volumes * prompt_bytes(config.model, bf16))))
+    left = MARGIN * room - moments(config, volumes, bf16, 0, on_gpu=True)[0].total
+    most = max(1, int(left / (volumes * prompt_bytes(config.model, bf16, on_gpu=True))))
     groups = math.ceil(count / most)
     return [count * (place + 1) // groups - count * place // groups for place in range(groups)]
 
@@ -66,13 +66,13 @@ def peak(config: Config, volumes: int, bf16: bool, room: float | None = None) ->
     if isinstance(config, TrainConfig):
         count = flops.prompts_per_volume(config.prompts)
         group = max(prompt_groups(config, count, volumes, bf16, room), default=0)
-    return max(moments(config, volumes, bf16, group), key=lambda moment: moment.total)
+    return max(moments(config, volumes, bf16, group, room is not None), key=lambda moment: moment.total)
 
 
-def moments(config: Config, volumes: int, bf16: bool, group: int) -> list[Memory]:
+def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) -> list[Memory]:
     """Decoding (in pre-training: the head), the start of the encoder's backward pass, the optimizer's step.
 
-    group: prompts of each volume that are decoded together.
+    group: prompts of each volume that are decoded together; on_gpu: whether by the fused operations of `kernels`.
     """
     parts = flops.run_parameters(config)
     trained = sum(parts.values())
@@ -84,7 +84,7 @@ def moments(config: Config, volumes: int, bf16: bool, group: int) -> list[Memory
     if isinstance(config, PretrainConfig):
         decoding, early = volumes * head_bytes(config, bf16), 0.0
     else:
-        decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16))
+        decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16, on_gpu))
         early = float(WIDE * (trained - parts["image_encoder"])) if gathers_ahead(config.run) else 0.0
     block = volumes * block_bytes(config.model, bf16)
     return [
@@ -189,12 +189,18 @@ def two_way_bytes(model: SegVolConfig, bf16: bool) -> float:
     return tokens * (first + (layers - 1) * later + 2 * WIDE)
 
 
-def prompt_bytes(model: SegVolConfig, bf16: bool) -> float:
+def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
     """Decoding one prompt and taking its gradients, at the moment when the finest features have theirs too."""
     narrow = NARROW if bf16 else WIDE
     tokens = _tokens(model)
-    # Twice the image's size, its norm in float32, then eight times.
-    fine, finest = (4 * WIDE + 2 * narrow) + (narrow if bf16 else 0), 8 * narrow
+    # Twice the image's size, then eight times.
+    fine, finest = 2 * narrow, 8 * narrow
+    if on_gpu:
+        # Fine ones before their norm and after GELU, finest ones before GELU, which is not kept; low logits.
+        logits = 3 * WIDE * 64 * math.prod(model.grid)
+        return two_way_bytes(model, bf16) + tokens * (2 * fine + 2 * finest) + logits
+    # The norm is in float32.
+    fine += 4 * WIDE + (narrow if bf16 else 0)
     # Features before and after their activation, and gradients: of the one whole, of the other in part.
     upscaled = tokens * (fine + 3 * finest + finest * 0.75)
     voxels = math.prod(model.input_shape)

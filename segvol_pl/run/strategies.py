@@ -38,7 +38,8 @@ from torch.optim import Optimizer
 from segvol_pl.config import DEEPSPEED_BUCKET, ConfigError, Precision, RunConfig, Strategy
 from segvol_pl.configure import own_function
 from segvol_pl.model.image_encoder import Block
-from segvol_pl.model.mask_decoder import TwoWayAttentionBlock, Upscaling
+from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
+from segvol_pl.model.prompt_encoder import PromptEncoder
 from segvol_pl.run.launched import local_rank
 from segvol_pl.tasks.optim import Task
 
@@ -276,13 +277,13 @@ def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
     return [part for part in module.modules() if isinstance(part, Block | TwoWayAttentionBlock)]
 
 
-def compile_blocks(module: torch.nn.Module, run: RunConfig) -> None:
-    """Compiles the blocks of encoder and decoder, and the decoder's upscaling, for the shapes that they first meet.
+def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
+    """Compiles the encoder's blocks, equal ones once, and what decodes prompts, for the shapes that they first meet.
 
-    Block by block: equal blocks are compiled once, and the hooks that gather split weights stay outside. Under fsdp
-    the encoder's alone: groups of prompts are computed again there, and a compiled block does not keep the same twice.
+    Under fsdp the blocks alone: the hooks that gather split weights stay outside of them, and groups of prompts are
+    computed again, for which a compiled part does not keep the same twice.
     """
-    kinds = (Block,) if run.strategy is Strategy.fsdp else (Block, TwoWayAttentionBlock, Upscaling)
+    kinds = (Block,) if run.strategy is Strategy.fsdp else (Block, PromptEncoder, MaskDecoder)
     # A run has few shapes: training's and validation's last group of prompts have their own.
     for part in module.modules():
         if isinstance(part, kinds):
@@ -412,7 +413,8 @@ class ZeRO(DeepSpeedStrategy):
         flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for partition in flat:
             moments = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
-            zero.optimizer.state[partition] = {"step": step.clone(), **moments}
+            # A fused AdamW counts where it computes.
+            zero.optimizer.state[partition] = {"step": step.to(partition.device, copy=True), **moments}
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
 

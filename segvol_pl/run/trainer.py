@@ -179,7 +179,7 @@ def _fitted(config: Config, task: pl.LightningModule, module: VolumeModule) -> P
         strategies.keep_freed_memory()
     torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
     if config.run.compile:
-        strategies.compile_blocks(task, config.run)
+        strategies.compile_parts(task, config.run)
     with StopSignal() as stop, _quiet():
         trainer = _trainer(config, out, start.step, stop)
         # DeepSpeed would hook the modules once for validation and again for training.

@@ -169,7 +169,8 @@ def test_a_gpu_decodes_together_what_its_memory_holds(monkeypatch: pytest.Monkey
     task, count = _segment_task(), 2 * len(PROMPTS.combinations) + PROMPTS.pseudo_per_volume
     alone = [slice(first, min(first + 6, count)) for first in range(0, count, 6)]
     assert task.room is None and task.groups(count, 2) == alone
-    fixed, one = memory.moments(task.config, 2, False, 0)[0].total, 2 * memory.prompt_bytes(MODEL, False)
+    fixed = memory.moments(task.config, 2, False, 0, True)[0].total
+    one = 2 * memory.prompt_bytes(MODEL, False, True)
     monkeypatch.setitem(task.__dict__, "room", (fixed + 4.5 * one) / memory.MARGIN)
     groups = task.groups(count, 2)
     assert [group.stop - group.start for group in groups] == [3, 4, 4, 4]
