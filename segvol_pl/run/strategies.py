@@ -220,6 +220,10 @@ class FullyShard(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.lightning_module is not None
+        # A validation leaves the outermost weights gathered: the optimizer would be given those.
+        for part in self.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
         _move_buffers(self.lightning_module, self.root_device)
         # Where batches go and metrics are summed.
         _update_properties(self.lightning_module, device=self.root_device)

@@ -37,10 +37,10 @@ class Trained:
     def __truediv__(self, name: str) -> Path:
         return self.folder / name
 
-    def __call__(self, name: str, strategy: str, devices: int, *more: str) -> Losses:
-        """The losses of a run in `folder`/`name`."""
+    def __call__(self, name: str, strategy: str, devices: int, *more: str, patch: str = "") -> Losses:
+        """The losses of a run in `folder`/`name`. patch: Python that each rank runs before."""
         keys = [f"run.out={self / name}", f"run.strategy={strategy}", *more]
-        self.ranks[devices]("train", str(self / "config.yaml"), *keys)
+        self.ranks[devices]("train", str(self / "config.yaml"), *keys, patch=patch)
         return dict(read_metrics(self / name / "metrics.csv", "train/loss"))
 
 
@@ -143,6 +143,21 @@ def test_activations_can_be_computed_again_under_every_strategy(
 def test_what_is_split_can_stay_in_main_memory(losses: dict[str, Losses], trained: Trained, strategy: str) -> None:
     found = trained(f"{strategy}-offload", strategy, 2, "run.offload=true")
     np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=RELATIVE)
+
+
+def test_offloaded_shares_train_after_a_validation(losses: dict[str, Losses], trained: Trained) -> None:
+    """The way that weights take on a GPU, on CPU ranks, where there is nothing to be brought to a device."""
+    patch = "\n".join(
+        [
+            "from torch.distributed.fsdp import OffloadPolicy",
+            "from segvol_pl.run import strategies",
+            "strategies.FullyShard.offloads = property(lambda self: True)",
+            "strategies.CPUOffloadPolicy = OffloadPolicy",
+        ]
+    )
+    keys = ("run.offload=true", "optim.max_steps=2", "run.checkpoint_every=1")
+    found = trained("fsdp-as-on-a-gpu", "fsdp", 1, *keys, patch=patch)
+    np.testing.assert_allclose(found[1], losses["auto"][1], rtol=RELATIVE)
 
 
 def test_kept_checkpoints_are_bounded_and_the_best_is_there(losses: dict[str, Losses], trained: Trained) -> None:
