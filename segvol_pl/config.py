@@ -486,8 +486,8 @@ class RunConfig(Keys):
     """Let GPUs multiply float32 matrices as TF32, of 10 bits, where bf16 is not taken: with precision=fp32 all of them.
     The trilinear weights of upsampling are exact in it."""
     deterministic: bool = False
-    """Let torch take only what gives the same bits each time, on GPUs too, where it is slower: a run that is stopped
-    and goes on is then bit-equal to one that was not, as it is on CPUs anyhow."""
+    """Let torch take only operations that it holds for deterministic, on GPUs too, where they are slower. On the GPU
+    that was tried this made losses equal to the bit, not every weight; CPUs need no such key."""
     accumulate: int = ranged(1, least=1)
     """Micro-batches per optimizer step; the global batch stays as stated."""
     prompts_at_once: int = ranged(0, least=0)
