@@ -45,9 +45,8 @@ class Block(TransformerBlock):
         return whole
 
     def _computed(self, tokens_BTE: Tensor) -> Tensor:
-        parts = self.attn.out_proj, self.mlp.linear1, self.mlp.linear2
-        weights: list[Tensor] = [tensor for part in parts for tensor in (part.weight, part.bias)]
-        qkv, *others = narrowed(self.attn.qkv.weight, *weights)
+        parts = self.attn.qkv, self.attn.out_proj, self.mlp.linear1, self.mlp.linear2
+        qkv, *others = narrowed(*(tensor for part in parts for tensor in part.parameters()))
         tokens_BTE = tokens_BTE + F.linear(self._mixed(F.linear(self.norm1(tokens_BTE), qkv)), *others[:2])
         return tokens_BTE + F.linear(F.gelu(F.linear(self.norm2(tokens_BTE), *others[2:4])), *others[4:])
 

@@ -287,7 +287,9 @@ def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
     Under fsdp the blocks alone: the hooks that gather split weights stay outside of them, and groups of prompts are
     computed again, for which a compiled part does not keep the same twice.
     """
-    kinds = (Block,) if run.strategy is Strategy.fsdp else (Block, PromptEncoder, MaskDecoder)
+    kinds: tuple[type[torch.nn.Module], ...] = (Block,)
+    if run.strategy is not Strategy.fsdp:
+        kinds += (PromptEncoder, MaskDecoder)
     # A run has few shapes: training's and validation's last group of prompts have their own.
     for part in module.modules():
         if isinstance(part, kinds):
