@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks.selfattention import SABlock
 from monai.networks.blocks.transformerblock import TransformerBlock
 from resident import resident
 from rich.console import Console
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 from segvol_pl import flops
 from segvol_pl.config import OptimConfig, Precision, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 from segvol_pl.model import TextBank
+from segvol_pl.model.image_encoder import Block
 from segvol_pl.run.strategies import autocast, keep_freed_memory, resolve_device
 from segvol_pl.tasks.optim import Task, optimizer
 from segvol_pl.tasks.pretrain import SimMIMTask
@@ -91,12 +91,9 @@ def train_batch(config: TrainConfig, volumes: int = 1) -> Batch:
 
 
 def default_attention(task: nn.Module) -> None:
-    """MONAI's ViT as it comes."""
-    for block in [module for module in task.modules() if isinstance(module, TransformerBlock)]:
-        ours = block.attn
-        theirs = SABlock(ours.qkv.in_features, ours.heads).to(ours.qkv.weight.device)
-        theirs.load_state_dict(ours.state_dict())
-        block.attn = theirs
+    """MONAI's blocks as they come."""
+    for block in [module for module in task.modules() if isinstance(module, Block)]:
+        block.forward = functools.partial(TransformerBlock.forward, block)
 
 
 def plain_logits(task: SegVolTask, tokens_BTE: Tensor, prompts: Any) -> Tensor:
