@@ -6,6 +6,7 @@ Letters: B batch, C channel, D H W voxels, T tokens, E embedding, V voxels of on
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ class Block(TransformerBlock):
         return whole
 
     def _computed(self, tokens_BTE: Tensor) -> Tensor:
-        parts = self.attn.qkv, self.attn.out_proj, self.mlp.linear1, self.mlp.linear2
-        qkv, *others = narrowed(*(tensor for part in parts for tensor in part.parameters()))
+        attention: Any = self.attn
+        perceptron: Any = self.mlp
+        # By name: that is when DeepSpeed gathers a weight that it has split.
+        biased = [(part.weight, part.bias) for part in (attention.out_proj, perceptron.linear1, perceptron.linear2)]
+        qkv, *others = narrowed(attention.qkv.weight, *itertools.chain(*biased))
         tokens_BTE = tokens_BTE + F.linear(self._mixed(F.linear(self.norm1(tokens_BTE), qkv)), *others[:2])
         return tokens_BTE + F.linear(F.gelu(F.linear(self.norm2(tokens_BTE), *others[2:4])), *others[4:])
 
