@@ -27,7 +27,7 @@ from segvol_pl.configure import load
 ROOT = Path(__file__).parents[1]
 BARE = ("lightning", "numba", "scipy", "torch", "transformers")
 """What docs/air-gapped.md takes a machine to have, and BESIDE."""
-BESIDE = ("einops", "matplotlib", "msgpack", "psutil", "requests")
+BESIDE = ("einops", "httpx", "matplotlib", "msgpack", "psutil", "requests")
 WHEELHOUSE = 19 * 2**20
 """Bytes at most."""
 OPTIONAL = ("aiohttp", "bokeh", "deepspeed", "highdicom", "s3fs", "wandb")
