@@ -181,7 +181,7 @@ def _time(made: Plan) -> Iterator[str]:
     volumes = config.optim.max_steps * config.data.global_batch
     percent = " to ".join(f"{100 * share:.0f}" for share in REACHED[made.kind])
     against = f"{made.device.peak(made.bf16):.0f} TFLOP/s in {_precision(made)}"
-    yield f"\nat {percent} % of the peak, {against} (as one H200 did in bf16; the run itself tells, as rate/mfu)"
+    yield f"\nat {percent} % of the peak, {against} (what one H200 reached; the run itself tells, as rate/mfu)"
     yield f"  volumes/s, together   {low:.1f} to {high:.1f}"
     yield f"  {config.optim.max_steps} steps        {volumes / high / 3600:.1f} to {volumes / low / 3600:.1f} hours"
     workers = max(config.data.workers, 1)
