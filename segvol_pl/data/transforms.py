@@ -35,6 +35,10 @@ class Sliceable(Protocol):
     def __getitem__(self, key: Any) -> np.ndarray: ...
 
 
+NO_SHIFT = -0.0
+"""Added, it leaves every number as it is; 0.0 would turn -0.0 into 0.0."""
+
+
 def intensity_of(hu_DHW: np.ndarray) -> Intensity:
     """HU statistics of a whole CT (published ForegroundNorm: voxels above the mean, percentiles 0.05 and 99.95).
 
@@ -148,7 +152,7 @@ def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Gener
 
 
 def draw_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A scale of up to +-10 % and a shift of up to +-0.1, each with `probability`, else 1 and 0 (as published)."""
+    """A scale of up to +-10 % and a shift of up to +-0.1, each with `probability`, else 1 and `NO_SHIFT` (published)."""
     scaled, shifted = rng.random(2) < probability
     scale, shift = rng.uniform(-0.1, 0.1, size=2)
-    return 1 + float(scale) if scaled else 1.0, float(shift) if shifted else 0.0
+    return 1 + float(scale) if scaled else 1.0, float(shift) if shifted else NO_SHIFT

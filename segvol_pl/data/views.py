@@ -52,7 +52,7 @@ class View:
     category: str | None = None
     """The category that the window was drawn around; none for overviews and unlabelled volumes."""
     scale: float = 1.0
-    shift: float = 0.0
+    shift: float = transforms.NO_SHIFT
     """What the image is multiplied by and what is then added."""
 
 

@@ -52,7 +52,7 @@ def test_the_image_made_of_hu_is_numpys_to_the_bit(
     intensity = Intensity(0.0, low, low + span, -32768, 32767)
     hu_DHW = np.random.default_rng(seed).integers(-32768, 32768, (3, 5, 7)).astype(np.int16)
     hu_DHW.reshape(-1)[:4] = np.clip([low, low + 1, low + span, low + span - 1], -32768, 32767)
-    shade = shade_of(intensity, 1.0 if scale is None else scale, 0.0 if shift is None else shift)
+    shade = shade_of(intensity, 1.0 if scale is None else scale, transforms.NO_SHIFT if shift is None else shift)
     image = shaded(torch.from_numpy(hu_DHW)[None, None], torch.from_numpy(shade)[None])[0, 0].numpy()
     expected = plain_image(hu_DHW, intensity, scale, shift)
     assert image.dtype == expected.dtype == np.float32 and image.tobytes() == expected.tobytes()
