@@ -49,7 +49,7 @@ class Plan:
     @property
     def micro_batch(self) -> int:
         """Volumes on one device at once."""
-        return self.config.data.global_batch // (self.ranks * self.config.run.accumulate)
+        return micro_batch(self.config)
 
     def under(self, strategy: Strategy) -> Config:
         """The configuration with another strategy."""
@@ -189,6 +189,12 @@ def _time(made: Plan) -> Iterator[str]:
     yield f"\nthe loader must deliver, at {high:.1f} volumes/s"
     yield f"  a node                {each:.1f} volumes/s, {each * sample_bytes(config) / 1e9:.2f} GB/s"
     yield f"  a loader process      a sample in {1000 * made.ranks * workers / high:.0f} ms ({workers} a device)"
+
+
+def micro_batch(config: Config) -> int:
+    """Volumes on one device at once, where the global batch can be shared so."""
+    run = config.run
+    return config.data.global_batch // (run.devices * run.nodes * run.accumulate)
 
 
 def sample_bytes(config: Config) -> int:

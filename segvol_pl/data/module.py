@@ -132,15 +132,18 @@ class VolumeModule(pl.LightningDataModule):
         )
         return loader if begin is None else Ahead(loader, begin)
 
+    @property
+    def _device(self) -> torch.device:
+        """Where the step computes."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
     def _copying(self) -> Begin | None:
         """What copies batches ahead of the step; nothing where the step computes in main memory."""
-        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        return SideStream(device) if device.type == "cuda" else None
+        return SideStream(self._device) if self._device.type == "cuda" else None
 
     def _context(self) -> BaseContext:
         """What loader processes are started by."""
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        automatic = StartMethod.forkserver if on_gpu else StartMethod.fork
+        automatic = StartMethod.forkserver if self._device.type == "cuda" else StartMethod.fork
         method = automatic if self.data.start_method is StartMethod.auto else self.data.start_method
         if method is StartMethod.forkserver:
             start_fork_server()

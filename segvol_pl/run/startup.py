@@ -19,7 +19,7 @@ import lightning.pytorch as pl
 from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
 from segvol_pl.configure import to_yaml
 from segvol_pl.data.module import VolumeModule
-from segvol_pl.plan import GIB, sample_bytes
+from segvol_pl.plan import GIB, micro_batch, sample_bytes
 from segvol_pl.run.ranks import gathered
 from segvol_pl.run.tracking import manifest
 
@@ -121,7 +121,7 @@ def check_room(run: RunConfig, weights: int) -> None:
 def shared_bytes(config: Config) -> int:
     """What the loader processes of one node lay into shared memory: the batches that they hold ready."""
     run, data = config.run, config.data
-    batch = sample_bytes(config) * data.global_batch // (run.devices * run.nodes * run.accumulate)
+    batch = sample_bytes(config) * micro_batch(config)
     return run.devices * (data.workers + VALIDATING) * data.prefetch * batch if data.workers else 0
 
 
