@@ -152,7 +152,7 @@ def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Gener
 
 
 def draw_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A scale of up to +-10 % and a shift of up to +-0.1, each with `probability`, else 1 and `NO_SHIFT` (published)."""
+    """A scale of up to +-10 %, a shift of up to +-0.1, each with `probability`, else 1 and `NO_SHIFT` (published)."""
     scaled, shifted = rng.random(2) < probability
     scale, shift = rng.uniform(-0.1, 0.1, size=2)
     return 1 + float(scale) if scaled else 1.0, float(shift) if shifted else NO_SHIFT
