@@ -24,12 +24,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from segvol_pl.config import SegVolConfig
-from segvol_pl.data import transforms
 from segvol_pl.data.batch import Batch, packed, shade_of, unpacked
-from segvol_pl.data.parcel import Arrays, as_it_is, stacked
-from segvol_pl.data.sample import Intensity
+from segvol_pl.data.collate import Arrays, as_it_is, stacked
+from segvol_pl.data.schema import Intensity
 from segvol_pl.data.stream import collate
-from segvol_pl.run.strategies import keep_freed_memory, resolve_device
+from segvol_pl.imaging import transforms
+from segvol_pl.training.strategies import keep_freed_memory, resolve_device
 
 INTENSITY = Intensity(mean=-400.0, low=-160.25, high=240.75, minimum=-1024, maximum=1500)
 MASKS = {"": 8, "pseudo_": 6}

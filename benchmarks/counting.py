@@ -31,8 +31,8 @@ from segvol_pl import kernels
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.mask_decoder import TwoWayTransformer, Upscaling
 from segvol_pl.model.segvol import Trilinear
-from segvol_pl.tasks import pretrain, segment
-from segvol_pl.tasks.optim import Task
+from segvol_pl.training import pretrain, segment
+from segvol_pl.training.module import Task
 
 FREE = {
     "detach",

@@ -22,13 +22,13 @@ import torch
 from monai.metrics import compute_surface_dice
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision, Timing
-from segvol_pl.configure import load
-from segvol_pl.data.sample import CategoryFacts, Facts
-from segvol_pl.data.transforms import intensity_of
-from segvol_pl.evaluation.examination import Examination
+from segvol_pl.config.loader import load
+from segvol_pl.data.schema import CategoryFacts, Facts
+from segvol_pl.evaluation.case_runner import Examination
+from segvol_pl.evaluation.cases import Subject
 from segvol_pl.evaluation.metrics import surface_dice
-from segvol_pl.evaluation.prompting import settings
-from segvol_pl.evaluation.subjects import Subject
+from segvol_pl.evaluation.prompts import settings
+from segvol_pl.imaging.transforms import intensity_of
 from segvol_pl.model import SegVol
 from segvol_pl.model.text_encoder import TextBank
 

@@ -22,11 +22,11 @@ from gpu_stages import Bench, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from segvol_pl import losses
 from segvol_pl.config import SegVolConfig
-from segvol_pl.losses import mask_losses
 from segvol_pl.model import SegVol
-from segvol_pl.run.strategies import autocast
+from segvol_pl.training import losses
+from segvol_pl.training.losses import mask_losses
+from segvol_pl.training.strategies import autocast
 
 Part = Callable[..., Tensor]
 BACKENDS = {

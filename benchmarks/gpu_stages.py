@@ -35,16 +35,16 @@ from gpu_figures import FAILED, Figure, append, now, read
 from torch import Tensor
 from training import OPTIM, SMALL, train_batch, train_config
 
-from segvol_pl import flops, memory
 from segvol_pl.config import Precision, PretrainConfig, RunConfig, SegVolConfig, TrainConfig, ZoomConfig
-from segvol_pl.configure import load
-from segvol_pl.devices import accelerator
+from segvol_pl.config.loader import load
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.run import strategies
-from segvol_pl.run.record import read_metrics
-from segvol_pl.tasks.optim import optimizer, poisoned
-from segvol_pl.tasks.pretrain import SimMIMTask
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.planning import flops, memory
+from segvol_pl.planning.devices import accelerator
+from segvol_pl.run_folder import read_metrics
+from segvol_pl.training import strategies
+from segvol_pl.training.module import optimizer, poisoned
+from segvol_pl.training.pretrain import SimMIMTask
+from segvol_pl.training.segment import SegVolTask
 
 NEEDS_GPU = "needs a GPU"
 TINY = Path(__file__).parents[1] / "configs" / "tiny"
@@ -419,7 +419,7 @@ def _trainer_syncs(bench: Bench) -> None:
     """Steps 3 and 4 of a run of the tiny model, which are not logged: all that the trainer and its callbacks do."""
     import lightning.pytorch as pl
 
-    from segvol_pl.run import trainer
+    from segvol_pl.training import run as training_run
 
     class Watch(pl.Callback):
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
@@ -431,12 +431,12 @@ def _trainer_syncs(bench: Bench) -> None:
 
         on_exception = on_train_batch_end
 
-    own = trainer._callbacks
+    own = training_run._callbacks
     shards = tiny_shards(bench)
     config = load("train", _arguments(bench, shards, "syncs", 5, "run.log_every=100", "run.val_batches=0"))
-    with mock.patch.object(trainer, "_callbacks", lambda *given: [*own(*given), Watch()]):
+    with mock.patch.object(training_run, "_callbacks", lambda *given: [*own(*given), Watch()]):
         try:
-            trainer.train(config)
+            training_run.train(config)
             bench.note("synchronizations", 0, step="of the trainer")
         except RuntimeError as error:
             torch.cuda.set_sync_debug_mode("default")
@@ -586,8 +586,8 @@ def pack_into(folder: Path, count: int, scale: float, overview: list[int], held_
     """Phantoms, packed into `folder`, which is left alone where it holds shards."""
     import tempfile
 
-    from segvol_pl.data.pack import pack
-    from segvol_pl.data.phantom import write_phantoms
+    from segvol_pl.packing.pack import pack
+    from segvol_pl.packing.phantom import write_phantoms
 
     if (folder / "index.json").is_file():
         return
@@ -656,7 +656,7 @@ def _step_rate(bench: Bench, verb: str) -> float:
 
 def _built(bench: Bench, verb: str, folder: Path, workers: int, volumes: int) -> tuple[Any, Any]:
     """Task and DataModule as the verb makes them, before there is a trainer."""
-    from segvol_pl.run import trainer
+    from segvol_pl.training import run as training_run
 
     found: list[Any] = []
     model = TINY.parent / "model" / ("tiny.yaml" if bench.small else "base.yaml")
@@ -665,8 +665,8 @@ def _built(bench: Bench, verb: str, folder: Path, workers: int, volumes: int) ->
     keys = [f"model={model}", *data, "data.samples_per_volume=64", *run]
     if verb == "train":
         keys.append("text.source=seeded")
-    with mock.patch.object(trainer, "_fit", lambda *given: found.extend(given[1:])):
-        getattr(trainer, verb)(load(verb, keys))
+    with mock.patch.object(training_run, "_fit", lambda *given: found.extend(given[1:])):
+        getattr(training_run, verb)(load(verb, keys))
     task, module = found
     strategy = SimpleNamespace(root_device=bench.device)
     module.trainer = SimpleNamespace(world_size=1, global_rank=0, training=True, strategy=strategy)
@@ -810,10 +810,10 @@ def zoom(bench: Bench) -> None:
 
     An untrained model finds no organ: its decoder works, and the organ stands for what it gave.
     """
-    from segvol_pl.data.phantom import make_phantom
-    from segvol_pl.data.prompts import Prompt
-    from segvol_pl.data.transforms import Normalised, intensity_of
-    from segvol_pl.zoom import Zoomer
+    from segvol_pl.imaging.prompts import Prompt
+    from segvol_pl.imaging.transforms import Normalised, intensity_of
+    from segvol_pl.inference.zoom import Zoomer
+    from segvol_pl.packing.phantom import make_phantom
 
     shape = (32, 96, 96) if bench.small else (128, 512, 512)
     small_DHW = make_phantom(0, 0.4 if bench.small else 1.0).hu_DHW

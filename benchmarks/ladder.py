@@ -15,10 +15,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from segvol_pl.configure import load
-from segvol_pl.data.pack import pack
-from segvol_pl.data.phantom import write_phantoms
-from segvol_pl.grid import expand, read
+from segvol_pl.config.loader import load
+from segvol_pl.experiments.grid import expand, read
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 GRID = ROOT / "configs" / "ablations" / "ladder.yaml"

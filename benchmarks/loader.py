@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
-from segvol_pl.data import shards, stream, views
+from segvol_pl.data import sampling, shards, stream
 from segvol_pl.data.corpus import open_folders, training_corpus
 from segvol_pl.data.frames import PartialFrame
-from segvol_pl.data.pack import pack
 from segvol_pl.data.store import Store
+from segvol_pl.packing.pack import pack
 
 PUBLISHED_SECONDS = 12.6
 CATEGORIES = 13
@@ -88,9 +88,9 @@ def timed(spent: Counter[str]) -> Iterator[None]:
         "read": (Store, "member"),
         "check members": (shards, "_is_sound"),
         "check chunks": (PartialFrame, "_sound"),
-        "draw prompts": (views, "segment_sample"),
-        "augment": (views, "augment"),
-        "view (decode, resize, crop)": (views, "draw_view"),
+        "draw prompts": (sampling, "segment_sample"),
+        "augment": (sampling, "augment"),
+        "view (decode, resize, crop)": (sampling, "draw_view"),
     }
     kept = {name: getattr(module, attribute) for name, (module, attribute) in parts.items()}
     for name, (module, attribute) in parts.items():
@@ -111,7 +111,7 @@ def main(source: Path, samples: int) -> None:
         corpus, index = training_corpus(folders, data, labelled=True), packed_folder.index
         rows = {category: row for row, category in enumerate(sorted(index.categories))}
         prompts, model = PromptConfig(categories_per_volume=8), SegVolConfig()
-        draw = functools.partial(views.draw_segment, model=model, data=data, prompts=prompts, row_of=rows)
+        draw = functools.partial(sampling.draw_segment, model=model, data=data, prompts=prompts, row_of=rows)
         source_of = stream.Stream(corpus, draw, stream.Plan(samples, 1))
         spent: Counter[str] = Counter()
         order = source_of.rows(0)

@@ -30,15 +30,15 @@ from scipy import ndimage
 from torch.utils.data import DataLoader
 
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
-from segvol_pl.data import views
+from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch
+from segvol_pl.data.collate import as_it_is
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
-from segvol_pl.data.pack import pack
-from segvol_pl.data.parcel import as_it_is
-from segvol_pl.data.phantom import write_phantoms
 from segvol_pl.data.shards import SampleRecord
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan, Stream, World
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.phantom import write_phantoms
 
 LARGE = (512, 512, 600)
 """Voxels of the large volume, in the order of its file: right, anterior, superior."""
@@ -50,7 +50,7 @@ def loader_of(folder: Path, model: SegVolConfig, batch: int, workers: int, overv
     (packed_folder,) = folders = open_folders(data)
     corpus = training_corpus(folders, data, labelled=True)
     rows = {category: row for row, category in enumerate(sorted(packed_folder.index.categories))}
-    draw = functools.partial(views.draw_segment, model=model, data=data, prompts=PromptConfig(), row_of=rows)
+    draw = functools.partial(sampling.draw_segment, model=model, data=data, prompts=PromptConfig(), row_of=rows)
     stream = Stream(corpus, draw, Plan(corpus.num_samples, batch))
     prefetch = 2 if workers else None
     return DataLoader(stream, batch_size=None, collate_fn=as_it_is, num_workers=workers, prefetch_factor=prefetch)

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from training import OPTIM, train_batch, train_config
 
-from segvol_pl import memory
 from segvol_pl.config import Precision, PretrainConfig, SegVolConfig, TrainConfig
-from segvol_pl.configure import load
+from segvol_pl.config.loader import load
 from segvol_pl.model import TextBank
-from segvol_pl.run.strategies import autocast
-from segvol_pl.tasks.optim import optimizer
-from segvol_pl.tasks.pretrain import SimMIMTask
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.planning import memory
+from segvol_pl.training.module import optimizer
+from segvol_pl.training.pretrain import SimMIMTask
+from segvol_pl.training.segment import SegVolTask
+from segvol_pl.training.strategies import autocast
 
 MINI = SegVolConfig(
     input_shape=[32, 128, 128],

@@ -34,8 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 from segvol_pl.config import PackConfig
-from segvol_pl.data.pack import pack
-from segvol_pl.data.volume import read_volume
+from segvol_pl.imaging.volume import read_volume
+from segvol_pl.packing.pack import pack
 
 COPIES, FEW, NOISE = 40, 10, 10.0
 CODECS = {"zstd": blosc2.Codec.ZSTD, "lz4": blosc2.Codec.LZ4, "zlib": blosc2.Codec.ZLIB}

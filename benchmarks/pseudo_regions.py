@@ -17,9 +17,9 @@ import numpy as np
 from resident import NOW, resident
 
 from segvol_pl.config import RegionsConfig
-from segvol_pl.data.phantom import make_phantom
-from segvol_pl.data.pseudo import clean, felzenszwalb, pseudo_regions
-from segvol_pl.data.transforms import intensity_of, normalise, resize_image, resize_label
+from segvol_pl.imaging.transforms import intensity_of, normalise, resize_image, resize_label
+from segvol_pl.packing.phantom import make_phantom
+from segvol_pl.packing.regions import clean, felzenszwalb, pseudo_regions
 
 AXES = (2, 1, 0)
 

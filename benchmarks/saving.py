@@ -18,7 +18,7 @@ import torch
 
 from segvol_pl.config import SegVolConfig
 from segvol_pl.model import SegVol
-from segvol_pl.run.checkpoints import AtomicCheckpointIO
+from segvol_pl.training.checkpoints import AtomicCheckpointIO
 
 REPEATS = 3
 

@@ -21,11 +21,11 @@ from rich.table import Table
 from torch import Tensor
 from training import OPTIM, train_batch, train_config
 
-from segvol_pl import flops
 from segvol_pl.config import PretrainConfig, SegVolConfig
 from segvol_pl.model import TextBank
-from segvol_pl.tasks.pretrain import SimMIMTask
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.planning import flops
+from segvol_pl.training.pretrain import SimMIMTask
+from segvol_pl.training.segment import SegVolTask
 
 
 def simmim(volumes: int) -> Counts:

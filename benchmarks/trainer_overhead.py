@@ -24,17 +24,16 @@ from rich.console import Console
 from torch import nn
 
 from segvol_pl.config import TrainConfig
-from segvol_pl.configure import load
-from segvol_pl.data import views
-from segvol_pl.data.module import VolumeModule
-from segvol_pl.data.pack import pack
-from segvol_pl.data.phantom import write_phantoms
+from segvol_pl.config.loader import load
+from segvol_pl.data import sampling
+from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.model import TextBank
-from segvol_pl.run import trainer
-from segvol_pl.run.gradients import FiniteSteps
-from segvol_pl.tasks import segment
-from segvol_pl.tasks.optim import optimizer
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.phantom import write_phantoms
+from segvol_pl.training import run, segment
+from segvol_pl.training.gradients import FiniteSteps
+from segvol_pl.training.module import optimizer
+from segvol_pl.training.segment import SegVolTask
 
 WARM, TURNS = 10, 3
 MODEL = (
@@ -95,17 +94,17 @@ def by_trainer(config: TrainConfig) -> tuple[float, float]:
         on_train_batch_end = timed(FiniteSteps.on_train_batch_end)
 
     with (
-        mock.patch.object(trainer, "SegVolTask", Noted),
-        mock.patch.object(trainer, "FiniteSteps", Timed),
+        mock.patch.object(run, "SegVolTask", Noted),
+        mock.patch.object(run, "FiniteSteps", Timed),
         mock.patch.object(segment, "poisoned", timed(segment.poisoned)),
     ):
-        trainer.train(config)
+        run.train(config)
     return seconds_a_step(marks), sum(looking) / len(marks)
 
 
 def by_bare_loop(config: TrainConfig) -> float:
     rows: dict[str, int] = {}
-    draw = partial(views.draw_segment, model=config.model, prompts=config.prompts, row_of=rows, data=config.data)
+    draw = partial(sampling.draw_segment, model=config.model, prompts=config.prompts, row_of=rows, data=config.data)
     module = VolumeModule(config.data, config.run, draw, draw, labelled=True)
     rows.update({name: row for row, name in enumerate(module.categories)})
     task = SegVolTask(config, TextBank.seeded(module.categories, config.model.text_dim))

@@ -5,7 +5,8 @@
 
 Each row is a process of its own, on the GPU where there is one; on a CPU it keeps its freed memory, as training does.
 The matrix rate is measured in it first, the step runs once to warm up, then a few times; the fastest counts, peak
-memory is the process's (on a GPU: torch's). `limit` is the step's operations (`segvol_pl.flops`) at that matrix rate.
+memory is the process's (on a GPU: torch's). `limit` is the step's operations (`segvol_pl.planning.flops`) at that
+matrix rate.
 The full-size model takes minutes on a CPU; --small tries the script out. --trace writes a chrome trace of the last step
 of each row; --write README.md puts the table into that file. Plain forms, for comparison, are below:
 
@@ -37,14 +38,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from segvol_pl import flops
 from segvol_pl.config import OptimConfig, Precision, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 from segvol_pl.model import TextBank
 from segvol_pl.model.image_encoder import Block
-from segvol_pl.run.strategies import autocast, keep_freed_memory, resolve_device
-from segvol_pl.tasks.optim import Task, optimizer
-from segvol_pl.tasks.pretrain import SimMIMTask
-from segvol_pl.tasks.segment import SegVolTask, pseudo_questions, supervised_questions
+from segvol_pl.planning import flops
+from segvol_pl.training.module import Task, optimizer
+from segvol_pl.training.pretrain import SimMIMTask
+from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_questions
+from segvol_pl.training.strategies import autocast, keep_freed_memory, resolve_device
 
 SMALL = SegVolConfig(
     input_shape=[16, 64, 64], patch=[4, 8, 8], hidden=192, layers=4, heads=4, mlp=768, decoder_heads=4, decoder_mlp=256

@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from segvol_pl.data.prompts import Prompt
-    from segvol_pl.predict import Predictor
+    from segvol_pl.imaging.prompts import Prompt
+    from segvol_pl.inference.predictor import Predictor
 
 __version__ = "0.1.0"
 __all__ = ["Predictor", "Prompt", "__version__"]
 
-_HOMES = {"Predictor": "segvol_pl.predict", "Prompt": "segvol_pl.data.prompts"}
+_HOMES = {"Predictor": "segvol_pl.inference.predictor", "Prompt": "segvol_pl.imaging.prompts"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from segvol_pl import __version__, configure
-from segvol_pl.config import MISSING, SCHEMAS, ConfigError, Range
-from segvol_pl.configure import imported
+from segvol_pl import __version__
+from segvol_pl.config import MISSING, SCHEMAS, ConfigError, Range, loader
+from segvol_pl.config.loader import imported
 from segvol_pl.credentials import masked
-from segvol_pl.run.launched import rank_named
+from segvol_pl.launched import rank_named
 
 PROGRAM = "segvol-pl"
 DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
@@ -138,7 +138,7 @@ def _configured(name: str, target: str, console: bool = False) -> Verb:
     """A verb whose function takes the configuration that `SCHEMAS[name]` describes, and maybe a console to print to."""
 
     def call(arguments: list[str]) -> int:
-        config = configure.load(name, arguments)
+        config = loader.load(name, arguments)
         imported(target)(config, *([imported("rich.console:Console")()] if console else []))
         return DONE
 
@@ -154,7 +154,7 @@ def _take(arguments: list[str], *names: str) -> list[str]:
 
 def _init(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
-    print("\n".join(imported("segvol_pl.shipped:lay_out")(Path(folder))))
+    print("\n".join(imported("segvol_pl.resources:lay_out")(Path(folder))))
     return DONE
 
 
@@ -184,8 +184,8 @@ def _inspect(arguments: list[str]) -> int:
 def _overlap(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError("takes DIR ...")
-    groups = imported("segvol_pl.data.overlap:overlap")(arguments)
-    leaking = [group for group in groups if imported("segvol_pl.data.overlap:leaks")(group)]
+    groups = imported("segvol_pl.packing.duplicates:overlap")(arguments)
+    leaking = [group for group in groups if imported("segvol_pl.packing.duplicates:leaks")(group)]
     for group in groups:
         places = "  =  ".join(f"{place.folder} {place.key} ({place.split})" for place in group)
         print(f"{'in two splits: ' if group in leaking else ''}{places}")
@@ -196,8 +196,8 @@ def _overlap(arguments: list[str]) -> int:
 def _view(arguments: list[str]) -> int:
     files = [argument for argument in arguments if "=" not in argument and not argument.endswith((".yaml", ".yml"))]
     image = [f"image={_take(files, 'CT')[0]}"] if files else []
-    config = configure.load("view", [*image, *(argument for argument in arguments if argument not in files)])
-    imported("segvol_pl.view:view")(config)
+    config = loader.load("view", [*image, *(argument for argument in arguments if argument not in files)])
+    imported("segvol_pl.inference.viewer:view")(config)
     return DONE
 
 
@@ -205,15 +205,15 @@ def _import(arguments: list[str]) -> int:
     files = [argument for argument in arguments if "=" not in argument]
     source, destination = _take(files, "SRC", "DST")
     keys = [argument for argument in arguments if argument not in files]
-    config = configure.load("import", [f"source={source}", f"out={destination}", *keys])
-    imported("segvol_pl.release:import_weights")(config)
+    config = loader.load("import", [f"source={source}", f"out={destination}", *keys])
+    imported("segvol_pl.model.convert:import_weights")(config)
     return DONE
 
 
 def _export(arguments: list[str]) -> int:
     source, destination = _take(arguments[:2], "SRC", "DST")
     published = _take(arguments[2:], "PUBLISHED")[0] if arguments[2:] else None
-    imported("segvol_pl.release:export")(source, destination, published)
+    imported("segvol_pl.model.convert:export")(source, destination, published)
     return DONE
 
 
@@ -222,20 +222,22 @@ def _grid(arguments: list[str]) -> int:
     (file,) = _take(files, "FILE")
     keys = {name: value for name, _, value in (a.partition("=") for a in arguments) if name in ("run", "sweep", "out")}
     given = [a for a in arguments if a not in files and a.partition("=")[0] not in keys]
-    grid = imported("segvol_pl.grid:read")(Path(file), keys.get("out"))
-    runs = imported("segvol_pl.grid:expand")(grid, given)
+    grid = imported("segvol_pl.experiments.grid:read")(Path(file), keys.get("out"))
+    runs = imported("segvol_pl.experiments.grid:expand")(grid, given)
     passed = [*given, f"out={keys['out']}"] if "out" in keys else given
     if "sweep" in keys:
-        text = imported("segvol_pl.launch:sweep")(grid, runs, passed)
-        imported("segvol_pl.data.whole:write_text")(Path(keys["sweep"]), text)
+        text = imported("segvol_pl.experiments.launch:sweep")(grid, runs, passed)
+        imported("segvol_pl.atomic:write_text")(Path(keys["sweep"]), text)
     elif keys.get("run") == "all":
-        imported("segvol_pl.launch:start_all")(grid, runs, passed)
+        imported("segvol_pl.experiments.launch:start_all")(grid, runs, passed)
     elif "run" in keys:
         run = _numbered(runs, keys["run"])
-        imported("segvol_pl.launch:start")(run, imported(f"segvol_pl.run.trainer:{run.verb}"), not rank_named())
+        imported("segvol_pl.experiments.launch:start")(
+            run, imported(f"segvol_pl.training.run:{run.verb}"), not rank_named()
+        )
     else:
-        print(_table(imported("segvol_pl.launch:describe")(runs)))
-        print(imported("segvol_pl.launch:held_out")(runs))
+        print(_table(imported("segvol_pl.experiments.launch:describe")(runs)))
+        print(imported("segvol_pl.experiments.launch:held_out")(runs))
     return DONE
 
 
@@ -246,14 +248,14 @@ def _numbered(runs: list[Any], number: str) -> Any:
 
 
 def _scaling(arguments: list[str]) -> int:
-    kinds = {"fit": "segvol_pl.scaling.fit:fit_runs", "compare": "segvol_pl.scaling.compare:compare_runs"}
+    kinds = {"fit": "segvol_pl.experiments.fit:fit_runs", "compare": "segvol_pl.experiments.compare:compare_runs"}
     if not arguments or arguments[0] not in kinds:
         raise ConfigError(f"takes {' or '.join(kinds)}, then RUNS and KEY=VALUE")
     verb = f"scaling {arguments[0]}"
     given = [a for a in arguments[1:] if "=" in a or a.endswith((".yaml", ".yml"))]
     folders = [argument for argument in arguments[1:] if argument not in given]
     runs = [f"runs={json.dumps(folders)}"] if folders else []
-    for line in imported(kinds[arguments[0]])(configure.load(verb, [*runs, *given])):
+    for line in imported(kinds[arguments[0]])(loader.load(verb, [*runs, *given])):
         print(line)
     return DONE
 
@@ -261,15 +263,15 @@ def _scaling(arguments: list[str]) -> int:
 def _config(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError(f"takes VERB FILE...; VERB is one of {', '.join(SCHEMAS)}")
-    print(configure.resolved(arguments[0], arguments[1:]), end="")
+    print(loader.resolved(arguments[0], arguments[1:]), end="")
     return DONE
 
 
 def _plan(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError("takes FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]")
-    made = imported("segvol_pl.plan:plan")(arguments)
-    print("\n".join(imported("segvol_pl.plan:lines")(made)))
+    made = imported("segvol_pl.planning.plan:plan")(arguments)
+    print("\n".join(imported("segvol_pl.planning.plan:lines")(made)))
     return DONE
 
 
@@ -283,21 +285,21 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 VERBS = {
     "demo": _configured("demo", "segvol_pl.demo:run"),
-    "inventory": _configured("inventory", "segvol_pl.data.inventory:inventory"),
-    "pack": _configured("pack", "segvol_pl.data.pack:pack", console=True),
+    "inventory": _configured("inventory", "segvol_pl.packing.inventory:inventory"),
+    "pack": _configured("pack", "segvol_pl.packing.pack:pack", console=True),
     "index": Verb("DIR", "Write index.json anew from the shards in DIR.", _index),
     "verify": Verb("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
     "inspect": Verb("DIR", "List the samples in the shards of DIR.", _inspect),
     "overlap": Verb("DIR ...", "List volumes that occur in several of the folders, or in two splits.", _overlap),
-    "pretrain": _configured("pretrain", "segvol_pl.run.trainer:pretrain"),
-    "train": _configured("train", "segvol_pl.run.trainer:train"),
+    "pretrain": _configured("pretrain", "segvol_pl.training.run:pretrain"),
+    "train": _configured("train", "segvol_pl.training.run:train"),
     "plan": Verb(
         "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]",
         "State parameters, operations, memory by strategy, rates and hours of a training run, before it is launched.",
         _plan,
     ),
-    "evaluate": _configured("evaluate", "segvol_pl.evaluate:evaluate", console=True),
-    "predict": _configured("predict", "segvol_pl.predict:predict"),
+    "evaluate": _configured("evaluate", "segvol_pl.evaluation.run:evaluate", console=True),
+    "predict": _configured("predict", "segvol_pl.inference.predictor:predict"),
     "view": Verb("CT [FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["view"].__doc__), _view),
     "import": Verb("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
     "export": Verb(
@@ -309,7 +311,7 @@ VERBS = {
         "FILE [run=K|all] [out=DIR] [sweep=FILE] [KEY=VALUE ...]",
         "List a grid's runs with their state; run=K runs one, run=all one after another, sweep=FILE writes a sweep.",
         _grid,
-        "segvol_pl.grid:HELP",
+        "segvol_pl.experiments.grid:HELP",
     ),
     "scaling": Verb(
         "fit|compare RUNS ... [table=CSV] [KEY=VALUE ...]",
@@ -348,16 +350,16 @@ def _verb_help(name: str, verb: Verb) -> str:
 def _keys_help(schema: str) -> str:
     return "\n".join(
         f"  {field.key}  ({_type(field)}, {_default(field.default)})\n      {field.help}"
-        for field in configure.fields_help(schema)
+        for field in loader.fields_help(schema)
     )
 
 
-def _type(field: configure.Field) -> str:
+def _type(field: loader.Field) -> str:
     return field.type_name if field.range in (None, Range()) else f"{field.type_name}, {field.range}"
 
 
 def _default(value: Any) -> str:
-    return "required" if value == MISSING else f"default {configure.plain(value)}"
+    return "required" if value == MISSING else f"default {loader.plain(value)}"
 
 
 if __name__ == "__main__":

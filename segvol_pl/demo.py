@@ -17,17 +17,17 @@ from pathlib import Path
 
 from rich.console import Console
 
+from segvol_pl.atomic import write_text
 from segvol_pl.config import DemoConfig
-from segvol_pl.configure import load
-from segvol_pl.data.pack import pack
-from segvol_pl.data.phantom import write_phantoms
-from segvol_pl.data.whole import write_text
-from segvol_pl.evaluate import Summary, evaluate
-from segvol_pl.release import export
-from segvol_pl.run.strategies import resolve_device
-from segvol_pl.run.tracking import read_metrics
-from segvol_pl.run.trainer import pretrain, train
-from segvol_pl.shipped import shipped
+from segvol_pl.config.loader import load
+from segvol_pl.evaluation.run import Summary, evaluate
+from segvol_pl.model.convert import export
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.phantom import write_phantoms
+from segvol_pl.resources import shipped
+from segvol_pl.training.loggers import read_metrics
+from segvol_pl.training.run import pretrain, train
+from segvol_pl.training.strategies import resolve_device
 
 log = logging.getLogger(__name__)
 

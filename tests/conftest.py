@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from segvol_pl.run import strategies
+from segvol_pl.training import strategies
 
 SHARED = Path(os.environ.get("SEGVOL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -51,8 +51,8 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "SEGVOL_PHANTOMS" in os.environ:
         return Path(os.environ["SEGVOL_PHANTOMS"])
     from segvol_pl.config import PackConfig
-    from segvol_pl.data.pack import pack
-    from segvol_pl.data.phantom import write_phantoms
+    from segvol_pl.packing.pack import pack
+    from segvol_pl.packing.phantom import write_phantoms
 
     folder = tmp_path_factory.mktemp("phantoms")
     write_phantoms(folder, count=6, seed=0, scale=0.45)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from segvol_pl.config import OptimConfig, Precision, SegVolConfig, TrainConfig, ZoomConfig
-from segvol_pl.configure import plain
-from segvol_pl.data.prompts import Prompt
-from segvol_pl.data.transforms import box_slices
+from segvol_pl.config.loader import plain
+from segvol_pl.imaging.prompts import Prompt
+from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.inference.predictor import Predictor
 from segvol_pl.model import SegVol
 from segvol_pl.model.text_encoder import TextBank
-from segvol_pl.predict import Predictor
 
 
 class Oracle(nn.Module):

@@ -18,9 +18,9 @@ from segvol_pl.config import OptimConfig, PromptConfig, SegVolConfig, TrainConfi
 from segvol_pl.data.stream import Batch
 from segvol_pl.kernels.compared import compared
 from segvol_pl.kernels.upscaled import gelu_product, norm_gelu
-from segvol_pl.losses import low_mask_losses
 from segvol_pl.model import TextBank
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.training.losses import low_mask_losses
+from segvol_pl.training.segment import SegVolTask
 
 FORWARD, BACKWARD = 1e-5, 1e-4
 """Of float32."""

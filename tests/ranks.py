@@ -16,7 +16,7 @@ FORKING = """
 import importlib.util, json, os, sys
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-import segvol_pl.run.trainer
+import segvol_pl.training.run
 from segvol_pl.__main__ import main
 if importlib.util.find_spec("deepspeed"):
     import deepspeed

@@ -16,8 +16,8 @@ from oracle import save_untrained
 from segvol_pl import __version__
 from segvol_pl.__main__ import VERBS, main
 from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
-from segvol_pl.configure import fields_help
-from segvol_pl.tasks.pretrain import SimMIMTask
+from segvol_pl.config.loader import fields_help
+from segvol_pl.training.pretrain import SimMIMTask
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ["train", "configs/tiny/train.yaml", "optim.max_steps=2", "track.wandb=disabled"]
@@ -64,7 +64,7 @@ def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
     said = [line for line in lines if not line.startswith("import time:")]
     assert done.returncode == 2
     assert said == ["segvol-pl train: error: unknown key optim.max_step (command line): did you mean optim.max_steps?"]
-    assert {"yaml", "segvol_pl.configure"} <= imported
+    assert {"yaml", "segvol_pl.config.loader"} <= imported
     assert not imported & {"torch", "lightning", "monai", "numpy", "transformers", "omegaconf"}
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_tracking import config_of, records
+from test_loggers import config_of, records
 
 from segvol_pl.config import ConfigError
-from segvol_pl.configure import changes, load, plain, resolved, to_yaml
+from segvol_pl.config.loader import changes, load, plain, resolved, to_yaml
 from segvol_pl.credentials import is_masked, masked
 from segvol_pl.data.corpus import parse_weighted
 from segvol_pl.data.store import Store, StoreError

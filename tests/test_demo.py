@@ -15,8 +15,8 @@ import torch
 
 from segvol_pl import demo
 from segvol_pl.config import ConfigError, DemoConfig, Precision
-from segvol_pl.configure import load
-from segvol_pl.run.strategies import resolve_device, run_device, trainer_precision
+from segvol_pl.config.loader import load
+from segvol_pl.training.strategies import resolve_device, run_device, trainer_precision
 
 PARTS = (
     "phantoms/categories.yaml",

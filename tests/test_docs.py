@@ -16,7 +16,7 @@ import yaml
 
 from segvol_pl import __main__ as program
 from segvol_pl.config import SCHEMAS
-from segvol_pl.configure import fields_help
+from segvol_pl.config.loader import fields_help
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -102,7 +102,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 # ---- commands and keys ----
 
-READS_ALONE = ("segvol_pl.grid", "segvol_pl.plan", "segvol_pl.launch:describe")
+READS_ALONE = ("segvol_pl.experiments.grid", "segvol_pl.planning.plan", "segvol_pl.experiments.launch:describe")
 """What a verb calls to read its command, and nothing else."""
 COMMAND = re.compile(r"^(?:#|    ) *(?:command +)?(?P<line>(?:segvol-pl|(?:\w+=\$\()?sbatch) .+)$", re.MULTILINE)
 

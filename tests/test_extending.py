@@ -19,15 +19,15 @@ import toys
 from boxes import write_boxes
 from ct_files import write_case
 from test_evaluate import config_for, evaluated
-from test_trainer import _train_config
+from test_run import _train_config
 
 from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode, Precision
-from segvol_pl.configure import load, own_function, to_yaml
-from segvol_pl.data.prompts import Prompt, draw_marks
-from segvol_pl.evaluate import evaluate
-from segvol_pl.predict import Predictor, PromptError
-from segvol_pl.run.tracking import read_metrics
-from segvol_pl.run.trainer import train
+from segvol_pl.config.loader import load, own_function, to_yaml
+from segvol_pl.evaluation.run import evaluate
+from segvol_pl.imaging.prompts import Prompt, draw_marks
+from segvol_pl.inference.predictor import Predictor, PromptError
+from segvol_pl.training.loggers import read_metrics
+from segvol_pl.training.run import train
 
 EXTREMES = "toys:extremes"
 

@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from test_demo import PARTS
 
-from segvol_pl import shipped
+from segvol_pl import resources
 from segvol_pl.__main__ import VERBS
 from segvol_pl.config import SHIPPED, ConfigError
-from segvol_pl.configure import load
+from segvol_pl.config.loader import load
 
 ROOT = Path(__file__).parents[1]
 BARE = ("lightning", "numba", "scipy", "torch", "transformers")
@@ -209,7 +209,7 @@ def test_nothing_is_laid_out_where_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "env.sh").write_text("mine")
     with pytest.raises(ConfigError, match=r"slurm/env\.sh is there already: move .*slurm away"):
-        shipped.lay_out(tmp_path)
+        resources.lay_out(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["slurm"]
     assert (tmp_path / "slurm" / "env.sh").read_text() == "mine"
 
@@ -217,7 +217,7 @@ def test_nothing_is_laid_out_where_a_file_is_in_the_way(tmp_path: Path) -> None:
 def test_it_is_laid_out_beside_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "shards" / "mine").mkdir(parents=True)
     (tmp_path / "configs").mkdir()
-    shipped.lay_out(tmp_path)
+    resources.lay_out(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"configs", "slurm", "shards"}
     assert {path.name for path in (tmp_path / "shards").iterdir()} == {"datasets", "mine"}
 
@@ -225,7 +225,7 @@ def test_it_is_laid_out_beside_what_is_there(tmp_path: Path) -> None:
 def test_what_cannot_be_moved_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "shards" / "datasets" / "odd").mkdir(parents=True)
     with pytest.raises(ConfigError, match="cannot be laid out"):
-        shipped.lay_out(tmp_path)
+        resources.lay_out(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 
 

@@ -19,49 +19,62 @@ LIBRARIES = {"lightning", "pytorch_lightning", "monai"}
 LONGEST, MEDIAN, README_LINES = 80, 12, 300
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "base"}
 # Part of the package -> the parts of ours that it may import, wherever in the file.
-# Whoever writes a file may use `data.whole`.
 MAY_IMPORT = {
+    "atomic": {"config"},
     "credentials": set(),
-    "data": {"config", "configure", "credentials", "data"},
+    "folder_lock": {"atomic", "config", "launched"},
+    "html_page": {"atomic"},
+    "launched": set(),
+    "resources": {"config"},
+    "config": {"config", "credentials"},
     "kernels": {"kernels"},
-    "model": {"config", "configure", "data.prompts", "data.whole", "kernels", "model"},
-    "losses": {"kernels"},
-    "zoom": {"config", "data.prompts", "data.sample", "data.transforms", "logits", "tokens"},
-    "logits": {"data.prompts", "data.sample", "data.transforms"},
-    "tokens": set(),
-    "flops": {"config"},
-    "devices": set(),
-    "memory": {"config", "flops"},
-    "plan": {"config", "configure", "devices", "flops", "memory"},
-    "configure": {"config", "credentials"},
-    "shipped": {"config"},
-    "grid": {"config", "configure", "flops"},
-    "launch": {
+    "imaging": {"atomic", "config", "data.schema", "imaging", "segvol_pl"},
+    "data": {"atomic", "config", "credentials", "data", "imaging"},
+    "packing": {"atomic", "config", "credentials", "data", "folder_lock", "imaging", "packing"},
+    "model": {"atomic", "config", "data", "imaging", "kernels", "model", "packing.cases"},
+    "run_folder": set(),
+    "planning": {"config", "planning"},
+    "inference": {"atomic", "config", "data", "imaging", "inference", "model", "training.strategies"},
+    "training": {
+        "atomic",
         "config",
-        "configure",
         "credentials",
-        "data.corpus",
-        "data.lock",
-        "data.shards",
-        "data.whole",
-        "grid",
-        "run.record",
+        "data",
+        "folder_lock",
+        "imaging",
+        "kernels",
+        "launched",
+        "model",
+        "planning",
+        "run_folder",
+        "training",
     },
-    "page": {"data.whole"},
-    "scaling": {"config", "configure", "data.whole", "grid", "page", "run.record", "scaling"},
-    "tasks": {"config", "configure", "data", "kernels", "memory", "model", "losses", "tasks"},
     "evaluation": {
+        "atomic",
         "config",
-        "configure",
         "credentials",
         "data",
         "evaluation",
-        "logits",
-        "run.strategies",
-        "run.tracking",
-        "zoom",
+        "folder_lock",
+        "html_page",
+        "imaging",
+        "inference",
+        "model",
+        "packing",
+        "training.loggers",
+        "training.strategies",
     },
-    "run": {"config", "configure", "credentials", "data", "devices", "flops", "model", "plan", "tasks", "run"},
+    "experiments": {
+        "atomic",
+        "config",
+        "credentials",
+        "data",
+        "experiments",
+        "folder_lock",
+        "html_page",
+        "planning",
+        "run_folder",
+    },
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -120,22 +133,22 @@ def test_each_part_imports_only_what_it_may(part: str) -> None:
 
 
 def test_the_schema_imports_nothing_of_ours() -> None:
-    tree = TREES[Path("config.py")]
+    tree = TREES[Path("config/__init__.py")]
     assert ours(tree) == set()
     assert not {name.split(".")[0] for name in imported(tree)} & {"torch", "lightning", "omegaconf", "numpy"}
 
 
 def test_data_knows_neither_the_trainer_nor_monai() -> None:
-    data = [module for module in MODULES if module.parts[0] == "data" and module.name != "module.py"]
+    data = [module for module in MODULES if module.parts[0] == "data" and module.name != "datamodule.py"]
     knows = [module for module in data if {name.split(".")[0] for name in imported(TREES[module])} & LIBRARIES]
     assert data and knows == []
 
 
 def test_the_import_guard_sees_every_spelling() -> None:
     source = (
-        "import segvol_pl.run.trainer\nfrom segvol_pl import zoom\ndef f():\n  from segvol_pl.run import tracking\n"
+        "import segvol_pl.training.run\nfrom segvol_pl import demo\ndef f():\n  from segvol_pl.data import shards\n"
     )
-    assert ours(ast.parse(source)) == {"run.trainer", "zoom", "run.tracking"}
+    assert ours(ast.parse(source)) == {"training.run", "demo", "data.shards"}
 
 
 # ---- functions and names ----

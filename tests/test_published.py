@@ -13,16 +13,16 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from segvol_pl.config import TextConfig, TrainConfig
-from segvol_pl.data.prompts import box_of
-from segvol_pl.data.sample import Box
-from segvol_pl.data.transforms import box_slices
-from segvol_pl.data.views import merged_inside
+from segvol_pl.data.sampling import merged_inside
+from segvol_pl.data.schema import Box
+from segvol_pl.imaging.prompts import box_of
+from segvol_pl.imaging.transforms import box_slices
 from segvol_pl.model import TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.model.released import split_carried, tower_of
 from segvol_pl.model.text_encoder import text_tower
-from segvol_pl.tasks.segment import SegVolTask, pseudo_questions, supervised_questions
+from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_questions
 
 KINDS = tuple(GOLDEN["logits"])
 LOSSES = GOLDEN["losses"]

@@ -14,18 +14,18 @@ from published import FULL, SMALL, reference_image, released_shapes, released_st
 from test_published import pseudo_target
 from torch import Tensor
 
-import segvol_pl.zoom
+import segvol_pl.inference.zoom
 from segvol_pl.config import SegVolConfig
-from segvol_pl.configure import load
-from segvol_pl.data.prompts import Prompt
-from segvol_pl.data.transforms import body_box, box_slices, intensity_of, normalise, resize_label
-from segvol_pl.data.volume import read_volume
+from segvol_pl.config.loader import load
+from segvol_pl.imaging.prompts import Prompt
+from segvol_pl.imaging.transforms import body_box, box_slices, intensity_of, normalise, resize_label
+from segvol_pl.imaging.volume import read_volume
+from segvol_pl.inference.zoom import Zoomer, binary
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.model.released import split_carried, tower_of
 from segvol_pl.model.text_encoder import text_tower
-from segvol_pl.zoom import Zoomer, binary
 
 TOLERANCE = 1e-4  # of the value range
 ZOOM_TOLERANCE = 1e-3
@@ -186,7 +186,9 @@ def test_zooming_equals_the_published_one(
     logs = list(logged(shared, kind)) if kind != "text" else [[("text", np.zeros(0))]] * 3
     for organ, (name, entries) in enumerate(zip(ORGANS, logs, strict=True)):
         drawn = iter([value for what, value in entries[1:] if what == "points" and value[0, 3] == 1])
-        monkeypatch.setattr(segvol_pl.zoom, "draw_points", lambda *_, drawn=drawn, **__: replayed(next(drawn)))
+        monkeypatch.setattr(
+            segvol_pl.inference.zoom, "draw_points", lambda *_, drawn=drawn, **__: replayed(next(drawn))
+        )
         prompt = first_prompt(name, entries)
         result = zoomer.zoom_in(prompt, prompt, np.random.default_rng(0))
         assert next(drawn, None) is None

@@ -1,7 +1,7 @@
 """What comes from elsewhere (index, tar, list, recipe, checkpoint, web page) leads nowhere and runs nothing.
 
 Beside these: names of shards and commands in tests/data/test_store.py, pickles for `predict` in
-tests/model/test_checkpoint.py, files asked of the viewer in tests/test_view.py.
+tests/model/test_checkpoint.py, files asked of the viewer in tests/inference/test_viewer.py.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import numpy as np
 import pytest
 import torch
 from scipy import sparse
-from test_view import answered, files, page
+from test_viewer import answered, files, page
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import CasesConfig
 from segvol_pl.data.cache import Cache
-from segvol_pl.data.cases import CaseError
-from segvol_pl.data.datasets import read_recipe
 from segvol_pl.data.frames import decode_array
-from segvol_pl.data.m3d import m3d_cases, read_m3d_masks
 from segvol_pl.data.pipe import PipeStream
-from segvol_pl.data.sample import SampleError
+from segvol_pl.data.schema import SampleError
 from segvol_pl.data.shards import INDEX, ShardError, build_index, read_index
 from segvol_pl.data.store import Store, StoreError
 from segvol_pl.data.stream import Plan
-from segvol_pl.data.volume import VolumeError
-from segvol_pl.evaluation.subjects import find_subjects
-from segvol_pl.shipped import shipped
+from segvol_pl.evaluation.cases import find_subjects
+from segvol_pl.imaging.volume import VolumeError
+from segvol_pl.packing.cases import CaseError
+from segvol_pl.packing.m3d import m3d_cases, read_m3d_masks
+from segvol_pl.packing.recipes import read_recipe
+from segvol_pl.resources import shipped
 
 __all__ = ["files", "page"]  # fixtures
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segvol_pl.data.parcel import Arrays
-from segvol_pl.data.sample import Intensity
+from segvol_pl.data.collate import Arrays
+from segvol_pl.data.schema import Intensity
 
 Batch = dict[str, Tensor]
 

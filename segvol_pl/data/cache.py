@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from segvol_pl.atomic import replacing
 from segvol_pl.data.frames import Span
-from segvol_pl.data.whole import replacing
 
 log = logging.getLogger(__name__)
 

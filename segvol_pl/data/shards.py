@@ -27,13 +27,13 @@ from typing import IO, Any
 import numpy as np
 import webdataset
 
+from segvol_pl.atomic import replacing, write_text
 from segvol_pl.credentials import PlaceError
 from segvol_pl.data.frames import CHUNK, Form, PartialFrame, Span, WholeFrame, decode_alone
-from segvol_pl.data.sample import SCHEMA, CategoryFacts, Facts, Member, SampleError
+from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member, SampleError
 from segvol_pl.data.store import INDEX as INDEX
 from segvol_pl.data.store import Source, Store, StoreError
-from segvol_pl.data.transforms import Sliceable
-from segvol_pl.data.whole import replacing, write_text
+from segvol_pl.imaging.transforms import Sliceable
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 """What a sample is called. Files are named after it: it holds no dot and no slash."""

@@ -20,11 +20,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from segvol_pl.config import Tail
 from segvol_pl.data.batch import Batch, order_of
+from segvol_pl.data.collate import Arrays, stacked
 from segvol_pl.data.corpus import Corpus, rng_of
-from segvol_pl.data.parcel import Arrays, stacked
-from segvol_pl.data.sample import Facts
+from segvol_pl.data.sampling import Read, lettered
+from segvol_pl.data.schema import Facts
 from segvol_pl.data.shards import Damage, DamagedSample, ShardError, read_array, read_facts
-from segvol_pl.data.views import Read, lettered
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
 """Makes one training sample from a volume's facts, its members and the sample's own rng."""

@@ -15,8 +15,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from segvol_pl.data.prompts import box_of
-from segvol_pl.data.transforms import box_slices
+from segvol_pl.imaging.prompts import box_of
+from segvol_pl.imaging.transforms import box_slices
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""

@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 from torch import nn
 
+from segvol_pl.atomic import replacing
 from segvol_pl.config import Rule, SegVolConfig
-from segvol_pl.configure import plain
-from segvol_pl.data.whole import replacing
+from segvol_pl.config.loader import plain
 from segvol_pl.model.released import (
     CheckpointError,
     Contents,

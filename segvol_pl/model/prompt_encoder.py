@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from segvol_pl.config import Rule, SegVolConfig
-from segvol_pl.data.prompts import ABSENT, PADDING, Prompt, gathered_marks
+from segvol_pl.imaging.prompts import ABSENT, PADDING, Prompt, gathered_marks
 
 
 @dataclass(frozen=True)

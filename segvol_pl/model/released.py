@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from segvol_pl.data.whole import replacing
+from segvol_pl.atomic import replacing
 
 TOWER = "text_encoder.clip_text_model."
 CARRIED = re.compile(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from segvol_pl.config import SegVolConfig
-from segvol_pl.data.prompts import Prompt
+from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.kernels.compared import interpolation
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.mask_decoder import ImageSide, MaskDecoder

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig, TrainConfig
-from segvol_pl.data import transforms, views
+from segvol_pl.data import sampling
 from segvol_pl.data.ahead import Ahead
 from segvol_pl.data.batch import Batch, masks_of, packed, shade_of, shaded, unpacked
+from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.parcel import Arrays
-from segvol_pl.data.sample import Intensity
+from segvol_pl.data.schema import Intensity
 from segvol_pl.data.shards import read_array, read_facts, read_index
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan, Stream, collate
-from segvol_pl.plan import sample_bytes
+from segvol_pl.imaging import transforms
+from segvol_pl.planning.plan import sample_bytes
 
 OVERVIEW = [8, 16, 16]
 """The shape that the fixture's overviews were packed with."""
@@ -78,7 +79,7 @@ def test_batches_hold_what_was_drawn(
     shown: list[np.ndarray] = []
     masks: list[np.ndarray] = []
 
-    def kept(view: views.View) -> Arrays:
+    def kept(view: sampling.View) -> Arrays:
         scale, shift = (None if view.scale == 1 else view.scale), (None if view.shift == 0 else view.shift)
         if view.intensity is None:
             image_DHW = view.image_DHW * np.float32(view.scale) if scale is not None else view.image_DHW
@@ -91,9 +92,9 @@ def test_batches_hold_what_was_drawn(
         masks.append(np.stack(several))
         return packed(several)
 
-    image_of = views.image_of
-    monkeypatch.setattr(views, "image_of", kept)
-    monkeypatch.setattr(views, "packed", packing)
+    image_of = sampling.image_of
+    monkeypatch.setattr(sampling, "image_of", kept)
+    monkeypatch.setattr(sampling, "packed", packing)
     data, prompts = DataConfig(intensity=intensity, flip=0.5), PromptConfig(categories_per_volume=2)
     forms = set()
     for batch in islice(iter(_stream(phantom_shards, model, data, prompts)), 12):
@@ -117,8 +118,8 @@ def _stream(folder: Path, model: SegVolConfig, data: DataConfig, prompts: Prompt
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     records = [record for record in index.samples if record.labelled]
 
-    def draw(facts: views.Facts, read: views.Read, rng: np.random.Generator) -> Arrays:
-        return views.draw_segment(facts, read, rng, model=model, data=data, prompts=prompts, row_of=rows)
+    def draw(facts: sampling.Facts, read: sampling.Read, rng: np.random.Generator) -> Arrays:
+        return sampling.draw_segment(facts, read, rng, model=model, data=data, prompts=prompts, row_of=rows)
 
     return Stream(Corpus([Part(Store(folder), records, 6)]), draw, Plan(6 * len(records), 2, seed=5))
 
@@ -136,7 +137,7 @@ def test_a_simmim_batch_holds_its_image(phantom_shards: Path) -> None:
     record = read_index(Store(phantom_shards)).samples[0]
     store = Store(phantom_shards)
     facts = read_facts(store, record)
-    sample = views.draw_simmim(
+    sample = sampling.draw_simmim(
         facts,
         lambda member: read_array(store, record, facts, member),
         np.random.default_rng(0),
@@ -145,7 +146,7 @@ def test_a_simmim_batch_holds_its_image(phantom_shards: Path) -> None:
         mask_ratio=0.5,
     )
     batch = unpacked(collate([sample, sample], 2))
-    hu_DHW = read_array(store, record, facts, views.Member.OVERVIEW)[:]
+    hu_DHW = read_array(store, record, facts, sampling.Member.OVERVIEW)[:]
     assert batch["mask_BT"].sum(1).tolist() == [4, 4]
     for image_CDHW in batch["image_BCDHW"]:
         assert image_CDHW.numpy().tobytes() == transforms.normalise(hu_DHW, facts.intensity).tobytes()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from segvol_pl.config import ConfigError, DataConfig, RunConfig
 from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
-from segvol_pl.data.module import VolumeModule
+from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.shards import INDEX, SampleRecord, ShardError, build_index
 from segvol_pl.data.store import Store, StoreError
 

@@ -17,16 +17,16 @@ from test_stream import MODEL, flip
 from torch.utils.data import DataLoader
 
 from segvol_pl.config import ConfigError, DataConfig, PromptConfig
-from segvol_pl.data import views
+from segvol_pl.data import sampling
 from segvol_pl.data.batch import unpacked
+from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, open_folders, rng_of, training_corpus
-from segvol_pl.data.health import Health
-from segvol_pl.data.parcel import Arrays
+from segvol_pl.data.damage import Health
 from segvol_pl.data.pipe import PipeStream, shards_of
-from segvol_pl.data.sample import Facts, Member
+from segvol_pl.data.sampling import Read
+from segvol_pl.data.schema import Facts, Member
 from segvol_pl.data.shards import ShardError
 from segvol_pl.data.stream import Plan, World
-from segvol_pl.data.views import Read
 
 
 def _corpus(folder: Path, split: str = "all", times: int = 1) -> Corpus:
@@ -86,7 +86,7 @@ def test_real_samples_come_through(phantom_shards: Path) -> None:
     corpus = _corpus(phantom_shards)
     rows = {name: row for row, name in enumerate(sorted(corpus.records[0].categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
-    draw = functools.partial(views.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
+    draw = functools.partial(sampling.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
     batch = unpacked(next(iter(PipeStream(corpus, draw, Plan(corpus.num_samples, 4)))))
     assert batch["image_BCDHW"].shape == (4, 1, 8, 16, 16) and batch["masks_BKDHW"].shape == (4, 2, 8, 16, 16)
     assert int(batch["seen"]) == 4

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
-from segvol_pl.data.sample import CategoryFacts, Facts, Intensity, Member, SampleError
+from segvol_pl.data.schema import CategoryFacts, Facts, Intensity, Member, SampleError
 from segvol_pl.data.shards import (
     INDEX,
     Damage,

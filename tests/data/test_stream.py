@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from segvol_pl.config import DataConfig, PromptConfig, RunConfig, SegVolConfig, StartMethod, Tail
-from segvol_pl.data import views
+from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch, unpacked
+from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.health import Health
-from segvol_pl.data.module import VolumeModule
-from segvol_pl.data.parcel import Arrays
-from segvol_pl.data.sample import Facts, Member
+from segvol_pl.data.damage import Health
+from segvol_pl.data.datamodule import VolumeModule
+from segvol_pl.data.sampling import Read
+from segvol_pl.data.schema import Facts, Member
 from segvol_pl.data.shards import (
     Damage,
     SampleRecord,
@@ -43,7 +44,6 @@ from segvol_pl.data.shards import (
 )
 from segvol_pl.data.store import Store, StoreError
 from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
-from segvol_pl.data.views import Read
 
 MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
 
@@ -122,7 +122,7 @@ def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int 
     records = [record for record in index.samples if record.labelled]
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
-    draw = functools.partial(views.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
+    draw = functools.partial(sampling.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
     return Stream(Corpus([Part(Store(folder), records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
 
 
@@ -244,7 +244,7 @@ def test_a_loader_process_decodes_with_one_thread(phantom_shards: Path, method: 
 
 def _module(shards: Path, method: StartMethod) -> VolumeModule:
     data = DataConfig(shards=str(shards), split="all", global_batch=2, workers=1, start_method=method)
-    draw = functools.partial(views.draw_simmim, model=MODEL, mask_ratio=0.5, data=data)
+    draw = functools.partial(sampling.draw_simmim, model=MODEL, mask_ratio=0.5, data=data)
     return VolumeModule(data, RunConfig(out="unused"), draw, draw, labelled=True)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from segvol_pl.config import OptimConfig, PretrainConfig, PromptConfig, RunConfig, SegVolConfig, TrainConfig
 from segvol_pl.model import TextBank
-from segvol_pl.tasks.pretrain import SimMIMTask
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.training.pretrain import SimMIMTask
+from segvol_pl.training.segment import SegVolTask
 
 MODEL = SegVolConfig(
     input_shape=[16, 64, 64], patch=[4, 8, 8], hidden=128, layers=2, heads=4, mlp=256, decoder_heads=4, decoder_mlp=128

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from segvol_pl.configure import load
-from segvol_pl.run import trainer
-from segvol_pl.run.record import read_metrics
-from segvol_pl.run.strategies import trainer_precision
+from segvol_pl.config.loader import load
+from segvol_pl.run_folder import read_metrics
+from segvol_pl.training import run
+from segvol_pl.training.strategies import trainer_precision
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +35,7 @@ def logged(out: Path, metric: str) -> list[float]:
 @pytest.fixture(scope="module")
 def pretrained(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("pretrain")
-    assert trainer.pretrain(configured("pretrain", phantom_shards, out)) == out / "checkpoints" / "last.ckpt"
+    assert run.pretrain(configured("pretrain", phantom_shards, out)) == out / "checkpoints" / "last.ckpt"
     return out
 
 
@@ -43,7 +43,7 @@ def pretrained(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
 def trained(pretrained: Path, phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("train")
     start = f"pretrained={pretrained / 'checkpoints' / 'last.ckpt'}"
-    trainer.train(configured("train", phantom_shards, out, start))
+    run.train(configured("train", phantom_shards, out, start))
     return out
 
 
@@ -79,7 +79,7 @@ def test_training_starts_where_a_cpu_run_starts(trained: Path, pretrained: Path,
     out = trained.with_name("cpu")
     start = f"pretrained={pretrained / 'checkpoints' / 'last.ckpt'}"
     on_cpu = ["run.accelerator=cpu", "run.precision=fp32", "optim.max_steps=1", "run.log_every=1"]
-    trainer.train(configured("train", phantom_shards, out, start, *on_cpu))
+    run.train(configured("train", phantom_shards, out, start, *on_cpu))
     assert logged(trained, "val/loss")[0] == pytest.approx(logged(out, "val/loss")[0], rel=5e-3)
 
 
@@ -88,14 +88,14 @@ def test_a_run_that_stopped_goes_on_to_the_same_losses(
 ) -> None:
     """The decay of the learning rate apart, which knows how long the run is to be: so to rounding of bf16."""
     start = f"pretrained={pretrained / 'checkpoints' / 'last.ckpt'}"
-    trainer.train(configured("train", phantom_shards, tmp_path, start, f"optim.max_steps={STEPS // 2}"))
-    trainer.train(configured("train", phantom_shards, tmp_path, start))
+    run.train(configured("train", phantom_shards, tmp_path, start, f"optim.max_steps={STEPS // 2}"))
+    run.train(configured("train", phantom_shards, tmp_path, start))
     assert_whole(tmp_path, validations=3)
     assert logged(tmp_path, "train/loss") == pytest.approx(logged(trained, "train/loss"), rel=1e-2)
 
 
 def test_evaluation_in_bf16_agrees_with_one_on_the_cpu(trained: Path, phantom_shards: Path, tmp_path: Path) -> None:
-    from segvol_pl.evaluate import evaluate
+    from segvol_pl.evaluation.run import evaluate
 
     def dice(device: str, precision: str) -> dict[tuple[str, str], float]:
         out = tmp_path / device

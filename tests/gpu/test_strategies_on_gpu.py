@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_trainer import _train_config
+from test_run import _train_config
 
-from segvol_pl.configure import to_yaml
-from segvol_pl.run.checkpoints import AtomicCheckpointIO
-from segvol_pl.run.tracking import read_metrics
+from segvol_pl.config.loader import to_yaml
+from segvol_pl.training.checkpoints import AtomicCheckpointIO
+from segvol_pl.training.loggers import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 

@@ -10,8 +10,8 @@ import torch
 from steps import simmim_batch, simmim_task, supervised_batch, supervised_task
 from torch import Tensor
 
-from segvol_pl.tasks.optim import Task, optimizer, poisoned
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.training.module import Task, optimizer, poisoned
+from segvol_pl.training.segment import SegVolTask
 
 pytestmark = pytest.mark.gpu
 

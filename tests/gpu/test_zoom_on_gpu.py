@@ -10,15 +10,15 @@ import pytest
 import torch
 from oracle import save_untrained
 
-from segvol_pl import zoom
 from segvol_pl.config import ZoomConfig
-from segvol_pl.data.phantom import make_phantom
-from segvol_pl.data.prompts import Prompt, box_of
-from segvol_pl.data.transforms import Normalised, box_slices, intensity_of
-from segvol_pl.logits import Coarse
+from segvol_pl.imaging.prompts import Prompt, box_of
+from segvol_pl.imaging.transforms import Normalised, box_slices, intensity_of
+from segvol_pl.inference import zoom
+from segvol_pl.inference.coarse import Coarse
+from segvol_pl.inference.zoom import Zoomer, ZoomResult, _Plan
 from segvol_pl.model import SegVol
 from segvol_pl.model.checkpoint import load_model
-from segvol_pl.zoom import Zoomer, ZoomResult, _Plan
+from segvol_pl.packing.phantom import make_phantom
 
 pytestmark = pytest.mark.gpu
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import SegVolConfig, TrainConfig
-from segvol_pl.data.prompts import Prompt
+from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.checkpoint import CheckpointError, load_encoder, load_model, load_weights
-from segvol_pl.release import export
-from segvol_pl.tasks.segment import SegVolTask
+from segvol_pl.model.convert import export
+from segvol_pl.training.segment import SegVolTask
 
 SMALL = {"layers": 1, "heads": 2, "mlp": 32, "decoder_heads": 2, "decoder_mlp": 32, "text_dim": 8}
 MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=32, **SMALL)

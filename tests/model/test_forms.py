@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from segvol_pl import kernels, memory
+from segvol_pl import kernels
 from segvol_pl.config import Recompute, SegVolConfig
 from segvol_pl.model.image_encoder import Block, ImageEncoder
 from segvol_pl.model.mask_decoder import TwoWayTransformer
 from segvol_pl.model.narrow import narrow, narrowed
+from segvol_pl.planning import memory
 
 MODEL = SegVolConfig(
     input_shape=[8, 32, 32], patch=[4, 8, 8], hidden=64, layers=2, heads=4, mlp=96, decoder_heads=4, decoder_mlp=64

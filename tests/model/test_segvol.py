@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from segvol_pl.config import ConfigError, SegVolConfig
-from segvol_pl.data.prompts import Prompt
+from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import Upscaling
 from segvol_pl.model.prompt_encoder import PromptTensors, pack, unpack

@@ -12,8 +12,8 @@ from oracle import save_untrained
 from slurm.lab import SlurmLab
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision
-from segvol_pl.configure import to_yaml
-from segvol_pl.evaluate import Summary, evaluate
+from segvol_pl.config.loader import to_yaml
+from segvol_pl.evaluation.run import Summary, evaluate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

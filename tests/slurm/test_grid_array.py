@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from slurm.lab import SlurmLab
 
-from segvol_pl.run.tracking import read_metrics
+from segvol_pl.training.loggers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

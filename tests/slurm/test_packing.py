@@ -11,8 +11,8 @@ from ct_files import write_case
 from slurm.lab import SlurmLab
 
 from segvol_pl.config import PackConfig
-from segvol_pl.configure import to_yaml
-from segvol_pl.data.pack import STAGING, pack
+from segvol_pl.config.loader import to_yaml
+from segvol_pl.packing.pack import STAGING, pack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

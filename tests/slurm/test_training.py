@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from slurm.lab import SlurmLab
-from test_trainer import _train_config
+from test_run import _train_config
 
 from segvol_pl.config import TrainConfig
-from segvol_pl.configure import to_yaml
-from segvol_pl.run.gradients import NOT_FINITE
-from segvol_pl.run.tracking import read_metrics
+from segvol_pl.config.loader import to_yaml
+from segvol_pl.training.gradients import NOT_FINITE
+from segvol_pl.training.loggers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

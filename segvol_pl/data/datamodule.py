@@ -1,0 +1,244 @@
+"""The DataModule: joins the stream with the trainer. The only file here that knows the trainer's rank."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import hashlib
+import logging
+import math
+import multiprocessing
+import signal
+from collections.abc import Iterable
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import BaseContext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+
+from segvol_pl.config import ConfigError, DataConfig, RunConfig, StartMethod, Tail
+from segvol_pl.data.ahead import Ahead, Begin, SideStream
+from segvol_pl.data.batch import Batch, unpacked
+from segvol_pl.data.collate import as_it_is
+from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
+from segvol_pl.data.damage import Health
+from segvol_pl.data.frames import decode_alone
+from segvol_pl.data.pipe import PipeStream
+from segvol_pl.data.stream import Draw, Plan, Stream, World
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+"""Of what a checkpoint holds of the stream."""
+
+
+class VolumeModule(pl.LightningDataModule):
+    """Streams the samples of the configured corpus for one task.
+
+    `seen` is the position in the data: samples seen so far over all ranks, the whole state of the stream; `drawn` the
+    same with the batch that is being trained on.
+    `health` counts what this rank found damaged in training.
+    """
+
+    def __init__(self, data: DataConfig, run: RunConfig, draw: Draw, val_draw: Draw, labelled: bool) -> None:
+        super().__init__()
+        self.data, self.run = data, run
+        self.draw, self.val_draw = draw, val_draw
+        folders = open_folders(data)
+        self.train_corpus = training_corpus(folders, data, labelled)
+        self.val_corpus = held_out_corpus(folders, data.val_split, labelled)
+        self.categories = sorted({name for folder in folders for name in folder.index.categories})
+        self._warn_of_leaks()
+        self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
+        self.plan = self._train_plan()
+        self.seen = self.drawn = 0
+        self.rows: list[int] = []
+        """Where the samples of the batch that is being trained on stand in the corpus."""
+
+    def _warn_of_leaks(self) -> None:
+        trained, held_out = (
+            {record.content for record in corpus.records if record.content}
+            for corpus in (self.train_corpus, self.val_corpus)
+        )
+        both = len(trained & held_out)
+        if both and self.data.split != self.data.val_split:
+            log.warning("%d of %d held-out volumes are trained on too: run segvol-pl overlap", both, len(held_out))
+
+    def _train_plan(self) -> Plan:
+        samples, batch = self.train_corpus.num_samples, self.data.global_batch
+        if samples < batch and self.data.tail is Tail.drop:
+            need = math.ceil(self.data.samples_per_volume * batch / max(samples, 1))
+            raise ConfigError(
+                f"data.samples_per_volume: an epoch of {samples} samples is less than data.global_batch="
+                f"{batch}: set data.samples_per_volume={need} or more"
+            )
+        if batch % self.run.accumulate:
+            raise ConfigError(f"run.accumulate: {self.run.accumulate} does not divide data.global_batch={batch}")
+        plan = Plan(samples, batch, self.run.accumulate, self.data.seed, self.data.tail)
+        if plan.usable < samples:
+            log.info(
+                "each epoch leaves out %d of %d samples: the last incomplete batch", samples - plan.usable, samples
+            )
+        if plan.usable > samples:
+            log.info("each epoch repeats %d of %d samples to complete its last batch", plan.usable - samples, samples)
+        return plan
+
+    def _world(self) -> World:
+        if self.trainer is None:
+            return World()
+        ranks = self.trainer.world_size
+        if (self.data.global_batch // self.run.accumulate) % ranks:
+            raise ConfigError(
+                f"data.global_batch: {self.data.global_batch} cannot be shared by {ranks} ranks x run.accumulate"
+            )
+        return World(self.trainer.global_rank, ranks)
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        """Micro-batches from `seen` on, without end. Raises ConfigError where ranks do not divide the batch."""
+        return self._loader(self._stream(self.train_corpus, self.draw, self.plan, self.seen), self.data.workers)
+
+    def val_dataloader(self) -> Iterable[Batch]:
+        """The same `run.val_batches` batches every time."""
+        # Whole global batches, however many micro-batches each of them takes.
+        wanted = self.run.val_batches * self.data.global_batch
+        samples = len(self.val_corpus.records)
+        micro = self.data.global_batch // self.run.accumulate
+        plan = Plan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
+        stream = self._stream(self.val_corpus, self.val_draw, plan)
+        # Starting its process anew for every validation would take longer than most of its batches.
+        return self._loader(stream, min(self.data.workers, 1), lasting=True)
+
+    def _stream(self, corpus: Corpus, draw: Draw, plan: Plan, seen: int = 0) -> Stream:
+        if any(part.store.piped for part in corpus.parts):
+            return PipeStream(corpus, draw, plan, self._world(), seen, self.data.pipe_buffer)
+        return Stream(corpus, draw, plan, self._world(), seen)
+
+    def _loader(self, stream: Stream, workers: int, lasting: bool = False) -> Iterable[Batch]:
+        # Before a fork: a process that inherits Blosc2's threads crashes when it ends them.
+        decode_alone()
+        begin = self._copying()
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=workers,
+            prefetch_factor=self.data.prefetch if workers else None,
+            worker_init_fn=_begin_worker,
+            multiprocessing_context=self._context() if workers else None,
+            persistent_workers=lasting and workers > 0,
+            pin_memory=begin is not None,
+        )
+        return loader if begin is None else Ahead(loader, begin)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the step computes."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+
+    def _copying(self) -> Begin | None:
+        """What copies batches ahead of the step; nothing where the step computes in main memory."""
+        return SideStream(self._device) if self._device.type == "cuda" else None
+
+    def _context(self) -> BaseContext:
+        """What loader processes are started by."""
+        automatic = StartMethod.forkserver if self._device.type == "cuda" else StartMethod.fork
+        method = automatic if self.data.start_method is StartMethod.auto else self.data.start_method
+        if method is StartMethod.forkserver:
+            start_fork_server()
+        return multiprocessing.get_context(method.value)
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        # Here the batch is still in main memory: looking at it on a GPU would stop the step.
+        damaged_BA2, rows_B = batch.pop("damaged_BA2"), batch.pop("row_B")
+        drawn = int(batch.pop("seen"))
+        validating = self.trainer is not None and not self.trainer.training
+        if not validating:
+            self.drawn, self.rows = drawn, rows_B.tolist()
+        (self.val_health if validating else self.health).note(damaged_BA2.numpy())
+        return batch
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return unpacked(batch)
+
+    def batch_keys(self) -> list[str]:
+        """The samples of the batch that is being trained on."""
+        return [self.train_corpus.located(row)[1].key for row in self.rows]
+
+    @functools.cached_property
+    def samples(self) -> dict[str, dict[str, Any]]:
+        """What is trained on and what is held out: how many samples, and a digest of them in their order."""
+        return {"train": statement_of(self.train_corpus), "held_out": statement_of(self.val_corpus)}
+
+    def differs(self, state: dict[str, Any]) -> str:
+        """What of the samples is not as it was when `state` was saved; nothing where they are the same.
+
+        Held-out samples that differ are warned of: no training depends on them.
+        """
+        if state.get("version") != STATE_VERSION:
+            return f"its checkpoint is of version {state.get('version')} of the stream's state, not {STATE_VERSION}"
+        before, now = state["samples"], self.samples
+        if before["held_out"] != now["held_out"]:
+            log.warning("the held-out samples are not those that the run began with: val/ metrics cannot be compared")
+        if before["train"] == now["train"]:
+            return ""
+        then, given = before["train"]["samples"], now["train"]["samples"]
+        return f"{then} samples then, {given} now" if then != given else f"other {given} samples, or in another order"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "seen": self.seen,
+            "samples": self.samples,
+            "damaged": self.health.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+        self.health.load_state_dict(state_dict["damaged"])
+
+
+def statement_of(corpus: Corpus) -> dict[str, Any]:
+    """How many samples the corpus holds, and the sha256 of what they are, in order, and how often each is seen.
+
+    Where the folders lie and how they are cut into shards is left out: that may change.
+    """
+    lines = (
+        f"{part.times} {record.key} {record.content} {record.facts_sha256}\n"
+        for part in corpus.parts
+        for record in part.records
+    )
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode())
+    return {"samples": len(corpus.records), "sha256": digest.hexdigest()}
+
+
+def start_fork_server() -> None:
+    """Starts the process that loader processes are forked from, where none runs: it imports what they need, once."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["segvol_pl.data.sampling"])
+    # Otherwise started with the server, when it lets SIGTERM through again.
+    resource_tracker.ensure_running()
+    # SLURM signals every process of a step: held back in the server too, which would end of them, and its children seem
+    # to have ended. This process gets what came meanwhile.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """At the process's end, before multiprocessing asks them by SIGTERM, which they ignore, and waits for ever."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
+
+
+def _begin_worker(worker: int) -> None:
+    decode_alone()
+    # SLURM signals every process of a step; the training process decides what follows.
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

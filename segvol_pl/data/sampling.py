@@ -1,0 +1,314 @@
+"""What one training sample shows, drawn from the sample's own rng.
+
+1. `draw_view`: the whole volume (overview) or a window at native resolution, with its label map and regions.
+2. `augment`: flips, and draws of the intensity.
+3. `segment_sample`: categories with their masks and prompts, pseudo-label prompts (paper Algorithm 1).
+   `simmim_sample`: the tokens to hide (paper Sec. 2.2).
+
+Samples are in the form in which they travel, see `batch`.
+
+The training step draws nothing; hence the same batch gives the same loss on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
+from segvol_pl.data.batch import packed, shade_of
+from segvol_pl.data.collate import Arrays
+from segvol_pl.data.schema import Box, Facts, Intensity, Member
+from segvol_pl.imaging import transforms
+from segvol_pl.imaging.prompts import ABSENT, box_of, draw_marks, draw_points, gathered_marks, jitter_box
+
+Read = Callable[[Member], Any]
+"""Gives a member of the sample as a sliceable array, decoded only where sliced."""
+
+FEW_VALUES = 4
+
+MASK = "mask_DHW"
+"""What a prompt was drawn from, bool; masks travel as bits."""
+
+PSEUDO_EXTRA_POSITIVE = (4, 10)
+MERGE_INSIDE = 0.9
+"""A pseudo-label box takes in every region that lies in it by more than this share (published code)."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What one training image shows; on the same grid its label map and pseudo-label regions, if any."""
+
+    image_DHW: np.ndarray
+    """int16 HU, or float32 in [0, 1] where an overview had to be resized."""
+    intensity: Intensity | None
+    """What makes an image of the HU; none where it is one."""
+    label_DHW: np.ndarray | None
+    regions_DHW: np.ndarray | None
+    category: str | None = None
+    """The category that the window was drawn around; none for overviews and unlabelled volumes."""
+    scale: float = 1.0
+    shift: float = transforms.NO_SHIFT
+    """What the image is multiplied by and what is then added."""
+
+
+def draw_view(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> View:
+    """The overview with probability `data.overview_fraction`, else a window at native resolution."""
+    overview = rng.random() < data.overview_fraction
+    view = _overview(facts, read, model) if overview else _window(facts, read, model, rng)
+    return augment(view, data, rng)
+
+
+def _overview(facts: Facts, read: Read, model: SegVolConfig) -> View:
+    hu_DHW = read(Member.OVERVIEW)[:]
+    fits = hu_DHW.shape == tuple(model.input_shape)
+    return View(
+        image_DHW=hu_DHW if fits else _resized(hu_DHW, facts.intensity, model.input_shape),
+        intensity=facts.intensity if fits else None,
+        label_DHW=_fit_label(read(Member.OVERVIEW_LABEL)[:], model.input_shape) if facts.labelled else None,
+        regions_DHW=_fit_label(read(Member.REGIONS)[:], model.input_shape) if has_regions(facts) else None,
+    )
+
+
+def _resized(hu_DHW: np.ndarray, intensity: Intensity, shape: Sequence[int]) -> np.ndarray:
+    return transforms.resize_image(transforms.normalise(hu_DHW, intensity), shape)
+
+
+def _fit_label(label_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return label_DHW if label_DHW.shape == tuple(shape) else transforms.resize_label(label_DHW, shape)
+
+
+def has_regions(facts: Facts) -> bool:
+    """Whether the volume was packed with pseudo-label regions."""
+    return Member.REGIONS.value in facts.members
+
+
+def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Generator) -> View:
+    window = model.input_shape
+    category = sorted(facts.categories)[rng.integers(len(facts.categories))] if facts.categories else None
+    start = _window_start(facts, category, window, rng)
+    hu_DHW = transforms.crop(read(Member.CT), start, window, fill=facts.intensity.minimum)
+    return View(
+        image_DHW=hu_DHW,
+        intensity=facts.intensity,
+        label_DHW=transforms.crop(read(Member.LABEL), start, window) if facts.labelled else None,
+        regions_DHW=_window_regions(facts, read(Member.REGIONS)[:], start, window) if has_regions(facts) else None,
+        category=category,
+    )
+
+
+def _window_start(
+    facts: Facts, category: str | None, window: Sequence[int], rng: np.random.Generator
+) -> tuple[int, int, int]:
+    """Around an anchor voxel of the category, which may lie anywhere in the window's middle two thirds."""
+    if category is not None:
+        anchors = facts.categories[category].anchors
+        centre = np.array(anchors[rng.integers(len(anchors))])
+        centre = centre + np.rint(rng.uniform(-1 / 3, 1 / 3, size=3) * window).astype(int)
+    else:
+        centre = rng.integers(facts.shape)
+    return transforms.window_around(list(centre), window, facts.shape)
+
+
+def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int], window: Sequence[int]) -> np.ndarray:
+    """The overview's regions under the window, by nearest; 0 beyond the volume."""
+    indices = [
+        transforms.nearest_index(coarse, full)[first : first + size]
+        for coarse, full, first, size in zip(regions_DHW.shape, facts.shape, start, window, strict=True)
+    ]
+    return transforms.crop(regions_DHW[np.ix_(*indices)], (0, 0, 0), window)
+
+
+def augment(view: View, data: DataConfig, rng: np.random.Generator) -> View:
+    """The published flips and intensity shifts, alike for image, label and regions."""
+    arrays = {name: array for name, array in vars(view).items() if isinstance(array, np.ndarray)}
+    flipped = transforms.flip(arrays, data.flip, rng)
+    scale, shift = transforms.draw_intensity(data.intensity, rng)
+    return replace(
+        view,
+        image_DHW=flipped["image_DHW"],
+        label_DHW=flipped.get("label_DHW"),
+        regions_DHW=flipped.get("regions_DHW"),
+        scale=scale,
+        shift=shift,
+    )
+
+
+def image_of(view: View) -> Arrays:
+    """hu_CDHW int16 and shade_4 float32, which make the image on the device; or image_CDHW float32, as it is."""
+    if view.intensity is None:
+        return {"image_CDHW": (view.image_DHW * np.float32(view.scale) + np.float32(view.shift))[None]}
+    return {"hu_CDHW": view.image_DHW[None], "shade_4": shade_of(view.intensity, view.scale, view.shift)}
+
+
+def simmim_sample(view: View, model: SegVolConfig, mask_ratio: float, rng: np.random.Generator) -> Arrays:
+    """The image, see `image_of`, and mask_T: exactly `mask_ratio` of the tokens, drawn without replacement."""
+    tokens = int(np.prod(model.grid))
+    mask_T = np.zeros(tokens, dtype=bool)
+    mask_T[rng.permutation(tokens)[: round(mask_ratio * tokens)]] = True
+    return {**image_of(view), "mask_T": mask_T}
+
+
+def segment_sample(
+    view: View,
+    facts: Facts,
+    row_of: dict[str, int],
+    config: PromptConfig,
+    marked: dict[str, int],
+    rng: np.random.Generator,
+) -> Arrays:
+    """The image, its categories' masks and prompts, and the pseudo-label ones under `pseudo_` names.
+
+    Arrays: the image, see `image_of`; of the categories bits_JDHW uint8, their masks packed; per category category_K
+    (row of the text bank), points_KN3, labels_KN, boxes_K6, valid_K, with marks of the user's own marks_KM3; of the
+    pseudo-labels the same with `pseudo_`, but for the marks. A view that shows no category, or no region, has valid 0
+    there and counts nothing.
+    """
+    masks = _draw_categories(view, facts, config.categories_per_volume, rng)
+    categories = [_draw_prompt(mask, row_of.get(name, 0), config, marked, rng) for name, mask in masks]
+    pseudo = _draw_pseudos(view, config, rng)
+    return {
+        **image_of(view),
+        **_stack(categories, ""),
+        **_stack(pseudo, "pseudo_"),
+    }
+
+
+def _draw_categories(view: View, facts: Facts, count: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+    """`count` categories that the view shows: the one it was drawn around first, each once before any comes twice."""
+    assert view.label_DHW is not None
+    present = np.bincount(view.label_DHW.reshape(-1)) > 0
+    shown = [name for name in sorted(facts.categories) if _any(present, facts.categories[name].values)]
+    if not shown:
+        return [("", np.zeros(view.image_DHW.shape, dtype=bool))] * count
+    order = sorted((str(name) for name in rng.permutation(shown)), key=lambda name: name != view.category)
+    repeats = -(-count // len(order))
+    return [(name, mask_of(view.label_DHW, facts.categories[name].values)) for name in (order * repeats)[:count]]
+
+
+def _any(present: np.ndarray, values: list[int]) -> bool:
+    return any(value < len(present) and present[value] for value in values)
+
+
+def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Bool mask of a category: a set of label values."""
+    if len(values) <= FEW_VALUES:
+        # Comparing is many times faster than looking every voxel up.
+        return functools.reduce(np.logical_or, [label_DHW == value for value in values])
+    table = np.zeros(int(np.iinfo(label_DHW.dtype).max) + 1, dtype=bool)
+    table[list(values)] = True
+    return table[label_DHW]
+
+
+def _draw_prompt(
+    mask_DHW: np.ndarray, row: int, config: PromptConfig, marked: dict[str, int], rng: np.random.Generator
+) -> Arrays:
+    positive = 1 + int(rng.integers(config.extra_positive + 1))
+    negative = int(rng.integers(config.extra_negative + 1))
+    prompted = _prompted(mask_DHW, row, config, rng, positive, negative)
+    if not marked:
+        return prompted
+    marks = {name: draw_marks(name, mask_DHW, rng) for name in marked} if prompted["valid"] else {}
+    return {**prompted, "marks_M3": gathered_marks(marks, marked)}
+
+
+def _prompted(
+    mask_DHW: np.ndarray,
+    row: int,
+    config: PromptConfig,
+    rng: np.random.Generator,
+    positive: int,
+    negative: int,
+    box: Box | None = None,
+) -> Arrays:
+    """A mask with its points and box (`box`, or its own); an empty mask gets none, and is not valid."""
+    width = 1 + config.extra_positive + config.extra_negative
+    points_N3, labels_N = np.zeros((width, 3), dtype=np.int64), np.full(width, ABSENT, dtype=np.int64)
+    valid = bool(mask_DHW.any())
+    if valid:
+        drawn_N3, drawn_N = draw_points(mask_DHW, rng, positive, negative)
+        points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
+        box = jitter_box(box or box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
+    return {
+        MASK: mask_DHW,
+        "category": np.array(row, dtype=np.int64),
+        "points_N3": points_N3,
+        "labels_N": labels_N,
+        "boxes_6": np.array(box or (0,) * 6, dtype=np.int64),
+        "valid": np.array(valid),
+    }
+
+
+def _draw_pseudos(view: View, config: PromptConfig, rng: np.random.Generator) -> list[Arrays]:
+    if config.pseudo_per_volume == 0:
+        return []
+    assert view.regions_DHW is not None
+    sizes = np.bincount(view.regions_DHW.reshape(-1))
+    return [_draw_pseudo(view.regions_DHW, sizes, index, config, rng) for index in range(config.pseudo_per_volume)]
+
+
+def _draw_pseudo(
+    regions_DHW: np.ndarray, sizes: np.ndarray, index: int, config: PromptConfig, rng: np.random.Generator
+) -> Arrays:
+    """Even indices ask by points, odd ones by a box (published order).
+
+    The box is that of one region, as published: what is merged into its mask may reach a little beyond it.
+    """
+    ids = np.flatnonzero(sizes[1:]) + 1
+    if ids.size == 0:
+        return _prompted(np.zeros(regions_DHW.shape, dtype=bool), 0, config, rng, 0, 0)
+    mask_DHW = regions_DHW == rng.choice(ids)
+    box = box_of(mask_DHW)
+    if index % 2 == 1:
+        mask_DHW = merged_inside(regions_DHW, sizes, box)
+    positive = 1 + min(int(rng.integers(*PSEUDO_EXTRA_POSITIVE, endpoint=True)), config.extra_positive)
+    negative = int(rng.integers(config.extra_negative + 1))
+    return _prompted(mask_DHW, 0, config, rng, positive, negative, box)
+
+
+def merged_inside(regions_DHW: np.ndarray, sizes: np.ndarray, box: Box) -> np.ndarray:
+    """All regions that lie almost wholly inside the box, as one mask. `sizes`: voxels of each region, by id."""
+    inside = np.bincount(regions_DHW[transforms.box_slices(box)].reshape(-1), minlength=len(sizes))
+    taken = inside > MERGE_INSIDE * sizes
+    taken[0] = False
+    return mask_of(regions_DHW, np.flatnonzero(taken).tolist())
+
+
+def _stack(parts: list[Arrays], prefix: str) -> Arrays:
+    """Stacks along a new first axis: category becomes category_K. Masks become bits_JDHW."""
+    if not parts:
+        return {}
+    names = [name for name in parts[0] if name != MASK]
+    stacked = {prefix + lettered(name, "K"): np.stack([part[name] for part in parts]) for name in names}
+    return {prefix + "bits_JDHW": packed([part[MASK] for part in parts]), **stacked}
+
+
+def lettered(name: str, letter: str) -> str:
+    """The name of an array with one axis more in front: points_N3 -> points_KN3, valid -> valid_K."""
+    stem, _, letters = name.rpartition("_")
+    return f"{stem}_{letter}{letters}" if stem and (letters[0].isupper() or letters.isdigit()) else f"{name}_{letter}"
+
+
+def draw_simmim(
+    facts: Facts, read: Read, rng: np.random.Generator, *, model: SegVolConfig, data: DataConfig, mask_ratio: float
+) -> Arrays:
+    """A pre-training sample of a volume, see `simmim_sample`."""
+    return simmim_sample(draw_view(facts, read, model, data, rng), model, mask_ratio, rng)
+
+
+def draw_segment(
+    facts: Facts,
+    read: Read,
+    rng: np.random.Generator,
+    *,
+    model: SegVolConfig,
+    data: DataConfig,
+    prompts: PromptConfig,
+    row_of: dict[str, int],
+) -> Arrays:
+    """A supervised sample of a volume, see `segment_sample`."""
+    return segment_sample(draw_view(facts, read, model, data, rng), facts, row_of, prompts, model.marked, rng)

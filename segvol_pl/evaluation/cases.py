@@ -1,0 +1,153 @@
+"""The cases of an evaluation, decoded one at a time: from shards, or from CT files prepared as packing does.
+
+1. `find_subjects` lists them by key, with a mark that tells whether a case has changed since it was evaluated.
+2. `Subjects.read` decodes one: CT, label map and facts of the body crop, and the grid that its masks are written on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from segvol_pl.config import CasesConfig, PackConfig, RegionsConfig
+from segvol_pl.credentials import PlaceError, masked
+from segvol_pl.data.schema import Box, Facts, Member
+from segvol_pl.data.shards import SampleRecord, read_array, read_facts, read_index
+from segvol_pl.data.store import Store
+from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.imaging.volume import NativeGrid, Volume, write_mask
+from segvol_pl.packing.pack import Job, listed_jobs
+from segvol_pl.packing.prepare import prepare_case
+
+
+class EvaluateError(PlaceError):
+    """Cases, categories or results that cannot be evaluated or put together. The message names key and remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One labelled case, cropped to the body."""
+
+    facts: Facts
+    hu_DHW: np.ndarray
+    label_DHW: np.ndarray
+    grid: Volume | None
+    """What its masks are written on: the CT's own file, or the packed crop; None where its place is unknown."""
+    body: Box
+    """The crop within `grid`."""
+
+    def truth(self, category: str) -> np.ndarray:
+        """Bool mask of a category; all False where the case does not hold it."""
+        held = self.facts.categories.get(category)
+        return np.isin(self.label_DHW, held.values if held else [])
+
+    def save(self, mask_DHW: np.ndarray, path: Path) -> None:
+        """Writes a mask of the crop on the grid. Raises VolumeError where it cannot be written."""
+        assert self.grid is not None
+        whole_DHW = np.zeros(self.grid.array_DHW.shape, bool)
+        whole_DHW[box_slices(self.body)] = mask_DHW
+        write_mask(whole_DHW, self.grid, path)
+
+
+class Subjects(Protocol):
+    """The labelled cases, sorted by key."""
+
+    marks: dict[str, str]
+    """Key -> what changes when the case does."""
+    unlabelled: int
+    """Cases left out for want of labels."""
+    source: str
+    """Where they come from, for the reader."""
+    split: str
+
+    def read(self, key: str) -> Subject:
+        """Raises ShardError, SampleError or VolumeError for a case that cannot be read."""
+        ...
+
+
+def find_subjects(data: CasesConfig) -> Subjects:
+    """Raises EvaluateError where there is no labelled case, ShardError, CaseError or PackError as listing does."""
+    return FileSubjects(data) if data.files else ShardSubjects(data)
+
+
+class ShardSubjects:
+    """Labelled samples of a split."""
+
+    def __init__(self, data: CasesConfig) -> None:
+        self.source, self.split = masked(str(data.shards)), data.split
+        self.store = Store(str(data.shards))
+        samples = read_index(self.store).samples
+        chosen = [record for record in samples if data.split in ("all", record.split)]
+        labelled = sorted((record for record in chosen if record.labelled), key=lambda record: record.key)
+        if not labelled:
+            raise EvaluateError(
+                f"data.split: {data.shards} holds no labelled case of split {data.split!r}; it holds {_splits(samples)}"
+            )
+        self.unlabelled = len(chosen) - len(labelled)
+        self.marks = {record.key: record.facts_sha256 for record in labelled}
+        self._records = {record.key: record for record in labelled}
+
+    def read(self, key: str) -> Subject:
+        """The packed case, whole. Raises ShardError where it is damaged."""
+        record = self._records[key]
+        facts = read_facts(self.store, record)
+        hu_DHW, label_DHW = (
+            np.asarray(read_array(self.store, record, facts, member)[:]) for member in (Member.CT, Member.LABEL)
+        )
+        d, h, w = facts.shape
+        return Subject(facts, hu_DHW, label_DHW, _packed_grid(facts, hu_DHW), (0, 0, 0, d - 1, h - 1, w - 1))
+
+
+def _splits(samples: list[SampleRecord]) -> str:
+    counts = Counter(record.split for record in samples if record.labelled)
+    return ", ".join(f"{split} ({count})" for split, count in sorted(counts.items())) or "none at all"
+
+
+def _packed_grid(facts: Facts, hu_DHW: np.ndarray) -> Volume | None:
+    if facts.affine is None:
+        return None
+    d, h, w = facts.shape
+    affine = np.array(facts.affine)
+    native = NativeGrid((d, h, w), affine, axes=(0, 1, 2), flipped=(False, False, False))
+    return Volume(hu_DHW, affine, native, Path(facts.key))
+
+
+class FileSubjects:
+    """CT files with label maps, listed and prepared as `pack` does; nothing is written."""
+
+    def __init__(self, data: CasesConfig) -> None:
+        self.source, self.split = str(data.cases or data.images), "all"
+        jobs = sorted(listed_jobs(_as_packed(data)), key=lambda job: job.key)
+        self._jobs = {job.key: job for job in jobs if job.case.label or job.case.masks}
+        if not self._jobs:
+            raise EvaluateError(f"data.labels: none of the {len(jobs)} cases of {self.source} has labels: give them")
+        self.unlabelled = len(jobs) - len(self._jobs)
+        self.marks = {key: job.mark for key, job in self._jobs.items()}
+
+    def read(self, key: str) -> Subject:
+        """The case, cropped and measured as packing does. Raises VolumeError or SampleError."""
+        job: Job = self._jobs[key]
+        # A label map without any structure is a fault in a training set, and a healthy control here.
+        found = prepare_case(job.case, key, job.rules, {"image": job.case.image.name}, blank=True)
+        assert found.label_DHW is not None
+        if found.volume is not None:
+            return Subject(found.facts, found.hu_DHW, found.label_DHW, found.volume, found.body)
+        d, h, w = found.facts.shape
+        return Subject(found.facts, found.hu_DHW, found.label_DHW, None, (0, 0, 0, d - 1, h - 1, w - 1))
+
+
+def _as_packed(data: CasesConfig) -> PackConfig:
+    return PackConfig(
+        images=data.images,
+        labels=data.labels,
+        cases=data.cases,
+        recipe=data.recipe,
+        categories=data.categories,
+        out="",
+        anchors=1,
+        regions=RegionsConfig(enabled=False),
+    )

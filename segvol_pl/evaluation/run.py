@@ -1,0 +1,390 @@
+"""Figures of a model over a set of cases: rows, tables, report.
+
+1. The labelled cases are listed (`evaluation.subjects`) and shared out to the ranks and array tasks.
+2. For each category of a case, prompts are drawn from the truth (`evaluation.prompting`) as well or as badly as
+   configured, and answered in each mode (`evaluation.examination`); the scores of an answer are a `Row`.
+3. A case's rows are written whole (`evaluation.ledger`); a restart goes on with the cases that have none.
+4. Rank 0, or a run without `slice`, waits for all of them and puts them together: rows.csv, readings.csv, summary.json,
+   report.html, and wandb where it is configured.
+
+Spatial prompts come from the truth, as in the paper: the figures say how well a prompt is obeyed, not how well a
+structure is found without one. Only `text` is free of the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from rich.console import Console
+
+from segvol_pl.atomic import write_text
+from segvol_pl.config import ConfigError, EvaluateConfig, Mode, Wandb, named_parts
+from segvol_pl.config.loader import own_function, to_yaml
+from segvol_pl.data.schema import SampleError
+from segvol_pl.data.shards import ShardError, sha256_of
+from segvol_pl.evaluation.case_runner import Answer, Examination
+from segvol_pl.evaluation.cases import EvaluateError, Subject, Subjects, find_subjects
+from segvol_pl.evaluation.figures import Picture, cut, draw_picture
+from segvol_pl.evaluation.mask_category import Reading, likeness, readings_of
+from segvol_pl.evaluation.metrics import dice, score
+from segvol_pl.evaluation.prompts import Setting, check_own, settings
+from segvol_pl.evaluation.report import write_report
+from segvol_pl.evaluation.results import CaseResult, Ledger, Share
+from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
+from segvol_pl.evaluation.wandb_log import track
+from segvol_pl.folder_lock import FolderLock
+from segvol_pl.imaging.volume import VolumeError
+from segvol_pl.inference.zoom import Promptable
+from segvol_pl.model.checkpoint import load_model
+from segvol_pl.model.text_encoder import TextBank
+from segvol_pl.training.loggers import manifest
+from segvol_pl.training.strategies import autocast, own_device
+
+__all__ = ["EvaluateError", "Row", "Summary", "evaluate", "evaluate_model"]
+
+log = logging.getLogger(__name__)
+
+MASKS = "masks"
+LOOK = 0.5
+"""Seconds between two looks for the results of other ranks."""
+LISTED = 5
+
+
+class Evaluable(Promptable, Protocol):
+    """What evaluating needs of a model; SegVol satisfies it."""
+
+    bank: TextBank
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary | None:
+    """Evaluate this process's share of the cases into `config.out`; put all together where it is its turn.
+
+    Returns None from ranks but the first and with `slice`, whose shares others put together. Raises EvaluateError
+    where there is no labelled case or none of the categories, or `out` holds other results; LockedError where another
+    process evaluates the same share into it; UnknownCategory for a category that the model does not know;
+    CheckpointError, ShardError and CaseError for files that cannot be used.
+    """
+    subjects = find_subjects(config.data)
+    model = load_model(config.checkpoint, own_device(config.device))
+    summary = _Evaluation(config, subjects, model, sha256_of(Path(config.checkpoint))).run()
+    if summary and console:
+        console.print(summary.table())
+    return summary
+
+
+def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary | None:
+    """`evaluate` with a model at hand (in eval mode); `config.checkpoint` is only its name, `config.device` unused."""
+    return _Evaluation(config, find_subjects(config.data), model, config.checkpoint).run()
+
+
+def _own_figures(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Column -> function. Raises ConfigError where a function is not found, or a column of rows.csv has its name."""
+    taken = {each.name for each in fields(Row)}
+    found = {}
+    for name in metrics:
+        column = name.rpartition(":")[2]
+        if column in taken:
+            raise ConfigError(
+                f"metrics: {name}: rows.csv has a column {column!r} already: rename the function", "metrics"
+            )
+        found[column] = own_function(name, "metrics")
+    return found
+
+
+class _Evaluation:
+    """One process's part of an evaluation."""
+
+    def __init__(self, config: EvaluateConfig, subjects: Subjects, model: Evaluable, identity: str) -> None:
+        self.config, self.subjects, self.model = config, subjects, model
+        self.out = Path(config.out)
+        self.keys = list(subjects.marks)[: config.limit or None]
+        self.share = Share.of(config.slice)
+        if not config.resume and (self.share.ranks > 1 or config.slice):
+            raise EvaluateError("resume: false would remove what other ranks have done: give another folder as out")
+        for category in config.categories:
+            model.bank.index(category)
+        self.settings = settings(config)
+        check_own(config)
+        self.own = _own_figures(config.metrics)
+        self.ledger = Ledger(self.out, config, identity)
+        self.tried: set[str] = set()
+
+    def run(self) -> Summary | None:
+        # Shares lie side by side in a folder; what removes their results bears no other beside it.
+        with FolderLock(self.out, self.share.lock, against="" if self.config.resume else ".lock*.json"):
+            return self._run()
+
+    def _run(self) -> Summary | None:
+        self.ledger.open(anew=not self.config.resume)
+        self._evaluate(self.share.of_list(self.keys))
+        if self.config.slice:
+            log.info("slice %s is done: run without slice to put all together", self.config.slice)
+            return None
+        if self.share.rank > 0:
+            return None
+        self._await(self.keys)
+        return self._join()
+
+    # ---- cases ----
+
+    def _evaluate(self, keys: Sequence[str]) -> None:
+        """Those that have no result yet. What cannot be read is written down as that, and tried again by every run."""
+        missing = [key for key in keys if not self._done(key)]
+        if len(missing) < len(keys):
+            log.info("%d of %d cases are done already", len(keys) - len(missing), len(keys))
+        start, prompts = time.perf_counter(), 0
+        for count, key in enumerate(missing, start=1):
+            result = self._case(key)
+            self.ledger.write(result)
+            self.tried.add(key)
+            prompts += len(result.rows)
+            rate = prompts / (time.perf_counter() - start)
+            log.info("case %d/%d %s (%.2f prompts/s)", count, len(missing), key, rate)
+
+    def _done(self, key: str) -> bool:
+        result = self.ledger.find(key, self.subjects.marks[key])
+        return result is not None and (not result.problem or key in self.tried)
+
+    def _case(self, key: str) -> CaseResult:
+        start, mark = time.perf_counter(), self.subjects.marks[key]
+        try:
+            subject = self.subjects.read(key)
+            examination = Examination(self.model, subject, self.config)
+            rows = list(self._rows(examination))
+            readings = self._readings(examination) if self.config.readings else []
+        except (ShardError, SampleError, VolumeError) as error:
+            log.warning("case %s cannot be evaluated: %s", key, error)
+            return CaseResult(key, mark, time.perf_counter() - start, problem=" ".join(str(error).split()))
+        held = set(subject.facts.categories)
+        return CaseResult(
+            key,
+            mark,
+            time.perf_counter() - start,
+            rows,
+            readings,
+            absent=[category for category in self.config.categories if category not in held],
+            unknown=sorted(held - set(self.model.bank.names)),
+        )
+
+    def _rows(self, examination: Examination) -> Iterator[Row]:
+        subject = examination.subject
+        for category in self.config.categories or sorted(subject.facts.categories):
+            truth_DHW = subject.truth(category)
+            for setting in self._settings_for(category, bool(truth_DHW.any())):
+                answer = examination.answer(setting, category, truth_DHW)
+                yield self._row(subject, category, setting, truth_DHW, answer)
+
+    def _settings_for(self, category: str, present: bool) -> list[Setting]:
+        """A category that the model does not know has no text; one that the case does not hold has nothing else."""
+        known = category in self.model.bank.names
+        return [
+            setting
+            for setting in self.settings
+            if (known or not setting.has_text) and (present or setting.free_of_truth)
+        ]
+
+    def _row(self, subject: Subject, category: str, setting: Setting, truth_DHW: np.ndarray, answer: Answer) -> Row:
+        scores = score(answer.mask_DHW, truth_DHW, subject.facts.spacing, self.config.tolerance)
+        voxels, coarse_DHW = int(np.count_nonzero(truth_DHW)), answer.coarse_DHW
+        return Row(
+            case=subject.facts.key,
+            category=category,
+            mode=setting.mode,
+            prompt=setting.prompt,
+            box=setting.box,
+            points=setting.points,
+            components=len(answer.prompts) if voxels else 0,
+            dice=scores.dice,
+            zoom_out=dice(coarse_DHW, truth_DHW) if voxels and coarse_DHW is not None else None,
+            surface_dice=scores.surface_dice,
+            volume_error=scores.volume_error,
+            seconds=answer.seconds,
+            memory_mb=answer.memory_mb,
+            truth_voxels=voxels,
+            predicted_voxels=int(np.count_nonzero(answer.mask_DHW)),
+            windows=answer.windows,
+            mask=self._saved(subject, category, setting, answer) if self.config.masks else "",
+            own=self._own(subject, truth_DHW, answer) if voxels else dict.fromkeys(self.own),
+        )
+
+    def _own(self, subject: Subject, truth_DHW: np.ndarray, answer: Answer) -> dict[str, float | None]:
+        """The user's own figures of a truth that is not empty; None where the function says so."""
+        found = {name: of(answer.mask_DHW, truth_DHW, subject.facts.spacing) for name, of in self.own.items()}
+        return {name: None if value is None else float(value) for name, value in found.items()}
+
+    def _saved(self, subject: Subject, category: str, setting: Setting, answer: Answer) -> str:
+        """The mask's file below `out`; empty where the case's place is unknown."""
+        if subject.grid is None:
+            log.warning("case %s has no affine: its masks are not written", subject.facts.key)
+            return ""
+        folder = self.out / MASKS / subject.facts.key
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{file_stem(category)}__{file_stem(str(setting))}.nii.gz"
+        subject.save(answer.mask_DHW, path)
+        return path.relative_to(self.out).as_posix()
+
+    def _readings(self, examination: Examination) -> list[Reading]:
+        """How the masks of a case's categories are read, each from one spatial prompt without text."""
+        subject, setting, names = examination.subject, self._read(), self.model.bank.names
+        categories = self.config.categories or sorted(subject.facts.categories)
+        truths = {name: truth for name in categories if (truth := subject.truth(name)).any()}
+        if not truths or not names:
+            return []
+        asked = [examination.asked(setting, name, truth)[0].shrunk for name, truth in truths.items()]
+        tokens_BTE = examination.overview()
+        with autocast(examination.device, self.config.precision):
+            table_JK = likeness(self.model, tokens_BTE, asked, names)
+        prompt, _ = setting.named
+        found = (
+            readings_of(subject.facts.key, name, prompt, likeness_K, names)
+            for name, likeness_K in zip(truths, table_JK, strict=True)
+        )
+        return [reading for readings in found for reading in readings]
+
+    def _read(self) -> Setting:
+        """The first spatial prompt configured, its text left out; else an exact box."""
+        for setting in self.settings:
+            parts = [part for part in named_parts(setting.prompt) if part != "text"]
+            if parts:
+                return Setting(Mode.resize.value, "+".join(parts), setting.box, setting.points)
+        return Setting(Mode.resize.value, "box", "exact")
+
+    # ---- putting together ----
+
+    def _await(self, keys: Sequence[str]) -> None:
+        """Until every case has a result. Raises EvaluateError where no further one comes for `config.patience` s."""
+        pending, last = list(keys), time.monotonic()
+        while pending:
+            left = [key for key in pending if self.ledger.find(key, self.subjects.marks[key]) is None]
+            if len(left) < len(pending):
+                last = time.monotonic()
+            pending = left
+            if pending and time.monotonic() - last > self.config.patience:
+                raise EvaluateError(
+                    f"patience: no further case of another rank in {self.config.patience:.0f} s, {len(pending)} are "
+                    f"missing, the first is {pending[0]}: see that rank's log, then run again to go on"
+                )
+            if pending:
+                time.sleep(LOOK)
+
+    def _join(self) -> Summary:
+        # What another rank could not read may be readable here, or by now.
+        failed = [key for key in self.keys if not self._done(key)]
+        if failed:
+            self._evaluate(failed)
+        summary = self._summary(self._results())
+        self._check(summary)
+        pictures = self._pictures(summary)
+        about = {"config": to_yaml(self.config), **manifest()}
+        write_text(self.out / "rows.csv", csv_text(Row, summary.rows))
+        if self.config.readings:
+            write_text(self.out / "readings.csv", csv_text(Reading, summary.readings))
+        text = json.dumps({**summary.to_dict(), "manifest": about}, indent=2, ensure_ascii=False)
+        write_text(self.out / "summary.json", text + "\n")
+        write_report(self.out / "report.html", summary, pictures, about)
+        if self.config.track.wandb is not Wandb.disabled:
+            track(self.out, self.config, summary, pictures)
+        return summary
+
+    def _results(self) -> list[CaseResult]:
+        found = [self.ledger.find(key, self.subjects.marks[key]) for key in self.keys]
+        return [result for result in found if result is not None]
+
+    def _summary(self, results: Sequence[CaseResult]) -> Summary:
+        return Summary(
+            checkpoint=str(self.config.checkpoint),
+            source=self.subjects.source,
+            split=self.subjects.split,
+            cases=sum(not result.problem for result in results),
+            rows=[row for result in results for row in result.rows],
+            absent=dict(Counter(name for result in results for name in result.absent)),
+            unknown=dict(Counter(name for result in results for name in result.unknown)),
+            unlabelled=self.subjects.unlabelled,
+            unusable={result.key: result.problem for result in results if result.problem},
+            readings=[reading for result in results for reading in result.readings],
+            seconds=sum(result.seconds for result in results),
+            seed=self.config.seed,
+        )
+
+    def _check(self, summary: Summary) -> None:
+        bad = len(summary.unusable)
+        if bad > self.config.max_bad_fraction * len(self.keys):
+            named = "; ".join(f"{case}: {why}" for case, why in list(summary.unusable.items())[:LISTED])
+            raise EvaluateError(
+                f"{bad} of {len(self.keys)} cases cannot be read, max_bad_fraction={self.config.max_bad_fraction} "
+                f"allows fewer: mend them and run again, or allow them. {named}"
+            )
+        if all(row.empty for row in summary.rows):
+            raise EvaluateError(f"categories: no case of {summary.source} holds any that can be evaluated")
+
+    # ---- pictures ----
+
+    def _pictures(self, summary: Summary) -> list[Picture]:
+        """Worst, median and best case of the worst categories, answered once more: no rank keeps all its masks."""
+        chosen = picked(summary, self.config.pictures)
+        drawn = {
+            (row.case, row.category): picture
+            for case in dict.fromkeys(row.case for _, row in chosen)
+            for row, picture in self._pictured(case, [(label, row) for label, row in chosen if row.case == case])
+        }
+        return [drawn[row.case, row.category] for _, row in chosen]
+
+    def _pictured(self, case: str, rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[Row, Picture]]:
+        subject = self.subjects.read(case)
+        examination = Examination(self.model, subject, self.config)
+        for label, row in rows:
+            truth_DHW = subject.truth(row.category)
+            answer = examination.answer(row.setting, row.category, truth_DHW)
+            coarse = {} if answer.coarse_DHW is None else {"zoom-out": answer.coarse_DHW}
+            masks = {**coarse, "prediction": answer.mask_DHW}
+            planes = cut(subject.hu_DHW, subject.facts.spacing or (1, 1, 1), truth_DHW, masks, answer.prompts)
+            came = "" if row.zoom_out is None else f"{row.zoom_out:.3f} → "
+            caption = f"{row.category}, {label}: {case}, {row.setting}: Dice {came}{number(row.dice)}"
+            yield row, Picture(case, row.category, caption, draw_picture(planes))
+
+
+def picked(summary: Summary, categories: int) -> list[tuple[str, Row]]:
+    """Worst, median and best row of up to `categories` categories, the lowest median Dice first, with what it is.
+
+    Of one setting: zooming with box and text where that was evaluated, else the first.
+    """
+    wanted = [setting for setting in summary.settings if (setting.mode, setting.prompt) == ("zoom", "box+text")]
+    setting = [*wanted, *summary.settings][0]
+    cells = {category: cell for (category, where), cell in summary.cells.items() if where == setting and cell.dice}
+    worst = sorted(cells, key=lambda category: (_median(summary, category, setting), category))[:categories]
+    return [
+        found
+        for category in worst
+        for found in _extremes([row for row in summary.rows if (row.category, row.setting) == (category, setting)])
+    ]
+
+
+def _median(summary: Summary, category: str, setting: Setting) -> float:
+    spread = summary.cells[category, setting].dice
+    assert spread is not None
+    return spread.median
+
+
+def _extremes(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    ranked = sorted((row for row in rows if row.dice is not None), key=lambda row: (row.dice, row.case))
+    places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
+    labels: dict[int, list[str]] = {}
+    for label, place in places.items():
+        labels.setdefault(place, []).append(label)
+    return [(" and ".join(names) if len(ranked) > 1 else "only case", ranked[place]) for place, names in labels.items()]
+
+
+def file_stem(name: str) -> str:
+    """A name as a file's; one that had to be changed for that carries a number, so that two stay apart."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"

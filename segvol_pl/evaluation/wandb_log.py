@@ -1,0 +1,83 @@
+"""An evaluation at wandb: its tables, figures and pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.image import imread
+
+from segvol_pl.config import EvaluateConfig
+from segvol_pl.config.loader import plain
+from segvol_pl.evaluation.figures import Picture
+from segvol_pl.evaluation.mask_category import Reading
+from segvol_pl.evaluation.summary import Row, Summary, columns
+from segvol_pl.training.loggers import finish, wandb_is_there, wandb_logger
+
+if TYPE_CHECKING:
+    import wandb
+
+
+def track(out: Path, config: EvaluateConfig, summary: Summary, pictures: Sequence[Picture]) -> None:
+    """Logs tables `rows`, `categories` and `readings`, the pictures, and each setting's overall figures.
+
+    Putting an evaluation together again continues its wandb run, unless it was begun anew. Nothing is logged where
+    wandb is not installed, and that is said.
+    """
+    if not wandb_is_there():
+        return
+    logger = wandb_logger(out, config.track, new=not config.resume)
+    told = {
+        "rows": _records(Row, summary.rows),
+        "categories": _cells(summary),
+        **({"readings": _records(Reading, summary.readings)} if summary.readings else {}),
+        "pictures": [_image(picture) for picture in pictures],
+    }
+    logger.attempt(lambda: logger.experiment.config.update(plain(config), allow_val_change=True))
+    logger.attempt(lambda: logger.experiment.log(told))
+    logger.attempt(lambda: logger.experiment.summary.update(_overall(summary)))
+    finish([logger])
+
+
+def _image(picture: Picture) -> wandb.Image:
+    import wandb
+
+    pixels = np.rint(255 * imread(io.BytesIO(picture.png))).astype(np.uint8)
+    return wandb.Image(pixels, caption=picture.caption)
+
+
+def _table(columns: Sequence[str], data: list[list[Any]]) -> wandb.Table:
+    import wandb
+
+    return wandb.Table(columns=list(columns), data=data)
+
+
+def _records(kind: type, items: Sequence[Any]) -> wandb.Table:
+    return _table(*columns(kind, items))
+
+
+def _cells(summary: Summary) -> wandb.Table:
+    spreads = ("dice", "zoom_out", "surface_dice", "volume_error")
+    data = [
+        [category, *setting.named, cell.n, cell.empty, *(_mean(getattr(cell, name)) for name in spreads), cell.seconds]
+        for (category, setting), cell in summary.cells.items()
+    ]
+    return _table(["category", "prompt", "mode", "n", "empty", *spreads, "seconds"], data)
+
+
+def _mean(spread: Any) -> float | None:
+    return None if spread is None else spread.mean
+
+
+def _overall(summary: Summary) -> dict[str, float]:
+    """`dice/zoom box(exact)+text` and so on: the figures that exist."""
+    names = ("dice", "zoom_out", "surface_dice", "seconds")
+    return {
+        f"{name}/{setting}": value
+        for setting, overall in summary.overall.items()
+        for name, value in ({name: getattr(overall, name) for name in names} | overall.own).items()
+        if value is not None
+    }

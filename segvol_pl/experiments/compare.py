@@ -1,0 +1,165 @@
+"""`segvol-pl scaling compare`: what one axis of a grid changes, by pairs of runs that are equal in all else.
+
+1. Runs are paired with the baseline's by all their other places, the seed included.
+2. For each combination of the other axes, and over all, the mean difference and its interval: Student's t over the
+   pairs; over all by seeds, the pairs of one seed counting once, since they share initial weights and batches.
+3. An interval that holds 0 is said to show no difference. One pair has no interval.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from segvol_pl.atomic import replacing, write_text
+from segvol_pl.config import CompareConfig, ConfigError
+from segvol_pl.experiments import figures, page
+from segvol_pl.experiments.grid import SEED
+from segvol_pl.experiments.points import Point, Points, PointsError, gather
+from segvol_pl.experiments.verdict import tails
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Loss of a point minus the baseline's, over pairs."""
+
+    point: str
+    where: str
+    """Places on the other axes; empty: over all of them."""
+    n: int
+    mean: float
+    low: float | None
+    high: float | None
+    """Ends of the interval; none of one pair."""
+    baseline: float
+    """The baseline's mean loss."""
+    pairs: list[float]
+
+    @property
+    def verdict(self) -> str:
+        """In words: better, worse, no difference shown, or too few pairs to say."""
+        if self.low is None or self.high is None:
+            return "one pair: no interval"
+        if self.low <= 0 <= self.high:
+            return "no difference shown"
+        return "better" if self.high < 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All differences along one axis."""
+
+    axis: str
+    baseline: str
+    points: list[str]
+    loss: str
+    differences: list[Difference]
+    unpaired: list[str]
+
+
+def compare_runs(config: CompareConfig) -> list[str]:
+    """Writes the results; returns what there is to say, a line each. Raises PointsError, ConfigError."""
+    points = gather(config)
+    comparison = compare(points, config.axis, config.baseline)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out, comparison, points)
+    said = [
+        f"{each.verdict}: {each.point} against {comparison.baseline}{', ' if each.where else ' over all'}{each.where}: "
+        f"{_shown(each)} (n = {each.n})"
+        for each in comparison.differences
+    ]
+    left = points.left_out
+    left += [f"left out {name}: has no partner" for name in comparison.unpaired]
+    return [*left, *said, f"written to {out}: index.html, compare.json, differences.csv, figures"]
+
+
+def compare(points: Points, axis: str, baseline: str | None = None) -> Comparison:
+    """Differences along the axis. Raises ConfigError for one that no run has, PointsError where nothing pairs."""
+    along = [point for point in points.used if axis in point.places]
+    if not along:
+        known = sorted({name for point in points.used for name in point.places})
+        raise ConfigError(f"axis: no run has a place on {axis!r}; there are {', '.join(known)}", "axis")
+    labels = list(dict.fromkeys(point.places[axis] for point in along))
+    base = baseline or labels[0]
+    if base not in labels:
+        raise ConfigError(f"baseline: no run is {axis} = {base}; there are {', '.join(labels)}", "baseline")
+    reference = {_others(point, axis): point for point in along if point.places[axis] == base}
+    differences, unpaired = [], []
+    for label in labels:
+        if label == base:
+            continue
+        mine = [point for point in along if point.places[axis] == label]
+        unpaired += [point.name for point in mine if _others(point, axis) not in reference]
+        pairs = [(point, reference[_others(point, axis)]) for point in mine if _others(point, axis) in reference]
+        differences += _differences(label, axis, pairs)
+    if not differences:
+        raise PointsError(f"no run along {axis} has a partner with {axis} = {base} that is equal in all else")
+    return Comparison(axis, base, labels, points.loss, differences, unpaired)
+
+
+def _others(point: Point, axis: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((name, label) for name, label in point.places.items() if name != axis))
+
+
+def _differences(label: str, axis: str, pairs: Sequence[tuple[Point, Point]]) -> list[Difference]:
+    """Of each combination of the other axes, and over all of them where there are several."""
+    groups: dict[str, list[tuple[Point, Point]]] = defaultdict(list)
+    for pair in pairs:
+        places = [f"{name} {place}" for name, place in _others(pair[0], axis) if name != SEED]
+        groups[", ".join(places)].append(pair)
+    found = [_difference(label, where, [[pair] for pair in members]) for where, members in groups.items()]
+    if len(groups) > 1:
+        seeds: dict[str, list[tuple[Point, Point]]] = defaultdict(list)
+        for pair in pairs:
+            seeds[pair[0].places.get(SEED, "")].append(pair)
+        found.append(_difference(label, "", list(seeds.values())))
+    return found
+
+
+def _difference(label: str, where: str, clusters: Sequence[Sequence[tuple[Point, Point]]]) -> Difference:
+    """clusters: pairs that count once together."""
+    values = np.array([np.mean([one.loss - other.loss for one, other in cluster]) for cluster in clusters])
+    low = high = None
+    if len(values) > 1:
+        half = stats.t.ppf(tails()[1], len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+        low, high = float(values.mean() - half), float(values.mean() + half)
+    base = float(np.mean([other.loss for cluster in clusters for _, other in cluster]))
+    return Difference(label, where, len(values), float(values.mean()), low, high, base, values.tolist())
+
+
+def _shown(each: Difference) -> str:
+    share = f"{each.mean:+.4g} ({each.mean / each.baseline:+.1%})"
+    return share if each.low is None else f"{share} [{each.low:+.4g}, {each.high:+.4g}]"
+
+
+def _write(out: Path, comparison: Comparison, points: Points) -> None:
+    rows = [{**asdict(each), "verdict": each.verdict} for each in comparison.differences]
+    content = {**asdict(comparison), "differences": rows, "unused": points.unused}
+    write_text(out / "compare.json", json.dumps(content, indent=2) + "\n")
+    with replacing(out / "differences.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[name for name in rows[0] if name != "pairs"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    png = figures.save(figures.comparison_figure(comparison), out, "differences")
+    table = [
+        {
+            "point": each.point,
+            "where": each.where or "over all",
+            "n": str(each.n),
+            "difference": _shown(each),
+            "": each.verdict,
+        }
+        for each in comparison.differences
+    ]
+    about = f"{comparison.loss} against {comparison.axis} = {comparison.baseline}: pairs equal in all else. "
+    about += "Intervals hold 95 %."
+    parts = [page.lines([about]), page.picture(png, "Paired differences"), page.table(table)]
+    page.write_page(out / "index.html", f"Comparison along {comparison.axis}", parts)

@@ -1,0 +1,201 @@
+"""Figures of fits and comparisons: each as PNG and SVG, axes with units, n and intervals stated in them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
+
+from segvol_pl.atomic import replacing
+from segvol_pl.experiments.frontier import Optimum
+from segvol_pl.experiments.points import Points
+from segvol_pl.experiments.verdict import SYMBOLS, Judged, predicted
+
+if TYPE_CHECKING:
+    from segvol_pl.experiments.compare import Comparison
+
+COLOURS = ("#3b6fb6", "#e0752d", "#2e9e5b", "#8e5bb0", "#c03d5d", "#6b7785", "#b08a1e", "#2a9aa8")
+INK, BAND = "#1d2430", 0.16
+LINE = 60
+"""Places at which a curve is drawn."""
+
+
+def unit(points: Points, variable: str) -> str:
+    """The axis's label."""
+    return "N, parameters" if variable == "params" else f"D, {points.samples}"
+
+
+def loss_label(points: Points) -> str:
+    """Losses have no unit."""
+    return points.loss if "loss" in points.loss else f"loss ({points.loss})"
+
+
+def law_figure(judged: Judged, points: Points, variable: str) -> Figure:
+    """Loss over one variable, a curve for each value of the other; bands are the law's intervals of 95 %."""
+    figure, axes = _axes(unit(points, variable), loss_label(points))
+    place = judged.law.variables.index(variable)
+    logs = points.logs(judged.law.variables)
+    others = np.delete(logs, place, axis=1)
+    groups = np.unique(others, axis=0)
+    for number, group in enumerate(groups):
+        colour = COLOURS[number % len(COLOURS)]
+        mine = (others == group).all(axis=1)
+        label = _group_label(judged, variable, group, int(mine.sum()))
+        axes.plot(np.exp(logs[mine, place]), points.losses[mine], "o", color=colour, markersize=4, label=label)
+        _curve(axes, judged, place, group, logs[:, place], colour)
+    figure.suptitle(_title(judged), fontsize=9, x=0.01, ha="left", color=INK)
+    figure.legend(
+        fontsize=7.5, frameon=False, title="dot: run; band: 95 %", title_fontsize=7.5, loc="outside right center"
+    )
+    _plain_ticks(axes)
+    return figure
+
+
+def _group_label(judged: Judged, variable: str, group: np.ndarray, count: int) -> str:
+    others = [other for other in judged.law.variables if other != variable]
+    named = ", ".join(f"{SYMBOLS[other]} = {_count(np.exp(value))}" for other, value in zip(others, group, strict=True))
+    return f"{named or 'runs'} (n = {count})"
+
+
+def _count(value: float) -> str:
+    """Counts as they are written by hand."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
+def _curve(axes: Axes, judged: Judged, place: int, group: np.ndarray, logs_R: np.ndarray, colour: str) -> None:
+    if judged.fit is None:
+        return
+    line = np.linspace(logs_R.min(), logs_R.max() + 0.15 * np.ptp(logs_R), LINE)
+    grid = np.insert(np.tile(group, (LINE, 1)), place, line, axis=1)
+    band = predicted(judged.fit, grid, noise=False)
+    axes.fill_between(
+        np.exp(line), [each.low for each in band], [each.high for each in band], color=colour, alpha=BAND, linewidth=0
+    )
+    style = "-" if judged.supported else ":"
+    axes.plot(np.exp(line), [each.value for each in band], style, color=colour, linewidth=1.2)
+
+
+def _title(judged: Judged) -> str:
+    if judged.fit is None:
+        return f"{judged.law.formula}: not fitted, n = {judged.runs}"
+    named = ", ".join(
+        f"{name} = {each.value:.3g} [{each.low:.3g}, {each.high:.3g}]"
+        for name, each in judged.coefficients.items()
+        if name in ("E", "alpha", "beta")
+    )
+    claim = "" if judged.supported else "NOT SUPPORTED by the data: "
+    return f"{claim}{judged.law.formula}\n{named}; n = {judged.runs}"
+
+
+def frontier_figure(optima: Sequence[Optimum], points: Points) -> Figure:
+    """The best N and the loss there over the budget; hollow where it lies outside of what was run."""
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, name, label in (
+        (left, "params", "best N, parameters"),
+        (right, "loss", f"{loss_label(points)} at the best"),
+    ):
+        _dress(axes, "training budget, FLOPs", label)
+        values = [getattr(optimum, name) for optimum in optima]
+        flops = [optimum.flops for optimum in optima]
+        axes.fill_between(flops, [v.low for v in values], [v.high for v in values], color=COLOURS[0], alpha=BAND)
+        axes.plot(flops, [v.value for v in values], "-", color=COLOURS[0], linewidth=1.2)
+        for inside, face in ((True, COLOURS[0]), (False, "white")):
+            shown = [(o.flops, getattr(o, name).value) for o in optima if o.beyond is not inside]
+            word = "within the runs" if inside else "outside of the runs"
+            if shown:
+                axes.plot(*zip(*shown, strict=True), "o", mfc=face, color=COLOURS[0], markersize=4, label=word)
+    left.legend(fontsize=7.5, frameon=False, title="band: 95 %", title_fontsize=7.5)
+    _plain_ticks(right)
+    figure.suptitle(f"Compute-optimal frontier, n = {len(points.used)} runs", fontsize=9, x=0.01, ha="left", color=INK)
+    return figure
+
+
+def held_out_figure(judged: Judged, points: Points) -> Figure:
+    """Predicted against measured loss of the largest runs, which the fit had not seen."""
+    figure, axes = _axes(f"measured {loss_label(points)}", "predicted from the smaller runs")
+    assert judged.held_out is not None
+    rows = judged.held_out.predictions
+    measured = [row["measured"] for row in rows]
+    errors = [[row["value"] - row["low"] for row in rows], [row["high"] - row["value"] for row in rows]]
+    axes.errorbar(measured, [row["value"] for row in rows], errors, fmt="o", color=COLOURS[0], markersize=4, capsize=2)
+    ends = [min(row["low"] for row in rows), max(row["high"] for row in rows)]
+    axes.plot(ends, ends, "-", color="#8a93a0", linewidth=0.8)
+    axes.set(xscale="linear", yscale="linear")
+    held = judged.held_out
+    text = f"held out: {held.settings} largest settings, n = {held.runs}\n"
+    text += f"mean error {held.error:.1%}, {held.inside} within 95 %"
+    axes.set_title(text, fontsize=9, loc="left", color=INK)
+    return figure
+
+
+def comparison_figure(comparison: Comparison) -> Figure:
+    """Paired differences of each point to the baseline, over the other axes; bars are intervals of 95 %."""
+    rows = comparison.differences
+    figure = Figure(figsize=(6.4, 1.3 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for number, row in enumerate(reversed(rows)):
+        colour = COLOURS[comparison.points.index(row.point) % len(COLOURS)]
+        axes.plot(row.pairs, [number] * row.n, ".", color=colour, alpha=0.45, markersize=5)
+        if row.low is not None and row.high is not None:
+            axes.plot([row.low, row.high], [number, number], "-", color=colour, linewidth=1.6)
+        axes.plot(row.mean, number, "D", color=colour, markersize=4.5)
+    names = [f"{row.point}{', ' if row.where else ''}{row.where} (n = {row.n})" for row in reversed(rows)]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.axvline(0, color="#8a93a0", linewidth=0.8)
+    axes.set_xlabel(
+        f"{comparison.loss}: difference to {comparison.axis} = {comparison.baseline} (left is better)", fontsize=8
+    )
+    axes.set_title(
+        "Pairs of equal seed; diamond: mean; bar: 95 % interval; dots: pairs", fontsize=9, loc="left", color=INK
+    )
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="x", linewidth=0.4, color="#dddddd")
+    return figure
+
+
+def _axes(x: str, y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    _dress(axes, x, y)
+    return figure, axes
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel(x, fontsize=8.5)
+    axes.set_ylabel(y, fontsize=8.5)
+    axes.tick_params(labelsize=8, which="both")
+    # More labels find no room; over many decades those of the powers alone.
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(3, 3)))
+    axes.grid(linewidth=0.4, color="#dddddd", which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plain_ticks(axes: Axes) -> None:
+    """Losses span less than a decade: 0.4 and 0.5 say more than 4 x 10^-1."""
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Figure, folder: Path, name: str) -> bytes:
+    """NAME.png and NAME.svg; returns the PNG."""
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "segvol"}), replacing(folder / f"{name}.svg") as part:
+        FigureCanvasSVG(figure).print_figure(str(part), format="svg", metadata={"Date": None})
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=200)
+    with replacing(folder / f"{name}.png") as part:
+        part.write_bytes(buffer.getvalue())
+    return buffer.getvalue()

@@ -1,0 +1,198 @@
+"""`segvol-pl scaling fit`: runs in, laws with intervals and verdicts out.
+
+1. Points are gathered; which laws can be asked for follows from what varies among them.
+2. Each law is judged. A law without a floor is tried where the floor is not told from 0; a law of one variable, where
+   both vary, on the runs at the other's largest value.
+3. Of a supported law in N and D follows the compute-optimal frontier.
+4. `fit.json`, `points.csv`, `frontier.csv`, figures and `index.html` are written to `out`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from segvol_pl.atomic import replacing, write_text
+from segvol_pl.config import FitConfig, Samples
+from segvol_pl.experiments import figures, page
+from segvol_pl.experiments.frontier import Optimum, cost, frontier
+from segvol_pl.experiments.laws import Law
+from segvol_pl.experiments.points import Points, gather
+from segvol_pl.experiments.verdict import SYMBOLS, Interval, Judged, judge, plain
+
+log = logging.getLogger(__name__)
+
+BOTH = ("params", "samples")
+COST_SPREAD = 1.5
+"""Factor between the runs' FLOPs per parameter and sample beyond which C = k N D is called rough."""
+
+
+def fit_runs(config: FitConfig) -> list[str]:
+    """Writes the results; returns what there is to say, a line each. Raises PointsError, ConfigError."""
+    points = gather(config)
+    judged = [each for law, chosen, where in _asked(points) for each in _judged(law, chosen, where, config)]
+    optima, notes = _frontier(judged, points, config)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_tables(out, points, optima)
+    _write_json(out, points, judged, optima, notes)
+    _write_page(out, points, judged, optima, notes, config)
+    said = [line for each in judged for line in _said(each)]
+    return [*points.left_out, *said, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
+
+
+def _asked(points: Points) -> list[tuple[Law, Points, str]]:
+    """The laws that what varies allows to ask for, each with its runs."""
+    varying = [name for name in BOTH if len({getattr(point, name) for point in points.used}) > 1]
+    if len(varying) < 2:
+        return [(Law((name,)), points, "all runs") for name in varying or BOTH]
+    asked = [(Law(BOTH), points, "all runs")]
+    for variable, other in (BOTH, BOTH[::-1]):
+        largest = max(getattr(point, other) for point in points.used)
+        chosen = [point for point in points.used if getattr(point, other) == largest]
+        asked.append((Law((variable,)), replace(points, used=chosen), f"runs with {SYMBOLS[other]} = {largest:.4g}"))
+    return asked
+
+
+def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Judged]:
+    """The law, and the same without its floor where the floor cannot be told from 0 or asks for too much."""
+    tried = []
+    for each in (law, replace(law, floor=False)):
+        logs = points.logs(each.variables)
+        tried.append(judge(each, logs, points.losses, config.held_out, config.bootstraps, config.seed, where))
+        if tried[-1].supported:
+            break
+    return tried
+
+
+def _frontier(judged: Sequence[Judged], points: Points, config: FitConfig) -> tuple[list[Optimum], list[str]]:
+    law = next((each for each in judged if each.supported and each.law.variables == BOTH), None)
+    if law is None or law.fit is None:
+        return [], ["no frontier: it needs a supported law in N and D"]
+    if config.samples is Samples.volumes:
+        return [], ["no frontier: volumes trained on do not state what training costs; use samples=seen"]
+    per, spread = cost(points.used, config.flops_per)
+    rough = f": rough, k differs by a factor of {spread:.1f} between runs" if spread > COST_SPREAD else ""
+    return frontier(law.fit, points.used, per), [f"frontier by C = k N D, k = {per:.3g} FLOPs{rough}"]
+
+
+def _said(judged: Judged) -> list[str]:
+    head = f"{judged.law.formula} ({judged.where}, n = {judged.runs})"
+    if not judged.supported:
+        return [f"NOT SUPPORTED: {head}: {'; '.join(judged.reasons)}"]
+    named = ", ".join(f"{name} {_shown(each)}" for name, each in judged.coefficients.items())
+    held = judged.held_out
+    error = (
+        f"; largest {held.settings} settings predicted to {held.error:.1%}, {held.inside} of {held.runs} inside"
+        if held
+        else ""
+    )
+    return [f"supported: {head}: {named}{error}", *(f"  caution: {text}" for text in judged.cautions)]
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
+
+
+# ---- files ----
+
+
+def _write_tables(out: Path, points: Points, optima: Sequence[Optimum]) -> None:
+    axes = sorted({axis for point in points.used for axis in point.places})
+    with replacing(out / "points.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["name", "params", "samples", "loss", "flops", *axes])
+        for point in points.used:
+            places = [point.places.get(axis, "") for axis in axes]
+            writer.writerow([point.name, point.params, point.samples, point.loss, point.flops or "", *places])
+    if optima:
+        with replacing(out / "frontier.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+            rows = csv.DictWriter(stream, fieldnames=list(_flat(optima[0])))
+            rows.writeheader()
+            rows.writerows(_flat(optimum) for optimum in optima)
+
+
+def _flat(optimum: Optimum) -> dict[str, Any]:
+    row: dict[str, Any] = {"flops": optimum.flops}
+    for name in ("params", "samples", "loss"):
+        interval: Interval = getattr(optimum, name)
+        row |= {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return {**row, "outside_of_runs": optimum.beyond}
+
+
+def _write_json(
+    out: Path, points: Points, judged: Sequence[Judged], optima: Sequence[Optimum], notes: list[str]
+) -> None:
+    content = {
+        "loss": points.loss,
+        "samples": points.samples,
+        "runs": len(points.used),
+        "unused": points.unused,
+        "laws": [plain(each) for each in judged],
+        "frontier": [_flat(optimum) for optimum in optima],
+        "notes": notes,
+    }
+    write_text(out / "fit.json", json.dumps(content, indent=2) + "\n")
+
+
+def _write_page(
+    out: Path,
+    points: Points,
+    judged: Sequence[Judged],
+    optima: Sequence[Optimum],
+    notes: list[str],
+    config: FitConfig,
+) -> None:
+    about = f"{len(points.used)} runs. L is {points.loss}, N trainable parameters, D {points.samples}. "
+    about += f"Intervals hold 95 %, by {config.bootstraps} bootstrap samples of seed {config.seed}."
+    parts = [page.lines([about])]
+    for number, each in enumerate(judged):
+        parts += [page.heading(f"{each.law.formula}: {each.where}"), *_law_parts(out, number, points, each)]
+    if optima:
+        png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
+        parts += [page.heading("Compute-optimal frontier"), page.picture(png, "Frontier"), page.table(_optima(optima))]
+    parts += [page.lines([*notes, *points.left_out], "note"), page.heading("Runs"), page.table(_rows(points))]
+    page.write_page(out / "index.html", "Scaling fit", parts)
+
+
+def _law_parts(out: Path, number: int, points: Points, judged: Judged) -> list[str]:
+    parts = [page.lines(_said(judged)[:1], "yes" if judged.supported else "no"), page.lines(judged.cautions, "note")]
+    if judged.fit is None:
+        return parts
+    shown = next(chosen for _, chosen, where in _asked(points) if where == judged.where)
+    for variable in judged.law.variables:
+        png = figures.save(figures.law_figure(judged, shown, variable), out, f"law-{number}-{variable}")
+        parts.append(page.picture(png, f"{judged.law.formula} over {variable}"))
+    if judged.held_out is not None:
+        png = figures.save(figures.held_out_figure(judged, points), out, f"law-{number}-held-out")
+        parts.append(page.picture(png, "Held-out extrapolation"))
+    rows = [
+        {"coefficient": name, "alone": _shown(alone), "all at once": _shown(judged.together[name])}
+        for name, alone in judged.coefficients.items()
+    ]
+    return [*parts, page.table(rows)]
+
+
+def _optima(optima: Sequence[Optimum]) -> list[dict[str, str]]:
+    return [
+        {
+            "FLOPs": f"{optimum.flops:.3g}",
+            "N": _shown(optimum.params),
+            "D": _shown(optimum.samples),
+            "loss": _shown(optimum.loss),
+            "": "outside of the runs" if optimum.beyond else "",
+        }
+        for optimum in optima
+    ]
+
+
+def _rows(points: Points) -> list[dict[str, str]]:
+    return [
+        {"run": point.name, "N": f"{point.params:,.0f}", "D": f"{point.samples:,.0f}", "loss": f"{point.loss:.4g}"}
+        for point in points.used
+    ]

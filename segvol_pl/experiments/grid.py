@@ -1,0 +1,320 @@
+"""A grid: one YAML file that stands for many runs, numbered, with names that stay.
+
+1. `read` takes the file apart, each setting with its line.
+2. `expand` crosses the axes (those under `zip` step together) and the seeds, seeds fastest, and names each run by its
+   places on them: `size-s_fraction-0.5_seed-1`. Adding a value later changes numbers, never names.
+3. Each run is a command line of its verb, checked as any other before anything runs: a wrong key names file and line.
+4. `launch` runs them, tells how far each is, and writes the sweep for wandb.
+
+Imports neither torch nor lightning: a wrong key must fail at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segvol_pl.config import ConfigError, loader
+from segvol_pl.config.loader import PAIR, SECTION_FILE, Written, did_you_mean
+from segvol_pl.planning import flops
+
+KEYS = {
+    "verb": "pretrain or train (default train).",
+    "files": "Configuration files of the verb, relative to this file.",
+    "set": "KEY=VALUE of every run, a list. {AXIS} and {seed} in a value stand for the run's place on that axis.",
+    "out": "Folder of the run folders, relative to where the command is run (default runs/NAME-OF-THE-FILE).",
+    "seeds": "data.seed of the runs, a list (default [0]).",
+    "axes": "What varies. A key of the verb: a list of values. Another name: named points, each a list of KEY=VALUE.",
+    "zip": "Lists of axes that step together instead of being crossed.",
+    "flops": "Training FLOPs of a run, a list of budgets: one more axis, which sets optim.max_steps by the model's.",
+}
+VERBS = ("pretrain", "train")
+HELP = "Keys of FILE:\n" + "\n".join(f"  {key}\n      {text}" for key, text in KEYS.items())
+SEED, BUDGET = "seed", "flops"
+"""Names of the axes that are no keys."""
+DECIDED = ("run.out", "data.seed")
+"""Keys that the grid sets itself."""
+UNSAFE = re.compile(r"[^A-Za-z0-9.+]+")
+"""What no run's name holds; `-` and `_` part its places."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on an axis."""
+
+    label: str
+    pairs: list[Written]
+
+
+Axes = dict[str, list[Point]]
+Place = dict[str, Point]
+"""Axis -> the point that a run stands at."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid file, taken apart."""
+
+    path: Path
+    out: Path
+    verb: str = "train"
+    files: list[Written] = field(default_factory=list)
+    set: list[Written] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [0])
+    axes: Axes = field(default_factory=dict)
+    zip: list[list[str]] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of its group at wandb."""
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a grid: `segvol-pl VERB *arguments`."""
+
+    number: int
+    name: str
+    verb: str
+    out: Path
+    places: dict[str, str]
+    """Axis, `seed` among them -> label."""
+    arguments: list[str]
+    config: Any = field(compare=False, repr=False)
+
+
+# ---- the file ----
+
+
+def read(path: Path, out: str | None = None) -> Grid:
+    """The grid in a file; `out` comes before its own. Raises ConfigError, naming file and line."""
+    nodes: dict[str, yaml.Node] = {}
+    for name, node in loader.read_nodes(path).value:
+        if name.value not in KEYS:
+            raise ConfigError(f"unknown key {name.value} ({_line(path, name)}){did_you_mean(name.value, KEYS)}")
+        if name.value in nodes:
+            raise ConfigError(f"{name.value} ({_line(path, name)}): is given twice: keep one")
+        nodes[name.value] = node
+    grid = _typed(path, {name: node for name, node in nodes.items() if name not in ("axes", "files", "set")}, out)
+    parts = {
+        "files": [_beside(path, written) for written in _texts(path, nodes, "files")],
+        "set": [_pair(path, grid.verb, written) for written in _texts(path, nodes, "set")],
+        "axes": _axes(path, grid.verb, nodes["axes"]) if "axes" in nodes else {},
+    }
+    grid = Grid(**{**vars(grid), **parts})
+    _check_zips(grid)
+    return grid
+
+
+def _line(path: Path, node: yaml.Node) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
+    """The keys that are plain values."""
+    values: dict[str, Any] = {"out": str(Path("runs") / path.stem)}
+    wanted = {"verb": str, "out": str, "seeds": list[int], "zip": list[list[str]], "flops": list[float]}
+    for key, node in nodes.items():
+        try:
+            values[key] = loader.convert(node, wanted[key])
+        except (ValueError, OverflowError, yaml.YAMLError):
+            raise ConfigError(f"{key} ({_line(path, node)}): {KEYS[key]}") from None
+    for key, holds in (
+        ("verb", values.get("verb", "train") in VERBS),
+        ("seeds", len(set(values.get("seeds", [0]))) == len(values.get("seeds", [0])) > 0),
+        ("flops", all(budget > 0 for budget in values.get("flops", []))),
+    ):
+        if not holds:
+            raise ConfigError(f"{key} ({_line(path, nodes[key])}): {KEYS[key]} Got {values[key]}")
+    return Grid(**{**values, "path": path, "out": Path(out or values["out"])})
+
+
+def _texts(path: Path, nodes: dict[str, yaml.Node], key: str) -> list[Written]:
+    """A text, or a list of them."""
+    node = nodes.get(key)
+    items = node.value if isinstance(node, yaml.SequenceNode) else [] if node is None else [node]
+    if any(not isinstance(item, yaml.ScalarNode) for item in items):
+        raise ConfigError(f"{key} ({_line(path, nodes[key])}): {KEYS.get(key, 'is a list of KEY=VALUE')}")
+    return [Written(item.value, _line(path, item)) for item in items]
+
+
+def _beside(path: Path, written: Written) -> Written:
+    """A file named in the grid, from the working folder."""
+    return Written(str(path.parent / written), written.origin)
+
+
+def _pair(path: Path, verb: str, written: Written) -> Written:
+    """KEY=VALUE; a section's file stands beside the grid. Raises ConfigError where it is none, or not to be set."""
+    match = PAIR.fullmatch(written)
+    if match is None:
+        raise ConfigError(f"{written} ({written.origin}): is not KEY=VALUE")
+    key, value = match.groups()
+    if key in DECIDED:
+        raise ConfigError(f"{key} ({written.origin}): the grid sets it: by `seeds` and by `out` with the run's name")
+    if value.endswith(SECTION_FILE) and loader.is_section(verb, key):
+        return Written(f"{key}={path.parent / value}", written.origin)
+    return written
+
+
+def _axes(path: Path, verb: str, node: yaml.Node) -> Axes:
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"axes ({_line(path, node)}): {KEYS['axes']}")
+    axes: Axes = {}
+    for name, points in node.value:
+        axis = name.value
+        if axis in (SEED, BUDGET, *axes):
+            why = "is given twice" if axis in axes else "has a key of its own beside `axes`"
+            raise ConfigError(f"axes.{axis} ({_line(path, name)}): {why}")
+        axes[axis] = _points(path, verb, axis, points)
+        labels = [point.label for point in axes[axis]]
+        if len(set(labels)) < max(1, len(labels)):
+            why = f"two points are called {max(labels, key=labels.count)}: name them" if labels else "has no points"
+            raise ConfigError(f"axes.{axis} ({_line(path, name)}): {why}")
+    return axes
+
+
+def _points(path: Path, verb: str, axis: str, node: yaml.Node) -> list[Point]:
+    """`key: [value, ...]`, or `name: {point: [KEY=VALUE, ...], ...}`."""
+    if isinstance(node, yaml.SequenceNode):
+        values = [(item, _flow(item)) for item in node.value]
+        return [
+            Point(_label(text), [_pair(path, verb, Written(f"{axis}={text}", _line(path, item)))])
+            for item, text in values
+        ]
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"axes.{axis} ({_line(path, node)}): {KEYS['axes']}")
+    return [
+        Point(
+            _label(name.value),
+            [_pair(path, verb, written) for written in _texts(path, {name.value: pairs}, name.value)],
+        )
+        for name, pairs in node.value
+    ]
+
+
+def _flow(node: yaml.Node) -> str:
+    """A value as it stands behind `key=`."""
+    if not isinstance(node, yaml.CollectionNode):
+        return str(node.value)
+    node.flow_style = True
+    return yaml.serialize(node, width=math.inf).strip()
+
+
+def _label(text: str) -> str:
+    """The value as a part of a run's name."""
+    return UNSAFE.sub("-", text).strip("-") or "none"
+
+
+def _check_zips(grid: Grid) -> None:
+    zipped = [axis for group in grid.zip for axis in group]
+    for axis in zipped:
+        if axis not in grid.axes or zipped.count(axis) > 1:
+            why = "is in two lists" if axis in grid.axes else f"is no axis{did_you_mean(axis, grid.axes)}"
+            raise ConfigError(f"zip ({grid.path}): {axis} {why}")
+    for group in grid.zip:
+        lengths = {axis: len(grid.axes[axis]) for axis in group}
+        if len(set(lengths.values())) > 1:
+            raise ConfigError(f"zip ({grid.path}): what steps together is equally long, these are {lengths}")
+
+
+# ---- the runs ----
+
+
+def expand(grid: Grid, given: Sequence[str] = ()) -> list[Run]:
+    """All runs, in order. `given`: KEY=VALUE of the command line, for every run; it wins over `set`.
+
+    Raises ConfigError for whatever a run's verb would refuse, naming where it is written.
+    """
+    decided = dict.fromkeys(DECIDED, "the grid sets it: out=DIR and `seeds` are for that")
+    varied = {_key(pair) for points in grid.axes.values() for point in points for pair in point.pairs}
+    refused = {**dict.fromkeys(varied, "varies in the grid"), **decided}
+    for pair in given:
+        if _key(pair) in refused:
+            raise ConfigError(f"{_key(pair)} (command line): {refused[_key(pair)]}", _key(pair))
+    runs = [_run(grid, number, place, seed, given) for number, (place, seed) in enumerate(_places(grid))]
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{grid.path}: two runs are called {max(names, key=names.count)}: name their points apart")
+    return runs
+
+
+def _key(pair: str) -> str:
+    match = PAIR.fullmatch(pair)
+    if match is None:
+        raise ConfigError(f"{pair}: is not KEY=VALUE")
+    return match[1]
+
+
+def _places(grid: Grid) -> Iterator[tuple[Place, int]]:
+    """Every combination of the axes with every seed, seeds fastest."""
+    leader = {axis: group[0] for group in grid.zip for axis in group}
+    groups = [[axis for axis in grid.axes if leader.get(axis, axis) == first] for first in grid.axes]
+    steps = [
+        [dict(zip(group, points, strict=True)) for points in zip(*(grid.axes[axis] for axis in group), strict=True)]
+        for group in groups
+        if group
+    ]
+    if grid.flops:
+        steps.append([{BUDGET: Point(f"{budget:g}", [])} for budget in grid.flops])
+    for parts in itertools.product(*steps):
+        for seed in grid.seeds:
+            yield {axis: point for part in parts for axis, point in part.items()}, seed
+
+
+def _run(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str]) -> Run:
+    labels = {**{axis: point.label for axis, point in place.items()}, SEED: str(seed)}
+    name = "_".join(f"{_short(axis, grid.axes)}-{label}" for axis, label in labels.items())
+    pairs = [*grid.set, *(pair for point in place.values() for pair in point.pairs)]
+    out = grid.out / name
+    tracked = [f"track.group={grid.name}", f"track.name={name}"]
+    arguments: list[str] = [*grid.files, *tracked, *(_filled(pair, labels) for pair in pairs), *given]
+    arguments += [f"data.seed={seed}", f"run.out={out}"]
+    if BUDGET in place:
+        arguments.append(_steps(grid, arguments, float(labels[BUDGET])))
+    return Run(number, name, grid.verb, out, labels, arguments, loader.load(grid.verb, arguments))
+
+
+def _short(axis: str, axes: Axes) -> str:
+    """The last part of a key, where no other axis ends so."""
+    leaf = axis.rpartition(".")[2]
+    return _label(axis if [other.rpartition(".")[2] for other in axes].count(leaf) > 1 else leaf)
+
+
+def _filled(pair: Written, labels: dict[str, str]) -> Written:
+    """With `{axis}` replaced. Other braces belong to the value."""
+    return Written(re.sub(r"\{([\w.]+)\}", lambda match: labels.get(match[1], match[0]), pair), pair.origin)
+
+
+# ---- budgets of compute ----
+
+
+def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
+    """`optim.max_steps` that spends the budget. Raises ConfigError where that is less than the warm-up."""
+    config = loader.load(grid.verb, [*arguments, "optim.max_steps=1"])
+    step = config.data.global_batch * volume_flops(config)
+    steps = round(budget / step)
+    if steps <= config.optim.warmup_steps:
+        raise ConfigError(
+            f"flops ({grid.path}): {budget:.3g} buys {steps} steps of {config.run.out}, optim.warmup_steps is "
+            f"{config.optim.warmup_steps}: raise the budget or shorten the warm-up"
+        )
+    return Written(f"optim.max_steps={steps}", str(grid.path))
+
+
+def volume_flops(config: Any) -> int:
+    """Training FLOPs of one volume, forward and backward."""
+    return flops.total(flops.volume_work(config)).total
+
+
+def parameters(config: Any) -> int:
+    """Trainable parameters of a run's model."""
+    return sum(flops.run_parameters(config).values())

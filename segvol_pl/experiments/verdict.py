@@ -1,0 +1,268 @@
+"""Whether the data support a law: what is claimed, what is refused, and why, in words.
+
+1. Before a fit: enough different values of each variable, enough runs.
+2. The loss must fall with each variable: a one-sided t-test on the logs, at 1 %.
+3. After it: each exponent told from 0; each term's effect larger than its interval; the floor told from 0, else there
+   is no curvature that a floor could be read from.
+4. The largest settings, predicted from the others, must lie within the interval stated for them.
+5. Where settings were run with several seeds, what the law misses is held against their spread: a caution alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from segvol_pl.experiments.laws import Fit, Law, bootstrap, fit
+
+VALUES, SPARE = 3, 3
+"""Different values that a variable needs; runs that a fit needs beyond its parameters."""
+TREND, MISFIT, LEVEL = 0.01, 0.01, 0.95
+LEAST_FLOOR = 0.01
+"""Share of the smallest loss below which the floor's interval must not reach."""
+SYMBOLS = {"params": "N", "samples": "D"}
+EXPONENTS = {"params": "alpha", "samples": "beta"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its interval of 95 %."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def plain(self) -> dict[str, float]:
+        """For JSON."""
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The largest settings, predicted from the others."""
+
+    settings: int
+    runs: int
+    error: float
+    """Mean size of predicted over measured, minus 1."""
+    inside: int
+    """Runs that lie within their prediction's interval."""
+    predictions: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A law, its fit where one was possible, and the verdict."""
+
+    law: Law
+    where: str
+    """Which runs it was fitted to."""
+    runs: int
+    reasons: list[str]
+    """Why it is not supported; empty where it is."""
+    cautions: list[str] = field(default_factory=list)
+    fit: Fit | None = None
+    coefficients: dict[str, Interval] = field(default_factory=dict)
+    together: dict[str, Interval] = field(default_factory=dict)
+    """Wider intervals that hold all coefficients at once."""
+    held_out: HeldOut | None = None
+
+    @property
+    def supported(self) -> bool:
+        """Whether the data support the law."""
+        return not self.reasons
+
+
+def judge(
+    law: Law, logs_RT: np.ndarray, loss_R: np.ndarray, share: float, count: int, seed: int, where: str = "all runs"
+) -> Judged:
+    """Fits the law and says what can be claimed. share: of the settings, held out; count: bootstrap samples."""
+    # Without a trend there is nothing to fit: whatever form is found is that of the noise.
+    if reasons := _too_few(law, logs_RT) or _trends(law, logs_RT, loss_R):
+        return Judged(law, where, len(loss_R), reasons)
+    fitted = bootstrap(fit(law, logs_RT, loss_R), count, seed)
+    reasons = _doubts(fitted, loss_R)
+    held_out = extrapolate(law, logs_RT, loss_R, share, count, seed)
+    # A law that is refused already is not refused once more for what follows from it.
+    if not reasons and held_out is not None and held_out.inside < (held_out.runs + 1) // 2:
+        outside = f"{held_out.runs - held_out.inside} of the {held_out.runs} largest runs"
+        reasons.append(
+            f"it does not extrapolate: {outside} lie outside the interval predicted from the others "
+            f"(error {held_out.error:.1%})"
+        )
+    cautions = [*_misfit(fitted, loss_R), *_unheld(held_out)]
+    alone, together = intervals(fitted)
+    return Judged(law, where, len(loss_R), reasons, cautions, fitted, alone, together, held_out)
+
+
+def _too_few(law: Law, logs_RT: np.ndarray) -> list[str]:
+    reasons = []
+    for variable, column in zip(law.variables, logs_RT.T, strict=True):
+        values = len(np.unique(column))
+        if values < VALUES + law.floor:
+            reasons.append(f"too few values of {SYMBOLS[variable]}: {values}, needs {VALUES + law.floor}")
+    needed = law.size + SPARE
+    if len(logs_RT) < needed:
+        reasons.append(f"too few runs: {len(logs_RT)}, its {law.size} parameters need {needed}")
+    return reasons
+
+
+def _trends(law: Law, logs_RT: np.ndarray, loss_R: np.ndarray) -> list[str]:
+    """A power law falls everywhere: on noise, the log of the loss has no slope. One-sided, all variables at once."""
+    design = np.column_stack([np.ones(len(loss_R)), logs_RT])
+    slopes, rest, _, _ = np.linalg.lstsq(design, np.log(loss_R), rcond=None)
+    freedom = len(loss_R) - design.shape[1]
+    variance = float(rest[0]) / freedom if rest.size else 0.0
+    errors = np.sqrt(np.maximum(variance * np.diag(np.linalg.pinv(design.T @ design)), 1e-300))
+    reasons = []
+    for variable, slope, error in zip(law.variables, slopes[1:], errors[1:], strict=True):
+        chance = float(stats.t.cdf(slope / error, freedom))
+        if chance > TREND / len(law.variables):
+            told = f"{slope:+.4f} in log loss per e-fold (p = {chance:.2g})"
+            reasons.append(f"the loss does not fall with {SYMBOLS[variable]}: {told}")
+    return reasons
+
+
+def _doubts(fitted: Fit, loss_R: np.ndarray) -> list[str]:
+    law, alone, reasons = fitted.law, intervals(fitted)[0], []
+    for place, variable in enumerate(law.variables):
+        exponent = alone[EXPONENTS[variable]]
+        if not exponent.low > 0:
+            reasons.append(f"{EXPONENTS[variable]} is not told from 0: {_shown(exponent)}")
+            continue
+        effect = _effect(fitted, place)
+        if effect.high - effect.low > effect.value:
+            told = f"{SYMBOLS[variable]} changes the loss by {effect.value:.1%} over the runs"
+            reasons.append(
+                f"the interval is wider than the effect: {told}, interval {effect.low:.1%} to {effect.high:.1%}"
+            )
+    if law.floor and alone["E"].low < LEAST_FLOOR * loss_R.min():
+        reasons.append(f"no curvature: the floor E is not told from 0: {_shown(alone['E'])}")
+    return reasons
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:.3g}, interval {interval.low:.3g} to {interval.high:.3g}"
+
+
+def _effect(fitted: Fit, place: int) -> Interval:
+    """Loss at the variable's smallest over that at its largest value, minus 1, the others at their means."""
+    ends = np.tile(fitted.centre_T, (2, 1))
+    ends[:, place] = fitted.logs_RT[:, place].min(), fitted.logs_RT[:, place].max()
+    estimate, samples = (
+        np.array([np.log(losses[0] / losses[1]) for losses in (fitted.predict(ends, theta) for theta in thetas)])
+        for thetas in ([fitted.theta_P], fitted.samples_SP)
+    )
+    low, high = np.quantile(fitted.widened(estimate[0], samples), tails())
+    return Interval(*(float(np.expm1(value)) for value in (estimate[0], low, high)))
+
+
+def tails() -> tuple[float, float]:
+    """Quantiles that an interval of `LEVEL` lies between."""
+    return (1 - LEVEL) / 2, (1 + LEVEL) / 2
+
+
+def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:
+    """Of each coefficient alone, and of all together: 95 % of the bootstrap samples lie within all of the latter."""
+    named = fitted.coefficients(fitted.theta_P)
+    samples = [fitted.coefficients(theta) for theta in fitted.samples_SP]
+    # E, A and B are positive and spread by factors, exponents by amounts.
+    to = {name: np.log if name in ("E", "A", "B") else np.asarray for name in named}
+    back = {name: np.exp if name in ("E", "A", "B") else np.asarray for name in named}
+    estimate = np.array([to[name](value) for name, value in named.items()])
+    spread_SP = np.array([[to[name](sample[name]) for name in named] for sample in samples])
+    spread_SP = fitted.widened(estimate, spread_SP)
+    alone = np.quantile(spread_SP, tails(), axis=0)
+    half = np.maximum(np.where(spread_SP < estimate, estimate - alone[0], alone[1] - estimate), 1e-12)
+    wider = max(1.0, float(np.quantile((np.abs(spread_SP - estimate) / half).max(axis=1), LEVEL)))
+    both = estimate + (alone - estimate) * wider
+
+    def named_intervals(ends: np.ndarray) -> dict[str, Interval]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # exp of an end that no data bound
+            return {
+                name: Interval(named[name], float(back[name](ends[0, place])), float(back[name](ends[1, place])))
+                for place, name in enumerate(named)
+            }
+
+    return named_intervals(alone), named_intervals(both)
+
+
+# ---- what the law says of runs that it has not seen ----
+
+
+def predicted(fitted: Fit, logs_RT: np.ndarray, noise: bool, seed: int = 0) -> list[Interval]:
+    """Losses with intervals: of the law, or with `noise` of one run."""
+    estimate = np.log(fitted.predict(logs_RT))
+    samples_SR = np.log([fitted.predict(logs_RT, theta) for theta in fitted.samples_SP])
+    if noise:
+        rng = np.random.default_rng(seed)
+        samples_SR = samples_SR + fitted.noise * rng.standard_normal(samples_SR.shape)
+    low, high = np.quantile(fitted.widened(estimate, samples_SR), tails(), axis=0)
+    return [Interval(*row) for row in np.exp(np.stack([estimate, low, high], axis=1)).tolist()]
+
+
+def extrapolate(
+    law: Law, logs_RT: np.ndarray, loss_R: np.ndarray, share: float, count: int, seed: int
+) -> HeldOut | None:
+    """The largest settings (by N x D) predicted from the others; None where the others are too few for the law."""
+    settings, setting_R = np.unique(logs_RT, axis=0, return_inverse=True)
+    largest = np.argsort(settings.sum(axis=1), kind="stable")[::-1][: max(1, round(share * len(settings)))]
+    held_R = np.isin(setting_R.reshape(-1), largest)
+    if _too_few(replace(law, floor=False), logs_RT[~held_R]) or (~held_R).sum() < law.size + SPARE:
+        return None
+    fitted = bootstrap(fit(law, logs_RT[~held_R], loss_R[~held_R]), count, seed)
+    expected = predicted(fitted, logs_RT[held_R], noise=True, seed=seed)
+    pairs = list(zip(expected, loss_R[held_R].tolist(), strict=True))
+    return HeldOut(
+        settings=len(largest),
+        runs=len(pairs),
+        error=float(np.mean([abs(interval.value / loss - 1) for interval, loss in pairs])),
+        inside=sum(interval.low <= loss <= interval.high for interval, loss in pairs),
+        predictions=[{"measured": loss, **interval.plain} for interval, loss in pairs],
+    )
+
+
+def _misfit(fitted: Fit, loss_R: np.ndarray) -> list[str]:
+    """F-test of lack of fit: what the law misses of the settings' means, against the spread of seeds."""
+    settings, setting_R = np.unique(fitted.logs_RT, axis=0, return_inverse=True)
+    y, count = np.log(loss_R), np.bincount(setting_R.reshape(-1))
+    inner, outer = len(y) - len(settings), len(settings) - fitted.law.size
+    if inner < 1 or outer < 1:
+        return (
+            ["no setting was run with several seeds: noise cannot be told from what the law misses"]
+            if inner < 1
+            else []
+        )
+    means = np.bincount(setting_R.reshape(-1), y) / count
+    pure = float(((y - means[setting_R.reshape(-1)]) ** 2).sum()) / inner
+    missed = float((count * (means - np.log(fitted.predict(settings))) ** 2).sum()) / outer
+    chance = float(stats.f.sf(missed / max(pure, 1e-300), outer, inner))
+    if chance > MISFIT:
+        return []
+    return [f"the law misses the settings' means by more than the seeds' spread explains (F-test, p = {chance:.2g})"]
+
+
+def _unheld(held_out: HeldOut | None) -> list[str]:
+    return ["too few settings to hold the largest ones out: extrapolation is untested"] if held_out is None else []
+
+
+def plain(judged: Judged) -> dict[str, Any]:
+    """For JSON."""
+    return {
+        "law": judged.law.formula,
+        "where": judged.where,
+        "runs": judged.runs,
+        "supported": judged.supported,
+        "reasons": judged.reasons,
+        "cautions": judged.cautions,
+        "coefficients": {name: interval.plain for name, interval in judged.coefficients.items()},
+        "together": {name: interval.plain for name, interval in judged.together.items()},
+        "noise": judged.fit.noise if judged.fit else None,
+        "held_out": vars(judged.held_out) if judged.held_out else None,
+    }

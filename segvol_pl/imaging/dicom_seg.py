@@ -1,0 +1,102 @@
+"""A label map as a DICOM Segmentation object that refers to the slices of its CT. Needs highdicom (extra `dicom`).
+
+1. The CT must be a DICOM folder: a segmentation object copies patient, study and geometry from its slices.
+2. Each category becomes one segment; a name is no standard code, so it stands as a local one, "99SEGVOL".
+
+Letters: see data/sample.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from segvol_pl import __version__
+from segvol_pl.atomic import replacing
+from segvol_pl.imaging.volume import Volume, VolumeError, slice_files, to_native
+
+if TYPE_CHECKING:
+    from highdicom.seg import SegmentDescription
+
+SCHEME = "99SEGVOL"
+"""A scheme that begins with 99 is a local one."""
+
+NEEDED = ("FrameOfReferenceUID", "StudyInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "PixelSpacing")
+"""What a segmentation object copies from its slices, and old or hand-made files may lack."""
+
+
+def check_dicom_seg(image: Path) -> None:
+    """Raises VolumeError where highdicom is missing, or the CT is no DICOM folder or its slices lack what is needed."""
+    if find_spec("highdicom") is None:
+        raise VolumeError("out: a DICOM SEG is written by highdicom, which is missing: pip install 'segvol_pl[dicom]'")
+    if not image.is_dir():
+        raise VolumeError(f"out: a DICOM SEG refers to the slices of a DICOM folder; {image} is none: write .nii.gz")
+    import pydicom
+
+    lacking = [name for name in NEEDED if name not in pydicom.dcmread(slice_files(image)[0], stop_before_pixels=True)]
+    if lacking:
+        raise VolumeError(f"out: a DICOM SEG cannot refer to slices without {', '.join(lacking)}, as {image} holds")
+
+
+def write_dicom_seg(label_DHW: np.ndarray, names: Sequence[str], volume: Volume, path: Path) -> None:
+    """The label map (or a bool mask) as binary segments: value 1 is named by the first of `names`.
+
+    Raises VolumeError as `check_dicom_seg` does, and where the map is empty.
+    """
+    check_dicom_seg(volume.path)
+    import highdicom
+    import pydicom
+
+    sources = [pydicom.dcmread(file) for file in slice_files(volume.path)]
+    for source in sources:
+        # By where the slices lie: what they state of it may be missing or wrong, and readers lay out the frames by it.
+        source.SpacingBetweenSlices = f"{np.linalg.norm(volume.native.affine[:3, 0]):.10g}"
+    found = np.unique(label_DHW).astype(np.uint16)
+    values = found[found > 0]
+    if not values.size:
+        raise VolumeError(f"{path}: nothing was found, and a DICOM SEG cannot be empty: write .nii.gz")
+    # Segments are numbered without gaps.
+    number_of = np.zeros(values[-1] + 1, np.uint16)
+    number_of[values] = np.arange(1, len(values) + 1)
+    written = highdicom.seg.Segmentation(
+        source_images=sources,
+        pixel_array=number_of[to_native(label_DHW, volume).astype(np.uint16)],
+        segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
+        segment_descriptions=[_segment(number, names[int(value) - 1]) for number, value in enumerate(values, start=1)],
+        series_instance_uid=highdicom.UID(),
+        series_number=int(sources[0].get("SeriesNumber") or 0) + 1000,
+        sop_instance_uid=highdicom.UID(),
+        instance_number=1,
+        manufacturer="segvol_pl",
+        manufacturer_model_name="SegVol",
+        software_versions=__version__,
+        device_serial_number="0",
+        series_description="SegVol",
+    )
+    with replacing(path) as part:
+        written.save_as(part)
+
+
+def _segment(number: int, name: str) -> SegmentDescription:
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentAlgorithmTypeValues, SegmentDescription
+    from pydicom.sr.codedict import codes
+    from pydicom.sr.coding import Code
+
+    # A code's value has at most 16 characters, a name may be longer.
+    code = Code(hashlib.sha256(name.encode()).hexdigest()[:16], SCHEME, name[:64])
+    return SegmentDescription(
+        segment_number=number,
+        segment_label=name[:64],
+        segmented_property_category=codes.SCT.AnatomicalStructure,
+        segmented_property_type=code,
+        algorithm_type=SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=AlgorithmIdentificationSequence(
+            name="SegVol", version=__version__, family=codes.DCM.ArtificialIntelligence
+        ),
+    )

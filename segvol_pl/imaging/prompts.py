@@ -1,0 +1,133 @@
+"""Prompts: what a user, or the sampler, says about the structure wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from segvol_pl.config import ConfigError
+from segvol_pl.config.loader import own_function
+from segvol_pl.data.schema import Box
+
+INSIDE, OUTSIDE, PADDING = 1, 0, -1
+"""Labels of points, as in the published model."""
+
+ABSENT = -2
+"""Label of a place in a points array that holds none: attention leaves it out. (PADDING is a token, as published.)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """Any of text, points, a box and marks, in voxels of the array that the prompt is about.
+
+    text: category name, as in the text bank ("liver").
+    points_N3: int, (d, h, w) rows; labels_N: 1 inside, 0 outside.
+    box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
+    marks: int, (d, h, w) rows of each of the user's own kinds, by their names in the model's configuration.
+    Raises ValueError where nothing is given, shapes are wrong, or the box is inverted.
+    """
+
+    text: str | None = None
+    points_N3: np.ndarray | None = None
+    labels_N: np.ndarray | None = None
+    box: Box | None = None
+    marks: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.text is None and self.points_N3 is None and self.box is None and not self.marks:
+            raise ValueError("a prompt needs at least one of text, points, box, marks")
+        if self.points_N3 is not None:
+            self._check_points(self.points_N3)
+        if self.box is not None:
+            self._check_box(self.box)
+
+    def _check_points(self, points_N3: np.ndarray) -> None:
+        if points_N3.ndim != 2 or points_N3.shape[1] != 3 or len(points_N3) == 0:
+            raise ValueError(f"points have shape {points_N3.shape}, expected (N, 3) with N >= 1")
+        if self.labels_N is None or len(self.labels_N) != len(points_N3):
+            raise ValueError("points need one label each: 1 inside, 0 outside")
+
+    @staticmethod
+    def _check_box(box: tuple[int, ...]) -> None:
+        if len(box) != 6:
+            raise ValueError(f"a box has 6 numbers d0 h0 w0 d1 h1 w1, got {len(box)}")
+        if any(low > high for low, high in zip(box[:3], box[3:], strict=True)):
+            raise ValueError(f"box {list(box)} is inverted: its minimum exceeds its maximum")
+
+
+def box_of(mask_DHW: np.ndarray) -> Box:
+    """Inclusive bounding box `d0 h0 w0 d1 h1 w1` of a mask. Raises ValueError for an empty one."""
+    deep = np.flatnonzero(mask_DHW.reshape(len(mask_DHW), -1).any(axis=1))
+    if deep.size == 0:
+        raise ValueError("an empty mask has no box")
+    d0, d1 = int(deep[0]), int(deep[-1])
+    plane_HW = np.any(mask_DHW[d0 : d1 + 1], axis=0)
+    high, wide = np.flatnonzero(plane_HW.any(axis=1)), np.flatnonzero(plane_HW.any(axis=0))
+    return d0, int(high[0]), int(wide[0]), d1, int(high[-1]), int(wide[-1])
+
+
+def draw_points(
+    mask_DHW: np.ndarray, rng: np.random.Generator, positive: int, negative: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`positive` voxels inside the mask and `negative` outside, drawn with replacement.
+
+    Returns points_N3 (int64) and labels_N (int64: 1 inside, 0 outside). Raises ValueError for an empty mask.
+    A mask without an outside gets no negative points.
+    """
+    inside = np.flatnonzero(mask_DHW)
+    if inside.size == 0:
+        raise ValueError("points cannot be drawn from an empty mask")
+    chosen = [rng.choice(inside, size=positive)]
+    if inside.size < mask_DHW.size and negative > 0:
+        chosen.append(_draw_outside(mask_DHW, rng, negative))
+    labels_N = np.repeat([INSIDE, OUTSIDE][: len(chosen)], [len(part) for part in chosen])
+    points_N3 = np.stack(np.unravel_index(np.concatenate(chosen), mask_DHW.shape), axis=1)
+    return points_N3.astype(np.int64), labels_N.astype(np.int64)
+
+
+def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    # Masks are mostly outside, so rejection is far cheaper than listing every outside voxel.
+    flat = mask_DHW.reshape(-1)
+    drawn = rng.integers(flat.size, size=8 * count)
+    outside = drawn[~flat[drawn].astype(bool)]
+    return outside[:count] if outside.size >= count else rng.choice(np.flatnonzero(~flat.astype(bool)), size=count)
+
+
+def draw_marks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The voxels (d, h, w) that the user's own function marks for a mask that is not empty: int64, one row each.
+
+    Raises ConfigError where there is no such function, or where it gives something else.
+    """
+    marks_M3 = np.asarray(own_function(name, "model.marks")(mask_DHW, rng))
+    if marks_M3.ndim != 2 or marks_M3.shape[1] != 3:
+        raise ConfigError(
+            f"model.marks: {name} gave an array of {list(marks_M3.shape)}, not rows of d h w", "model.marks"
+        )
+    return marks_M3.astype(np.int64)
+
+
+def gathered_marks(marks: dict[str, np.ndarray], marked: dict[str, int]) -> np.ndarray:
+    """The marks of all kinds that a model knows, (M,3), those of one kind behind those of another; zeros where lacking.
+
+    marked: kind -> how many. Raises ConfigError for a kind that the model does not know, or that has another number.
+    """
+    for name, marks_M3 in marks.items():
+        if name not in marked:
+            known = ", ".join(marked) or "none"
+            raise ConfigError(f"prompts: the model has no marks {name}; its model.marks: {known}", "prompts")
+        if len(marks_M3) != marked[name]:
+            raise ConfigError(f"model.marks: {name} marks {len(marks_M3)} voxels, not {marked[name]}", "model.marks")
+    rows = [marks.get(name, np.zeros((count, 3), np.int64)) for name, count in marked.items()]
+    return np.concatenate([np.zeros((0, 3), np.int64), *rows])
+
+
+def jitter_box(box: Box, shape: tuple[int, ...], share: float, rng: np.random.Generator) -> Box:
+    """Each face moved by up to `share` of the box's extent, kept inside `shape` (paper Sec. 2.2)."""
+    low, high = np.array(box[:3]), np.array(box[3:])
+    reach = share * (high - low + 1)
+    moved = np.rint(rng.uniform(-1, 1, size=(2, 3)) * reach).astype(int)
+    low = np.clip(low + moved[0], 0, np.array(shape) - 1)
+    high = np.clip(high + moved[1], low, np.array(shape) - 1)
+    d0, h0, w0, d1, h1, w1 = (int(value) for value in (*low, *high))
+    return d0, h0, w0, d1, h1, w1

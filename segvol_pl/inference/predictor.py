@@ -1,0 +1,459 @@
+"""From a CT file and prompts to masks on the CT's own grid.
+
+1. `Predictor.from_checkpoint` loads the model once.
+2. `Predictor.open` reads a CT, measures its intensity, crops it to the body and encodes it once.
+3. `Session.segment` answers any number of prompts about it, each a zoom-out-zoom-in, or refines a mask found before;
+   `Session.segment_all` puts many categories into one label map.
+4. `Mask.save` and `LabelMap.save` write on the grid of the file that the CT came from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from segvol_pl.atomic import write_text
+from segvol_pl.config import Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
+from segvol_pl.data.schema import Box, Intensity, SampleError
+from segvol_pl.imaging.dicom_seg import check_dicom_seg, write_dicom_seg
+from segvol_pl.imaging.prompts import Prompt
+from segvol_pl.imaging.transforms import Normalised, body_box, box_slices, intensity_of
+from segvol_pl.imaging.volume import WRITABLE, Volume, VolumeError, read_label, read_volume, to_native, write_mask
+from segvol_pl.inference.prompt_coordinates import PromptError, check_prompt, into_crop, prompt_of
+from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomResult
+from segvol_pl.model.checkpoint import load_model
+from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
+from segvol_pl.training.strategies import autocast, own_device
+
+__all__ = ["LabelMap", "Mask", "Predictor", "PromptError", "Score", "Session", "into_crop", "predict", "prompt_of"]
+
+log = logging.getLogger(__name__)
+
+DICOM_SEG = ".dcm"
+
+AIR = -200
+"""HU. Every CT holds air somewhere, in the lungs, the bowel or around the body; an MR has no values this low."""
+
+SAY_EVERY = 5.0
+"""Seconds between two lines of progress."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A structure found in a CT.
+
+    array_DHW: bool, on the CT's grid in canonical axes (superior, anterior, right). numpy takes a Mask as this array.
+    roi: region that was zoomed into, in the CT's voxels; None where zooming out found nothing.
+    prompt: what was asked, in the CT's voxels. probability: mean over the mask as the model states it; 0 without one.
+    """
+
+    array_DHW: np.ndarray
+    volume: Volume
+    roi: Box | None
+    prompt: Prompt
+    probability: float
+
+    @property
+    def voxels(self) -> int:
+        """Voxels inside."""
+        return int(np.count_nonzero(self.array_DHW))
+
+    @property
+    def millilitres(self) -> float:
+        """Volume inside, by the CT's spacing."""
+        return self.voxels * float(np.prod(self.volume.spacing)) / 1000
+
+    def native(self) -> np.ndarray:
+        """The mask as bool array on the grid of the CT's file, indexed slowest axis first, as in SimpleITK."""
+        return to_native(self.array_DHW, self.volume)
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask (uint8, 0 and 1) on the grid of the CT's file; as DICOM SEG where the name ends in .dcm.
+
+        Raises VolumeError for an unknown ending.
+        """
+        _save(self.array_DHW, [self.prompt.text or "structure"], self.volume, Path(path))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.array_DHW, dtype=dtype, copy=copy)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One category of a label map."""
+
+    category: str
+    value: int
+    """In the label map."""
+    voxels: int
+    """In the label map."""
+    millilitres: float
+    found: int
+    """Voxels of its own mask, before other categories took their share."""
+    probability: float
+    """Mean over its own mask, as the model states it; 0 where nothing was found. Not calibrated."""
+    roi: Box | None
+    """Region that was zoomed into, in the CT's voxels (canonical axes, inclusive); none where nothing was found."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """Several categories found in a CT. array_DHW: uint8, or uint16 beyond 255 of them, 0 where there is none."""
+
+    array_DHW: np.ndarray
+    volume: Volume
+    scores: list[Score]
+    overlaps: Overlaps
+
+    def save(self, path: str | Path) -> Path:
+        """Write the map on the grid of the CT's file, and names and scores as JSON beside it, whose path it returns.
+
+        Raises VolumeError for an unknown ending.
+        """
+        path = Path(path)
+        _save(self.array_DHW, [score.category for score in self.scores], self.volume, path)
+        beside = scores_file(path)
+        told = {
+            "image": self.volume.path.name,
+            "overlaps": self.overlaps.value,
+            "categories": [asdict(score) for score in self.scores],
+        }
+        write_text(beside, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
+        return beside
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.array_DHW, dtype=dtype, copy=copy)
+
+
+def scores_file(path: Path) -> Path:
+    """`organs.json` for `organs.nii.gz`."""
+    ending = next((ending for ending in (".nii.gz", *WRITABLE) if path.name.lower().endswith(ending)), path.suffix)
+    return path.with_name(path.name[: len(path.name) - len(ending)] + ".json")
+
+
+def _save(array_DHW: np.ndarray, names: list[str], volume: Volume, path: Path) -> None:
+    if path.suffix.lower() == DICOM_SEG:
+        write_dicom_seg(array_DHW, names, volume, path)
+    else:
+        write_mask(array_DHW, volume, path)
+
+
+class Predictor:
+    """A loaded model. `seed` draws the points of zoom-in windows, afresh for every prompt."""
+
+    def __init__(
+        self,
+        model: Promptable,
+        zoom: ZoomConfig | None = None,
+        precision: Precision = Precision.auto,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.zoom, self.precision, self.seed = model, zoom or ZoomConfig(), precision, seed
+        self.device = next(model.parameters()).device
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        zoom: ZoomConfig | None = None,
+        precision: Precision = Precision.auto,
+        seed: int = 0,
+    ) -> Predictor:
+        """From a training checkpoint (.ckpt) or an exported model (.safetensors). Raises CheckpointError.
+
+        device: of several GPUs, `auto` and `cuda` take the one of this process's number on its node, see `own_device`.
+        """
+        return cls(load_model(path, own_device(device)), zoom, precision, seed)
+
+    def open(self, source: str | Path | Volume, progress: Progress | None = None) -> Session:
+        """Read a CT (NIfTI, NRRD, MHA, DICOM folder) and encode it once. Raises VolumeError or SampleError.
+
+        progress: told the windows decoded and those to be decoded, of the prompts that are worked on.
+        """
+        volume = source if isinstance(source, Volume) else read_volume(source)
+        try:
+            return Session(self, volume, progress)
+        except SampleError as error:
+            raise SampleError(f"{volume.path}: {error}") from error
+
+    @property
+    def categories(self) -> list[str]:
+        """The names that a text prompt may have. Raises UnknownCategory where the model has no text bank."""
+        bank: TextBank | None = getattr(self.model, "bank", None)
+        if bank is None or not bank.names:
+            raise UnknownCategory("this model holds no text bank: import its weights with categories=FILE")
+        return bank.names
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises UnknownCategory, with the nearest names, where the model does not know the prompt's text."""
+        self.model.prompts([[prompt]])
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision to compute in, as a context."""
+        return autocast(self.device, self.precision)
+
+
+class Session:
+    """One CT before one model; prompts are in voxels of the CT in canonical axes (superior, anterior, right)."""
+
+    def __init__(self, predictor: Predictor, volume: Volume, progress: Progress | None = None) -> None:
+        self.predictor, self.volume = predictor, volume
+        intensity = intensity_of(volume.array_DHW)
+        _warn_unless_ct(intensity, volume.path)
+        self.body = body_box(volume.array_DHW, intensity)
+        image_DHW = Normalised(volume.array_DHW[box_slices(self.body)], intensity)
+        self.zoomer = Zoomer(predictor.model, image_DHW, predictor.zoom, progress)
+        with predictor.autocast():
+            self.zoomer.encode_overview()
+
+    def segment(self, prompt: Prompt, previous: Mask | np.ndarray | None = None) -> Mask:
+        """The structure that the prompt means. Raises PromptError, or UnknownCategory with the nearest names.
+
+        previous: a mask found before (bool on the CT's grid), to be refined. The model takes no masks: instead of the
+        zoom-out this one says where to zoom in, gives each window points and its box, and what the windows say replaces
+        it. Of a Mask, text and points of its prompt count on. An empty one is as none.
+        """
+        return next(self.segment_each([prompt])) if previous is None else self._refined(prompt, previous)
+
+    def segment_each(self, prompts: Sequence[Prompt]) -> Iterator[Mask]:
+        """The structures of several prompts, in their order. A window that several need is encoded once for all.
+
+        Raises as `segment` does, before the first of them is answered.
+        """
+        return (self._mask(result, prompt) for prompt, result in self._answers(prompts))
+
+    def segment_all(
+        self, categories: Sequence[str] | None = None, overlaps: Overlaps = Overlaps.probability
+    ) -> LabelMap:
+        """One label map of categories, asked by text alone: value 1 for the first; None: all that the model knows.
+
+        overlaps: whose voxels they are that several categories claim. Raises UnknownCategory, with the nearest names.
+        """
+        names = list(self.predictor.categories if categories is None else categories)
+        label_DHW = np.zeros(self.volume.array_DHW.shape, np.uint8 if len(names) < 256 else np.uint16)
+        inside_DHW = label_DHW[box_slices(self.body)]
+        best_DHW = np.full(inside_DHW.shape, -np.inf, np.float16) if overlaps is Overlaps.probability else None
+        found: list[tuple[int, float, Box | None]] = []
+        for value, (_, result) in enumerate(self._answers([Prompt(text=name) for name in names]), start=1):
+            own_DHW, logits_N = result.found(self.predictor.zoom.threshold)
+            if result.roi is not None:
+                self._claim(value, own_DHW, logits_N, box_slices(result.roi), inside_DHW, best_DHW)
+            found.append((logits_N.size, _probability(logits_N), result.roi))
+        # Of a whole volume bincount would make an int64 copy.
+        counts = np.sum([np.bincount(label_HW.reshape(-1), minlength=len(names) + 1) for label_HW in inside_DHW], 0)
+        litres = float(np.prod(self.volume.spacing)) / 1000
+        scores = [
+            Score(name, value, int(counts[value]), int(counts[value]) * litres, own, probability, self._in_ct(roi))
+            for value, (name, (own, probability, roi)) in enumerate(zip(names, found, strict=True), start=1)
+        ]
+        return LabelMap(label_DHW, self.volume, scores, overlaps)
+
+    @staticmethod
+    def _claim(
+        value: int,
+        own_DHW: np.ndarray,
+        logits_N: np.ndarray,
+        place: tuple[slice, ...],
+        label_DHW: np.ndarray,
+        best_DHW: np.ndarray | None,
+    ) -> None:
+        """Slice by slice: whole volumes of temporary arrays would not fit. logits_N: of the voxels of `own_DHW`."""
+        labels, best = label_DHW[place], None if best_DHW is None else best_DHW[place]
+        ends = np.cumsum([np.count_nonzero(own_HW) for own_HW in own_DHW])[:-1]
+        for depth, (own_HW, sure_N) in enumerate(zip(own_DHW, np.split(logits_N, ends), strict=True)):
+            claimed_HW = own_HW
+            if best is not None:
+                higher_N = sure_N > best[depth][own_HW]
+                claimed_HW = np.zeros_like(own_HW)
+                claimed_HW[own_HW] = higher_N
+                best[depth][claimed_HW] = sure_N[higher_N]
+            labels[depth][claimed_HW] = value
+
+    def _answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, ZoomResult]]:
+        for prompt in prompts:
+            self.predictor.check(prompt)
+        local = [into_crop(prompt, self.volume.array_DHW.shape, self.body) for prompt in prompts]
+        asked = [self.zoomer.prompted(prompt, np.random.default_rng(self.predictor.seed)) for prompt in local]
+        return zip(prompts, self._zoomed(asked), strict=True)
+
+    def _zoomed(self, asked: list[Any]) -> Iterator[ZoomResult]:
+        results = self.zoomer.zoom_all(asked)
+        while True:
+            # Entered for each result: left open across `yield`, it would hold for the caller's own code, for good
+            # where two such iterators end in another order than they began.
+            with self.predictor.autocast():
+                result = next(results, None)
+            if result is None:
+                return
+            yield result
+
+    def _refined(self, prompt: Prompt, previous: Mask | np.ndarray) -> Mask:
+        array_DHW, shape = np.asarray(previous, dtype=bool), self.volume.array_DHW.shape
+        if array_DHW.shape != shape:
+            raise PromptError(f"previous: a mask of {list(array_DHW.shape)}, while the CT is {list(shape)}")
+        if isinstance(previous, Mask):
+            prompt = _continued(previous.prompt, prompt)
+        inside_DHW = array_DHW[box_slices(self.body)]
+        if not inside_DHW.any():
+            return self.segment(prompt)
+        self.predictor.check(prompt)
+        local = into_crop(prompt, shape, self.body, refining=True)
+        with self.predictor.autocast():
+            result = self.zoomer.refine(local, inside_DHW, np.random.default_rng(self.predictor.seed))
+        return self._mask(result, prompt)
+
+    def _mask(self, result: ZoomResult, prompt: Prompt) -> Mask:
+        array_DHW = np.zeros(self.volume.array_DHW.shape, bool)
+        own_DHW, logits_N = result.found(self.predictor.zoom.threshold)
+        if result.roi is not None:
+            array_DHW[box_slices(self.body)][box_slices(result.roi)] = own_DHW
+        return Mask(array_DHW, self.volume, self._in_ct(result.roi), prompt, _probability(logits_N))
+
+    def _in_ct(self, roi: Box | None) -> Box | None:
+        if roi is None:
+            return None
+        d, h, w = self.body[:3]
+        return roi[0] + d, roi[1] + h, roi[2] + w, roi[3] + d, roi[4] + h, roi[5] + w
+
+
+def _probability(logits_N: np.ndarray) -> float:
+    """Mean over a mask, by the logits inside it; 0 for an empty one."""
+    return float(np.mean(1 / (1 + np.exp(-logits_N)))) if logits_N.size else 0.0
+
+
+def _continued(earlier: Prompt, later: Prompt) -> Prompt:
+    """The later prompt with the earlier one's points and marks, and its text where it has none."""
+    text = earlier.text if later.text is None else later.text
+    later = replace(later, text=text, marks={**earlier.marks, **later.marks})
+    if earlier.points_N3 is None or earlier.labels_N is None:
+        return later
+    if later.points_N3 is None or later.labels_N is None:
+        return replace(later, points_N3=earlier.points_N3, labels_N=earlier.labels_N)
+    points_N3 = np.concatenate([earlier.points_N3, later.points_N3])
+    return replace(later, points_N3=points_N3, labels_N=np.concatenate([earlier.labels_N, later.labels_N]))
+
+
+def _warn_unless_ct(intensity: Intensity, path: Path) -> None:
+    if intensity.minimum > AIR:
+        log.warning(
+            "%s: values from %d to %d, no air: not a CT in Hounsfield units, perhaps an MR; do not trust its masks",
+            *(path, intensity.minimum, intensity.maximum),
+        )
+
+
+# ---- the verb ----
+
+
+def predict(config: PredictConfig) -> Mask | LabelMap:
+    """Write the mask, or the label map, of `config.image` to `config.out` and say what was found.
+
+    Raises PromptError, UnknownCategory, TextError, CheckpointError, VolumeError or SampleError, each in one line.
+    """
+    check_prompt(config)
+    _check_out(config)
+    predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
+    names = _names(predictor, config)
+    start = time.perf_counter()
+    session = predictor.open(config.image, _progress())
+    log.info("%s: read and encoded in %.1f s", config.image, time.perf_counter() - start)
+    if len(names) > 1 or config.everything:
+        return _predict_all(session, names, config)
+    return _predict_one(session, names[0] if names else None, config)
+
+
+def _predict_one(session: Session, name: str | None, config: PredictConfig) -> Mask:
+    start = time.perf_counter()
+    previous = None if config.previous is None else read_label(config.previous, session.volume) > 0
+    if previous is not None and not previous.any():
+        log.warning("%s: the mask to refine is empty, so this is a first prompt", config.previous)
+    mask = session.segment(prompt_of(config, name, session.volume), previous)
+    mask.save(config.out)
+    if mask.roi is None:
+        log.warning("%s: zooming out found nothing for this prompt; the mask is empty", config.image)
+    log.info(
+        "%s: %d voxels, %.1f ml; segmented in %.1f s",
+        *(config.out, mask.voxels, mask.millilitres, time.perf_counter() - start),
+    )
+    return mask
+
+
+def _predict_all(session: Session, names: list[str], config: PredictConfig) -> LabelMap:
+    start = time.perf_counter()
+    labels = session.segment_all(names, config.overlaps)
+    beside = labels.save(config.out)
+    for score in labels.scores:
+        log.info("%5d  %-30s %10.1f ml  %.2f", score.value, score.category, score.millilitres, score.probability)
+    missing = [score.category for score in labels.scores if score.roi is None]
+    if missing:
+        log.warning("%s: zooming out found nothing of %s", config.image, ", ".join(missing))
+    log.info("%s: %d categories in %.1f s, scores in %s", config.out, len(names), time.perf_counter() - start, beside)
+    return labels
+
+
+def _names(predictor: Predictor, config: PredictConfig) -> list[str]:
+    """The categories asked for, all of them known. Raises UnknownCategory, TextError."""
+    if config.everything:
+        return predictor.categories
+    bank: TextBank = predictor.model.bank  # type: ignore[attr-defined]
+    unknown = [name for name in config.text if name not in bank.names]
+    if unknown and config.clip is not None:
+        extend_bank(predictor.model, unknown, config.clip)
+    elif unknown:
+        try:
+            bank.index(unknown[0])
+        except UnknownCategory as error:
+            raise UnknownCategory(f"{error}; other names need clip=FOLDER, the CLIP that made the bank") from error
+    return config.text
+
+
+def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
+    """Give the model's text bank further names, by the CLIP in the folder (or hub name) `clip`.
+
+    Raises TextError where CLIP cannot be loaded, or is not the one that made the bank: its vectors would mean nothing.
+    """
+    held: TextBank = model.bank
+    try:
+        made = TextBank.from_clip([*held.names[:1], *names], TextConfig(clip=clip))
+    except TextError as error:
+        raise TextError(f"clip: cannot load {clip}: give a local folder, or the hub name, of CLIP's files") from error
+    fits = made.vectors_KE.shape[1] == held.vectors_KE.shape[1]
+    if not held.names or not fits or not made.vectors_KE[:1].allclose(held.vectors_KE[:1].cpu(), atol=1e-3):
+        raise TextError(f"clip: {clip} did not make this model's text bank: give the one that did, or leave it out")
+    vectors_KE = made.vectors_KE[1:].to(model.text_encoder.bank_KE)
+    model.text_encoder.bank_KE = torch.cat([model.text_encoder.bank_KE, vectors_KE])
+    model.bank = TextBank([*held.names, *names], model.text_encoder.bank_KE)
+
+
+def _check_out(config: PredictConfig) -> None:
+    # What would fail at the end must fail before the work.
+    path = Path(config.out)
+    if not path.name.lower().endswith((*WRITABLE, DICOM_SEG)):
+        raise VolumeError(f"out: {path} must end in one of {', '.join(WRITABLE)}, or {DICOM_SEG} for a DICOM SEG")
+    if not path.parent.is_dir():
+        raise VolumeError(f"out: there is no folder {path.parent}: make it first")
+    if path.suffix.lower() == DICOM_SEG:
+        check_dicom_seg(Path(config.image))
+
+
+def _progress() -> Progress:
+    """Says at most every few seconds how many windows are decoded, and how fast."""
+    started = said = time.perf_counter()
+
+    def tell(done: int, wanted: int) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said > SAY_EVERY:
+            said = now
+            log.info("%d of %d windows (%.2f a second)", done, wanted, done / (now - started))
+
+    return tell

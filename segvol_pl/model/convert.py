@@ -1,0 +1,106 @@
+"""Released weights in, and work done here back out (verbs `import` and `export`).
+
+1. `import_weights` reads the published file, accounts for every tensor and writes a .safetensors with the
+   configuration, a text bank made by the file's own CLIP tower, and all that this model only carries along.
+2. `export` writes a model to .safetensors, or to the published `.pth` layout, so that it runs in the published code.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from segvol_pl.config import ImportConfig, Rule, SegVolConfig
+from segvol_pl.model.checkpoint import (
+    BANK,
+    Weights,
+    differences,
+    is_exported,
+    is_trained,
+    listed,
+    load_exactly,
+    read_weights,
+    write_safetensors,
+    write_weights,
+)
+from segvol_pl.model.image_encoder import ImageEncoder
+from segvol_pl.model.released import CheckpointError, Contents, encoder_of, read_contents, write_pth
+from segvol_pl.model.segvol import SegVol
+from segvol_pl.model.text_encoder import TextBank
+from segvol_pl.packing.cases import load_categories
+
+log = logging.getLogger(__name__)
+
+
+def import_weights(config: ImportConfig) -> Path:
+    """Released weights -> .safetensors that `train`, `evaluate` and `predict` take.
+
+    A released image encoder alone becomes one that `train` takes as `pretrained=`. Raises CheckpointError for a file
+    that cannot be used or is not the configured model, CaseError for the categories, TextError for the tokenizer.
+    """
+    target = _checked_target(config.out, (".safetensors",))
+    contents = read_contents(Path(config.source))
+    if is_exported(contents) or is_trained(contents):
+        raise CheckpointError(f"{config.source}: was written by segvol-pl; import reads released weights")
+    if not any("mask_decoder." in name for name in contents.tensors):
+        return _import_encoder(contents, config.model, target)
+    weights = read_weights(contents, config.model)
+    bank = _bank_of(config, weights)
+    model = SegVol(config.model, bank)
+    report = load_exactly(model, {**weights.tensors, BANK: bank.vectors_KE}, weights.path, config.allow)
+    log.info("%s; %d carried along (text tower, parts never run)", report, len(weights.carried))
+    return write_weights(replace(weights, categories=bank.names, tensors=model.state_dict()), target)
+
+
+def _bank_of(config: ImportConfig, weights: Weights) -> TextBank:
+    if config.categories is None:
+        log.warning("no categories=FILE: the import answers points and boxes, and no text")
+        return TextBank.empty(config.model.text_dim)
+    return TextBank.of_tower(sorted(load_categories(config.categories)), weights.tower, config.text, weights.path)
+
+
+def _import_encoder(contents: Contents, config: SegVolConfig, target: Path) -> Path:
+    encoder = ImageEncoder(config)
+    log.info("image encoder alone: %s", load_exactly(encoder, encoder_of(contents), contents.path))
+    return write_safetensors({f"image_encoder.{name}": value for name, value in encoder.state_dict().items()}, target)
+
+
+def export(source: str | Path, target: str | Path, published: str | Path | None = None) -> Path:
+    """A model -> .safetensors that stands alone, or the published `.pth` layout. Raises CheckpointError.
+
+    published: released weights, or their import, that give what the published layout holds beside this model's
+    weights: CLIP's text tower and parts never run. Not needed where `source` is an import itself.
+    """
+    target = _checked_target(target, (".safetensors", ".pth"))
+    weights = read_weights(Path(source))
+    beside = weights if published is None else read_weights(Path(published), weights.config)
+    if target.suffix == ".safetensors":
+        return write_weights(replace(weights, carried=beside.carried, order=beside.order), target)
+    return _export_published(weights, beside, target)
+
+
+def _export_published(weights: Weights, beside: Weights, target: Path) -> Path:
+    if weights.config.coordinates is not Rule.published:
+        raise CheckpointError(
+            f"{weights.path}: has model.coordinates=consistent; the published code computes the others"
+        )
+    if not beside.order:
+        raise CheckpointError(f"{beside.path}: lacks CLIP's text tower: give the published weights as third argument")
+    tensors = {name: value for name, value in {**weights.tensors, **beside.carried}.items() if name != BANK}
+    wanted = {name: value for name, value in {**beside.tensors, **beside.carried}.items() if name != BANK}
+    if lost := [name for name in beside.order if name not in tensors]:
+        raise CheckpointError(f"{weights.path}: lacks {listed(lost)}, which {beside.path} has: import that again")
+    if problems := differences(wanted, tensors):
+        raise CheckpointError(
+            f"{weights.path} is of another model than {beside.path}: {listed(problems.values(), '; ')}"
+        )
+    write_pth({name: tensors[name] for name in beside.order}, target)
+    return target
+
+
+def _checked_target(target: str | Path, endings: tuple[str, ...]) -> Path:
+    target = Path(target)
+    if target.suffix not in endings:
+        raise CheckpointError(f"{target}: must end in {' or '.join(endings)}")
+    return target

@@ -1,0 +1,277 @@
+"""Which label map belongs to which CT.
+
+1. `find_cases` expands `images` and `labels` (file, DICOM folder, folder of cases or glob) and pairs them by id;
+   `read_cases` reads the pairs that a CSV or JSON file states.
+2. `load_categories` reads which label values a category name means.
+
+What cannot be paired is an error that lists it: no CT is left out, or left unlabelled, unsaid.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import glob
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segvol_pl.imaging.volume import READABLE, files_of, is_dicom
+
+IMAGE_ENDINGS = ("_ct", "_image", "_0000", "_dicom")
+LABEL_ENDINGS = ("_seg", "_label")
+
+LISTED = 10
+"""Names that an error lists at most."""
+
+
+class CaseError(ValueError):
+    """Cases or categories that cannot be used. The message names the files and the remedy."""
+
+
+COLUMNS = ("id", "image", "label")
+"""Columns of a list of cases; any other names a category and holds files of its own."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A CT and, where it is labelled, its label map or one file for each of its categories."""
+
+    id: str
+    image: Path
+    label: Path | None = None
+    masks: dict[str, tuple[Path, ...]] = field(default_factory=dict)
+    """Category name -> the files whose voxels above 0 are it. Categories may overlap."""
+    channels: tuple[str, ...] = ()
+    """Names of the channels of a `label` in the processed M3D-Seg form, see data/m3d.py."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What else is known of its origin, for `Facts.source`."""
+
+    @property
+    def paths(self) -> list[Path]:
+        """All that the case is made of."""
+        masks = [path for paths in self.masks.values() for path in paths]
+        return [self.image, *([self.label] if self.label else []), *masks]
+
+
+def find_cases(images: str, labels: str | None = None) -> list[Case]:
+    """The cases, sorted by id. One image and one label are paired as given; more are paired by id.
+
+    Raises CaseError where nothing is found, two files have one id, or an image or label has no partner.
+    """
+    found_images = _expand(images, LABEL_ENDINGS, "images")
+    if labels is None:
+        return [Case(id, path) for id, path in sorted(_by_id(found_images).items())]
+    found_labels = _expand(labels, IMAGE_ENDINGS, "labels")
+    _check_roles(found_images, found_labels)
+    if len(found_images) == len(found_labels) == 1:
+        return [Case(case_id(found_images[0]), found_images[0], found_labels[0])]
+    return _pair(_by_id(found_images), _by_id(found_labels))
+
+
+def find_volumes(pattern: str) -> list[Path]:
+    """The CTs that a file, a DICOM folder or a glob means. Raises CaseError where there is none."""
+    return _expand(pattern, (), "images")
+
+
+def case_id(path: Path) -> str:
+    """The name of the file or folder up to an ending such as `_ct` or `_seg` (any case)."""
+    name = _stem(path)
+    return _role_ending(IMAGE_ENDINGS + LABEL_ENDINGS).sub("", name) or name
+
+
+def _role_ending(endings: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(endings)})$", re.IGNORECASE)
+
+
+def _expand(pattern: str, foreign: tuple[str, ...], key: str) -> list[Path]:
+    """The volumes that `pattern` means; within a folder, names with a `foreign` ending play the other role."""
+    path = Path(pattern)
+    if path.is_dir():
+        return _expand_folder(path, foreign, key)
+    if path.exists():
+        return [path]
+    found = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if is_volume(Path(name))]
+    if not found:
+        raise CaseError(f"{key}: {pattern} matches no CT file and no DICOM folder: check the path")
+    return found
+
+
+def _expand_folder(folder: Path, foreign: tuple[str, ...], key: str) -> list[Path]:
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if is_volume(entry))
+    except OSError as error:
+        raise CaseError(
+            f"{key}: {error.filename} cannot be read ({error.strerror}): allow it to be read, or move it away"
+        ) from error
+    own = [entry for entry in entries if not _role_ending(foreign).search(_stem(entry))]
+    if own:
+        return own
+    if _is_dicom_folder(folder):
+        return [folder]
+    raise CaseError(f"{key}: {folder} holds no {'/'.join(READABLE)} and no DICOM series for {key}: check the path")
+
+
+def _stem(path: Path) -> str:
+    return re.sub("|".join(re.escape(ending) + "$" for ending in READABLE[::-1]), "", path.name, flags=re.IGNORECASE)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a file's ending, or a folder's content, is that of a CT."""
+    return path.name.lower().endswith(READABLE) if path.is_file() else _is_dicom_folder(path)
+
+
+def _is_dicom_folder(path: Path) -> bool:
+    """Whether any file of the folder starts as DICOM files do."""
+    return path.is_dir() and any(is_dicom(file) for file in files_of(path))
+
+
+def _by_id(paths: list[Path]) -> dict[str, Path]:
+    counts = Counter(case_id(path) for path in paths)
+    twice = [str(path) for path in paths if counts[case_id(path)] > 1]
+    if twice:
+        raise CaseError(
+            f"several files have one case id: {listed(twice)}: rename them, or state the pairs with cases=FILE"
+        )
+    return {case_id(path): path for path in paths}
+
+
+def _check_roles(images: list[Path], labels: list[Path]) -> None:
+    both = sorted(str(path) for path in set(images) & set(labels))
+    if both:
+        raise CaseError(f"image and label at once: {listed(both)}: name them ..._ct and ..._seg, or use cases=FILE")
+
+
+def _pair(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
+    alone = [f"{images[id]} (no label)" for id in sorted(images.keys() - labels.keys())]
+    alone += [f"{labels[id]} (no image)" for id in sorted(labels.keys() - images.keys())]
+    if alone:
+        raise CaseError(f"cannot be paired: {listed(alone)}: rename them, or state the pairs with cases=FILE")
+    return [Case(id, images[id], labels[id]) for id in sorted(images)]
+
+
+def listed(names: list[str]) -> str:
+    """The names in a line, the first ten at most."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+# Stated pairs
+
+
+def read_cases(path: str | Path) -> list[Case]:
+    """The cases that a CSV (columns id, image, label) or JSON (a list of such objects) states, sorted by id.
+
+    Instead of `label`, any further column names a category and holds the file of its voxels. Paths are relative to the
+    file and may be empty or left out, but for id and image. Raises CaseError for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CaseError(f"cases: {path} does not exist: check the path")
+    rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
+    cases = [_case_of(row, path, number) for number, row in enumerate(rows, start=1)]
+    counts = Counter(case.id for case in cases)
+    twice = [id for id, count in counts.items() if count > 1]
+    if twice or not cases:
+        raise CaseError(f"cases: {path} " + (f"states {listed(twice)} twice" if twice else "states no case"))
+    return sorted(cases, key=lambda case: case.id)
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CaseError(f"cases: {path} is no JSON ({error})") from error
+    if not isinstance(rows, list):
+        raise CaseError(f"cases: {path} holds no list: write [{{id, image, label}}, ...]")
+    return rows
+
+
+def _read_csv(path: Path) -> list[Any]:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _case_of(row: Any, path: Path, number: int) -> Case:
+    place = f"cases: {path}, case {number}"
+    if not isinstance(row, dict):
+        raise CaseError(f"{place}: is not an object with id, image, label")
+    if None in row:
+        raise CaseError(f"{place}: has more cells than the file has columns")
+    cells = {str(key): value or "" for key, value in row.items()}
+    id, image, label = (cells.get(key, "") for key in COLUMNS)
+    if not (id and image and all(isinstance(value, str) for value in cells.values())):
+        raise CaseError(f"{place}: needs an id and an image, and labels where it is labelled, as text")
+    masks: dict[str, tuple[Path, ...]] = {
+        name: (path.parent / cells[name],) for name in sorted(cells.keys() - set(COLUMNS)) if cells[name]
+    }
+    _check_columns(sorted(cells.keys() - set(COLUMNS)), bool(label and masks), place)
+    return Case(id, path.parent / image, path.parent / label if label else None, masks)
+
+
+def _check_columns(names: list[str], both: bool, place: str) -> None:
+    for name in names:
+        meant = difflib.get_close_matches(name.lower(), [*COLUMNS, "images", "labels"], n=1, cutoff=0.75)
+        if meant or not name.strip():
+            raise CaseError(f"{place}: unknown column {name!r}: the columns are id, image, label, or category names")
+    if both:
+        raise CaseError(f"{place}: has a label map and files of categories: give one of the two")
+
+
+# Categories
+
+
+def load_categories(path: str | Path) -> dict[str, list[int]]:
+    """Category name -> its label values, from YAML: `categories: {name: [values]}` or the mapping alone.
+
+    Raises CaseError for a file that is no such mapping, a name given twice, or values that are no labels above 0.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CaseError(f"categories: {path} does not exist: check the path")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CaseError(f"categories: {path} is no YAML ({' '.join(str(error).split())})") from error
+    mapping = raw["categories"] if isinstance(raw, dict) and isinstance(raw.get("categories"), dict) else raw
+    if not isinstance(mapping, dict) or not mapping:
+        raise CaseError(f"categories: {path} names none: write name: [label values]")
+    return {checked_name(name, path): checked_values(name, values, path) for name, values in mapping.items()}
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that is given twice. YAML's own loader lets a second key silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Raises ConstructorError, with the place, for a key that is given twice."""
+        counts = Counter(key.value for key, _ in node.value)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"{listed(twice)} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def checked_name(name: Any, path: Path) -> str:
+    """The name. Raises CaseError for what is no text."""
+    if not isinstance(name, str) or not name.strip():
+        raise CaseError(f"categories: {path}: {name!r} is no name: write it as text")
+    return name
+
+
+def checked_values(name: str, values: Any, path: Path) -> list[int]:
+    """The label values, sorted. Raises CaseError for anything but whole numbers from 1 to 65535."""
+    listed: Iterable[Any] = values if isinstance(values, list) else [values]
+    checked = [
+        value for value in listed if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536
+    ]
+    if not checked or len(checked) != len(list(listed)):
+        raise CaseError(
+            f"categories: {path}: {name}: {values!r} are no label values: give whole numbers from 1 to 65535"
+        )
+    return sorted(set(checked))

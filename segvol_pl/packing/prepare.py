@@ -1,0 +1,255 @@
+"""One CT and its label map as a sample: cropped to the body, measured, encoded.
+
+1. `pack_case` reads a CT and its label map, or the files or channels of its categories, which `join_masks` joins.
+2. It crops to the body, makes the overview and the pseudo-label regions, and writes down the facts that training needs.
+3. The split is decided by the hash of the voxels alone.
+
+The `Rules` and the files decide every byte.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+from scipy import ndimage
+
+from segvol_pl.config import RegionsConfig
+from segvol_pl.data.frames import chunk_table, encode_array
+from segvol_pl.data.schema import SCHEMA, Box, CategoryFacts, Facts, Member, SampleError, Split
+from segvol_pl.data.shards import Sample
+from segvol_pl.imaging.transforms import body_box, box_slices, intensity_of, normalise, resize_image, resize_label
+from segvol_pl.imaging.volume import Volume, read_label, read_volume
+from segvol_pl.packing.cases import Case
+from segvol_pl.packing.m3d import read_m3d_image, read_m3d_masks
+from segvol_pl.packing.regions import pseudo_regions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Everything beside the files themselves that decides a packed sample's bytes."""
+
+    dataset: str
+    modality: str
+    overview_shape: tuple[int, int, int]
+    anchors: int
+    test_fraction: float
+    regions: RegionsConfig
+    categories: dict[str, list[int]]
+
+    def fingerprint(self, *parts: Any) -> str:
+        """Hex sha256 of the rules and `parts`, which must be JSON."""
+        text = json.dumps([SCHEMA, blosc2.__version__, asdict(self), parts], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What a case's files hold, in canonical axes. Spacing and affine are None where their form lost them."""
+
+    array_DHW: np.ndarray
+    spacing: tuple[float, float, float] | None
+    affine: np.ndarray | None
+    label_DHW: np.ndarray | None
+    categories: dict[str, list[int]]
+    notes: dict[str, str]
+    """What was found out about the values, for `Facts.source`."""
+    volume: Volume | None = None
+    """The CT as read from a file; None where the form is none that masks are written in."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A case cropped to the body and measured, not yet encoded: `facts` lack the members' hashes."""
+
+    facts: Facts
+    hu_DHW: np.ndarray
+    label_DHW: np.ndarray | None
+    body: Box
+    """The crop, in voxels of the scan."""
+    volume: Volume | None
+    """As `Scan.volume`."""
+
+
+def pack_case(case: Case, key: str, rules: Rules, source: dict[str, str]) -> Sample:
+    """Reads, crops, measures and encodes one case. `source` names and hashes its files, see `Facts.source`.
+
+    Raises VolumeError or SampleError for a CT or label map that cannot be used.
+    """
+    prepared = prepare_case(case, key, rules, source)
+    return _encode(prepared.facts, _arrays_of(prepared, rules))
+
+
+def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], blank: bool = False) -> Prepared:
+    """Reads, crops and measures one case. `blank`: whether its label map may be empty. Raises as `pack_case`."""
+    scan = _scan_of(case, rules, blank)
+    content = _content_sha256(scan.array_DHW)
+    intensity = intensity_of(scan.array_DHW)
+    box = body_box(scan.array_DHW, intensity)
+    hu_DHW = scan.array_DHW[box_slices(box)]
+    label_DHW = None if scan.label_DHW is None else np.ascontiguousarray(scan.label_DHW[box_slices(box)])
+    facts = Facts(
+        key=key,
+        shape=list(hu_DHW.shape),
+        spacing=None if scan.spacing is None else list(scan.spacing),
+        affine=None if scan.affine is None else _affine_of_crop(scan.affine, box).tolist(),
+        source={**source, **scan.notes, "content_sha256": content},
+        dataset=rules.dataset,
+        split=split_of(content, rules.test_fraction).value,
+        modality=rules.modality,
+        intensity=intensity,
+        categories=_held(label_DHW, scan.categories, rules, content, case, blank),
+        labelled=label_DHW is not None,
+        overview_shape=list(rules.overview_shape),
+    )
+    return Prepared(facts, hu_DHW, label_DHW, box, scan.volume)
+
+
+def split_of(content_sha256: str, test_fraction: float) -> Split:
+    """The split of a case, by its content alone: it stays in it however often and with whatever the set is repacked."""
+    return Split.TEST if int(content_sha256[:8], 16) < test_fraction * 16**8 else Split.TRAIN
+
+
+def _content_sha256(hu_DHW: np.ndarray) -> str:
+    digest = hashlib.sha256(repr(hu_DHW.shape).encode())
+    digest.update(np.ascontiguousarray(hu_DHW, dtype="<i2").tobytes())
+    return digest.hexdigest()
+
+
+def _scan_of(case: Case, rules: Rules, blank: bool) -> Scan:
+    scan = _m3d_scan(case) if case.channels else _file_scan(case, rules)
+    if scan.label_DHW is not None and not scan.label_DHW.any() and not blank:
+        place = case.label or f"{case.image}: its {len(case.masks)} categories' files"
+        raise SampleError(f"{place}: the label map is empty (all 0): leave the case out or give its label map")
+    return scan
+
+
+def _file_scan(case: Case, rules: Rules) -> Scan:
+    volume = read_volume(case.image)
+    label_DHW, categories = None, rules.categories
+    if case.label:
+        label_DHW = read_label(case.label, volume)
+    elif case.masks:
+        masks = ((name, _union(paths, volume)) for name, paths in sorted(case.masks.items()))
+        label_DHW, categories = join_masks(volume.array_DHW.shape, masks)
+    return Scan(volume.array_DHW, volume.spacing, volume.affine, label_DHW, categories, {}, volume)
+
+
+def _union(paths: tuple[Path, ...], volume: Volume) -> np.ndarray:
+    return functools.reduce(np.logical_or, (read_label(path, volume) > 0 for path in paths))
+
+
+def _m3d_scan(case: Case) -> Scan:
+    array_DHW, meaning = read_m3d_image(case.image)
+    notes = {"values": meaning, "axes": "D is the published array's last axis; directions unknown"}
+    masks = read_m3d_masks(Path(str(case.label)), case.channels, array_DHW.shape)
+    label_DHW, categories = join_masks(array_DHW.shape, masks)
+    return Scan(array_DHW, None, None, label_DHW, categories, notes)
+
+
+def join_masks(
+    shape: tuple[int, ...], masks: Iterable[tuple[str, np.ndarray]]
+) -> tuple[np.ndarray, dict[str, list[int]]]:
+    """One label map (D,H,W) of masks that may overlap, one at a time, and category -> its values.
+
+    Each set of categories that meet in a voxel gets a value of its own, in the order of the sets' names.
+    """
+    groups: list[tuple[str, ...]] = [()]
+    codes_DHW = np.zeros(shape, dtype=np.int32)
+    for name, mask_DHW in masks:
+        inside_DHW = mask_DHW > 0
+        table = np.zeros(len(groups), dtype=np.int32)
+        for code in np.unique(codes_DHW[inside_DHW]):
+            table[code] = len(groups)
+            groups.append((*groups[code], name))
+        codes_DHW[inside_DHW] = table[codes_DHW[inside_DHW]]
+    present = sorted(groups[code] for code in np.unique(codes_DHW) if code)
+    value_of = {group: value for value, group in enumerate(present, start=1)}
+    values = np.array([value_of.get(group, 0) for group in groups], dtype=np.min_scalar_type(len(present)))
+    names = sorted({name for group in present for name in group})
+    return values[codes_DHW], {name: [value_of[group] for group in present if name in group] for name in names}
+
+
+def _arrays_of(prepared: Prepared, rules: Rules) -> dict[Member, np.ndarray]:
+    """The arrays to store. The regions see what the model sees: HU as stored, normalised."""
+    hu_DHW, label_DHW, intensity = prepared.hu_DHW, prepared.label_DHW, prepared.facts.intensity
+    overview_DHW = np.rint(resize_image(hu_DHW, rules.overview_shape)).astype(np.int16)
+    arrays = {Member.CT: hu_DHW, Member.OVERVIEW: overview_DHW}
+    if label_DHW is not None:
+        arrays |= {Member.LABEL: label_DHW, Member.OVERVIEW_LABEL: resize_label(label_DHW, rules.overview_shape)}
+    if rules.regions.enabled:
+        seen_DHW = normalise(overview_DHW, intensity)
+        arrays[Member.REGIONS] = pseudo_regions(seen_DHW, arrays.get(Member.OVERVIEW_LABEL), rules.regions)
+    return arrays
+
+
+def _affine_of_crop(affine: np.ndarray, box: Box) -> np.ndarray:
+    shift = np.eye(4)
+    shift[:3, 3] = box[:3]
+    return affine @ shift
+
+
+def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
+    members = {member: encode_array(arrays[member]) for member in Member if member in arrays}
+    hashes = {member.value: hashlib.sha256(frame).hexdigest() for member, frame in members.items()}
+    tables = {member.value: chunk_table(frame) for member, frame in members.items()}
+    chunks = {ending: table for ending, table in tables.items() if table is not None}
+    text = replace(facts, members=hashes, chunks=chunks).to_json()
+    return Sample(facts.key, {Member.FACTS: text.encode(), **members})
+
+
+def _held(
+    label_DHW: np.ndarray | None,
+    categories: dict[str, list[int]],
+    rules: Rules,
+    content: str,
+    case: Case,
+    blank: bool,
+) -> dict[str, CategoryFacts]:
+    """The categories present; none without a label map, or where it may be `blank` and is."""
+    if label_DHW is None or (blank and not label_DHW.any()):
+        return {}
+    return _categories_of(label_DHW, categories, rules, content, case)
+
+
+def _categories_of(
+    label_DHW: np.ndarray, categories: dict[str, list[int]], rules: Rules, content: str, case: Case
+) -> dict[str, CategoryFacts]:
+    """The categories present, measured. Raises SampleError where no value of the label map is any category's."""
+    places = dict(enumerate(ndimage.find_objects(label_DHW), start=1))
+    present = {value: place for value, place in places.items() if place is not None}
+    rng = np.random.default_rng(int(content[:16], 16))
+    found = {
+        name: _measure(label_DHW, values, [present[value] for value in values if value in present], rules.anchors, rng)
+        for name, values in sorted(categories.items())
+        if any(value in present for value in values)
+    }
+    if not found:
+        values = ", ".join(str(value) for value in sorted(present)[:10])
+        raise SampleError(f"{case.label}: none of its values ({values}) is any category's: check categories=FILE")
+    unnamed = sorted(present.keys() - {value for values in categories.values() for value in values})
+    if unnamed:
+        log.debug("%s: %d label values that no category names: %s", case.label, len(unnamed), unnamed)
+    return found
+
+
+def _measure(
+    label_DHW: np.ndarray, values: list[int], places: list[Any], anchors: int, rng: np.random.Generator
+) -> CategoryFacts:
+    """`places` are the slices that bound each value present."""
+    low = [min(place[axis].start for place in places) for axis in range(3)]
+    high = [max(place[axis].stop - 1 for place in places) for axis in range(3)]
+    within = box_slices((low[0], low[1], low[2], high[0], high[1], high[2]))
+    inside_N3 = np.argwhere(np.isin(label_DHW[within], values)) + low
+    drawn = np.sort(rng.choice(len(inside_N3), size=min(anchors, len(inside_N3)), replace=False))
+    return CategoryFacts(values=values, voxels=len(inside_N3), box=[*low, *high], anchors=inside_N3[drawn].tolist())

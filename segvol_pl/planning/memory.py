@@ -1,0 +1,209 @@
+"""Memory of a training step on one device, by the model's own arithmetic; nothing heavy is imported.
+
+1. `encoder_bytes`, `side_bytes`, `prompt_bytes` and `head_bytes` count what autograd keeps of one volume.
+2. `moments`: while prompts are decoded, when the encoder's backward pass begins, and when the optimizer steps. What a
+   device must have is the largest of them, `peak`.
+3. A strategy splits weights, gradients and moments over the ranks, and adds what it sends in one piece.
+4. Turned round, they say how many prompts a device can decode together: `prompt_groups`, for the step and the planner.
+
+All in bytes. Letters: T image tokens, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from segvol_pl.config import DEEPSPEED_BUCKET, PretrainConfig, Recompute, RunConfig, SegVolConfig, Strategy, TrainConfig
+from segvol_pl.planning import flops
+
+WIDE = 4
+"""Bytes of a float32."""
+NARROW = 2
+"""Bytes of a bfloat16."""
+MARGIN = 0.85
+"""Share of a GPU's memory that is filled on purpose; the rest is for fragments, libraries and what is not counted."""
+ON_A_CPU = 6
+"""Prompts of each volume that are decoded together on a CPU, which gains nothing by more."""
+
+Config = PretrainConfig | TrainConfig
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Parts of one moment."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+    @property
+    def total(self) -> float:
+        """All parts, bytes."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def prompt_groups(config: TrainConfig, count: int, volumes: int, bf16: bool, room: float | None) -> list[int]:
+    """How many of `count` prompts of each volume are decoded together, group by group.
+
+    As `run.prompts_at_once` says. Where it is 0, as many as `room` bytes of a GPU hold, in groups of like size;
+    `ON_A_CPU` where `room` is None.
+    """
+    size = config.run.prompts_at_once or (ON_A_CPU if room is None else 0)
+    if size:
+        return [min(size, count - first) for first in range(0, count, size)]
+    assert room is not None
+    left = MARGIN * room - moments(config, volumes, bf16, 0, on_gpu=True)[0].total
+    most = max(1, int(left / (volumes * prompt_bytes(config.model, bf16, on_gpu=True))))
+    groups = math.ceil(count / most)
+    return [count * (place + 1) // groups - count * place // groups for place in range(groups)]
+
+
+def peak(config: Config, volumes: int, bf16: bool, room: float | None = None) -> Memory:
+    """The largest moment of a step with so many volumes at once on a device: a GPU of `room` bytes, or else a CPU."""
+    group = 0
+    if isinstance(config, TrainConfig):
+        count = flops.prompts_per_volume(config.prompts)
+        group = max(prompt_groups(config, count, volumes, bf16, room), default=0)
+    return max(moments(config, volumes, bf16, group, room is not None), key=lambda moment: moment.total)
+
+
+def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) -> list[Memory]:
+    """Decoding (in pre-training: the head), the start of the encoder's backward pass, the optimizer's step.
+
+    group: prompts of each volume that are decoded together; on_gpu: whether by the fused operations of `kernels`.
+    """
+    parts = flops.run_parameters(config)
+    trained = sum(parts.values())
+    weights, gradients, optimizer = state(config.run, config.model, trained, bf16)
+    cast = NARROW * trained if bf16 else 0
+    encoder = volumes * encoder_bytes(config.model, config.run.recompute, bf16)
+    # Without buckets that outlive it, a gradient is there from the backward pass to the optimizer's step alone.
+    lasting = 0.0 if _plain(config.run) else gradients
+    if isinstance(config, PretrainConfig):
+        decoding, early = volumes * head_bytes(config, bf16), 0.0
+    else:
+        decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16, on_gpu))
+        early = float(WIDE * (trained - parts["image_encoder"])) if gathers_ahead(config.run) else 0.0
+    block = volumes * block_bytes(config.model, bf16)
+    return [
+        Memory(weights, lasting + early, optimizer, cast + encoder + decoding),
+        Memory(weights, max(lasting, 2 * early), optimizer, cast + encoder + block),
+        Memory(weights, gradients, optimizer, 0.0),
+    ]
+
+
+def _plain(run: RunConfig) -> bool:
+    return run.strategy is Strategy.auto and run.devices * run.nodes == 1
+
+
+def gathers_ahead(run: RunConfig) -> bool:
+    """Whether a group's gradients are taken in the forward pass, see `training/grouped_loss.py`."""
+    return run.strategy not in (Strategy.fsdp, Strategy.zero3)
+
+
+def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
+    """Weights, gradients and AdamW's moments on one device."""
+    whole, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
+    buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
+    match run.strategy:
+        case Strategy.auto | Strategy.ddp:
+            return whole, whole, 2 * whole
+        # DeepSpeed's optimizer holds weights of its own besides.
+        case Strategy.zero1:
+            weights, gradients, optimizer = whole, whole + buckets, 3 * share
+        case Strategy.zero2:
+            weights, gradients, optimizer = whole, share + buckets, 3 * share
+        # Below a milliard parameters it lets go of none that it has gathered.
+        case Strategy.zero3:
+            weights, gradients, optimizer = share + whole, share + buckets, 3 * share
+        case Strategy.fsdp:
+            gathered = _gathered(model, trained, bf16)
+            weights, gradients, optimizer = share + gathered, share + gathered, 2 * share
+            weights -= share if run.offload else 0
+    return weights, gradients, 0.0 if run.offload else optimizer
+
+
+def _gathered(model: SegVolConfig, trained: int, bf16: bool) -> float:
+    """What FSDP2 gathers at once: all that lies outside of blocks, and two blocks (one computes, one is on its way)."""
+    encoder, decoder = flops.encoder_block(model), flops.decoder_block(model)
+    outside = trained - model.layers * encoder
+    # Pre-training has no decoder.
+    if outside > model.decoder_layers * decoder:
+        outside -= model.decoder_layers * decoder
+    return float((NARROW if bf16 else WIDE) * (outside + 2 * max(encoder, decoder)))
+
+
+# ---- activations of one volume ----
+
+
+def _tokens(model: SegVolConfig) -> int:
+    """Elements of image_TE."""
+    return math.prod(model.grid) * model.hidden
+
+
+def block_bytes(model: SegVolConfig, bf16: bool) -> int:
+    """An encoder block: two residual streams, two norms, queries, keys, values, what they mix; the MLP twice."""
+    narrow = NARROW if bf16 else WIDE
+    hidden = math.prod(model.grid) * model.mlp
+    return _tokens(model) * (2 * WIDE + 6 * narrow) + 2 * narrow * hidden
+
+
+def encoder_bytes(model: SegVolConfig, recompute: Recompute, bf16: bool) -> int:
+    """All blocks, the patches and the last norm."""
+    narrow = NARROW if bf16 else WIDE
+    tokens, hidden = _tokens(model), math.prod(model.grid) * model.mlp
+    around = narrow * math.prod(model.input_shape) + 2 * WIDE * tokens
+    if recompute is Recompute.blocks:
+        return around + model.layers * WIDE * tokens + block_bytes(model, bf16)
+    if recompute is Recompute.cheap:
+        # Its input, and the results of its four products and of attention.
+        kept = tokens * (WIDE + 6 * narrow) + narrow * hidden
+        return around + model.layers * kept + block_bytes(model, bf16) - kept
+    return around + model.layers * block_bytes(model, bf16)
+
+
+def head_bytes(config: PretrainConfig, bf16: bool) -> float:
+    """Hidden tokens, and their patches as they are, as restored, and the difference's gradients."""
+    hidden = config.mask_ratio * math.prod(config.model.grid)
+    voxels = math.prod(config.model.patch)
+    return hidden * ((NARROW if bf16 else WIDE) * config.model.hidden + 4 * WIDE * voxels)
+
+
+def side_bytes(model: SegVolConfig, bf16: bool) -> float:
+    """What all prompts share, with its gradients: the image, its positions, the first layer's three projections."""
+    narrow = NARROW if bf16 else WIDE
+    return _tokens(model) * (4 * WIDE + 2 * 1.5 * narrow)
+
+
+def two_way_bytes(model: SegVolConfig, bf16: bool) -> float:
+    """The two-way transformer of one prompt: its image, which is larger by far than its own tokens."""
+    layers, tokens = model.decoder_layers, _tokens(model)
+    if bf16:
+        # Queries, what they found, its sum with the image, the norm of that; from the second layer on two projections
+        # besides the queries; keys and values of the last attention.
+        return NARROW * tokens * (layers * (0.5 + 0.5 + 1 + 1) + (layers - 1) * 1 + 1)
+    first = 0.5 * WIDE + 2 * WIDE
+    later = first + WIDE + 1.5 * WIDE
+    return tokens * (first + (layers - 1) * later + 2 * WIDE)
+
+
+def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
+    """Decoding one prompt and taking its gradients, at the moment when the finest features have theirs too."""
+    narrow = NARROW if bf16 else WIDE
+    tokens = _tokens(model)
+    # Twice the image's size, then eight times.
+    fine, finest = 2 * narrow, 8 * narrow
+    if on_gpu:
+        # Fine ones before their norm and after GELU, finest ones before GELU, which is not kept; low logits.
+        logits = 3 * WIDE * 64 * math.prod(model.grid)
+        return two_way_bytes(model, bf16) + tokens * (2 * fine + 2 * finest) + logits
+    # The norm is in float32.
+    fine += 4 * WIDE + (narrow if bf16 else 0)
+    # Features before and after their activation, and gradients: of the one whole, of the other in part.
+    upscaled = tokens * (fine + 3 * finest + finest * 0.75)
+    voxels = math.prod(model.input_shape)
+    # Logits, probabilities, the mask as a number and the logits' gradients in part.
+    compared = 4 * WIDE * voxels + voxels
+    return two_way_bytes(model, bf16) + max(upscaled, tokens * (fine + 2 * finest) + compared)

@@ -1,0 +1,206 @@
+"""`segvol-pl plan`: what a run will need and take, before anything is launched. Imports nothing heavy.
+
+1. The run's own configuration is loaded; `nodes`, `gpus` and `device` stand for its place.
+2. Parameters and operations are counted (`flops`), memory for every strategy (`memory`).
+3. Rates follow from the device's peak and the range of what one GPU was measured to reach of it (`REACHED`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from segvol_pl.config import ConfigError, Precision, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig, loader
+from segvol_pl.planning import flops, memory
+from segvol_pl.planning.devices import ACCELERATORS, Accelerator, accelerator
+
+GIB = 2**30
+RESERVE = 2.0
+"""GiB of a device that are not to be had: its context, libraries, fragments."""
+REACHED = {"pretrain": (0.25, 0.35), "train": (0.12, 0.21)}
+"""Shares of the peak that one H200 reached with the full model in bf16: as it comes, and with run.compile. Its host was
+slow to launch; see benchmarks/results."""
+DEVICE = "h100"
+PLACE = {"nodes": "run.nodes", "gpus": "run.devices"}
+UNUSED = ("data.shards=DIR", "run.out=DIR")
+"""Keys that a plan does not depend on."""
+
+Config = PretrainConfig | TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on devices of one kind."""
+
+    config: Config
+    device: Accelerator
+
+    @property
+    def kind(self) -> str:
+        """The verb that runs it."""
+        return "pretrain" if isinstance(self.config, PretrainConfig) else "train"
+
+    @property
+    def ranks(self) -> int:
+        """Devices of all nodes together."""
+        return self.config.run.devices * self.config.run.nodes
+
+    @property
+    def micro_batch(self) -> int:
+        """Volumes on one device at once."""
+        return micro_batch(self.config)
+
+    def under(self, strategy: Strategy) -> Config:
+        """The configuration with another strategy."""
+        return replace(self.config, run=replace(self.config.run, strategy=strategy))
+
+    def peak(self, strategy: Strategy, volumes: int) -> memory.Memory:
+        """bf16, which all these devices have, unless the configuration says fp32."""
+        return memory.peak(self.under(strategy), volumes, self.bf16, self.room)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a device that a run can have."""
+        return (self.device.gib - RESERVE) * GIB
+
+    def groups(self) -> list[int]:
+        """Prompts of each volume that are decoded together, group by group; none in pre-training."""
+        if isinstance(self.config, PretrainConfig):
+            return []
+        count = flops.prompts_per_volume(self.config.prompts)
+        return memory.prompt_groups(self.config, count, self.micro_batch, self.bf16, self.room)
+
+    @property
+    def bf16(self) -> bool:
+        """Whether products are taken in bf16, as `auto` does on all these devices."""
+        return self.config.run.precision is not Precision.fp32
+
+    def largest(self, strategy: Strategy) -> int:
+        """The most volumes that fit on a device at once; 0 where not even one does."""
+
+        def needed(volumes: int) -> float:
+            return self.peak(strategy, volumes).total
+
+        if needed(1) > self.room:
+            return 0
+        # What the optimizer's step needs does not grow; what the others need grows evenly, where they have no room for
+        # more than one prompt at once.
+        slope = needed(1025) - needed(1024)
+        guess = int(self.room / slope) if slope else 1
+        return max(count for count in range(1, guess + 2) if needed(count) <= self.room)
+
+    @property
+    def operations(self) -> float:
+        """Of a volume, what is computed again included: what the device must do, not what MFU counts."""
+        parts = flops.volume_work(self.config)
+        again = parts["encoder"].forward if self.config.run.recompute is Recompute.blocks else 0
+        return flops.total(parts).total + again
+
+    def rates(self) -> tuple[float, float]:
+        """Volumes/s of all devices together, from and to."""
+        peak = self.ranks * self.device.peak(self.bf16) * 1e12
+        low, high = (share * peak / self.operations for share in REACHED[self.kind])
+        return low, high
+
+
+def plan(arguments: list[str]) -> Plan:
+    """The plan of `FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]`. Raises ConfigError."""
+    device, keys = DEVICE, []
+    for argument in arguments:
+        key, between, value = argument.partition("=")
+        if key == "device" and between:
+            device = value
+        else:
+            keys.append(f"{PLACE[key]}={value}" if key in PLACE and between else argument)
+    known = accelerator(device)
+    if known is None:
+        raise ConfigError(f"device: {device!r} is none of {', '.join(one.name for one in ACCELERATORS)}", "device")
+    made = Plan(loader.load_run([*UNUSED, *keys]), known)
+    _check(made)
+    return made
+
+
+def _check(made: Plan) -> None:
+    shares = made.ranks * made.config.run.accumulate
+    if made.micro_batch * shares != made.config.data.global_batch:
+        raise ConfigError(
+            f"data.global_batch: {made.config.data.global_batch} cannot be shared by {made.ranks} devices x "
+            f"run.accumulate={made.config.run.accumulate}"
+        )
+
+
+def strategies(run: RunConfig) -> list[Strategy]:
+    """Those that the place allows."""
+    several = [one for one in Strategy if one is not Strategy.auto]
+    alone = run.devices * run.nodes == 1
+    return [Strategy.auto] if alone else [one for one in several if not run.offload or one is not Strategy.ddp]
+
+
+def lines(made: Plan) -> Iterator[str]:
+    """The plan as text."""
+    config, run = made.config, made.config.run
+    place = f"{run.nodes} x {run.devices} {made.device.name}"
+    chosen = " (auto takes it on this device)" if run.precision is Precision.auto else ""
+    yield f"{made.kind} on {place}, {_precision(made)}{chosen}, global batch {config.data.global_batch}"
+    yield from _parts("parameters", "M", 1e6, {name: float(n) for name, n in flops.run_parameters(config).items()})
+    work = {name: float(part.total) for name, part in flops.volume_work(config).items()}
+    yield from _parts("operations of a volume, forward and backward", "TFLOP", 1e12, work)
+    yield from _memory(made)
+    yield from _time(made)
+
+
+def _precision(made: Plan) -> str:
+    return "bf16" if made.bf16 else "fp32"
+
+
+def _parts(title: str, unit: str, scale: float, parts: dict[str, float]) -> Iterator[str]:
+    yield f"\n{title}: {sum(parts.values()) / scale:.3f} {unit}"
+    yield from (f"  {name:<16}{value / scale:>10.3f}" for name, value in parts.items())
+
+
+def _memory(made: Plan) -> Iterator[str]:
+    at_once = f"{made.micro_batch} volume{'s' * (made.micro_batch != 1)} at once"
+    yield f"\nmemory of a device, GiB, at {at_once} (of {made.device.gib:.0f}, {RESERVE:.0f} of them not to be had)"
+    heads = ("weights", "gradients", "optimizer", "activations", "together", "most volumes at once")
+    yield f"  {'strategy':<10}" + "".join(f"{head:>13}" for head in heads[:-1]) + f"  {heads[-1]}"
+    for strategy in strategies(made.config.run):
+        peak = made.peak(strategy, made.micro_batch)
+        cells = (peak.weights, peak.gradients, peak.optimizer, peak.activations, peak.total)
+        fits = "" if peak.total / GIB + RESERVE <= made.device.gib else "  does not fit"
+        figures = "".join(f"{cell / GIB:>13.2f}" for cell in cells)
+        yield f"  {strategy.value:<10}{figures}  {made.largest(strategy)}{fits}"
+    if groups := made.groups():
+        stated = f"run.prompts_at_once={made.config.run.prompts_at_once}"
+        yield f"  prompts of a volume at once: {max(groups)} of {sum(groups)} ({stated})"
+    yield "  (auto's model is checked against measured peaks; what the others add is by arithmetic alone)"
+
+
+def _time(made: Plan) -> Iterator[str]:
+    config, (low, high) = made.config, made.rates()
+    volumes = config.optim.max_steps * config.data.global_batch
+    percent = " to ".join(f"{100 * share:.0f}" for share in REACHED[made.kind])
+    against = f"{made.device.peak(made.bf16):.0f} TFLOP/s in {_precision(made)}"
+    yield f"\nat {percent} % of the peak, {against} (what one H200 reached; the run itself tells, as rate/mfu)"
+    yield f"  volumes/s, together   {low:.1f} to {high:.1f}"
+    yield f"  {config.optim.max_steps} steps        {volumes / high / 3600:.1f} to {volumes / low / 3600:.1f} hours"
+    workers = max(config.data.workers, 1)
+    each = high / config.run.nodes
+    yield f"\nthe loader must deliver, at {high:.1f} volumes/s"
+    yield f"  a node                {each:.1f} volumes/s, {each * sample_bytes(config) / 1e9:.2f} GB/s"
+    yield f"  a loader process      a sample in {1000 * made.ranks * workers / high:.0f} ms ({workers} a device)"
+
+
+def micro_batch(config: Config) -> int:
+    """Volumes on one device at once, where the global batch can be shared so."""
+    run = config.run
+    return config.data.global_batch // (run.devices * run.nodes * run.accumulate)
+
+
+def sample_bytes(config: Config) -> int:
+    """Of a sample as it travels to the device: int16 HU, and bytes of eight masks each, of either kind."""
+    masks = 0
+    if isinstance(config, TrainConfig):
+        asked = config.prompts.categories_per_volume, config.prompts.pseudo_per_volume
+        masks = sum(-(-count // 8) for count in asked)
+    return math.prod(config.model.input_shape) * (2 + masks)

@@ -1,0 +1,256 @@
+"""What is watched while a run goes: the position in the data, and the rate."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import psutil
+import torch
+
+from segvol_pl.atomic import replacing
+from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.planning import flops
+from segvol_pl.planning.devices import accelerator
+from segvol_pl.training.module import Task
+from segvol_pl.training.ranks import gathered
+from segvol_pl.training.strategies import uses_bf16
+
+log = logging.getLogger(__name__)
+
+
+class StreamPosition(pl.Callback):
+    """Tells the DataModule how many samples have been used, so that checkpoints hold the position in the data."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        trainer.datamodule.seen = trainer.datamodule.drawn  # type: ignore[attr-defined]
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning counts micro-batches to tell where a step ends; this run may have another number of them a step.
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        done = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        for part in ("total", "current"):
+            progress[part] = dict.fromkeys(progress[part], done)
+
+
+class DataHealth(pl.Callback):
+    """Every `every` steps (each step of a single rank): damaged samples over all ranks, logged and held to the bound.
+
+    Logs `data/damaged`, samples of the corpus that any rank has met since the run's first start, and `data/replaced`,
+    draws since this start. All ranks ask together, so that all of them end together. Raises ShardError beyond `bound`.
+    """
+
+    def __init__(self, every: int, bound: float) -> None:
+        self.every, self.bound = every, bound
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        due = trainer.global_step % self.every == 0 and (index + 1) % trainer.accumulate_grad_batches == 0
+        if due or trainer.world_size == 1:
+            self._ask(trainer, module, due)
+
+    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
+        health = trainer.datamodule.health  # type: ignore[attr-defined]
+        untold, replaced = len(health.untold), health.replaced
+        # A single rank asks at every step, and nobody else: a GPU need not be stopped for it.
+        if trainer.world_size > 1:
+            counts = torch.tensor([untold, replaced], dtype=torch.float64, device=module.device)
+            untold, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if untold:
+            for found in gathered(health.told(), trainer.world_size):
+                health.hear(found)
+        if due:
+            metrics: dict[str, float] = {"data/damaged": len(health.damaged), "data/replaced": replaced}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+        health.check(self.bound)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a step amounts to."""
+
+    volumes: int
+    """Over all ranks."""
+    pairs: int = 0
+    """(volume, category) pairs of one volume; 0 in pre-training."""
+    operations: int = 0
+    """Floating-point operations for one volume, see `flops`; 0: not known."""
+    peak: float = 0.0
+    """Operations a second of one device at its best; 0: not known."""
+
+    @classmethod
+    def of(cls, config: PretrainConfig | TrainConfig, device: torch.device) -> Load:
+        """Of a run on devices of one kind. Operations are 0, and no FLOP/s stated, where parts are frozen."""
+        operations, pairs = flops.total(flops.volume_work(config)).total, 0
+        if isinstance(config, TrainConfig):
+            pairs = config.prompts.categories_per_volume
+            # What a frozen part saves depends on where it lies; no figure then.
+            operations = 0 if config.freeze else operations
+        return cls(config.data.global_batch, pairs, operations, peak_rate(config.run, device))
+
+
+def peak_rate(run: RunConfig, device: torch.device) -> float:
+    """Operations a second: as stated, or of a known accelerator in bf16; 0 where there is nothing to hold on to."""
+    if run.peak_tflops or device.type != "cuda" or not uses_bf16(device, run.precision):
+        return run.peak_tflops * 1e12
+    known = accelerator(torch.cuda.get_device_name(device))
+    return known.tflops * 1e12 if known else 0.0
+
+
+class Clock:
+    """Moments between which steps lie. On a GPU they are its own, taken without stopping it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.moments: list[Any] = []
+
+    def mark(self) -> None:
+        """Notes the moment; on a GPU when it gets there, without waiting for it."""
+        if self.device.type != "cuda":
+            self.moments.append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        self.moments.append(event)
+
+    def seconds(self) -> list[float]:
+        """Between each moment and the next; waits for the last one."""
+        if self.device.type != "cuda":
+            return [after - before for before, after in pairwise(self.moments)]
+        self.moments[-1].synchronize()
+        return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.moments)]
+
+
+class Throughput(pl.Callback):
+    """Every `every` steps: rates, what they are held against, peak memory; one progress line.
+
+    Logs under `rate/`: volumes_per_s and pairs_per_s ((volume, category) pairs) over all ranks; data_wait, the share
+    of time that the step waited for data (0 to 1); step_p50_s and step_p95_s; tflops, achieved by one device; mfu, its
+    share of the peak; memory_gib. What is not known, see `Load`, is left out.
+    """
+
+    def __init__(self, every: int, load: Load) -> None:
+        self.every, self.load = every, load
+        self._restart(torch.device("cpu"))
+
+    def _restart(self, device: torch.device) -> None:
+        self.since = self.ended = time.perf_counter()
+        self.waited = 0.0
+        self.clock = Clock(device)
+        self.clock.mark()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._restart(module.device)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        self.waited += time.perf_counter() - self.ended
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        self.ended = time.perf_counter()
+        if (index + 1) % trainer.accumulate_grad_batches:
+            return
+        self.clock.mark()
+        if trainer.global_step % self.every == 0:
+            self._report(trainer, module)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Validation is not training time: the rate starts anew behind it.
+        self._restart(module.device)
+
+    def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        seconds = self.clock.seconds()
+        elapsed = time.perf_counter() - self.since
+        metrics = self.rates(seconds, elapsed, trainer.world_size)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"rate/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
+        if trainer.is_global_zero:
+            assert isinstance(module, Task)
+            loss = module.means.latest["loss"]
+            left = (trainer.max_steps - trainer.global_step) * elapsed / len(seconds)
+            head = f"step {trainer.global_step}/{trainer.max_steps}  loss {loss:.4f}"
+            log.info("%s  %s  %.0f s left", head, progress(metrics), left)
+        self._restart(module.device)
+
+    def rates(self, seconds: list[float], elapsed: float, ranks: int) -> dict[str, float]:
+        """The metrics of the last steps, whose times are `seconds`."""
+        volumes = len(seconds) * self.load.volumes / elapsed
+        achieved = volumes * self.load.operations / ranks
+        low, high = (float(np.percentile(seconds, share)) for share in (50, 95))
+        found = {
+            "volumes_per_s": volumes,
+            "pairs_per_s": volumes * self.load.pairs,
+            "data_wait": self.waited / elapsed,
+            "step_p50_s": low,
+            "step_p95_s": high,
+            "tflops": achieved / 1e12,
+            "mfu": achieved / self.load.peak if self.load.peak else 0.0,
+            "memory_gib": peak_memory(self.clock.device),
+        }
+        unknown = {"pairs_per_s": self.load.pairs, "tflops": achieved, "mfu": found["mfu"]}
+        return {name: value for name, value in found.items() if unknown.get(name, 1)}
+
+
+def progress(rates: dict[str, float]) -> str:
+    """The rates as a part of the progress line."""
+    parts = [f"{rates['volumes_per_s']:.1f} volumes/s", f"data wait {100 * rates['data_wait']:.0f} %"]
+    if "mfu" in rates:
+        parts.append(f"MFU {100 * rates['mfu']:.1f} %")
+    return "  ".join([*parts, f"{rates['memory_gib']:.1f} GiB"])
+
+
+class Profile(pl.Callback):
+    """torch's profiler over some steps, once the first ones are done: `folder`/profile.json, a chrome trace."""
+
+    WARM_UP = 5
+
+    def __init__(self, steps: int, folder: Path) -> None:
+        self.steps, self.folder = steps, folder
+        self.profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            when = torch.profiler.schedule(wait=self.WARM_UP - 1, warmup=1, active=self.steps, repeat=1)
+            self.profiler = torch.profiler.profile(schedule=when, on_trace_ready=self._write)
+            self.profiler.start()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        if self.profiler is not None:
+            self.profiler.step()
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if self.profiler is not None:
+            self.profiler.stop()
+
+    def _write(self, profiler: torch.profiler.profile) -> None:
+        with replacing(self.folder / "profile.json") as part:
+            profiler.export_chrome_trace(str(part))
+        log.info("profile: %s", self.folder / "profile.json")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: the most that torch held on the GPU, or what this process holds now on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return float(psutil.Process().memory_info().rss) / 2**30
+
+
+class ValidationLine(pl.Callback):
+    """One line per validation."""
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and "val/loss" in trainer.callback_metrics:
+            log.info("step %d  validation loss %.4f", trainer.global_step, float(trainer.callback_metrics["val/loss"]))

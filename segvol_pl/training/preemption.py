@@ -1,0 +1,136 @@
+"""Surviving the queue: a signal sets a flag, all ranks agree between two steps, save, and are queued again.
+
+1. SIGUSR1 (sent by SLURM before the time limit, see `--signal`) and SIGTERM only set a flag.
+2. Between two steps, and between two batches of a validation, which is cut short then, the ranks ask each other, over
+   the CPU, whether any of them was signalled, and rank 0 says whether a checkpoint is due by its clock.
+3. If so, all save the checkpoint together, rank 0 asks SLURM to queue the job again, and all end. Before the first step
+   there is nothing to save.
+
+A further signal while saving finds the flag set. The next start of the same command goes on from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+
+from segvol_pl.training import loggers
+from segvol_pl.training.checkpoints import Checkpoints, writer
+from segvol_pl.training.ranks import host_group
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALLED = 128
+"""Added to a signal's number, the exit status of a process that it ended: a shell's convention."""
+
+
+class StopSignal:
+    """Holds the first signal received within its block. Nothing else happens in the handler."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        self.before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Takes the signals over from whoever handles them now."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or number
+
+
+class Preemption(pl.Callback):
+    """Saves and ends the run between two steps, once any rank was signalled; has `checkpoints` save when it is time.
+
+    Exits with 128 + the signal's number, having asked SLURM to queue the job again where it runs one and `requeue`.
+    """
+
+    def __init__(self, stop: StopSignal, checkpoints: Checkpoints, requeue: bool) -> None:
+        self.stop, self.checkpoints, self.requeue = stop, checkpoints, requeue
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        # Lightning's own handler of SIGTERM, set a moment ago, talks to other ranks in the middle of a step.
+        self.stop.install()
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        # The notice that SLURM gives may be shorter than a validation.
+        if number := self._agree(trainer):
+            self._end(trainer, number)
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.stop.install()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
+        # Not at the step's end: its metrics are logged only after that.
+        number = 0 if index % trainer.accumulate_grad_batches else self._agree(trainer)
+        if number:
+            self._end(trainer, number)
+
+    def _agree(self, trainer: pl.Trainer) -> int:
+        """The signal that any rank received, or 0; whether rank 0 found a checkpoint to be due goes the same way."""
+        due = trainer.is_global_zero and self.checkpoints.overdue()
+        said = torch.tensor([self.stop.received, int(due)])
+        if trainer.world_size > 1:
+            # Asking over NCCL would make the host wait for the GPU in every step.
+            dist.all_reduce(said, dist.ReduceOp.MAX, group=host_group())
+        self.checkpoints.wanted = bool(said[1])
+        return int(said[0])
+
+    def _end(self, trainer: pl.Trainer, number: int) -> None:
+        name, step = signal.Signals(number).name, trainer.global_step
+        begun = trainer.state.fn == TrainerFn.FITTING
+        if begun:
+            trainer.save_checkpoint(self.checkpoints.last)
+            writer(trainer).wait()
+        if trainer.is_global_zero:
+            loggers.finish(trainer.loggers, preempted=True)
+            again = self.requeue and queue_again()
+            after = "queued again" if again else "the same command goes on from there"
+            saved = f"saved step {step} to {self.checkpoints.last}" if begun else "nothing to save yet"
+            log.info("%s: %s, %s", name, saved, after)
+        trainer.strategy.barrier()
+        raise SystemExit(SIGNALLED + number)
+
+
+def queue_again() -> bool:
+    """Asks SLURM to queue this job again; whether it did. A job that is being cancelled stays so."""
+    job = _job()
+    if job is None or shutil.which("scontrol") is None:
+        return False
+    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False)
+    if "JobState=RUNNING" not in shown.stdout:
+        log.info("job %s is not RUNNING any more: left to SLURM", job)
+        return False
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.warning("scontrol requeue %s failed (%s): submit the job again", job, done.stderr.strip())
+    return done.returncode == 0
+
+
+def _job() -> str | None:
+    """The job's id; of an array's task ARRAY_TASK."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,447 @@
+"""Devices, precision, and how the work is spread over processes: the only file that applies parallelism.
+
+1. `trainer_placement` gives Lightning its accelerator, devices and strategy, by `run.strategy`.
+2. DDP keeps a whole model on each rank. `FullyShard` (FSDP2) splits it block by block, `ZeRO` (DeepSpeed) by stages.
+3. Each also runs on CPU ranks, so that a run can be rehearsed where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import Strategy as LightningStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from segvol_pl.config import DEEPSPEED_BUCKET, ConfigError, Precision, RunConfig, Strategy
+from segvol_pl.config.loader import own_function
+from segvol_pl.launched import local_rank
+from segvol_pl.model.image_encoder import Block
+from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
+from segvol_pl.model.prompt_encoder import PromptEncoder
+from segvol_pl.training.module import Task
+
+STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by its own names."""
+LEAST_TIMEOUT = 120.0
+"""Seconds that ranks wait for each other at least: they do not start at the same moment."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1`. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: {name!r} is no device: use auto, cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device: {name} asked for, but torch finds no CUDA device: use device=cpu")
+    return device
+
+
+def own_device(name: str) -> torch.device:
+    """`resolve_device` for a process that has a GPU to itself, which becomes its current one.
+
+    `auto` and `cuda` spread a node's processes over the GPUs that they see: the one of the process's number there, and
+    device 0 where each sees one alone. Raises ConfigError for a GPU that this process does not see.
+    """
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    seen = torch.cuda.device_count()
+    device = torch.device("cuda", local_rank() % seen if device.index is None else device.index)
+    if device.index >= seen:
+        raise ConfigError(f"device: {name} asked for, but this process sees {seen} CUDA devices: use device=cuda")
+    torch.cuda.set_device(device)
+    return device
+
+
+def uses_bf16(device: torch.device, precision: Precision) -> bool:
+    """auto: bf16 where the hardware multiplies it faster: GPUs that support it, CPUs with AMX."""
+    if precision is not Precision.auto:
+        return precision is Precision.bf16
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return has_amx()
+
+
+def has_amx() -> bool:
+    """Whether this CPU multiplies bf16 in tile registers; others emulate it, several times slower than float32."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """bf16 autocast, or nothing, as `precision` says."""
+    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(device, precision) else nullcontext()
+
+
+def trainer_precision(run: RunConfig) -> Any:
+    """Lightning's name of the precision. DeepSpeed's own bf16 would cast weights and inputs: see `ZeRO`."""
+    mixed = uses_bf16(run_device(run), run.precision) and run.strategy not in STAGES
+    return "bf16-mixed" if mixed else "32-true"
+
+
+def _accelerator(run: RunConfig) -> str:
+    if run.accelerator not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"run.accelerator: {run.accelerator!r} is none of auto, cpu, cuda")
+    return resolve_device(run.accelerator).type
+
+
+def run_device(run: RunConfig) -> torch.device:
+    """The kind of device that the run computes on."""
+    return resolve_device(_accelerator(run))
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what this process frees, for it to be used again.
+
+    The tensors of a step on a CPU are large enough to be taken from the kernel, page by page, and given back each time.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(parameter, 2**31 - 1)
+
+
+def environments() -> list[SLURMEnvironment]:
+    """Lightning's view of SLURM, without its own saving and queueing in the signal handler."""
+    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+
+
+def trainer_placement(run: RunConfig) -> dict[str, Any]:
+    """Lightning's accelerator, devices, num_nodes and strategy. Raises ConfigError where devices are lacking."""
+    accelerator = _accelerator(run)
+    alone = accelerator == "cuda" and sees_its_own_alone(run.devices, torch.cuda.device_count())
+    strategy = _strategy(run, accelerator)
+    if alone:
+        # By local rank. Lightning would look for a device of its own number, which is another task's.
+        strategy.parallel_devices = [torch.device("cuda", 0)] * run.devices
+    return {
+        "accelerator": accelerator,
+        "devices": 1 if alone else run.devices,
+        "num_nodes": run.nodes,
+        "strategy": strategy,
+    }
+
+
+def sees_its_own_alone(devices: int, seen: int) -> bool:
+    """Whether whoever started the ranks shows each of them one device, as `srun --gpus-per-task=1` does.
+
+    devices: ranks of this node; seen: devices that this process sees. Raises ConfigError where they are too few.
+    """
+    if devices <= seen:
+        return False
+    if seen == 1 and (environments() or "LOCAL_RANK" in os.environ):
+        return True
+    raise ConfigError(
+        f"run.devices: {devices} asked for, but this process sees {seen} GPU{'s' * (seen != 1)}: ask for {seen}, or "
+        "let the job have more (all tasks of a node see all its GPUs, or each task its own one)"
+    )
+
+
+def _strategy(run: RunConfig, accelerator: str) -> Any:
+    if run.own_strategy:
+        return own_function(run.own_strategy, "run.own_strategy")(run)
+    if run.strategy is Strategy.auto and run.devices * run.nodes == 1:
+        return "auto"
+    backend = "nccl" if accelerator == "cuda" else "gloo"
+    # The watchdog, which names the rank that hangs, ends the job before this does.
+    timeout = timedelta(seconds=max(2 * run.timeout, LEAST_TIMEOUT))
+    if run.strategy is Strategy.fsdp:
+        if run.offload and backend == "nccl":
+            # Gradients that lie in main memory are clipped there, by their norm over all ranks.
+            backend = "cuda:nccl,cpu:gloo"
+        if torch.__version__ < "2.9":
+            raise ConfigError("run.strategy: fsdp needs torch 2.9, before which CPU ranks summed gradients: use ddp")
+        return FullyShard(run, backend, timeout)
+    if run.strategy in STAGES:
+        if importlib.util.find_spec("deepspeed") is None:
+            name = run.strategy.value
+            raise ConfigError(f"run.strategy: {name} needs DeepSpeed: pip install 'segvol_pl[deepspeed]', or use fsdp")
+        return ZeRO(run, backend, timeout)
+    # torch fails where the first backward pass of a static graph is one without synchronisation.
+    static = run.accumulate == 1
+    return DDPStrategy(
+        process_group_backend=backend, gradient_as_bucket_view=True, static_graph=static, timeout=timeout
+    )
+
+
+class FullyShard(ModelParallelStrategy):
+    """FSDP2: each block of encoder and decoder is gathered when it computes. Checkpoints are whole, on rank 0."""
+
+    def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
+        super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
+        self.run = run
+
+    @property
+    def offloads(self) -> bool:
+        """Whether shares lie elsewhere than where this rank computes: on CPU ranks they lie in main memory anyhow."""
+        return self.run.offload and self.root_device.type != "cpu"
+
+    def setup_environment(self) -> None:
+        self._setup_distributed()
+        # One axis, that of all ranks: torch then takes their group as it is, whatever backends it has.
+        self._device_mesh = init_device_mesh(
+            self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
+        )
+        assert isinstance(self.lightning_module, Task)
+        self.lightning_module.shard = self._shard
+        self.lightning_module.whole_weights = False
+
+    def model_to_device(self) -> None:
+        """Weights whose shares stay in main memory are brought to the device block by block; the rest lies there."""
+        if not self.offloads:
+            super().model_to_device()
+            return
+        assert self.lightning_module is not None
+        # A validation leaves the outermost weights gathered: the optimizer would be given those.
+        for part in self.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+        _move_buffers(self.lightning_module, self.root_device)
+        # Where batches go and metrics are summed.
+        _update_properties(self.lightning_module, device=self.root_device)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Every rank's share of the whole checkpoint."""
+        if not self.offloads:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        assert self.lightning_module is not None
+        # torch wants what a module holds on one device while it loads.
+        _move_buffers(self.lightning_module, torch.device("cpu"))
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        _move_buffers(self.lightning_module, self.root_device)
+        return checkpoint
+
+    def _shard(self, module: pl.LightningModule) -> None:
+        if isinstance(module, FSDPModule):
+            return
+        reduced = torch.bfloat16 if uses_bf16(self.root_device, self.run.precision) else None
+        settings: dict[str, Any] = {
+            "mesh": self.device_mesh["data_parallel"],
+            # Inputs stay as they are: coordinates would lose digits; autocast does the rest.
+            "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
+            "offload_policy": CPUOffloadPolicy() if self.offloads else OffloadPolicy(),
+        }
+        blocks = sharded_blocks(module)
+        decoding = [block for block in blocks if isinstance(block, TwoWayAttentionBlock)]
+        for block in blocks:
+            fully_shard(block, **settings)
+        for block in decoding:
+            register_fsdp_forward_method(block, "look")
+        fully_shard(module, **settings)
+        assert isinstance(module, Task)
+        module.gather = functools.partial(_gather, decoding)
+        # Lightning calls these, not forward, before which FSDP2 gathers.
+        for step in ("training_step", "validation_step"):
+            register_fsdp_forward_method(module, step)
+
+
+def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+
+
+def _gather(blocks: Sequence[torch.nn.Module]) -> None:
+    # Up to torch 2.10 a block that has had its backward pass is not gathered again for a group that is recomputed.
+    for block in blocks:
+        assert isinstance(block, FSDPModule)
+        block.unshard()
+
+
+def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks of encoder and decoder."""
+    return [part for part in module.modules() if isinstance(part, Block | TwoWayAttentionBlock)]
+
+
+def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
+    """Compiles the encoder's blocks, equal ones once, and what decodes prompts, for the shapes that they first meet.
+
+    Under fsdp the blocks alone: the hooks that gather split weights stay outside of them, and groups of prompts are
+    computed again, for which a compiled part does not keep the same twice.
+    """
+    kinds: tuple[type[torch.nn.Module], ...] = (Block,)
+    if run.strategy is not Strategy.fsdp:
+        kinds += (PromptEncoder, MaskDecoder)
+    # A run has few shapes: training's and validation's last group of prompts have their own.
+    for part in module.modules():
+        if isinstance(part, kinds):
+            part.forward = torch.compile(part.forward, dynamic=False)
+
+
+class ZeRO(DeepSpeedStrategy):
+    """DeepSpeed's ZeRO, on CPU ranks too: three of Lightning's methods, which expect CUDA, stand against that."""
+
+    def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
+        self.on_cpu, self.stage = backend == "gloo", STAGES[run.strategy]
+        if self.on_cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        super().__init__(
+            stage=self.stage,
+            offload_optimizer=run.offload,
+            allgather_bucket_size=DEEPSPEED_BUCKET,
+            reduce_bucket_size=DEEPSPEED_BUCKET,
+            logging_level=logging.WARNING,
+            logging_batch_size_per_gpu=1,
+            process_group_backend=backend,
+            timeout=timeout,
+        )
+        assert isinstance(self.config, dict)
+        # Its own CPU optimizer would be compiled at the first start, with a compiler that nodes may lack.
+        self.config["zero_force_ds_cpu_optimizer"] = False
+        # As under the other strategies: float32 weights, autocast in between.
+        mixed = uses_bf16(torch.device("cpu" if self.on_cpu else "cuda"), run.precision)
+        self.config["torch_autocast"] = {"enabled": mixed, "dtype": "bfloat16"}
+
+    def setup_environment(self) -> None:
+        assert isinstance(self.lightning_module, Task)
+        self.lightning_module.whole_weights = self.stage < 3
+        if self.on_cpu:
+            DDPStrategy.setup_environment(self)
+        else:
+            super().setup_environment()
+
+    def setup_distributed(self) -> None:
+        """Lightning's, which would refuse ranks that each see their own device alone, as number 0."""
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _set_node_environment_variables(self) -> None:
+        super()._set_node_environment_variables()
+        if not self.on_cpu:
+            # DeepSpeed takes it for the number of the device.
+            os.environ["LOCAL_RANK"] = str(self.root_device.index)
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where this rank computes: on CPU ranks the CPU."""
+        return torch.device("cpu", 0) if self.on_cpu else super().root_device
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
+        """Lightning has divided the loss by the micro-batches of a step; DeepSpeed would once more."""
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    # Checkpoints are whole and of one form for all strategies, so that a run may go on under another.
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Whether Lightning hands over the checkpoint's optimizer: it does, as checkpoints have one form."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """On every rank, as all take part in gathering."""
+        assert self.lightning_module is not None
+        state = self.lightning_module.state_dict()
+        parameters = dict(self.lightning_module.named_parameters())
+        return {name: _gathered(parameters[name]) if name in parameters else state[name] for name in state}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """As torch's AdamW states it, the parameters being numbered."""
+        trained = self._trained()
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        groups[0]["params"] = list(range(len(trained)))
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        # Before its first step it has none.
+        for adams in list(self._adam(optimizer).state.values())[:1]:
+            for i, parameter in enumerate(trained):
+                state[i] = {"step": adams["step"].clone(), **{key: _gathered(parameter, key) for key in MOMENTS}}
+        return {"state": state, "param_groups": groups[:1]}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Rank 0 writes the gathered state, as every strategy does, not DeepSpeed's own folders."""
+        LightningStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """The whole checkpoint, on every rank."""
+        return LightningStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Gives every rank its share of the checkpoint's whole tensors."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        assert self.lightning_module is not None
+        tensors = checkpoint["state_dict"]
+        for name, parameter in self.lightning_module.named_parameters():
+            whole = tensors[name].to(self.root_device)
+            # What is computed with, and the optimizer's own copy.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(whole)
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, whole)
+        for name, buffer in self.lightning_module.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Gives every rank its share of the checkpoint's whole moments."""
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        (optimizer,), (saved,) = self.optimizers, checkpoint["optimizer_states"]
+        if saved["state"]:
+            self._start_moments(optimizer, saved["state"][0]["step"])
+        for i, state in saved["state"].items():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(self._trained()[i], state[key].to(self.root_device), key)
+        for group in optimizer.param_groups:
+            group.update({key: value for key, value in saved["param_groups"][0].items() if key != "params"})
+
+    def _start_moments(self, optimizer: Any, step: torch.Tensor) -> None:
+        """Before its first step AdamW has no state that could be set."""
+        zero = getattr(optimizer, "_optimizer", optimizer)
+        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        for partition in flat:
+            moments = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
+            # A fused AdamW counts where it computes.
+            zero.optimizer.state[partition] = {"step": step.to(partition.device, copy=True), **moments}
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _trained(self) -> list[Parameter]:
+        assert self.lightning_module is not None
+        return [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
+
+    def _adam(self, optimizer: Any) -> Optimizer:
+        """The optimizer within DeepSpeed's."""
+        adam: Optimizer = getattr(optimizer, "_optimizer", optimizer).optimizer
+        return adam
+
+
+def _gathered(parameter: Parameter, moment: str | None = None) -> torch.Tensor:
+    """The whole parameter, or one of its moments, float32 on the CPU. All ranks call together."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if not parameter.requires_grad:
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            return parameter.detach().float().cpu().clone()
+    whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+    assert whole is not None, "the optimizer has taken its first step"
+    return whole.detach().float().cpu().clone()

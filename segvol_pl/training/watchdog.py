@@ -1,0 +1,125 @@
+"""A rank that hangs is named, and the job ends, instead of all others waiting for it until the time limit.
+
+1. Every rank counts what it does (batches begun and ended, validation, saving) and a thread of it writes the count,
+   with a tick that shows that the process lives, to a file of its own in the run folder. The first validation, which
+   comes before training, is watched too, and so is a run of one process.
+2. A rank whose count has stood still for `timeout` seconds reads the others' files and names the rank that all wait
+   for: the one that has done least, or else the one whose tick stands still; and after what it stands.
+3. It ends its process; SLURM, or whoever started the ranks, ends the others.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import psutil
+
+from segvol_pl.atomic import write_text
+
+log = logging.getLogger(__name__)
+
+HUNG = 70
+"""Exit status of a rank that ended because one hung (EX_SOFTWARE)."""
+LOOKS = 10
+"""Times that the count is looked at within the timeout."""
+
+Beat = dict[str, Any]
+"""rank, host, pid, done (how much it did so far), after (the last of it), tick."""
+
+
+def _noting(what: str) -> Callable[..., None]:
+    """A hook that counts, and notes after what it comes."""
+
+    def note(self: Watchdog, *arguments: Any, **named: Any) -> None:
+        self.done, self.after = self.done + 1, what
+
+    return note
+
+
+class Watchdog(pl.Callback):
+    """Ends the process where nothing was done for `timeout` seconds. Files: `folder`/rank-N.json."""
+
+    def __init__(self, folder: Path, timeout: float) -> None:
+        self.folder, self.timeout = folder, timeout
+        self.done, self.after = 0, "the start"
+        self.stopped = threading.Event()
+        self.stopped.set()
+
+    on_train_batch_start = _noting("it was given a batch")
+    on_before_backward = _noting("a forward pass")
+    on_before_optimizer_step = _noting("a backward pass")
+    on_train_batch_end = _noting("a batch")
+    on_validation_batch_start = _noting("it was given a batch of validation")
+    on_validation_batch_end = _noting("a batch of validation")
+    on_save_checkpoint = _noting("its state was gathered for a checkpoint")
+
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if not self.stopped.is_set():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.stopped.clear()
+        threading.Thread(target=self._watch, args=(trainer.global_rank, trainer.world_size), daemon=True).start()
+
+    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        self.stopped.set()
+
+    def _watch(self, rank: int, ranks: int) -> None:
+        done, since, tick = -1, time.monotonic(), 0
+        before: dict[int, Beat] = {}
+        while not self.stopped.wait(self.timeout / LOOKS):
+            tick += 1
+            if self.done != done:
+                done, since, before = self.done, time.monotonic(), {}
+            who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+            beat = {**who, "done": done, "after": self.after, "tick": tick}
+            write_text(self._file(rank), json.dumps(beat))
+            waited = time.monotonic() - since
+            # The ticks are first read at half of the time: a process that lives has ticked again by its end.
+            if waited > self.timeout / 2 and not before:
+                before = self._beats(ranks)
+            if waited > self.timeout:
+                self._end(before, self._beats(ranks), ranks, waited)
+
+    def _end(self, before: dict[int, Beat], now: dict[int, Beat], ranks: int, waited: float) -> None:
+        names = "; ".join(suspects(before, now, ranks))
+        log.error("nothing was done for %.0f s: waiting for %s: ending the job (run.timeout)", waited, names)
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(HUNG)
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
+
+    def _beats(self, ranks: int) -> dict[int, Beat]:
+        found = {}
+        for rank in range(ranks):
+            try:
+                found[rank] = json.loads(self._file(rank).read_text(encoding="utf-8"))
+            except (OSError, json.JSONDecodeError):
+                continue
+        return found
+
+
+def suspects(before: dict[int, Beat], now: dict[int, Beat], ranks: int) -> list[str]:
+    """The ranks that the others wait for, described."""
+    missing = [f"rank {rank}, which never began" for rank in range(ranks) if rank not in now]
+    if missing:
+        return missing
+    still = [rank for rank, beat in now.items() if rank in before and before[rank]["tick"] == beat["tick"]]
+    least = min(beat["done"] for beat in now.values())
+    behind = [rank for rank, beat in now.items() if beat["done"] == least]
+    named = still or (behind if len(behind) < ranks else [])
+    described = [
+        f"rank {rank} on {now[rank]['host']} (process {now[rank]['pid']}, after {now[rank]['after']})"
+        for rank in named or (range(1) if ranks == 1 else ())
+    ]
+    return described or ["each other: no rank is behind"]

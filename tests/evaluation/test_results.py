@@ -1,0 +1,71 @@
+"""Shares of the work, and the results so far."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segvol_pl.config import CasesConfig, EvaluateConfig, ZoomConfig
+from segvol_pl.evaluation.cases import EvaluateError
+from segvol_pl.evaluation.mask_category import Reading
+from segvol_pl.evaluation.results import CaseResult, Ledger, Share
+from segvol_pl.evaluation.summary import Row
+
+ROW = Row("a", "liver", "zoom", "text", "", "", 1, 0.5, None, 0.25, -1.0, 0.1, 1.0, 3, 4, 1, "")
+
+
+def config_for(out: Path) -> EvaluateConfig:
+    return EvaluateConfig(checkpoint="m.ckpt", data=CasesConfig(shards="s"), out=str(out))
+
+
+@given(st.integers(0, 40), st.integers(1, 7), st.integers(1, 5))
+def test_shares_hold_each_case_once(cases: int, ranks: int, parts: int) -> None:
+    shares = [Share(rank, ranks, part, parts).of_list(range(cases)) for rank in range(ranks) for part in range(parts)]
+    assert sorted(case for share in shares for case in share) == list(range(cases))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_share_is_known_from_torchrun_and_srun_but_not_from_sbatch() -> None:
+    assert Share.of("", {"RANK": "2", "WORLD_SIZE": "4"}) == Share(2, 4)
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3"}
+    assert Share.of("1/2", step) == Share(1, 3, 1, 2)
+    assert Share.of("", {"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}) == Share()
+    assert Share.of("", {**step, "RANK": "0", "WORLD_SIZE": "9"}) == Share(0, 9)
+    with pytest.raises(EvaluateError, match="RANK=4 and WORLD_SIZE=4"):
+        Share.of("", {"RANK": "4", "WORLD_SIZE": "4"})
+
+
+def test_results_are_found_again_unless_the_case_has_changed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, config_for(tmp_path), "digest")
+    ledger.open(anew=False)
+    result = CaseResult("a", "mark", 1.5, [ROW], [Reading("a", "liver", "box", 1, "liver", 0.5)], ["spleen"], ["x"])
+    assert ledger.find("a", "mark") is None
+    ledger.write(result)
+    assert ledger.find("a", "mark") == result and ledger.find("a", "changed") is None
+    ledger.open(anew=True)
+    assert ledger.find("a", "mark") is None
+
+
+def test_what_does_not_decide_the_figures_may_change(tmp_path: Path) -> None:
+    config = config_for(tmp_path)
+    Ledger(tmp_path, config, "digest").open(anew=False)
+    moved = replace(config, checkpoint="elsewhere.ckpt", limit=3, pictures=0, device="cuda", slice="0/2")
+    Ledger(tmp_path, moved, "digest").open(anew=False)
+    roomier = replace(config, zoom=ZoomConfig(cache_gb=9.0))
+    Ledger(tmp_path, roomier, "digest").open(anew=False)
+    with pytest.raises(EvaluateError, match=r"other zoom\.overlap:"):
+        Ledger(tmp_path, replace(config, zoom=ZoomConfig(overlap=0.1)), "digest").open(anew=False)
+    with pytest.raises(EvaluateError, match="other timing"):
+        Ledger(tmp_path, replace(config, timing="alone"), "digest").open(anew=False)  # type: ignore[arg-type]
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, config_for(tmp_path), "digest")
+    ledger.open(anew=False)
+    (tmp_path / "cases" / "a.json").write_text('{"key": "a"')
+    with pytest.raises(EvaluateError, match=r"a\.json is no result of a case"):
+        ledger.find("a", "mark")

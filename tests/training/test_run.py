@@ -1,0 +1,590 @@
+"""Training runs with the real trainer: run folder, resume to the bit, two ranks equal one."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from ranks import Ranks
+
+from segvol_pl.config import (
+    ConfigError,
+    DataConfig,
+    OptimConfig,
+    Precision,
+    PretrainConfig,
+    PromptConfig,
+    RunConfig,
+    SegVolConfig,
+    TextConfig,
+    TextSource,
+    TrackConfig,
+    TrainConfig,
+    Wandb,
+)
+from segvol_pl.config.loader import load, to_yaml
+from segvol_pl.data.batch import Batch
+from segvol_pl.data.datamodule import VolumeModule
+from segvol_pl.data.schema import Member
+from segvol_pl.data.shards import SampleRecord, ShardError, read_index
+from segvol_pl.data.store import Store
+from segvol_pl.model.checkpoint import CheckpointError, load_model
+from segvol_pl.training.callbacks import StreamPosition
+from segvol_pl.training.loggers import read_metrics
+from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal
+from segvol_pl.training.run import pretrain, train
+from segvol_pl.training.segment import SegVolTask
+from segvol_pl.training.watchdog import HUNG, suspects
+
+MODEL = SegVolConfig(
+    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+)
+SILENT = TrackConfig(wandb=Wandb.disabled)
+
+
+def _parts(shards: Path, out: Path, steps: int) -> dict[str, Any]:
+    return {
+        "model": MODEL,
+        "data": DataConfig(shards=str(shards), global_batch=2, workers=0, samples_per_volume=4),
+        "optim": OptimConfig(lr=1e-3, warmup_steps=2, max_steps=steps),
+        "run": RunConfig(
+            out=str(out),
+            log_every=1,
+            val_every=4,
+            val_batches=2,
+            checkpoint_every=3,
+            accelerator="cpu",
+            threads=1,
+            precision=Precision.fp32,
+        ),
+        "track": SILENT,
+    }
+
+
+def _train_config(shards: Path, out: Path, steps: int = 6) -> TrainConfig:
+    return TrainConfig(
+        **_parts(shards, out, steps),
+        prompts=PromptConfig(categories_per_volume=1, pseudo_per_volume=2),
+        text=TextConfig(source=TextSource.seeded),
+    )
+
+
+def _pretrain_config(shards: Path, out: Path, steps: int = 6) -> PretrainConfig:
+    return PretrainConfig(**_parts(shards, out, steps))
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
+    return state
+
+
+def _moved_alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """All but a few weights agree: Adam turns the rounding of a vanishing gradient into a whole step."""
+    close = [torch.isclose(first[name], second[name], atol=1e-5).float().flatten() for name in first]
+    return float(torch.cat(close).mean()) > 0.98
+
+
+def test_a_run_folder_holds_what_is_needed_to_trust_and_repeat_it(phantom_shards: Path, tmp_path: Path) -> None:
+    config = _train_config(phantom_shards, tmp_path / "run")
+    model = load_model(train(config))
+    assert "liver" in model.bank.names
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    # A CUDA build's own name of its version has +cu128 and the like behind it, which its package's has not.
+    assert manifest["packages"]["torch"] == importlib.metadata.version("torch")
+    assert load("train", [str(tmp_path / "run" / "config.yaml")]) == config
+    metrics = tmp_path / "run" / "metrics.csv"
+    assert [step for step, _ in read_metrics(metrics, "train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in read_metrics(metrics, "val/loss")] == [0, 4]
+    assert [step for step, _ in read_metrics(metrics, "rate/volumes_per_s")] == [1, 2, 3, 4, 5, 6]
+    assert all(0 <= share <= 1 for _, share in read_metrics(metrics, "rate/data_wait"))
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "train"])
+def test_a_stopped_run_goes_on_to_the_bit(phantom_shards: Path, tmp_path: Path, kind: str) -> None:
+    make, start = (_pretrain_config, pretrain) if kind == "pretrain" else (_train_config, train)
+    whole = start(make(phantom_shards, tmp_path / "whole"))  # type: ignore[operator]
+    config = make(phantom_shards, tmp_path / "stopped")
+    program = (
+        "import sys, segvol_pl.training.callbacks as c\n"
+        "from segvol_pl.config.loader import load\n"
+        f"from segvol_pl.training.run import {kind}\n"
+        "import os\n"
+        "end = c.StreamPosition.on_train_batch_end\n"
+        "def stop(self, trainer, *rest):\n"
+        "    end(self, trainer, *rest)\n"
+        "    if trainer.global_step == 5: os._exit(9)\n"
+        "c.StreamPosition.on_train_batch_end = stop\n"
+        f"{kind}(load('{kind}', sys.argv[1:]))\n"
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    killed = subprocess.run([sys.executable, "-c", program, str(tmp_path / "config.yaml")], capture_output=True)
+    assert killed.returncode == 9, killed.stderr.decode()
+    assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+    resumed = start(config)  # type: ignore[operator]
+    first, second = _weights(whole), _weights(resumed)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for metric in ("train/loss", "val/loss"):
+        curves = [read_metrics(tmp_path / name / "metrics.csv", metric) for name in ("whole", "stopped")]
+        assert curves[0] == curves[1]
+
+
+def test_how_products_are_taken_is_as_the_run_says(phantom_shards: Path, tmp_path: Path) -> None:
+    """Of this run, not of one that the process has done before."""
+    config = _pretrain_config(phantom_shards, tmp_path / "first", steps=1)
+    pretrain(replace(config, run=replace(config.run, tf32=True, deterministic=True)))
+    assert torch.get_float32_matmul_precision() == "high"
+    assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    pretrain(_pretrain_config(phantom_shards, tmp_path / "second", steps=1))
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_finished_run_is_left_alone_and_another_configuration_refused(phantom_shards: Path, tmp_path: Path) -> None:
+    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=2)
+    checkpoint = pretrain(config)
+    written = checkpoint.stat().st_mtime_ns
+    assert pretrain(config) == checkpoint and checkpoint.stat().st_mtime_ns == written
+    other = replace(config, optim=replace(config.optim, lr=5e-4))
+    with pytest.raises(ConfigError, match=r"run\.out: .* optim\.lr 0\.001 -> 0\.0005"):
+        pretrain(other)
+
+
+def test_training_starts_from_a_pretrained_encoder(phantom_shards: Path, tmp_path: Path) -> None:
+    encoder = pretrain(_pretrain_config(phantom_shards, tmp_path / "pre", steps=2))
+    config = replace(_train_config(phantom_shards, tmp_path / "run", steps=1), pretrained=str(encoder))
+    frozen = replace(config, optim=replace(config.optim, lr=0.0))
+    trained = _weights(train(frozen))
+    for name, value in _weights(encoder).items():
+        if name.startswith("encoder."):
+            assert torch.equal(value, trained[f"model.image_encoder.{name.removeprefix('encoder.')}"])
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        train(replace(config, pretrained=str(tmp_path / "none.ckpt"), run=replace(config.run, out=str(tmp_path / "x"))))
+
+
+def test_what_is_frozen_stays_and_has_no_moments(phantom_shards: Path, tmp_path: Path) -> None:
+    config = replace(_train_config(phantom_shards, tmp_path / "run", steps=2), freeze=["image_encoder.*"])
+    train(replace(config, run=replace(config.run, checkpoint_every=1, keep_every=1)))
+    first, last = (
+        torch.load(tmp_path / "run/checkpoints" / name, weights_only=True) for name in ("step-1.ckpt", "last.ckpt")
+    )
+    names = [f"model.{name}" for name, _ in load_model(tmp_path / "run/checkpoints/last.ckpt").named_parameters()]
+    encoder = [name for name in names if name.startswith("model.image_encoder.")]
+    moved = {name for name in names if not torch.equal(first["state_dict"][name], last["state_dict"][name])}
+    assert moved and moved.isdisjoint(encoder)
+    assert len(last["optimizer_states"][0]["state"]) == len(names) - len(encoder)
+    for patterns, message in ((["encoder.*"], "matches no tensor.*image_encoder"), (["*"], "nothing is left")):
+        with pytest.raises(ConfigError, match=f"freeze: .*{message}"):
+            train(replace(config, freeze=patterns, run=replace(config.run, out=str(tmp_path / "none"))))
+
+
+def test_accumulation_does_not_change_the_first_step(phantom_shards: Path, tmp_path: Path) -> None:
+    one = _pretrain_config(phantom_shards, tmp_path / "one", steps=1)
+    two = _pretrain_config(phantom_shards, tmp_path / "two", steps=1)
+    two = replace(two, run=replace(two.run, accumulate=2))
+    assert _moved_alike(_weights(pretrain(one)), _weights(pretrain(two)))
+    before, after = (dict(read_metrics(tmp_path / name / "metrics.csv", "val/loss")) for name in ("one", "two"))
+    assert before[0] == pytest.approx(after[0], rel=1e-6), "validation sees the same volumes"
+
+
+def test_two_ranks_train_like_one(phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]) -> None:
+    one = _train_config(phantom_shards, tmp_path / "one", steps=4)
+    (tmp_path / "two.yaml").write_text(to_yaml(_train_config(phantom_shards, tmp_path / "two", steps=4)))
+    ranks[2]("train", str(tmp_path / "two.yaml"))
+    assert _moved_alike(_weights(train(one)), _weights(tmp_path / "two/checkpoints/last.ckpt"))
+    losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "val/loss")) for name in ("one", "two")]
+    assert losses[0][4] == pytest.approx(losses[1][4], rel=1e-3)
+    # The first step starts from equal weights: what differs is rounding alone.
+    losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("one", "two")]
+    assert losses[0][1] == pytest.approx(losses[1][1], rel=1e-6)
+    assert list(losses[0].values()) == pytest.approx(list(losses[1].values()), rel=1e-3)
+
+
+def test_ranks_keep_to_their_threads(phantom_shards: Path, tmp_path: Path) -> None:
+    """Lightning's launcher would set the cores by the processes of a node: one each, and under SLURM far too many."""
+    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=1)
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(config, run=replace(config.run, devices=2, threads=3))))
+    program = (
+        "import sys, torch\n"
+        "from pathlib import Path\n"
+        "from segvol_pl.config.loader import load\n"
+        "from segvol_pl.training.run import pretrain\n"
+        "pretrain(load('pretrain', sys.argv[1:]))\n"
+        "told = Path(sys.argv[1]).with_name(f'threads-{torch.distributed.get_rank()}')\n"
+        "told.write_text(str(torch.get_num_threads()))\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, tmp_path / "program.py", tmp_path / "config.yaml"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert [(tmp_path / f"threads-{rank}").read_text() for rank in (0, 1)] == ["3", "3"]
+
+
+def test_wandb_writes_an_offline_run_without_a_key(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = replace(_pretrain_config(phantom_shards, tmp_path / "run", steps=1), track=TrackConfig())
+    pretrain(config)
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"global_batch": 500}, r"data\.samples_per_volume: .* set data\.samples_per_volume="),
+        ({"split": "nowhere"}, r"data\.split, .* holds no samples in 'nowhere'"),
+    ],
+)
+def test_data_that_cannot_fill_a_batch_is_refused(
+    phantom_shards: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    config = _pretrain_config(phantom_shards, tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        pretrain(replace(config, data=replace(config.data, **change)))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- damage, and being killed ----
+
+
+def _flipped(shards: Path, folder: Path) -> tuple[Path, SampleRecord]:
+    """A copy of the shards in which one sample of the train split has a wrong byte."""
+    copy = Path(shutil.copytree(shards, folder))
+    record = next(one for one in read_index(Store(copy)).samples if one.split == "train")
+    offset, size = record.members[Member.OVERVIEW.value]
+    content = bytearray((copy / record.shard).read_bytes())
+    content[offset + size // 2] ^= 0xFF
+    (copy / record.shard).write_bytes(content)
+    return copy, record
+
+
+def test_a_damaged_sample_is_replaced_counted_and_beyond_the_bound_fatal(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards, record = _flipped(phantom_shards, tmp_path / "shards")
+    config = _train_config(shards, tmp_path / "run", steps=6)
+    config = replace(config, run=replace(config.run, checkpoint_every=1))
+    data = replace(config.data, overview_fraction=1.0)
+    with pytest.raises(ShardError, match=rf"1 of \d samples are damaged.*{record.shard}: 1 altered"):
+        train(replace(config, data=data))
+    borne = replace(
+        config, data=replace(data, max_bad_fraction=0.5), run=replace(config.run, out=str(tmp_path / "borne"))
+    )
+    train(borne)
+    # A run that the bound ended goes on under another bound.
+    assert train(replace(borne, run=config.run)) == tmp_path / "run/checkpoints/last.ckpt"
+    damaged = dict(read_metrics(tmp_path / "borne/metrics.csv", "data/damaged"))
+    assert damaged[6] == 1
+    assert f"sample {record.key} of" in caplog.text
+
+
+def test_a_sample_that_two_ranks_find_damaged_counts_once(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    """And once more over a resume: the bound is on samples, whoever met them."""
+    shards, record = _flipped(phantom_shards, tmp_path / "shards")
+    config = _train_config(shards, tmp_path / "run", steps=8)
+    samples = len([one for one in read_index(Store(shards)).samples if one.split == "train"])
+    data = replace(config.data, overview_fraction=1.0, max_bad_fraction=1 / samples)
+    (tmp_path / "run.yaml").write_text(to_yaml(replace(config, data=data)))
+    for steps in ("8", "12"):
+        said = ranks[2]("train", str(tmp_path / "run.yaml"), f"optim.max_steps={steps}")
+    metrics = tmp_path / "run/metrics.csv"
+    assert dict(read_metrics(metrics, "data/damaged"))[12] == 1
+    assert dict(read_metrics(metrics, "data/replaced"))[8] >= 2 and said.count(record.key) <= 1
+
+
+KILLS = int(os.environ.get("SEGVOL_KILLS", "20"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    """SIGKILL at random moments, often while saving, of one rank or of all; each start goes on from the last save."""
+    steps, rng = 2 * KILLS + 20, np.random.default_rng(0)
+    config = _train_config(phantom_shards, tmp_path / "whole", steps=steps)
+    run = replace(config.run, checkpoint_every=1, val_every=0, val_batches=1)
+    config = replace(config, run=run, data=replace(config.data, workers=1, samples_per_volume=5))
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
+    ranks[2]("train", str(tmp_path / "whole.yaml"))
+    metrics = tmp_path / "killed/metrics.csv"
+    for step in sorted(rng.choice(np.arange(1, 2 * KILLS), size=KILLS, replace=False).tolist()):
+        killed, delay = [[1], [0, 1]][rng.integers(2)], rng.uniform(0, 0.05)
+        ranks[2].begin("train", str(tmp_path / "killed.yaml"))
+        _kill_after(ranks[2], metrics, step, killed, delay)
+        assert read_metrics(metrics, "train/loss")[-1][0] < steps, "killed before its end"
+    said = ranks[2]("train", str(tmp_path / "killed.yaml"))
+    assert "going on from step" in said or "nothing to do" in said, said
+    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "killed")]
+    assert losses[0] == losses[1] and len(losses[0]) == steps
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_killed_on_one_world_goes_on_on_another(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
+) -> None:
+    """Two ranks, one, two with other workers and accumulation, one: the losses are those of an unbroken run."""
+    steps, base = 24, _train_config(phantom_shards, tmp_path / "whole", steps=24)
+    run = replace(base.run, checkpoint_every=1, val_every=0, val_batches=1)
+    config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5, global_batch=4))
+    for name in ("whole", "moved"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
+    worlds = [(2, []), (1, ["data.workers=0"]), (2, ["run.accumulate=2", "data.workers=2"])]
+    for (number, keys), stop in zip(worlds, (5, 11, 17), strict=True):
+        ranks[number].begin("train", str(tmp_path / "moved.yaml"), *keys)
+        _kill_after(ranks[number], tmp_path / "moved/metrics.csv", stop)
+    for name in ("whole", "moved"):
+        ranks[1]("train", str(tmp_path / f"{name}.yaml"))
+    whole, other = (dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "moved"))
+    assert list(whole) == list(other) == list(range(1, steps + 1))
+    np.testing.assert_allclose(list(other.values()), list(whole.values()), rtol=1e-3)
+
+
+def _kill_after(running: Ranks, metrics: Path, step: int, killed: Sequence[int] = (), delay: float = 0.0) -> None:
+    """Kills the ranks named, or all, `delay` seconds after the run has logged `step`; the others then end too."""
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or max((at for at, _ in read_metrics(metrics, "train/loss")), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+    time.sleep(delay)
+    running.kill(*killed)
+    running.end()
+
+
+def test_a_share_of_the_data_is_held_against_the_whole_held_out_set(phantom_shards: Path) -> None:
+    config = _train_config(phantom_shards, Path("run"))
+    whole, half = (
+        VolumeModule(replace(config.data, fraction=share), config.run, None, None, labelled=True)  # type: ignore[arg-type]
+        for share in (1.0, 0.5)
+    )
+    assert len(half.train_corpus.records) < len(whole.train_corpus.records)
+    assert half.val_corpus == whole.val_corpus
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_signal_saves_at_a_steps_end_and_the_same_command_goes_on(
+    phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks], number: int
+) -> None:
+    """SIGUSR1 to all processes, SIGTERM to the first, thrice each: losses and weights are those of an unbroken run."""
+    steps, base = 12, _train_config(phantom_shards, tmp_path / "whole", steps=12)
+    run = replace(base.run, checkpoint_every=1000, val_every=0, val_batches=1)
+    config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5))
+    for name in ("whole", "signalled"):
+        (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, run=replace(run, out=str(tmp_path / name)))))
+    ranks[number]("train", str(tmp_path / "whole.yaml"))
+    for step, signalled, everyone in ((3, signal.SIGUSR1, True), (6, signal.SIGTERM, False)):
+        ranks[number].begin("train", str(tmp_path / "signalled.yaml"))
+        _signal_after(ranks[number], tmp_path / "signalled", step, signalled, everyone)
+    ranks[number]("train", str(tmp_path / "signalled.yaml"))
+    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "signalled")]
+    assert losses[0] == losses[1] and len(losses[0]) == steps
+
+
+def test_a_signal_in_a_validation_ends_it_between_two_batches(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = _train_config(phantom_shards, tmp_path / "whole", steps=6)
+    whole = replace(base, run=replace(base.run, val_every=4, val_batches=5, checkpoint_every=1000))
+    signalled = replace(whole, run=replace(whole.run, out=str(tmp_path / "signalled")))
+    train(whole)
+    validate, seen = SegVolTask.validation_step, []
+
+    def interrupted(self: SegVolTask, batch: Any, index: int) -> Any:
+        if self.global_step == 4:
+            seen.append(index)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, batch, index)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SegVolTask, "validation_step", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train(signalled)
+    assert ended.value.code == SIGNALLED + signal.SIGTERM and seen == [0]
+    train(signalled)
+    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert _losses_so_far(tmp_path / "whole") == _losses_so_far(tmp_path / "signalled")
+
+
+def _signal_after(running: Ranks, out: Path, step: int, number: signal.Signals, everyone: bool) -> None:
+    """Signals a run, several times, once it has logged `step`: all processes, or rank 0 alone."""
+    deadline = time.monotonic() + 120
+    while max((at for at, _ in _losses_so_far(out)), default=0) < step:
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.02)
+    for _ in range(3):
+        for pid in running.pids if everyone else running.pids[:1]:
+            (os.killpg if everyone else os.kill)(pid, number)
+        time.sleep(0.01)
+    statuses = running.end()
+    assert set(statuses) == {SIGNALLED + number}, running.said()
+    assert f"{number.name}: saved step" in running.said()[0]
+
+
+def _losses_so_far(out: Path) -> list[tuple[int, float]]:
+    path = out / "metrics.csv"
+    return read_metrics(path, "train/loss") if path.exists() else []
+
+
+def test_a_rank_that_hangs_is_named_and_the_run_ends(phantom_shards: Path, tmp_path: Path) -> None:
+    config = _train_config(phantom_shards, tmp_path / "run", steps=10_000)
+    run = replace(config.run, devices=2, checkpoint_every=100_000, val_every=0, val_batches=1, timeout=8.0)
+    (tmp_path / "run.yaml").write_text(to_yaml(replace(config, run=run)))
+    command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "run.yaml")]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    beat = tmp_path / "run/ranks/rank-1.json"
+    while not beat.exists() or json.loads(beat.read_text())["done"] < 10:
+        assert running.poll() is None
+        time.sleep(0.05)
+    hung = json.loads(beat.read_text())["pid"]
+    os.kill(hung, signal.SIGSTOP)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == HUNG, errors
+    assert f"waiting for rank 1 on {socket.gethostname()} (process {hung}, after " in errors
+    # Killed it is at once; gone when the kernel has let go of its memory.
+    deadline = time.monotonic() + 10
+    while not _ended(hung) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _ended(hung)
+
+
+STUCK = """
+import sys, time
+from segvol_pl.__main__ import main
+from segvol_pl.data.stream import Stream
+sample = Stream.sample
+def stuck(self, epoch, position, rows):
+    if {where}:
+        time.sleep(1000)
+    return sample(self, epoch, position, rows)
+Stream.sample = stuck
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "devices"), [("position > 3", 1), ("self.draw.keywords['data'].flip == 0 and self.world.rank == 1", 2)]
+)
+def test_a_loader_that_hangs_ends_the_run(phantom_shards: Path, tmp_path: Path, where: str, devices: int) -> None:
+    """That of a run of one process in training, and that of one rank in the first validation."""
+    config = _train_config(phantom_shards, tmp_path / "run", steps=1000)
+    run = replace(config.run, devices=devices, checkpoint_every=1000, val_every=0, val_batches=1, timeout=6.0)
+    config = replace(config, run=run, data=replace(config.data, workers=1, flip=0.1))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    (tmp_path / "stuck.py").write_text(STUCK.format(where=where))
+    command = [sys.executable, tmp_path / "stuck.py", tmp_path / "run.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == HUNG, done.stderr
+    assert f"waiting for rank {devices - 1} on {socket.gethostname()}" in done.stderr
+
+
+def _ended(pid: int) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
+
+
+def _beats(*pairs: tuple[int, int]) -> dict[int, Any]:
+    return {
+        rank: {"rank": rank, "host": f"n{rank}", "pid": rank, "done": done, "after": "a batch", "tick": tick}
+        for rank, (done, tick) in enumerate(pairs)
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        (_beats((5, 1), (5, 1)), _beats((5, 3)), ["rank 1, which never began"]),
+        (_beats((5, 1), (5, 1), (5, 1)), _beats((5, 3), (5, 1), (5, 3)), ["rank 1 on n1 (process 1, after a batch)"]),
+        (_beats((5, 1), (5, 1), (4, 1)), _beats((5, 3), (5, 2), (4, 3)), ["rank 2 on n2 (process 2, after a batch)"]),
+        (_beats((5, 1), (5, 1)), _beats((5, 3), (5, 2)), ["each other: no rank is behind"]),
+        (_beats((5, 1)), _beats((5, 3)), ["rank 0 on n0 (process 0, after a batch)"]),
+    ],
+)
+def test_the_rank_that_all_wait_for_is_found(before: dict[int, Any], now: dict[int, Any], named: list[str]) -> None:
+    assert suspects(before, now, len(before)) == named
+
+
+def test_handlers_of_signals_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGUSR1
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+class _Following:
+    """Keeps what the trainer says of each batch when its step is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[int, int, list[str]]] = []
+        end = StreamPosition.on_train_batch_end
+
+        def noted(callback: StreamPosition, trainer: Any, *rest: Any) -> None:
+            end(callback, trainer, *rest)
+            data = trainer.datamodule
+            self.told.append((trainer.global_step, data.seen, data.batch_keys()))
+
+        monkeypatch.setattr(StreamPosition, "on_train_batch_end", noted)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_copied_ahead_change_nothing(
+    phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """As on a GPU: the copy of a batch has begun before the batch in front of it is trained on."""
+    following, begun = _Following(monkeypatch), []
+
+    def begin(batch: Batch) -> Callable[[], Batch]:
+        begun.append((int(batch["seen"]), len(following.told)))
+        return lambda: {name: value.clone() for name, value in batch.items()}
+
+    def configured(name: str) -> TrainConfig:
+        config = _train_config(phantom_shards, tmp_path / name)
+        config = replace(config, data=replace(config.data, workers=workers))
+        return replace(config, run=replace(config.run, keep_every=3))
+
+    plain = train(configured("plain"))
+    expected, following.told = following.told, []
+    assert [(step, seen) for step, seen, _ in expected] == [(step, 2 * step) for step in range(1, 7)]
+    monkeypatch.setattr(VolumeModule, "_copying", lambda self: begin)
+    ahead = train(configured("ahead"))
+    assert following.told == expected
+    assert max(seen - 2 * steps for seen, steps in begun) >= 4, "a batch beyond the one that is trained on"
+    kept = tmp_path / "ahead" / "checkpoints" / "step-3.ckpt"
+    assert torch.load(kept, weights_only=True)["VolumeModule"]["seen"] == 6
+    resumed_folder = tmp_path / "resumed" / "checkpoints"
+    resumed_folder.mkdir(parents=True)
+    shutil.copy(kept, resumed_folder / "last.ckpt")
+    following.told = []
+    resumed = train(configured("resumed"))
+    assert following.told == expected[3:]
+    for other in (ahead, resumed):
+        first, second = _weights(plain), _weights(other)
+        assert all(torch.equal(first[name], second[name]) for name in first)

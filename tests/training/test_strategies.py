@@ -1,0 +1,172 @@
+"""Every strategy with real processes on the CPU: the same losses, and checkpoints that any of them goes on from."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import Ranks
+from test_run import _train_config
+
+from segvol_pl.config import Strategy
+from segvol_pl.config.loader import to_yaml
+from segvol_pl.training.loggers import read_metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS, HALF = 20, 10
+MULTIPLE = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+MATRIX = ["ddp", "fsdp", "zero2", "zero3"]
+RELATIVE = 1e-5
+FROZEN = "freeze=[image_encoder.*]"
+
+Losses = dict[int, float]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Runs in one folder, by one process or by two ranks."""
+
+    folder: Path
+    ranks: dict[int, Ranks]
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __call__(self, name: str, strategy: str, devices: int, *more: str, patch: str = "") -> Losses:
+        """The losses of a run in `folder`/`name`. patch: Python that each rank runs before."""
+        keys = [f"run.out={self / name}", f"run.strategy={strategy}", *more]
+        self.ranks[devices]("train", str(self / "config.yaml"), *keys, patch=patch)
+        return dict(read_metrics(self / name / "metrics.csv", "train/loss"))
+
+
+@pytest.fixture(scope="module")
+def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    trained = Trained(tmp_path_factory.mktemp("strategies"), ranks)
+    config = _train_config(phantom_shards, trained / "run", steps=STEPS)
+    run = replace(config.run, checkpoint_every=HALF, keep_every=HALF, val_every=0, val_batches=1)
+    data = replace(config.data, samples_per_volume=5)
+    (trained / "config.yaml").write_text(to_yaml(replace(config, run=run, data=data)))
+    return trained
+
+
+@pytest.fixture(scope="module")
+def losses(trained: Trained) -> dict[str, Losses]:
+    """Strategy -> losses; of one process, and of two by every strategy."""
+    return {"auto": trained("auto", "auto", 1)} | {name: trained(name, name, 2) for name in MULTIPLE}
+
+
+@pytest.fixture(scope="module")
+def frozen(trained: Trained) -> Losses:
+    """Of one process that trains the prompts' side alone."""
+    return trained("frozen", "auto", 1, FROZEN)
+
+
+def test_all_strategies_are_tried() -> None:
+    assert {"auto", *MULTIPLE} == {strategy.value for strategy in Strategy}
+
+
+def test_every_strategy_gives_the_losses_of_one_process(losses: dict[str, Losses]) -> None:
+    for name, found in losses.items():
+        worst = max(abs(found[step] / losses["auto"][step] - 1) for step in range(1, STEPS + 1))
+        assert worst < RELATIVE, name
+
+
+def test_every_strategy_tells_the_norm_of_the_gradients(losses: dict[str, Losses], trained: Trained) -> None:
+    first, *others = (dict(read_metrics(trained / name / "metrics.csv", "train/grad_norm")) for name in losses)
+    assert first
+    for other in others:
+        assert other == pytest.approx(first, rel=RELATIVE)
+
+
+def test_every_strategy_writes_the_same_checkpoint(losses: dict[str, Losses], trained: Trained) -> None:
+    """By names, shapes and the optimizer's moments: small gradients' steps differ by Adam's rounding."""
+    first, *others = (torch.load(trained / name / "checkpoints/last.ckpt", weights_only=True) for name in losses)
+    for other in others:
+        assert other.keys() == first.keys() and other["state_dict"].keys() == first["state_dict"].keys()
+        (ours,), (theirs,) = first["optimizer_states"], other["optimizer_states"]
+        assert ours["param_groups"] == theirs["param_groups"]
+        for key, state in ours["state"].items():
+            assert state["step"] == theirs["state"][key]["step"] == STEPS
+            torch.testing.assert_close(theirs["state"][key]["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("strategy", MATRIX)
+def test_micro_batches_change_no_gradient(losses: dict[str, Losses], trained: Trained, strategy: str) -> None:
+    """Clipping sees the norm of the whole step's gradients under every strategy."""
+    name = f"{strategy}-accumulate"
+    trained(name, strategy, 1, "run.accumulate=2", "optim.max_steps=4")
+    found, whole = (dict(read_metrics(trained / of / "metrics.csv", "train/grad_norm")) for of in (name, "auto"))
+    assert found and found == pytest.approx({step: whole[step] for step in found}, rel=1e-4)
+
+
+@pytest.mark.parametrize("before", MATRIX)
+@pytest.mark.parametrize("to", ["same", "other world", "other strategy"])
+def test_a_run_goes_on_under_another_strategy_and_world(
+    losses: dict[str, Losses], trained: Trained, before: str, to: str
+) -> None:
+    """From the checkpoint of step 10, optimizer included: the losses are those of the unbroken run."""
+    after = MATRIX[(MATRIX.index(before) + 1) % len(MATRIX)] if to == "other strategy" else before
+    name = f"{before}-{to}".replace(" ", "-")
+    (trained / name / "checkpoints").mkdir(parents=True)
+    shutil.copy(trained / before / f"checkpoints/step-{HALF}.ckpt", trained / name / "checkpoints/last.ckpt")
+    found = trained(name, after, 1 if to == "other world" else 2)
+    assert list(found) == list(range(HALF + 1, STEPS + 1))
+    expected = [losses["auto"][step] for step in found]
+    np.testing.assert_allclose(list(found.values()), expected, rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("strategy", MATRIX)
+def test_frozen_parts_stay_under_every_strategy(
+    losses: dict[str, Losses], frozen: Losses, trained: Trained, strategy: str
+) -> None:
+    found = trained(f"frozen-{strategy}", strategy, 2, FROZEN)
+    np.testing.assert_allclose(list(found.values()), list(frozen.values()), rtol=RELATIVE)
+    assert found[STEPS] != losses["auto"][STEPS]
+
+
+@pytest.mark.parametrize(("strategy", "recompute"), [*((name, "blocks") for name in MATRIX), ("fsdp", "cheap")])
+def test_activations_can_be_computed_again_under_every_strategy(
+    losses: dict[str, Losses], trained: Trained, strategy: str, recompute: str
+) -> None:
+    """Prompts in small groups besides, which FSDP and ZeRO-3 compute again."""
+    keys = (f"run.recompute={recompute}", "run.prompts_at_once=3")
+    found = trained(f"{strategy}-{recompute}", strategy, 2, *keys)
+    np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=RELATIVE)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2"])
+def test_what_is_split_can_stay_in_main_memory(losses: dict[str, Losses], trained: Trained, strategy: str) -> None:
+    found = trained(f"{strategy}-offload", strategy, 2, "run.offload=true")
+    np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=RELATIVE)
+
+
+def test_offloaded_shares_train_after_a_validation(losses: dict[str, Losses], trained: Trained) -> None:
+    """The way that weights take on a GPU, on CPU ranks, where there is nothing to be brought to a device."""
+    patch = "\n".join(
+        [
+            "from torch.distributed.fsdp import OffloadPolicy",
+            "from segvol_pl.run import strategies",
+            "strategies.FullyShard.offloads = property(lambda self: True)",
+            "strategies.CPUOffloadPolicy = OffloadPolicy",
+        ]
+    )
+    keys = ("run.offload=true", "optim.max_steps=2", "run.checkpoint_every=1")
+    found = trained("fsdp-as-on-a-gpu", "fsdp", 1, *keys, patch=patch)
+    np.testing.assert_allclose(found[1], losses["auto"][1], rtol=RELATIVE)
+
+
+def test_kept_checkpoints_are_bounded_and_the_best_is_there(losses: dict[str, Losses], trained: Trained) -> None:
+    names = {path.name for path in (trained / "auto/checkpoints").iterdir()}
+    assert names == {"last.ckpt", "best.ckpt", f"step-{HALF}.ckpt"}
+
+
+def test_compiled_blocks_train_alike_where_weights_are_split(losses: dict[str, Losses], trained: Trained) -> None:
+    """Blocks and groups of prompts are computed again besides."""
+    keys = ("run.compile=true", "run.recompute=blocks", "run.prompts_at_once=3")
+    found = trained("fsdp-compiled", "fsdp", 2, *keys)
+    np.testing.assert_allclose(list(found.values()), list(losses["auto"].values()), rtol=1e-4)
