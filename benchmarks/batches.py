@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from segvol_pl.config import SegVolConfig
 from segvol_pl.data.batch import Batch, packed, shade_of, unpacked
 from segvol_pl.data.collate import Arrays, as_it_is, stacked
-from segvol_pl.data.schema import Intensity
 from segvol_pl.data.stream import collate
-from segvol_pl.imaging import transforms
-from segvol_pl.training.strategies import keep_freed_memory, resolve_device
+from segvol_pl.device import resolve_device
+from segvol_pl.imaging.intensity import Intensity, normalise
+from segvol_pl.training.strategies import keep_freed_memory
 
 INTENSITY = Intensity(mean=-400.0, low=-160.25, high=240.75, minimum=-1024, maximum=1500)
 MASKS = {"": 8, "pseudo_": 6}
@@ -59,7 +59,7 @@ class Drawn:
         return {"hu_CDHW": self.hu_DHW[None], "shade_4": shade_of(INTENSITY, 1.05, 0.01), **bits, **valid}
 
     def whole(self) -> Arrays:
-        image_DHW = transforms.normalise(self.hu_DHW, INTENSITY) * np.float32(1.05) + np.float32(0.01)
+        image_DHW = normalise(self.hu_DHW, INTENSITY) * np.float32(1.05) + np.float32(0.01)
         masks = {f"{kind}masks_KDHW": np.stack(masks) for kind, masks in self.masks.items()}
         return {"image_CDHW": image_DHW[None], **masks}
 

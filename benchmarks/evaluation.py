@@ -28,7 +28,7 @@ from segvol_pl.evaluation.case_runner import Examination
 from segvol_pl.evaluation.cases import Subject
 from segvol_pl.evaluation.metrics import surface_dice
 from segvol_pl.evaluation.prompts import settings
-from segvol_pl.imaging.transforms import intensity_of
+from segvol_pl.imaging.intensity import intensity_of
 from segvol_pl.model import SegVol
 from segvol_pl.model.text_encoder import TextBank
 

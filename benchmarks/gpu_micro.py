@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segvol_pl.config import SegVolConfig
+from segvol_pl.device import autocast
 from segvol_pl.model import SegVol
 from segvol_pl.training import losses
 from segvol_pl.training.losses import mask_losses
-from segvol_pl.training.strategies import autocast
 
 Part = Callable[..., Tensor]
 BACKENDS = {

@@ -37,6 +37,7 @@ from training import OPTIM, SMALL, train_batch, train_config
 
 from segvol_pl.config import Precision, PretrainConfig, RunConfig, SegVolConfig, TrainConfig, ZoomConfig
 from segvol_pl.config.loader import load
+from segvol_pl.device import autocast, resolve_device
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import accelerator
@@ -144,7 +145,7 @@ class Step:
 
     def loss(self) -> Tensor:
         """Under the step's precision."""
-        with strategies.autocast(self.device, self.precision):
+        with autocast(self.device, self.precision):
             task = self.task
             return task.losses(self.batch)[0] if isinstance(task, SegVolTask) else task.loss(self.batch)
 
@@ -810,8 +811,8 @@ def zoom(bench: Bench) -> None:
 
     An untrained model finds no organ: its decoder works, and the organ stands for what it gave.
     """
+    from segvol_pl.imaging.intensity import Normalised, intensity_of
     from segvol_pl.imaging.prompts import Prompt
-    from segvol_pl.imaging.transforms import Normalised, intensity_of
     from segvol_pl.inference.zoom import Zoomer
     from segvol_pl.packing.phantom import make_phantom
 
@@ -831,7 +832,7 @@ def zoom(bench: Bench) -> None:
     for count in (1, 1, 1 if bench.small else 10):
         with bench.part(prompts=count):
             started = time.perf_counter()
-            with strategies.autocast(bench.device, bench.precision):
+            with autocast(bench.device, bench.precision):
                 zoomer = Zoomer(model, image, config)
                 zoomer.encode_overview()
                 opened = time.perf_counter() - started
@@ -879,7 +880,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
 
 def device_and_card() -> tuple[str, str]:
     """The kind of device, and its name. Touches the card."""
-    device, cores = strategies.resolve_device("auto"), len(os.sched_getaffinity(0))
+    device, cores = resolve_device("auto"), len(os.sched_getaffinity(0))
     return device.type, torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {cores} cores"
 
 

@@ -24,12 +24,12 @@ from training import OPTIM, train_batch, train_config
 
 from segvol_pl.config import Precision, PretrainConfig, SegVolConfig, TrainConfig
 from segvol_pl.config.loader import load
+from segvol_pl.device import autocast
 from segvol_pl.model import TextBank
 from segvol_pl.planning import memory
 from segvol_pl.training.module import optimizer
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
-from segvol_pl.training.strategies import autocast
 
 MINI = SegVolConfig(
     input_shape=[32, 128, 128],

@@ -37,15 +37,15 @@ from packing import enlarge
 from resident import resident
 
 from segvol_pl.config import Precision, SegVolConfig, ZoomConfig
-from segvol_pl.data.schema import Box
-from segvol_pl.imaging.prompts import Prompt, box_of
-from segvol_pl.imaging.transforms import Normalised, body_box, box_slices, intensity_of
+from segvol_pl.device import autocast
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.intensity import Normalised, body_box, intensity_of
+from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.volume import read_label, read_volume
 from segvol_pl.inference.coarse import Coarse
 from segvol_pl.inference.predictor import Predictor
 from segvol_pl.inference.zoom import Zoomer, ZoomResult
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.training.strategies import autocast
 
 SMALL = SegVolConfig(hidden=384, heads=6, mlp=1536, decoder_mlp=1024)
 """configs/model/small.yaml."""

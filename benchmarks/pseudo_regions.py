@@ -17,7 +17,8 @@ import numpy as np
 from resident import NOW, resident
 
 from segvol_pl.config import RegionsConfig
-from segvol_pl.imaging.transforms import intensity_of, normalise, resize_image, resize_label
+from segvol_pl.imaging.intensity import intensity_of, normalise
+from segvol_pl.imaging.transforms import resize_image, resize_label
 from segvol_pl.packing.phantom import make_phantom
 from segvol_pl.packing.regions import clean, felzenszwalb, pseudo_regions
 

@@ -39,13 +39,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from segvol_pl.config import OptimConfig, Precision, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
+from segvol_pl.device import autocast, resolve_device
 from segvol_pl.model import TextBank
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.planning import flops
 from segvol_pl.training.module import Task, optimizer
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_questions
-from segvol_pl.training.strategies import autocast, keep_freed_memory, resolve_device
+from segvol_pl.training.strategies import keep_freed_memory
 
 SMALL = SegVolConfig(
     input_shape=[16, 64, 64], patch=[4, 8, 8], hidden=192, layers=4, heads=4, mlp=768, decoder_heads=4, decoder_mlp=256

@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from segvol_pl import __version__
-from segvol_pl.config import MISSING, SCHEMAS, ConfigError, Range, loader
+from segvol_pl.config import MISSING, SCHEMAS, Range, loader
 from segvol_pl.config.loader import imported
 from segvol_pl.credentials import masked
+from segvol_pl.errors import FAILED, MISUSED, ConfigError, SegVolError
 from segvol_pl.launched import rank_named
 
 PROGRAM = "segvol-pl"
-DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
+DONE, INTERRUPTED = 0, 130
 CARRIED = re.compile(r"Caught \w+ in (?:DataLoader worker|pin memory).*\n[\w.]+: (.*)", re.DOTALL)
 """What torch makes of an error in a loader process: its whole traceback, whose last line tells what went wrong."""
 SMALLER = (
@@ -65,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
             return DONE
         if "--debug" in flags:
             print(masked(traceback.format_exc()), end="", file=sys.stderr)
-        failed = MISUSED if isinstance(error, ConfigError) else getattr(error, "status", FAILED)
-        return _complain(words, f"error: {_explain(error)}", failed)
+        status = error.status if isinstance(error, SegVolError) else FAILED
+        return _complain(words, f"error: {_explain(error)}", status)
 
 
 def _nobody_reads() -> bool:
@@ -123,8 +124,7 @@ def _explain(error: Exception) -> str:
     """One line. An error that is neither ours nor the system's is a fault of the program, and says where to look."""
     carried = CARRIED.fullmatch(str(error))
     text = masked(" ".join((carried[1] if carried else str(error)).split()))
-    ours = isinstance(error, ValueError) and type(error).__module__.startswith("segvol_pl")
-    if ours or isinstance(error, OSError):
+    if isinstance(error, (SegVolError, OSError)):
         return text
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU
         return f"out of memory{': ' * bool(text)}{text[:TOLD]}: {SMALLER}"

@@ -19,13 +19,6 @@ _QUERY = re.compile(
 _MASKED = re.compile(r":\*{3}@|[?&;][\w.-]+=\*{3}")
 
 
-class PlaceError(ValueError):
-    """An error whose message names a place, its credentials masked."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(masked(message))
-
-
 def masked(text: str) -> str:
     """The text, `***` in place of every password, token, key and signature of its URLs."""
     return _QUERY.sub(rf"\g<1>{MASK}", _USER.sub(rf"\g<1>{MASK}@", text))

@@ -20,14 +20,14 @@ from rich.console import Console
 from segvol_pl.atomic import write_text
 from segvol_pl.config import DemoConfig
 from segvol_pl.config.loader import load
+from segvol_pl.device import resolve_device
 from segvol_pl.evaluation.run import Summary, evaluate
 from segvol_pl.model.convert import export
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 from segvol_pl.resources import shipped
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.run import pretrain, train
-from segvol_pl.training.strategies import resolve_device
 
 log = logging.getLogger(__name__)
 

@@ -25,6 +25,8 @@ from types import TracebackType
 
 import psutil
 
+from segvol_pl.errors import LockedError
+
 log = logging.getLogger(__name__)
 
 LOST = 75
@@ -39,10 +41,6 @@ SETTLE = 0.3
 
 held: set[Path] = set()
 """The lock files that this process holds."""
-
-
-class LockedError(ValueError):
-    """A folder that another process writes to, whom the message names, or that cannot be written at all."""
 
 
 @dataclass(frozen=True)

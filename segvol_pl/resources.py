@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from segvol_pl.config import SHIPPED, ConfigError
+from segvol_pl.config import SHIPPED
+from segvol_pl.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
 CARRIED = PACKAGE / "_shipped"

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
 import json
+import platform
+import socket
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+
+from segvol_pl.atomic import write_text
 
 RECORD = "grid.json"
 HEADER = ["step", "metric", "value"]
@@ -29,3 +39,45 @@ def read_places(out: Path) -> dict[str, str]:
     """Axis of the run's grid -> label."""
     record = read_record(out)
     return dict(record["places"]) if record else {}
+
+
+PACKAGES = ("segvol-pl", "torch", "lightning", "monai", "webdataset", "blosc2", "numpy", "omegaconf", "wandb")
+
+
+@rank_zero_only
+def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str] = ()) -> None:
+    """config.yaml (running it again reproduces the run) and manifest.json (git commit, versions, and every start).
+
+    step: where this start goes on, 0 for the first; changed: what its configuration has other than the start before.
+    """
+    path, made = out / "manifest.json", manifest()
+    started = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "step": step}
+    before = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if step and path.exists() else []
+    starts = [*before, {**started, **made, "changed": list(changed)}]
+    write_text(out / "config.yaml", config_yaml)
+    write_text(path, json.dumps({**made, "starts": starts}, indent=2) + "\n")
+
+
+def manifest() -> dict[str, Any]:
+    """Git commit (with `+changes` where the tree differs), Python and package versions."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

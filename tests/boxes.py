@@ -10,8 +10,8 @@ from oracle import Oracle
 from segvol_pl.data.frames import encode_array
 from segvol_pl.data.schema import CategoryFacts, Facts, Member
 from segvol_pl.data.shards import Sample, build_index, write_shard
-from segvol_pl.imaging.prompts import box_of
-from segvol_pl.imaging.transforms import intensity_of
+from segvol_pl.imaging.box import box_of
+from segvol_pl.imaging.intensity import intensity_of
 from segvol_pl.model.text_encoder import TextBank
 
 WINDOW = (8, 16, 16)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import Ranks
 
-from segvol_pl.training import strategies
+from segvol_pl import device
 
 SHARED = Path(os.environ.get("SEGVOL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -28,7 +28,7 @@ def shared() -> Path:
 def _amx() -> Iterator[None]:
     """Here `precision=auto` is bf16 on any CPU, as it is on CPUs with AMX: a test that compares figures states fp32."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategies, "has_amx", lambda: True)
+        patch.setattr(device, "has_amx", lambda: True)
         yield
 
 

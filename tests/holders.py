@@ -11,7 +11,7 @@ from pathlib import Path
 HOLDING = """
 import sys, time
 from pathlib import Path
-from segvol_pl.data import lock
+from segvol_pl import folder_lock as lock
 lock.BEAT = 0.2
 with lock.FolderLock(Path(sys.argv[1]), sys.argv[2]):
     print("held", flush=True)

@@ -10,8 +10,8 @@ from torch import nn
 
 from segvol_pl.config import OptimConfig, Precision, SegVolConfig, TrainConfig, ZoomConfig
 from segvol_pl.config.loader import plain
+from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.transforms import box_slices
 from segvol_pl.inference.predictor import Predictor
 from segvol_pl.model import SegVol
 from segvol_pl.model.text_encoder import TextBank

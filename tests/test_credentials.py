@@ -15,11 +15,11 @@ import pytest
 import torch
 from test_loggers import config_of, records
 
-from segvol_pl.config import ConfigError
 from segvol_pl.config.loader import changes, load, plain, resolved, to_yaml
 from segvol_pl.credentials import is_masked, masked
 from segvol_pl.data.corpus import parse_weighted
-from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.store import Store
+from segvol_pl.errors import ConfigError, StoreError
 
 SECRET = "s3cretpw"
 GIVEN = [f"data.shards=http://alice:{SECRET}@host/shards", "run.out=run", "optim.max_steps=1"]

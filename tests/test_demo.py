@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from segvol_pl import demo
-from segvol_pl.config import ConfigError, DemoConfig, Precision
+from segvol_pl.config import DemoConfig, Precision
 from segvol_pl.config.loader import load
-from segvol_pl.training.strategies import resolve_device, run_device, trainer_precision
+from segvol_pl.device import resolve_device
+from segvol_pl.errors import ConfigError
+from segvol_pl.training.strategies import run_device, trainer_precision
 
 PARTS = (
     "phantoms/categories.yaml",

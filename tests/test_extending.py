@@ -21,11 +21,12 @@ from ct_files import write_case
 from test_evaluate import config_for, evaluated
 from test_run import _train_config
 
-from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode, Precision
+from segvol_pl.config import CasesConfig, DrawConfig, EvaluateConfig, Mode, Precision
 from segvol_pl.config.loader import load, own_function, to_yaml
+from segvol_pl.errors import ConfigError, PromptError
 from segvol_pl.evaluation.run import evaluate
 from segvol_pl.imaging.prompts import Prompt, draw_marks
-from segvol_pl.inference.predictor import Predictor, PromptError
+from segvol_pl.inference.predictor import Predictor
 from segvol_pl.training.loggers import read_metrics
 from segvol_pl.training.run import train
 

@@ -14,13 +14,14 @@ import pytest
 from holders import holding
 
 from segvol_pl import folder_lock
-from segvol_pl.folder_lock import LOST, FolderLock, Holder, LockedError, read_holder
+from segvol_pl.errors import LockedError
+from segvol_pl.folder_lock import LOST, FolderLock, Holder, read_holder
 
 COUNTING = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from segvol_pl.data import lock
+from segvol_pl import folder_lock as lock
 path = Path(sys.argv[1])
 holder = folder_lock.read_holder(path)
 for count in range(300):

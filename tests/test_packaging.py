@@ -21,8 +21,9 @@ from test_demo import PARTS
 
 from segvol_pl import resources
 from segvol_pl.__main__ import VERBS
-from segvol_pl.config import SHIPPED, ConfigError
+from segvol_pl.config import SHIPPED
 from segvol_pl.config.loader import load
+from segvol_pl.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 BARE = ("lightning", "numba", "scipy", "torch", "transformers")

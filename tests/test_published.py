@@ -14,9 +14,7 @@ from transformers import CLIPTokenizer
 
 from segvol_pl.config import TextConfig, TrainConfig
 from segvol_pl.data.sampling import merged_inside
-from segvol_pl.data.schema import Box
-from segvol_pl.imaging.prompts import box_of
-from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.model import TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors

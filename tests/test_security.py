@@ -27,13 +27,11 @@ from segvol_pl.config import CasesConfig
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.frames import decode_array
 from segvol_pl.data.pipe import PipeStream
-from segvol_pl.data.schema import SampleError
-from segvol_pl.data.shards import INDEX, ShardError, build_index, read_index
-from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.shards import INDEX, build_index, read_index
+from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan
+from segvol_pl.errors import CaseError, SampleError, ShardError, StoreError, VolumeError
 from segvol_pl.evaluation.cases import find_subjects
-from segvol_pl.imaging.volume import VolumeError
-from segvol_pl.packing.cases import CaseError
 from segvol_pl.packing.m3d import m3d_cases, read_m3d_masks
 from segvol_pl.packing.recipes import read_recipe
 from segvol_pl.resources import shipped

@@ -10,8 +10,8 @@ from fsspec.implementations.local import LocalFileSystem
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from segvol_pl.config import RunConfig
-from segvol_pl.data.schema import Box
-from segvol_pl.imaging.prompts import INSIDE, box_of
+from segvol_pl.imaging.box import Box, box_of
+from segvol_pl.imaging.prompts import INSIDE
 
 
 class Single(SingleDeviceStrategy):

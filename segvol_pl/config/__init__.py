@@ -18,20 +18,14 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
+from segvol_pl.errors import ConfigError
+
 MISSING: Any = "???"
 """Stands for a value that must be given."""
 
 
 SHIPPED = ("configs", "slurm", "shards/datasets")
 """Folders of the repository that a wheel carries too, and that `segvol-pl init DIR` lays out."""
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. The message names key and remedy; `key` is the dotted key, if one."""
-
-    def __init__(self, message: str, key: str | None = None) -> None:
-        super().__init__(message)
-        self.key = key
 
 
 class Rule(str, Enum):

@@ -29,8 +29,9 @@ from typing import Any
 import yaml
 
 from segvol_pl import config as schema_module
-from segvol_pl.config import MAY_CHANGE, MISSING, SCHEMAS, SHIPPED, ConfigError, Range
+from segvol_pl.config import MAY_CHANGE, MISSING, SCHEMAS, SHIPPED, Range
 from segvol_pl.credentials import masked
+from segvol_pl.errors import ConfigError
 
 COMMAND_LINE = "command line"
 NULL = "tag:yaml.org,2002:null"

@@ -3,7 +3,7 @@
 1. In the loader a sample keeps its int16 HU beside the four numbers that make an image of them (`shade_of`), and eight
    masks share a byte of each voxel (`packed`): 4 bytes a voxel instead of 18.
 2. So a batch goes through shared memory, pinned memory and to the device.
-3. There `unpacked` makes the float32 image and the bool masks, by the same arithmetic as `transforms.normalise`, bit
+3. There `unpacked` makes the float32 image and the bool masks, by the same arithmetic as `intensity.normalise`, bit
    for bit, on a CPU as on a GPU.
 
 An overview that had to be resized has no HU: it travels as the image itself, and a batch may hold both kinds.
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from segvol_pl.data.collate import Arrays
-from segvol_pl.data.schema import Intensity
+from segvol_pl.imaging.intensity import Intensity
 
 Batch = dict[str, Tensor]
 

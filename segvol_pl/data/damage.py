@@ -9,8 +9,9 @@ import numpy as np
 
 from segvol_pl.credentials import masked
 from segvol_pl.data.corpus import Corpus
-from segvol_pl.data.shards import Damage, ShardError
+from segvol_pl.data.shards import Damage
 from segvol_pl.data.stream import DAMAGES
+from segvol_pl.errors import ShardError
 
 log = logging.getLogger(__name__)
 

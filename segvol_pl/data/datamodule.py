@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import ConfigError, DataConfig, RunConfig, StartMethod, Tail
+from segvol_pl.config import DataConfig, RunConfig, StartMethod, Tail
 from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import as_it_is
@@ -27,6 +27,7 @@ from segvol_pl.data.damage import Health
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.stream import Draw, Plan, Stream, World
+from segvol_pl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

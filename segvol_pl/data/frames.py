@@ -17,7 +17,8 @@ from typing import Any, cast
 import blosc2
 import numpy as np
 
-from segvol_pl.data.schema import ChunkTable, SampleError
+from segvol_pl.data.schema import ChunkTable
+from segvol_pl.errors import SampleError
 
 CHUNK = (32, 64, 64)
 """Voxels that are read at once at most."""

@@ -26,8 +26,9 @@ from segvol_pl.data.batch import Batch
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, rng_of
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import Damage, DamagedSample, ShardError, array_of, arrays_of, facts_of
+from segvol_pl.data.shards import Damage, DamagedSample, array_of, arrays_of, facts_of
 from segvol_pl.data.stream import ATTEMPTS, DAMAGES, Draw, Plan, Stream, World, collate
+from segvol_pl.errors import ShardError
 from segvol_pl.imaging.transforms import Sliceable
 
 log = logging.getLogger(__name__)

@@ -22,9 +22,11 @@ import numpy as np
 from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data.batch import packed, shade_of
 from segvol_pl.data.collate import Arrays
-from segvol_pl.data.schema import Box, Facts, Intensity, Member
+from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
-from segvol_pl.imaging.prompts import ABSENT, box_of, draw_marks, draw_points, gathered_marks, jitter_box
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.intensity import Intensity, normalise
+from segvol_pl.imaging.prompts import ABSENT, draw_marks, draw_points, gathered_marks, jitter_box
 
 Read = Callable[[Member], Any]
 """Gives a member of the sample as a sliceable array, decoded only where sliced."""
@@ -75,7 +77,7 @@ def _overview(facts: Facts, read: Read, model: SegVolConfig) -> View:
 
 
 def _resized(hu_DHW: np.ndarray, intensity: Intensity, shape: Sequence[int]) -> np.ndarray:
-    return transforms.resize_image(transforms.normalise(hu_DHW, intensity), shape)
+    return transforms.resize_image(normalise(hu_DHW, intensity), shape)
 
 
 def _fit_label(label_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
@@ -272,7 +274,7 @@ def _draw_pseudo(
 
 def merged_inside(regions_DHW: np.ndarray, sizes: np.ndarray, box: Box) -> np.ndarray:
     """All regions that lie almost wholly inside the box, as one mask. `sizes`: voxels of each region, by id."""
-    inside = np.bincount(regions_DHW[transforms.box_slices(box)].reshape(-1), minlength=len(sizes))
+    inside = np.bincount(regions_DHW[box_slices(box)].reshape(-1), minlength=len(sizes))
     taken = inside > MERGE_INSIDE * sizes
     taken[0] = False
     return mask_of(regions_DHW, np.flatnonzero(taken).tolist())

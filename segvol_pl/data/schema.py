@@ -16,12 +16,10 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from segvol_pl.credentials import PlaceError
+from segvol_pl.errors import SampleError
+from segvol_pl.imaging.intensity import Intensity
 
 SCHEMA = 1
-
-Box = tuple[int, int, int, int, int, int]
-"""`d0 h0 w0 d1 h1 w1`, voxel indices, inclusive maximum, as in the published model."""
 
 
 class Member(str, Enum):
@@ -40,25 +38,6 @@ class Split(str, Enum):
 
     TRAIN = "train"
     TEST = "test"
-
-
-class SampleError(PlaceError):
-    """A sample that cannot be used. The message names the file and key, and the remedy."""
-
-
-@dataclass(frozen=True)
-class Intensity:
-    """HU statistics of the whole CT, before the crop to the body.
-
-    `low` and `high` are the 0.05 and 99.95 percentiles of the foreground, i.e. of the voxels above
-    the mean of the volume: the published foreground normalisation clips to them (field: "ForegroundNorm").
-    """
-
-    mean: float
-    low: float
-    high: float
-    minimum: int
-    maximum: int
 
 
 @dataclass(frozen=True)

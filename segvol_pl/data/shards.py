@@ -28,11 +28,11 @@ import numpy as np
 import webdataset
 
 from segvol_pl.atomic import replacing, write_text
-from segvol_pl.credentials import PlaceError
 from segvol_pl.data.frames import CHUNK, Form, PartialFrame, Span, WholeFrame, decode_alone
-from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member, SampleError
+from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member
 from segvol_pl.data.store import INDEX as INDEX
-from segvol_pl.data.store import Source, Store, StoreError
+from segvol_pl.data.store import Source, Store
+from segvol_pl.errors import SampleError, ShardError, StoreError
 from segvol_pl.imaging.transforms import Sliceable
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -51,10 +51,6 @@ ON_OVERVIEW = {Member.OVERVIEW, Member.OVERVIEW_LABEL, Member.REGIONS}
 
 TAR_END = 1024
 """A tar ends in two empty records of 512 bytes; without them it was cut off."""
-
-
-class ShardError(PlaceError):
-    """A folder of shards that cannot be used. The message names the shard and key, and the remedy."""
 
 
 class Damage(Enum):

@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 
 import fsspec
 
-from segvol_pl.credentials import PlaceError, is_masked
+from segvol_pl.credentials import is_masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.frames import Span
+from segvol_pl.errors import StoreError
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,6 @@ Content = TypeVar("Content", bytes, list[bytes])
 
 Asked = tuple[int, int] | None
 """Offset and size of a range; None for the whole file."""
-
-
-class StoreError(PlaceError):
-    """A store that does not answer, or refuses. The message names it, how long it was tried, and what it said last."""
 
 
 @dataclass

@@ -24,7 +24,8 @@ from segvol_pl.data.collate import Arrays, stacked
 from segvol_pl.data.corpus import Corpus, rng_of
 from segvol_pl.data.sampling import Read, lettered
 from segvol_pl.data.schema import Facts
-from segvol_pl.data.shards import Damage, DamagedSample, ShardError, read_array, read_facts
+from segvol_pl.data.shards import Damage, DamagedSample, read_array, read_facts
+from segvol_pl.errors import ShardError
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
 """Makes one training sample from a volume's facts, its members and the sample's own rng."""

@@ -16,15 +16,16 @@ import numpy as np
 import torch
 
 from segvol_pl.config import EvaluateConfig, Mode, Rule, Timing
+from segvol_pl.device import autocast
 from segvol_pl.evaluation.cases import Subject
 from segvol_pl.evaluation.cost import Gauge
 from segvol_pl.evaluation.prompts import Setting, draw, parts_of
+from segvol_pl.imaging.intensity import Normalised
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.transforms import Normalised, resize_label
+from segvol_pl.imaging.transforms import resize_label
 from segvol_pl.inference.coarse import Coarse, binary
 from segvol_pl.inference.sliding import Slider
 from segvol_pl.inference.zoom import Promptable, Zoomer, scale_prompt
-from segvol_pl.training.strategies import autocast
 
 ZOOM_STREAM = 1
 """End of the seeds that a zoom-in draws its windows' points by, see prompting."""

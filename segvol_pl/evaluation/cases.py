@@ -14,18 +14,15 @@ from typing import Protocol
 import numpy as np
 
 from segvol_pl.config import CasesConfig, PackConfig, RegionsConfig
-from segvol_pl.credentials import PlaceError, masked
-from segvol_pl.data.schema import Box, Facts, Member
+from segvol_pl.credentials import masked
+from segvol_pl.data.schema import Facts, Member
 from segvol_pl.data.shards import SampleRecord, read_array, read_facts, read_index
 from segvol_pl.data.store import Store
-from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.errors import EvaluateError
+from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.volume import NativeGrid, Volume, write_mask
 from segvol_pl.packing.pack import Job, listed_jobs
 from segvol_pl.packing.prepare import prepare_case
-
-
-class EvaluateError(PlaceError):
-    """Cases, categories or results that cannot be evaluated or put together. The message names key and remedy."""
 
 
 @dataclass(frozen=True, eq=False)

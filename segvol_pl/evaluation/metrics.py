@@ -15,8 +15,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from segvol_pl.imaging.prompts import box_of
-from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.imaging.box import box_of, box_slices
 
 RESAMPLES = 2000
 """Bootstrap samples of an interval."""

@@ -17,9 +17,9 @@ from scipy import ndimage
 
 from segvol_pl.config import OWN, DrawConfig, EvaluateConfig, Slice, marks_in, named_parts, points_drawn
 from segvol_pl.config.loader import own_function
-from segvol_pl.data.schema import Box, SampleError
-from segvol_pl.imaging.prompts import INSIDE, Prompt, box_of, draw_marks, draw_points, jitter_box
-from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.errors import SampleError
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.prompts import INSIDE, Prompt, draw_marks, draw_points, jitter_box
 
 POINTS_STREAM, BOX_STREAM, MARKS_STREAM = 0, 2, 3
 """Ends of the seeds: what is drawn for one does not move the other. 1 is the zoom's."""

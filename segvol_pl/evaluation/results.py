@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, parse_slice
 from segvol_pl.config.loader import plain
-from segvol_pl.evaluation.cases import EvaluateError
+from segvol_pl.errors import EvaluateError
 from segvol_pl.evaluation.mask_category import Reading
 from segvol_pl.evaluation.summary import Row
 

@@ -28,12 +28,13 @@ import numpy as np
 from rich.console import Console
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import ConfigError, EvaluateConfig, Mode, Wandb, named_parts
+from segvol_pl.config import EvaluateConfig, Mode, Wandb, named_parts
 from segvol_pl.config.loader import own_function, to_yaml
-from segvol_pl.data.schema import SampleError
-from segvol_pl.data.shards import ShardError, sha256_of
+from segvol_pl.data.shards import sha256_of
+from segvol_pl.device import autocast, own_device
+from segvol_pl.errors import ConfigError, EvaluateError, SampleError, ShardError, VolumeError
 from segvol_pl.evaluation.case_runner import Answer, Examination
-from segvol_pl.evaluation.cases import EvaluateError, Subject, Subjects, find_subjects
+from segvol_pl.evaluation.cases import Subject, Subjects, find_subjects
 from segvol_pl.evaluation.figures import Picture, cut, draw_picture
 from segvol_pl.evaluation.mask_category import Reading, likeness, readings_of
 from segvol_pl.evaluation.metrics import dice, score
@@ -43,12 +44,10 @@ from segvol_pl.evaluation.results import CaseResult, Ledger, Share
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
 from segvol_pl.evaluation.wandb_log import track
 from segvol_pl.folder_lock import FolderLock
-from segvol_pl.imaging.volume import VolumeError
 from segvol_pl.inference.zoom import Promptable
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
-from segvol_pl.training.loggers import manifest
-from segvol_pl.training.strategies import autocast, own_device
+from segvol_pl.run_folder import manifest
 
 __all__ = ["EvaluateError", "Row", "Summary", "evaluate", "evaluate_model"]
 

@@ -19,10 +19,11 @@ import numpy as np
 from scipy import stats
 
 from segvol_pl.atomic import replacing, write_text
-from segvol_pl.config import CompareConfig, ConfigError
+from segvol_pl.config import CompareConfig
+from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments import figures, page
 from segvol_pl.experiments.grid import SEED
-from segvol_pl.experiments.points import Point, Points, PointsError, gather
+from segvol_pl.experiments.points import Point, Points, gather
 from segvol_pl.experiments.verdict import tails
 
 

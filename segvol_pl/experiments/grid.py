@@ -21,8 +21,9 @@ from typing import Any
 
 import yaml
 
-from segvol_pl.config import ConfigError, loader
+from segvol_pl.config import loader
 from segvol_pl.config.loader import PAIR, SECTION_FILE, Written, did_you_mean
+from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops
 
 KEYS = {

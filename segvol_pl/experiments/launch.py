@@ -24,8 +24,9 @@ import psutil
 import yaml
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import ConfigError, loader
+from segvol_pl.config import loader
 from segvol_pl.credentials import masked
+from segvol_pl.errors import ConfigError, RunError
 from segvol_pl.experiments.grid import Grid, Run, parameters, volume_flops
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.run_folder import RECORD, read_record
@@ -35,10 +36,6 @@ log = logging.getLogger(__name__)
 MISSING, RUNNING, PARTIAL, FAILED, FINISHED, CHANGED = "missing", "running", "partial", "failed", "finished", "changed"
 SILENCE = 900.0
 """Seconds without a logged step after which a run on another machine counts as stopped."""
-
-
-class RunError(ValueError):
-    """A run of a grid that cannot be started, or runs that failed."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +188,7 @@ def held_out(runs: Sequence[Run]) -> str:
     """Whether all runs are held against the same volumes, and none trains on them. Reads the shards' indexes."""
     # Reading shards imports torch, which expanding a grid must not.
     from segvol_pl.data.corpus import held_out_corpus, open_folders, training_corpus
-    from segvol_pl.data.shards import ShardError
+    from segvol_pl.errors import ShardError
 
     sets, leaking = set(), []
     seen: dict[str, tuple[frozenset[str], int]] = {}

@@ -21,17 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from segvol_pl.config import ConfigError, PointsConfig, Samples, Take, loader
+from segvol_pl.config import PointsConfig, Samples, Take, loader
+from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments.grid import parameters, volume_flops
 from segvol_pl.run_folder import VOLUMES, read_metrics, read_record
 
 WANDB = "wandb:"
 LOSS = "loss"
 """The table's column."""
-
-
-class PointsError(ValueError):
-    """Runs or tables that give no points."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ import numpy as np
 
 from segvol_pl import __version__
 from segvol_pl.atomic import replacing
-from segvol_pl.imaging.volume import Volume, VolumeError, slice_files, to_native
+from segvol_pl.errors import VolumeError
+from segvol_pl.imaging.volume import Volume, slice_files, to_native
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription

@@ -9,7 +9,7 @@ import functools
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from segvol_pl.config import ConfigError
+from segvol_pl.errors import ConfigError
 
 
 @functools.cache

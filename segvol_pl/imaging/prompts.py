@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from segvol_pl.config import ConfigError
 from segvol_pl.config.loader import own_function
-from segvol_pl.data.schema import Box
+from segvol_pl.errors import ConfigError
+from segvol_pl.imaging.box import Box
 
 INSIDE, OUTSIDE, PADDING = 1, 0, -1
 """Labels of points, as in the published model."""
@@ -54,17 +54,6 @@ class Prompt:
             raise ValueError(f"a box has 6 numbers d0 h0 w0 d1 h1 w1, got {len(box)}")
         if any(low > high for low, high in zip(box[:3], box[3:], strict=True)):
             raise ValueError(f"box {list(box)} is inverted: its minimum exceeds its maximum")
-
-
-def box_of(mask_DHW: np.ndarray) -> Box:
-    """Inclusive bounding box `d0 h0 w0 d1 h1 w1` of a mask. Raises ValueError for an empty one."""
-    deep = np.flatnonzero(mask_DHW.reshape(len(mask_DHW), -1).any(axis=1))
-    if deep.size == 0:
-        raise ValueError("an empty mask has no box")
-    d0, d1 = int(deep[0]), int(deep[-1])
-    plane_HW = np.any(mask_DHW[d0 : d1 + 1], axis=0)
-    high, wide = np.flatnonzero(plane_HW.any(axis=1)), np.flatnonzero(plane_HW.any(axis=0))
-    return d0, int(high[0]), int(wide[0]), d1, int(high[-1]), int(wide[-1])
 
 
 def draw_points(

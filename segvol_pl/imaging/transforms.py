@@ -15,11 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from segvol_pl.data.schema import Box, Intensity, SampleError
-from segvol_pl.imaging.prompts import box_of
-
-FOREGROUND_PERCENTILES = (0.05, 99.95)
-
 
 class Sliceable(Protocol):
     """A numpy array, or an encoded one that decodes only the slice asked for."""
@@ -37,52 +32,6 @@ class Sliceable(Protocol):
 
 NO_SHIFT = -0.0
 """Added, it leaves every number as it is; 0.0 would turn -0.0 into 0.0."""
-
-
-def intensity_of(hu_DHW: np.ndarray) -> Intensity:
-    """HU statistics of a whole CT (published ForegroundNorm: voxels above the mean, percentiles 0.05 and 99.95).
-
-    Raises SampleError for a constant volume.
-    """
-    minimum, maximum = int(hu_DHW.min()), int(hu_DHW.max())
-    if minimum == maximum:
-        raise SampleError(f"the volume is constant ({minimum} HU everywhere): it holds no image")
-    mean = float(hu_DHW.mean(dtype=np.float64))
-    low, high = np.percentile(hu_DHW[hu_DHW > mean], FOREGROUND_PERCENTILES)
-    if low >= high:
-        low, high = float(minimum), float(maximum)
-    return Intensity(mean=mean, low=float(low), high=float(high), minimum=minimum, maximum=maximum)
-
-
-def normalise(hu_DHW: np.ndarray, intensity: Intensity) -> np.ndarray:
-    """HU -> float32 in [0, 1]: clipped to the foreground's percentiles, then scaled.
-
-    The published z-score between the two is undone by its min-max scaling, hence left out.
-    """
-    image_DHW = (hu_DHW.astype(np.float32) - intensity.low) / (intensity.high - intensity.low)
-    return np.clip(image_DHW, 0.0, 1.0, out=image_DHW)
-
-
-class Normalised:
-    """`normalise` of a CT, done for the part that is read: the CT stays int16, whatever its size."""
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, hu_DHW: np.ndarray, intensity: Intensity) -> None:
-        self._hu_DHW, self._intensity, self.shape = hu_DHW, intensity, hu_DHW.shape
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        return normalise(self._hu_DHW[key], self._intensity)
-
-
-def body_box(hu_DHW: np.ndarray, intensity: Intensity) -> Box:
-    """Inclusive bounding box of the voxels above the foreground's lower percentile."""
-    return box_of(hu_DHW > intensity.low)
-
-
-def box_slices(box: Box) -> tuple[slice, slice, slice]:
-    """The slices that an inclusive box covers."""
-    return slice(box[0], box[3] + 1), slice(box[1], box[4] + 1), slice(box[2], box[5] + 1)
 
 
 def resize_tensor(image_BCDHW: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

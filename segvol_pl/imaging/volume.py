@@ -30,6 +30,7 @@ from nibabel.spatialimages import SpatialImage
 from nibabel.volumeutils import apply_read_scaling
 
 from segvol_pl.atomic import replacing
+from segvol_pl.errors import VolumeError
 from segvol_pl.imaging.itk import sitk
 
 log = logging.getLogger(__name__)
@@ -77,10 +78,6 @@ TAGS = {
 
 Header: TypeAlias = "sitk.Image | sitk.ImageFileReader"
 """Whatever knows size, spacing, origin and direction."""
-
-
-class VolumeError(ValueError):
-    """A CT or label file that cannot be used. The message names the file and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from segvol_pl.data.schema import Box
-from segvol_pl.imaging.prompts import box_of
-from segvol_pl.imaging.transforms import box_slices, resize_tensor
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.transforms import resize_tensor
 
 Logits = TypeVar("Logits", np.ndarray, torch.Tensor)
 

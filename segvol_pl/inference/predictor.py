@@ -23,16 +23,17 @@ import torch
 
 from segvol_pl.atomic import write_text
 from segvol_pl.config import Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
-from segvol_pl.data.schema import Box, Intensity, SampleError
+from segvol_pl.device import autocast, own_device
+from segvol_pl.errors import PromptError, SampleError, TextError, UnknownCategory, VolumeError
+from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.dicom_seg import check_dicom_seg, write_dicom_seg
+from segvol_pl.imaging.intensity import Intensity, Normalised, body_box, intensity_of
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.transforms import Normalised, body_box, box_slices, intensity_of
-from segvol_pl.imaging.volume import WRITABLE, Volume, VolumeError, read_label, read_volume, to_native, write_mask
-from segvol_pl.inference.prompt_coordinates import PromptError, check_prompt, into_crop, prompt_of
+from segvol_pl.imaging.volume import WRITABLE, Volume, read_label, read_volume, to_native, write_mask
+from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomResult
 from segvol_pl.model.checkpoint import load_model
-from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
-from segvol_pl.training.strategies import autocast, own_device
+from segvol_pl.model.text_encoder import TextBank
 
 __all__ = ["LabelMap", "Mask", "Predictor", "PromptError", "Score", "Session", "into_crop", "predict", "prompt_of"]
 

@@ -16,14 +16,11 @@ from itertools import product
 import numpy as np
 
 from segvol_pl.config import Coordinates, PredictConfig
-from segvol_pl.data.schema import Box
+from segvol_pl.errors import PromptError
+from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
 from segvol_pl.imaging.volume import Volume, voxels_of, world_of
 from segvol_pl.inference.zoom import clip_box, clip_marks
-
-
-class PromptError(ValueError):
-    """A prompt that does not fit the CT. The message names the prompt's part and the CT's shape."""
 
 
 def check_prompt(config: PredictConfig) -> None:

@@ -18,7 +18,7 @@ import torch
 from monai.data.utils import compute_importance_map, dense_patch_slices
 
 from segvol_pl.config import SlidingConfig
-from segvol_pl.data.schema import Box
+from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.imaging.transforms import Sliceable, crop
 from segvol_pl.inference.zoom import Promptable, Start, clip_box, clip_marks, points_inside

@@ -29,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from segvol_pl.config import ViewConfig
-from segvol_pl.data.schema import Box
+from segvol_pl.errors import UnknownCategory, ViewError
+from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
 from segvol_pl.inference.predictor import Mask, Predictor, Session
-from segvol_pl.model.text_encoder import UnknownCategory
 
 if TYPE_CHECKING:
     from bokeh.document import Document
@@ -70,10 +70,6 @@ link.download = file.data.name[0];
 link.click();
 URL.revokeObjectURL(link.href);
 """
-
-
-class ViewError(ValueError):
-    """A viewer that cannot start. The message names the remedy."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from segvol_pl.config import Rule, ZoomConfig
-from segvol_pl.data.schema import Box
-from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt, box_of, draw_points
-from segvol_pl.imaging.transforms import Sliceable, box_slices, resize_image, resize_label
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt, draw_points
+from segvol_pl.imaging.transforms import Sliceable, resize_image, resize_label
 from segvol_pl.inference.coarse import Certain, Coarse, Ground, binary, enlarge
 from segvol_pl.inference.token_cache import TokenStore
 

@@ -29,8 +29,8 @@ from torch import nn
 from segvol_pl.atomic import replacing
 from segvol_pl.config import Rule, SegVolConfig
 from segvol_pl.config.loader import plain
+from segvol_pl.errors import CheckpointError
 from segvol_pl.model.released import (
-    CheckpointError,
     Contents,
     Tensors,
     encoder_of,

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from segvol_pl.config import ImportConfig, Rule, SegVolConfig
+from segvol_pl.config.categories import load_categories
+from segvol_pl.errors import CheckpointError
 from segvol_pl.model.checkpoint import (
     BANK,
     Weights,
@@ -25,10 +27,9 @@ from segvol_pl.model.checkpoint import (
     write_weights,
 )
 from segvol_pl.model.image_encoder import ImageEncoder
-from segvol_pl.model.released import CheckpointError, Contents, encoder_of, read_contents, write_pth
+from segvol_pl.model.released import Contents, encoder_of, read_contents, write_pth
 from segvol_pl.model.segvol import SegVol
 from segvol_pl.model.text_encoder import TextBank
-from segvol_pl.packing.cases import load_categories
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from segvol_pl.atomic import replacing
+from segvol_pl.errors import CheckpointError
 
 TOWER = "text_encoder.clip_text_model."
 CARRIED = re.compile(
@@ -32,10 +33,6 @@ ENCODERS = ("encoder.", "model.encoder.", "model.image_encoder.", "module.image_
 PTH_PREFIX = "module."
 
 Tensors = dict[str, Tensor]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the file and what is wrong."""
 
 
 @dataclass(frozen=True)

@@ -19,18 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from segvol_pl.config import SegVolConfig, TextConfig, TextSource
+from segvol_pl.errors import TextError, UnknownCategory
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-
-
-class UnknownCategory(ValueError):
-    """A name that the text bank does not hold. The message offers the nearest ones."""
-
-
-class TextError(ValueError):
-    """A text tower that cannot be loaded."""
 
 
 class TextBank:

@@ -15,24 +15,16 @@ import glob
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from segvol_pl.config.categories import listed
+from segvol_pl.errors import CaseError
 from segvol_pl.imaging.volume import READABLE, files_of, is_dicom
 
 IMAGE_ENDINGS = ("_ct", "_image", "_0000", "_dicom")
 LABEL_ENDINGS = ("_seg", "_label")
-
-LISTED = 10
-"""Names that an error lists at most."""
-
-
-class CaseError(ValueError):
-    """Cases or categories that cannot be used. The message names the files and the remedy."""
 
 
 COLUMNS = ("id", "image", "label")
@@ -156,12 +148,6 @@ def _pair(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
     return [Case(id, images[id], labels[id]) for id in sorted(images)]
 
 
-def listed(names: list[str]) -> str:
-    """The names in a line, the first ten at most."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
-
-
 # Stated pairs
 
 
@@ -225,53 +211,3 @@ def _check_columns(names: list[str], both: bool, place: str) -> None:
 
 
 # Categories
-
-
-def load_categories(path: str | Path) -> dict[str, list[int]]:
-    """Category name -> its label values, from YAML: `categories: {name: [values]}` or the mapping alone.
-
-    Raises CaseError for a file that is no such mapping, a name given twice, or values that are no labels above 0.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CaseError(f"categories: {path} does not exist: check the path")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CaseError(f"categories: {path} is no YAML ({' '.join(str(error).split())})") from error
-    mapping = raw["categories"] if isinstance(raw, dict) and isinstance(raw.get("categories"), dict) else raw
-    if not isinstance(mapping, dict) or not mapping:
-        raise CaseError(f"categories: {path} names none: write name: [label values]")
-    return {checked_name(name, path): checked_values(name, values, path) for name, values in mapping.items()}
-
-
-class UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice. YAML's own loader lets a second key silently replace the first."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises ConstructorError, with the place, for a key that is given twice."""
-        counts = Counter(key.value for key, _ in node.value)
-        twice = [name for name, count in counts.items() if count > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{listed(twice)} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def checked_name(name: Any, path: Path) -> str:
-    """The name. Raises CaseError for what is no text."""
-    if not isinstance(name, str) or not name.strip():
-        raise CaseError(f"categories: {path}: {name!r} is no name: write it as text")
-    return name
-
-
-def checked_values(name: str, values: Any, path: Path) -> list[int]:
-    """The label values, sorted. Raises CaseError for anything but whole numbers from 1 to 65535."""
-    listed: Iterable[Any] = values if isinstance(values, list) else [values]
-    checked = [
-        value for value in listed if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536
-    ]
-    if not checked or len(checked) != len(list(listed)):
-        raise CaseError(
-            f"categories: {path}: {name}: {values!r} are no label values: give whole numbers from 1 to 65535"
-        )
-    return sorted(set(checked))

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from segvol_pl.imaging.volume import VolumeError
-from segvol_pl.packing.cases import Case, CaseError, listed
+from segvol_pl.config.categories import listed
+from segvol_pl.errors import CaseError, VolumeError
+from segvol_pl.packing.cases import Case
 from segvol_pl.packing.recipes import DatasetRecipe
 
 PARTS = {"train": "train", "training": "train", "test": "test", "validation": "test"}

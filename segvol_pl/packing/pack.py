@@ -43,7 +43,8 @@ from rich.text import Text
 
 from segvol_pl.atomic import NoRoomError, write_text
 from segvol_pl.config import PackConfig, parse_slice
-from segvol_pl.data.schema import SampleError, Split
+from segvol_pl.config.categories import listed, load_categories
+from segvol_pl.data.schema import Split
 from segvol_pl.data.shards import (
     INDEX,
     SampleRecord,
@@ -54,10 +55,11 @@ from segvol_pl.data.shards import (
     write_shard,
 )
 from segvol_pl.data.store import Store
+from segvol_pl.errors import PackError, SampleError, VolumeError
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.imaging.itk import simple_itk, sitk
-from segvol_pl.imaging.volume import VolumeError, files_of, source_sha256
-from segvol_pl.packing.cases import Case, find_cases, listed, load_categories, read_cases
+from segvol_pl.imaging.volume import files_of, source_sha256
+from segvol_pl.packing.cases import Case, find_cases, read_cases
 from segvol_pl.packing.m3d import is_m3d, m3d_cases
 from segvol_pl.packing.prepare import Rules, pack_case
 from segvol_pl.packing.recipes import DatasetRecipe, read_recipe, recipe_cases
@@ -75,10 +77,6 @@ KEY_LENGTH = 80
 """Characters of a key at most: a member's name must fit a tar header of 100."""
 KEY_HASH = 8
 """Of them, those that tell apart ids with letters beyond ASCII."""
-
-
-class PackError(ValueError):
-    """A set that cannot be packed. The message names the folder or cases, and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from typing import Any
 
 import yaml
 
-from segvol_pl.packing.cases import Case, CaseError, UniqueKeys, checked_name, checked_values, listed
+from segvol_pl.config.categories import UniqueKeys, checked_name, checked_values, listed
+from segvol_pl.errors import CaseError
+from segvol_pl.packing.cases import Case
 
 WILDCARDS = {"{id}": r"(?P<id>[^/]+?)", "**/": r"(?:.*/)?", "*": r"[^/]*"}
 

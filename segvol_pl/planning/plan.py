@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from segvol_pl.config import ConfigError, Precision, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig, loader
+from segvol_pl.config import Precision, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig, loader
+from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import ACCELERATORS, Accelerator, accelerator
 

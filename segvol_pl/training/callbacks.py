@@ -16,11 +16,11 @@ import torch
 
 from segvol_pl.atomic import replacing
 from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.device import uses_bf16
 from segvol_pl.planning import flops
 from segvol_pl.planning.devices import accelerator
 from segvol_pl.training.module import Task
 from segvol_pl.training.ranks import gathered
-from segvol_pl.training.strategies import uses_bf16
 
 log = logging.getLogger(__name__)
 

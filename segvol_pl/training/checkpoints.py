@@ -29,8 +29,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from segvol_pl.atomic import no_room, replacing
 from segvol_pl.config import RunConfig
+from segvol_pl.errors import NonFiniteError
 from segvol_pl.model.released import is_finite
-from segvol_pl.training.gradients import NonFiniteError
 
 
 class HostCopies:

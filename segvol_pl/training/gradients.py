@@ -19,21 +19,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from segvol_pl.errors import NonFiniteError
 from segvol_pl.training.module import Task
 from segvol_pl.training.ranks import gathered
 
 log = logging.getLogger(__name__)
 
-NOT_FINITE = 65
-"""Exit status of a run whose losses or gradients were not finite (EX_DATAERR)."""
 LISTED = 8
 """Samples named at most."""
-
-
-class NonFiniteError(ValueError):
-    """Losses, gradients or weights that are NaN or infinite."""
-
-    status = NOT_FINITE
 
 
 def step_norm(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:

@@ -8,17 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib.metadata
-import json
 import logging
 import os
-import platform
 import secrets
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,12 +24,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from segvol_pl.atomic import replacing, write_text
 from segvol_pl.config import TrackConfig, Wandb
 from segvol_pl.credentials import masked
-from segvol_pl.run_folder import HEADER, read_places
-from segvol_pl.run_folder import read_metrics as read_metrics
+from segvol_pl.run_folder import HEADER, manifest, read_places
 
 log = logging.getLogger(__name__)
-
-PACKAGES = ("segvol-pl", "torch", "lightning", "monai", "webdataset", "blosc2", "numpy", "omegaconf", "wandb")
 
 
 class MetricsFile(Logger):
@@ -266,42 +257,3 @@ def _has_key() -> bool:
     except Exception as error:  # of a wrong form, or refused
         log.warning("wandb: %s: this run is written offline", " ".join(str(error).split()))
         return False
-
-
-@rank_zero_only
-def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str] = ()) -> None:
-    """config.yaml (running it again reproduces the run) and manifest.json (git commit, versions, and every start).
-
-    step: where this start goes on, 0 for the first; changed: what its configuration has other than the start before.
-    """
-    path, made = out / "manifest.json", manifest()
-    started = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "step": step}
-    before = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if step and path.exists() else []
-    starts = [*before, {**started, **made, "changed": list(changed)}]
-    write_text(out / "config.yaml", config_yaml)
-    write_text(path, json.dumps({**made, "starts": starts}, indent=2) + "\n")
-
-
-def manifest() -> dict[str, Any]:
-    """Git commit (with `+changes` where the tree differs), Python and package versions."""
-    return {
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segvol_pl.config import ConfigError, PretrainConfig, TrainConfig
+from segvol_pl.config import PretrainConfig, TrainConfig
 from segvol_pl.config.loader import changes, differences, plain
 from segvol_pl.data.datamodule import VolumeModule
-from segvol_pl.model.checkpoint import CheckpointError, read_checkpoint
+from segvol_pl.errors import CheckpointError, ConfigError
+from segvol_pl.model.checkpoint import read_checkpoint
 from segvol_pl.run_folder import read_metrics
 
 log = logging.getLogger(__name__)

@@ -24,15 +24,17 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from segvol_pl.config import ConfigError, PretrainConfig, Rule, Strategy, TextSource, TrainConfig
+from segvol_pl.config import PretrainConfig, Rule, Strategy, TextSource, TrainConfig
 from segvol_pl.config.loader import own_function, plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
+from segvol_pl.errors import ConfigError
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.launched import rank_named
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
 from segvol_pl.model.text_encoder import TextBank
+from segvol_pl.run_folder import write_manifest
 from segvol_pl.training import loggers, strategies
 from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
@@ -211,7 +213,7 @@ def _write_records(config: Config, start: Start) -> None:
     out = Path(config.run.out)
     if not config.run.resume:
         set_aside(out / "checkpoints")
-    loggers.write_manifest(out, to_yaml(config), start.step, start.changed)
+    write_manifest(out, to_yaml(config), start.step, start.changed)
 
 
 def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Trainer:

@@ -19,8 +19,9 @@ import lightning.pytorch as pl
 from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.data.datamodule import VolumeModule
+from segvol_pl.errors import StartUpError
 from segvol_pl.planning.plan import GIB, micro_batch, sample_bytes
-from segvol_pl.training.loggers import manifest
+from segvol_pl.run_folder import manifest
 from segvol_pl.training.ranks import gathered
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,6 @@ VALIDATING = 1
 Config = PretrainConfig | TrainConfig
 Statement = dict[str, str]
 """What is compared -> what this rank says of it."""
-
-
-class StartUpError(ValueError):
-    """Ranks that differ, or a place without room. The message names the rank or place, and the remedy."""
 
 
 class StartUp(pl.Callback):

@@ -13,7 +13,6 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -35,9 +34,10 @@ from torch.distributed.fsdp import (
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from segvol_pl.config import DEEPSPEED_BUCKET, ConfigError, Precision, RunConfig, Strategy
+from segvol_pl.config import DEEPSPEED_BUCKET, RunConfig, Strategy
 from segvol_pl.config.loader import own_function
-from segvol_pl.launched import local_rank
+from segvol_pl.device import resolve_device, uses_bf16
+from segvol_pl.errors import ConfigError
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
 from segvol_pl.model.prompt_encoder import PromptEncoder
@@ -50,55 +50,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's, by its own names."""
 LEAST_TIMEOUT = 120.0
 """Seconds that ranks wait for each other at least: they do not start at the same moment."""
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda`, `cuda:1`. Raises ConfigError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device: {name!r} is no device: use auto, cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device: {name} asked for, but torch finds no CUDA device: use device=cpu")
-    return device
-
-
-def own_device(name: str) -> torch.device:
-    """`resolve_device` for a process that has a GPU to itself, which becomes its current one.
-
-    `auto` and `cuda` spread a node's processes over the GPUs that they see: the one of the process's number there, and
-    device 0 where each sees one alone. Raises ConfigError for a GPU that this process does not see.
-    """
-    device = resolve_device(name)
-    if device.type != "cuda":
-        return device
-    seen = torch.cuda.device_count()
-    device = torch.device("cuda", local_rank() % seen if device.index is None else device.index)
-    if device.index >= seen:
-        raise ConfigError(f"device: {name} asked for, but this process sees {seen} CUDA devices: use device=cuda")
-    torch.cuda.set_device(device)
-    return device
-
-
-def uses_bf16(device: torch.device, precision: Precision) -> bool:
-    """auto: bf16 where the hardware multiplies it faster: GPUs that support it, CPUs with AMX."""
-    if precision is not Precision.auto:
-        return precision is Precision.bf16
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return has_amx()
-
-
-def has_amx() -> bool:
-    """Whether this CPU multiplies bf16 in tile registers; others emulate it, several times slower than float32."""
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """bf16 autocast, or nothing, as `precision` says."""
-    return torch.autocast(device.type, torch.bfloat16) if uses_bf16(device, precision) else nullcontext()
 
 
 def trainer_precision(run: RunConfig) -> Any:

@@ -13,18 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from segvol_pl.config import (
-    MISSING,
-    SCHEMAS,
-    ConfigError,
-    OptimConfig,
-    Range,
-    Rule,
-    RunConfig,
-    SegVolConfig,
-    ZoomConfig,
-)
+from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, Range, Rule, RunConfig, SegVolConfig, ZoomConfig
 from segvol_pl.config.loader import Field, fields_help, load, resolved, to_yaml
+from segvol_pl.errors import ConfigError
 from segvol_pl.model import SegVol
 
 ROOT = Path(__file__).parents[2]

@@ -18,11 +18,11 @@ from segvol_pl.data.ahead import Ahead
 from segvol_pl.data.batch import Batch, masks_of, packed, shade_of, shaded, unpacked
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.schema import Intensity
 from segvol_pl.data.shards import read_array, read_facts, read_index
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan, Stream, collate
 from segvol_pl.imaging import transforms
+from segvol_pl.imaging.intensity import Intensity, normalise
 from segvol_pl.planning.plan import sample_bytes
 
 OVERVIEW = [8, 16, 16]
@@ -33,7 +33,7 @@ RESIZED = SegVolConfig(input_shape=[12, 24, 8], patch=[4, 8, 8], hidden=16, head
 
 def plain_image(hu_DHW: np.ndarray, intensity: Intensity, scale: float | None, shift: float | None) -> np.ndarray:
     """As numpy makes it: only what was drawn is applied."""
-    image_DHW = transforms.normalise(hu_DHW, intensity)
+    image_DHW = normalise(hu_DHW, intensity)
     if scale is not None:
         image_DHW = image_DHW * np.float32(scale)
     return image_DHW if shift is None else image_DHW + np.float32(shift)
@@ -149,7 +149,7 @@ def test_a_simmim_batch_holds_its_image(phantom_shards: Path) -> None:
     hu_DHW = read_array(store, record, facts, sampling.Member.OVERVIEW)[:]
     assert batch["mask_BT"].sum(1).tolist() == [4, 4]
     for image_CDHW in batch["image_BCDHW"]:
-        assert image_CDHW.numpy().tobytes() == transforms.normalise(hu_DHW, facts.intensity).tobytes()
+        assert image_CDHW.numpy().tobytes() == normalise(hu_DHW, facts.intensity).tobytes()
 
 
 # ---- ahead ----

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segvol_pl.config import ConfigError, DataConfig, RunConfig
+from segvol_pl.config import DataConfig, RunConfig
 from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
 from segvol_pl.data.datamodule import VolumeModule
-from segvol_pl.data.shards import INDEX, SampleRecord, ShardError, build_index
-from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.shards import INDEX, SampleRecord, build_index
+from segvol_pl.data.store import Store
+from segvol_pl.errors import ConfigError, ShardError, StoreError
 
 
 def records(count: int, name: str = "case") -> list[SampleRecord]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_stream import MODEL, flip
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import ConfigError, DataConfig, PromptConfig
+from segvol_pl.config import DataConfig, PromptConfig
 from segvol_pl.data import sampling
 from segvol_pl.data.batch import unpacked
 from segvol_pl.data.collate import Arrays
@@ -25,8 +25,8 @@ from segvol_pl.data.damage import Health
 from segvol_pl.data.pipe import PipeStream, shards_of
 from segvol_pl.data.sampling import Read
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shards import ShardError
 from segvol_pl.data.stream import Plan, World
+from segvol_pl.errors import ConfigError, ShardError
 
 
 def _corpus(folder: Path, split: str = "all", times: int = 1) -> Corpus:

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
-from segvol_pl.data.schema import CategoryFacts, Facts, Intensity, Member, SampleError
+from segvol_pl.data.schema import CategoryFacts, Facts, Member
 from segvol_pl.data.shards import (
     INDEX,
     Damage,
@@ -32,7 +32,6 @@ from segvol_pl.data.shards import (
     Index,
     Sample,
     SampleRecord,
-    ShardError,
     _sample_faults,
     build_index,
     describe,
@@ -44,7 +43,9 @@ from segvol_pl.data.shards import (
     walk_shard,
     write_shard,
 )
-from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.store import Store
+from segvol_pl.errors import SampleError, ShardError, StoreError
+from segvol_pl.imaging.intensity import Intensity
 
 SHAPE = (9, 40, 33)
 OVERVIEW = [4, 8, 8]

@@ -14,7 +14,8 @@ import pytest
 
 from segvol_pl.data import store
 from segvol_pl.data.cache import Cache
-from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.store import Store
+from segvol_pl.errors import StoreError
 
 pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
 

@@ -32,18 +32,10 @@ from segvol_pl.data.damage import Health
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.sampling import Read
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shards import (
-    Damage,
-    SampleRecord,
-    ShardError,
-    build_index,
-    read_index,
-    read_sample,
-    walk_shard,
-    write_shard,
-)
-from segvol_pl.data.store import Store, StoreError
+from segvol_pl.data.shards import Damage, SampleRecord, build_index, read_index, read_sample, walk_shard, write_shard
+from segvol_pl.data.store import Store
 from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
+from segvol_pl.errors import ShardError, StoreError
 
 MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
 

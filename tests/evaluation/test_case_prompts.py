@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segvol_pl.config import CasesConfig, ConfigError, DrawConfig, EvaluateConfig, Mode, Slice
-from segvol_pl.data.schema import SampleError
+from segvol_pl.config import CasesConfig, DrawConfig, EvaluateConfig, Mode, Slice
+from segvol_pl.errors import ConfigError, SampleError
 from segvol_pl.evaluation.prompts import Setting, deepest, draw, parts_of, settings
-from segvol_pl.imaging.prompts import box_of
+from segvol_pl.imaging.box import box_of
 
 SHAPE, SPACING, SEEDS = (20, 40, 36), (3.0, 1.0, 1.0), [0, 1, 2]
 

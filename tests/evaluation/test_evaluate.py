@@ -29,17 +29,17 @@ from segvol_pl.config import (
     Wandb,
     ZoomConfig,
 )
+from segvol_pl.config.categories import load_categories
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import ShardError, build_index, write_shard
+from segvol_pl.data.shards import build_index, write_shard
+from segvol_pl.errors import EvaluateError, LockedError, ShardError, UnknownCategory
 from segvol_pl.evaluation.metrics import dice
-from segvol_pl.evaluation.run import EvaluateError, Summary, evaluate, evaluate_model, picked
+from segvol_pl.evaluation.run import Summary, evaluate, evaluate_model, picked
 from segvol_pl.evaluation.summary import Row
-from segvol_pl.folder_lock import LockedError
-from segvol_pl.imaging.prompts import Prompt, box_of
+from segvol_pl.imaging.box import box_of
+from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.transforms import resize_label
 from segvol_pl.imaging.volume import read_label, read_volume
-from segvol_pl.model.text_encoder import UnknownCategory
-from segvol_pl.packing.cases import load_categories
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 

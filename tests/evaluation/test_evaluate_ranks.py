@@ -17,7 +17,8 @@ from oracle import save_untrained
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.evaluation.run import EvaluateError, Summary, evaluate
+from segvol_pl.errors import EvaluateError
+from segvol_pl.evaluation.run import Summary, evaluate
 
 CATEGORIES = ["aorta", "liver", "spleen"]
 MEASURED = ("seconds", "memory_mb")

@@ -9,8 +9,8 @@ from oracle import Oracle
 
 from segvol_pl.evaluation.mask_category import Reading, likeness, readings_of
 from segvol_pl.evaluation.summary import Summary
+from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.transforms import box_slices
 
 WINDOW = (4, 8, 8)
 PLACES = {"organ": (0, 0, 0, 3, 7, 3), "lesion": (1, 1, 1, 2, 2, 2), "other": (0, 0, 4, 3, 7, 7)}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, ZoomConfig
-from segvol_pl.evaluation.cases import EvaluateError
+from segvol_pl.errors import EvaluateError
 from segvol_pl.evaluation.mask_category import Reading
 from segvol_pl.evaluation.results import CaseResult, Ledger, Share
 from segvol_pl.evaluation.summary import Row

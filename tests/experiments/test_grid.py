@@ -15,7 +15,7 @@ import yaml
 from holders import holding
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from segvol_pl.config import ConfigError
+from segvol_pl.errors import ConfigError
 from segvol_pl.experiments import launch
 from segvol_pl.experiments.grid import Run, expand, read, volume_flops
 from segvol_pl.training.loggers import read_metrics

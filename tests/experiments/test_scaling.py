@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segvol_pl.config import CompareConfig, ConfigError, FitConfig
+from segvol_pl.config import CompareConfig, FitConfig
 from segvol_pl.config.loader import load, to_yaml
+from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments.compare import Comparison, compare, compare_runs
 from segvol_pl.experiments.fit import fit_runs
 from segvol_pl.experiments.frontier import frontier
 from segvol_pl.experiments.grid import parameters, volume_flops
 from segvol_pl.experiments.laws import Law, bootstrap, fit
-from segvol_pl.experiments.points import Point, Points, PointsError, gather
+from segvol_pl.experiments.points import Point, Points, gather
 from segvol_pl.experiments.verdict import Judged, judge, predicted
 
 BOTH, SIZE, DATA = Law(("params", "samples")), Law(("params",)), Law(("samples",))

@@ -11,8 +11,9 @@ import torch
 from oracle import save_untrained
 
 from segvol_pl.config import ZoomConfig
-from segvol_pl.imaging.prompts import Prompt, box_of
-from segvol_pl.imaging.transforms import Normalised, box_slices, intensity_of
+from segvol_pl.imaging.box import box_of, box_slices
+from segvol_pl.imaging.intensity import Normalised, intensity_of
+from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.inference import zoom
 from segvol_pl.inference.coarse import Coarse
 from segvol_pl.inference.zoom import Zoomer, ZoomResult, _Plan

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segvol_pl.imaging.prompts import Prompt, box_of, draw_points, jitter_box
+from segvol_pl.imaging.box import box_of
+from segvol_pl.imaging.prompts import Prompt, draw_points, jitter_box
 
 RNG = np.random.default_rng(0)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segvol_pl.data.schema import SampleError
+from segvol_pl.errors import SampleError
 from segvol_pl.imaging import transforms
-from segvol_pl.imaging.prompts import box_of
+from segvol_pl.imaging.box import box_of
+from segvol_pl.imaging.intensity import body_box, intensity_of, normalise
 
 
 def _ct(shape: tuple[int, int, int] = (12, 20, 16)) -> np.ndarray:
@@ -18,24 +19,24 @@ def _ct(shape: tuple[int, int, int] = (12, 20, 16)) -> np.ndarray:
 
 def test_normalise_clips_to_the_foreground() -> None:
     hu = _ct()
-    intensity = transforms.intensity_of(hu)
+    intensity = intensity_of(hu)
     foreground = hu[hu > hu.mean()]
     assert intensity.low == pytest.approx(np.percentile(foreground, 0.05))
-    image = transforms.normalise(hu, intensity)
+    image = normalise(hu, intensity)
     assert image.dtype == np.float32
     assert image.min() == 0 and image.max() == 1
-    assert transforms.body_box(hu, intensity) == (2, 4, 3, 9, 14, 11)
+    assert body_box(hu, intensity) == (2, 4, 3, 9, 14, 11)
 
 
 def test_a_constant_volume_is_refused() -> None:
     with pytest.raises(SampleError, match="constant"):
-        transforms.intensity_of(np.full((3, 3, 3), 40, dtype=np.int16))
+        intensity_of(np.full((3, 3, 3), 40, dtype=np.int16))
 
 
 def test_two_valued_volumes_keep_their_contrast() -> None:
     hu = np.zeros((4, 4, 4), dtype=np.int16)
     hu[1:3, 1:3, 1:3] = 100
-    image = transforms.normalise(hu, transforms.intensity_of(hu))
+    image = normalise(hu, intensity_of(hu))
     assert set(np.unique(image)) == {0.0, 1.0}
 
 

@@ -22,8 +22,8 @@ from ct_files import (
     write_promise,
 )
 
+from segvol_pl.errors import VolumeError
 from segvol_pl.imaging.volume import (
-    VolumeError,
     read_header,
     read_label,
     read_volume,

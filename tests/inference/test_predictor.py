@@ -18,25 +18,15 @@ from letters import write_clip
 from oracle import Oracle, RangeOracle, predictor_of, save_untrained
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import (
-    ConfigError,
-    Coordinates,
-    Overlaps,
-    Precision,
-    PredictConfig,
-    SegVolConfig,
-    TextConfig,
-    ZoomConfig,
-)
-from segvol_pl.data.schema import SampleError
+from segvol_pl.config import Coordinates, Overlaps, Precision, PredictConfig, SegVolConfig, TextConfig, ZoomConfig
+from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, VolumeError
+from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.dicom_seg import write_dicom_seg
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.transforms import box_slices
-from segvol_pl.imaging.volume import WRITABLE, Volume, VolumeError, _native_grid, read_volume
+from segvol_pl.imaging.volume import WRITABLE, Volume, _native_grid, read_volume
 from segvol_pl.inference.predictor import Predictor, Session, extend_bank, predict
-from segvol_pl.inference.prompt_coordinates import PromptError, check_prompt, into_crop, prompt_of
+from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.model.text_encoder import TextError
 
 WINDOW = (8, 16, 16)
 SHAPE = (28, 44, 40)

@@ -25,7 +25,8 @@ from PIL import Image
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import ViewConfig
-from segvol_pl.inference.viewer import PLANES, Asked, ViewError, make_server
+from segvol_pl.errors import ViewError
+from segvol_pl.inference.viewer import PLANES, Asked, make_server
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))

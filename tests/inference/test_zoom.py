@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from oracle import Oracle, save_untrained
 
 from segvol_pl.config import Rule, ZoomConfig
-from segvol_pl.data.schema import Box
-from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt, box_of
-from segvol_pl.imaging.transforms import box_slices, resize_label, resize_tensor
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt
+from segvol_pl.imaging.transforms import resize_label, resize_tensor
 from segvol_pl.inference.coarse import Certain, Coarse, enlarge
 from segvol_pl.inference.token_cache import TokenStore
 from segvol_pl.inference.zoom import (

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import SegVolConfig, TrainConfig
+from segvol_pl.errors import CheckpointError
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.model.checkpoint import CheckpointError, load_encoder, load_model, load_weights
+from segvol_pl.model.checkpoint import load_encoder, load_model, load_weights
 from segvol_pl.model.convert import export
 from segvol_pl.training.segment import SegVolTask
 

@@ -19,11 +19,11 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 from segvol_pl.__main__ import main
 from segvol_pl.config import ImportConfig, Rule, SegVolConfig, TextConfig, TextSource
 from segvol_pl.config.loader import load, to_yaml
+from segvol_pl.errors import CheckpointError, TextError, UnknownCategory
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.model.checkpoint import CheckpointError, load_encoder, load_model, load_weights, read_weights
+from segvol_pl.model.checkpoint import load_encoder, load_model, load_weights, read_weights
 from segvol_pl.model.convert import export, import_weights
-from segvol_pl.model.text_encoder import TextError, UnknownCategory
 from segvol_pl.training.run import train
 
 MODEL = SegVolConfig(

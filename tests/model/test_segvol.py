@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from segvol_pl.config import ConfigError, SegVolConfig
+from segvol_pl.config import SegVolConfig
+from segvol_pl.errors import ConfigError
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import Upscaling

@@ -9,7 +9,8 @@ import torch
 from letters import write_clip
 
 from segvol_pl.config import TextConfig, TextSource
-from segvol_pl.model.text_encoder import TextBank, TextError, UnknownCategory
+from segvol_pl.errors import TextError, UnknownCategory
+from segvol_pl.model.text_encoder import TextBank
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from ct_files import phantom, write_case, write_dicom
 
-from segvol_pl.packing.cases import Case, CaseError, case_id, find_cases, load_categories, read_cases
+from segvol_pl.config.categories import load_categories
+from segvol_pl.errors import CaseError
+from segvol_pl.packing.cases import Case, case_id, find_cases, read_cases
 
 
 def _touch(folder: Path, *names: str) -> None:

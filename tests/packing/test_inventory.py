@@ -14,9 +14,9 @@ from ct_files import phantom, restate, to_image, write_case, write_dicom
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import InventoryConfig
+from segvol_pl.errors import CaseError
 from segvol_pl.imaging import volume as volumes
 from segvol_pl.imaging.volume import read_header, read_volume
-from segvol_pl.packing.cases import CaseError
 from segvol_pl.packing.inventory import Entry, Inventory, inventory
 
 

@@ -17,8 +17,7 @@ from segvol_pl.config import PackConfig
 from segvol_pl.data.schema import Member
 from segvol_pl.data.shards import describe, read_array, read_facts, read_index
 from segvol_pl.data.store import Store
-from segvol_pl.imaging.volume import VolumeError
-from segvol_pl.packing.cases import CaseError
+from segvol_pl.errors import CaseError, VolumeError
 from segvol_pl.packing.m3d import is_m3d, m3d_cases, read_m3d_image, read_m3d_masks
 from segvol_pl.packing.pack import pack
 

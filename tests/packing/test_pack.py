@@ -22,17 +22,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from segvol_pl.config import ConfigError, PackConfig, RegionsConfig
+from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.frames import decode_array
 from segvol_pl.data.schema import Facts, Member, Split
 from segvol_pl.data.shards import INDEX, KEY, read_facts, read_index, read_member, verify
 from segvol_pl.data.store import Store
-from segvol_pl.imaging.prompts import box_of
-from segvol_pl.imaging.transforms import box_slices
+from segvol_pl.errors import CaseError, ConfigError, PackError
+from segvol_pl.imaging.box import box_of, box_slices
 from segvol_pl.imaging.volume import read_label, read_volume, write_mask
 from segvol_pl.packing import pack as packing
-from segvol_pl.packing.cases import CaseError
-from segvol_pl.packing.pack import PackError, PackReport, pack
+from segvol_pl.packing.pack import PackReport, pack
 from segvol_pl.packing.prepare import join_masks, split_of
 
 CATEGORIES = "liver: [1]\nlung: [2]\nboth: [1, 2]\nspleen: [3]\n"

@@ -18,8 +18,9 @@ from ct_files import phantom, to_image, write_dicom
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.shards import INDEX, read_index, verify
 from segvol_pl.data.store import Store
+from segvol_pl.errors import PackError
 from segvol_pl.packing import pack as packing
-from segvol_pl.packing.pack import PackError, pack
+from segvol_pl.packing.pack import pack
 
 SHAPE = (10, 14, 12)
 CASES, REPEATS = 200, 3

@@ -25,9 +25,9 @@ from holders import holding
 
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.shards import INDEX, verify
-from segvol_pl.folder_lock import LockedError
-from segvol_pl.packing.cases import CaseError, find_cases
-from segvol_pl.packing.pack import PATIENCE, REPORT, STAGING, PackError, pack
+from segvol_pl.errors import CaseError, LockedError, PackError
+from segvol_pl.packing.cases import find_cases
+from segvol_pl.packing.pack import PATIENCE, REPORT, STAGING, pack
 
 CASES = [f"case{number}" for number in range(4)]
 FIRST = "case0"

@@ -8,10 +8,10 @@ import pytest
 from ct_files import write_case
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import ConfigError, PackConfig
+from segvol_pl.config import PackConfig
 from segvol_pl.data.shards import read_index
 from segvol_pl.data.store import Store
-from segvol_pl.packing.cases import CaseError
+from segvol_pl.errors import CaseError, ConfigError
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.recipes import DatasetRecipe, read_recipe, recipe_cases
 

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from segvol_pl.config import ConfigError, RegionsConfig
-from segvol_pl.imaging.transforms import intensity_of, normalise, resize_image, resize_label
+from segvol_pl.config import RegionsConfig
+from segvol_pl.errors import ConfigError
+from segvol_pl.imaging.intensity import intensity_of, normalise
+from segvol_pl.imaging.transforms import resize_image, resize_label
 from segvol_pl.packing.phantom import make_phantom
 from segvol_pl.packing.regions import clean, felzenszwalb, overlay, pseudo_regions
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from segvol_pl.config import ConfigError, PretrainConfig, Strategy, TrainConfig
+from segvol_pl.config import PretrainConfig, Strategy, TrainConfig
+from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import ACCELERATORS
 from segvol_pl.planning.plan import REACHED, Plan, lines, plan, strategies

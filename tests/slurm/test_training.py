@@ -15,7 +15,7 @@ from test_run import _train_config
 
 from segvol_pl.config import TrainConfig
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.training.gradients import NOT_FINITE
+from segvol_pl.errors import NOT_FINITE
 from segvol_pl.training.loggers import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

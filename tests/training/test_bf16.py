@@ -14,12 +14,12 @@ import torch
 from ranks import Ranks
 from test_run import _train_config
 
+from segvol_pl import device as device_module
 from segvol_pl.config import Precision, TrainConfig
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.training import strategies
+from segvol_pl.device import uses_bf16
 from segvol_pl.training.loggers import read_metrics
 from segvol_pl.training.run import train
-from segvol_pl.training.strategies import uses_bf16
 
 STEPS = 4
 RELATIVE = 1e-2
@@ -48,7 +48,7 @@ def alone(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.mark.parametrize("amx", [True, False])
 def test_auto_is_bf16_on_cpus_with_amx_alone(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
-    monkeypatch.setattr(strategies, "has_amx", lambda: amx)
+    monkeypatch.setattr(device_module, "has_amx", lambda: amx)
     cpu = torch.device("cpu")
     assert uses_bf16(cpu, Precision.auto) is amx
     assert uses_bf16(cpu, Precision.bf16) and not uses_bf16(cpu, Precision.fp32)

@@ -12,8 +12,9 @@ from ranks import Ranks
 from test_run import _moved_alike, _train_config, _weights
 
 from segvol_pl.config.loader import to_yaml
+from segvol_pl.errors import NOT_FINITE, NonFiniteError
 from segvol_pl.training.checkpoints import check_finite
-from segvol_pl.training.gradients import NOT_FINITE, NonFiniteError, describe
+from segvol_pl.training.gradients import describe
 from segvol_pl.training.loggers import read_metrics
 
 STEPS, BAD = 6, 3

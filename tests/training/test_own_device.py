@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from segvol_pl.config import ConfigError
+from segvol_pl.device import own_device
+from segvol_pl.errors import ConfigError
 from segvol_pl.evaluation.cost import Gauge
 from segvol_pl.launched import LOCAL_RANKS, local_rank
 from segvol_pl.training.callbacks import peak_memory
-from segvol_pl.training.strategies import own_device
 
 
 @pytest.fixture

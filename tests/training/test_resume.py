@@ -15,8 +15,8 @@ import torch
 import yaml
 from test_run import _train_config
 
-from segvol_pl.config import ConfigError, PackConfig, Precision, TrainConfig
-from segvol_pl.model.checkpoint import CheckpointError
+from segvol_pl.config import PackConfig, Precision, TrainConfig
+from segvol_pl.errors import CheckpointError, ConfigError
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 from segvol_pl.training.loggers import read_metrics

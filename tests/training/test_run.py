@@ -24,7 +24,6 @@ import torch
 from ranks import Ranks
 
 from segvol_pl.config import (
-    ConfigError,
     DataConfig,
     OptimConfig,
     Precision,
@@ -42,9 +41,10 @@ from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import SampleRecord, ShardError, read_index
+from segvol_pl.data.shards import SampleRecord, read_index
 from segvol_pl.data.store import Store
-from segvol_pl.model.checkpoint import CheckpointError, load_model
+from segvol_pl.errors import CheckpointError, ConfigError, ShardError
+from segvol_pl.model.checkpoint import load_model
 from segvol_pl.training.callbacks import StreamPosition
 from segvol_pl.training.loggers import read_metrics
 from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal

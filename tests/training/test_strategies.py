@@ -150,7 +150,7 @@ def test_offloaded_shares_train_after_a_validation(losses: dict[str, Losses], tr
     patch = "\n".join(
         [
             "from torch.distributed.fsdp import OffloadPolicy",
-            "from segvol_pl.run import strategies",
+            "from segvol_pl.training import strategies",
             "strategies.FullyShard.offloads = property(lambda self: True)",
             "strategies.CPUOffloadPolicy = OffloadPolicy",
         ]

@@ -1,0 +1,114 @@
+"""The errors that a user can cause and mend: one line each, which names the file, key or sample and the remedy.
+
+The command line prints the message of a `SegVolError` alone; any other error counts as a fault of the program. `code`
+names the kind of error for scripts and tests; `status` is the exit status of a command that ends with it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from segvol_pl.credentials import masked
+
+FAILED, MISUSED = 1, 2
+"""Exit statuses of a command that failed, and of one that was used wrongly."""
+NOT_FINITE = 65
+"""Exit status of a run whose losses or gradients were not finite (EX_DATAERR)."""
+
+
+class SegVolError(ValueError):
+    """Every error of this package that a user can mend."""
+
+    status: ClassVar[int] = FAILED
+
+    @property
+    def code(self) -> str:
+        """The kind of error, as `config` of ConfigError."""
+        return type(self).__name__.removesuffix("Error").lower()
+
+
+class ConfigError(SegVolError):
+    """A configuration that cannot be used. The message names key and remedy; `key` is the dotted key, if one."""
+
+    status = MISUSED
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class PlaceError(SegVolError):
+    """An error whose message names a folder or URL; credentials in it are masked."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(masked(message))
+
+
+class VolumeError(SegVolError):
+    """A CT or label file that cannot be used. The message names the file and the remedy."""
+
+
+class CaseError(SegVolError):
+    """Cases or categories that cannot be used. The message names the files and the remedy."""
+
+
+class PackError(SegVolError):
+    """A data set that cannot be packed. The message names the folder or cases, and the remedy."""
+
+
+class SampleError(PlaceError):
+    """A sample that cannot be used. The message names the file and key, and the remedy."""
+
+
+class ShardError(PlaceError):
+    """A folder of shards that cannot be used. The message names the shard and key, and the remedy."""
+
+
+class StoreError(PlaceError):
+    """A store that does not respond, or refuses. The message names it, how long it was tried, and its last error."""
+
+
+class LockedError(SegVolError):
+    """A folder that another process writes to (the message names it), or that cannot be written at all."""
+
+
+class CheckpointError(SegVolError):
+    """A checkpoint that cannot be used. The message names the file and what is wrong."""
+
+
+class UnknownCategory(SegVolError):
+    """A name that the text bank does not hold. The message offers the nearest ones."""
+
+
+class TextError(SegVolError):
+    """A text tower that cannot be loaded."""
+
+
+class StartUpError(SegVolError):
+    """Ranks that differ, or a folder without room. The message names the rank or folder, and the remedy."""
+
+
+class NonFiniteError(SegVolError):
+    """Losses, gradients or weights that are NaN or infinite."""
+
+    status = NOT_FINITE
+
+
+class PromptError(SegVolError):
+    """A prompt that does not fit the CT. The message names the prompt's part and the CT's shape."""
+
+
+class ViewError(SegVolError):
+    """A viewer that cannot start. The message names the remedy."""
+
+
+class EvaluateError(PlaceError):
+    """Cases, categories or results that cannot be evaluated or put together. The message names key and remedy."""
+
+
+class RunError(SegVolError):
+    """A run of a grid that cannot be started, or runs that failed."""
+
+
+class PointsError(SegVolError):
+    """Runs or tables that give no points."""

@@ -1,0 +1,24 @@
+"""Boxes of voxels: `d0 h0 w0 d1 h1 w1` with an inclusive maximum, as in the published model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Box = tuple[int, int, int, int, int, int]
+"""`d0 h0 w0 d1 h1 w1`, voxel indices, inclusive maximum, as in the published model."""
+
+
+def box_of(mask_DHW: np.ndarray) -> Box:
+    """Inclusive bounding box `d0 h0 w0 d1 h1 w1` of a mask. Raises ValueError for an empty one."""
+    deep = np.flatnonzero(mask_DHW.reshape(len(mask_DHW), -1).any(axis=1))
+    if deep.size == 0:
+        raise ValueError("an empty mask has no box")
+    d0, d1 = int(deep[0]), int(deep[-1])
+    plane_HW = np.any(mask_DHW[d0 : d1 + 1], axis=0)
+    high, wide = np.flatnonzero(plane_HW.any(axis=1)), np.flatnonzero(plane_HW.any(axis=0))
+    return d0, int(high[0]), int(wide[0]), d1, int(high[-1]), int(wide[-1])
+
+
+def box_slices(box: Box) -> tuple[slice, slice, slice]:
+    """The slices that an inclusive box covers."""
+    return slice(box[0], box[3] + 1), slice(box[1], box[4] + 1), slice(box[2], box[5] + 1)
