@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from segvol_pl.config import SegVolConfig
 from segvol_pl.data.batch import Batch, packed, shade_of, unpacked
-from segvol_pl.data.collate import Arrays, as_it_is, stacked
+from segvol_pl.data.collate import Arrays, identity_collate, stacked
 from segvol_pl.data.stream import collate
 from segvol_pl.device import resolve_device
 from segvol_pl.imaging.intensity import Intensity, normalise
@@ -111,7 +111,7 @@ def main(volumes: int, repeats: int) -> None:
 
 
 def _loader(batch: Batch) -> DataLoader[Batch]:
-    return DataLoader(Ready(batch), batch_size=None, collate_fn=as_it_is, num_workers=1, prefetch_factor=2)
+    return DataLoader(Ready(batch), batch_size=None, collate_fn=identity_collate, num_workers=1, prefetch_factor=2)
 
 
 def report(batches: dict[str, Batch], taken: dict[str, float], device: torch.device) -> None:

@@ -180,7 +180,7 @@ def counted(make: Callable[[], Task], batch: Callable[[], dict[str, Tensor]], to
         model = task.config.model  # type: ignore[attr-defined]
         grid = model.grid
         # Halfway between the fine features of all prompts of a group, and the finest.
-        counting.finest = 4 * together * grid[0] * grid[1] * grid[2] * model.hidden
+        counting.finest = 4 * together * grid[0] * grid[1] * grid[2] * model.hidden_size
         for owner, name, part in PLACES:
             if hasattr(owner, name):
                 stack.enter_context(mock.patch.object(owner, name, _labelled(counting, part, getattr(owner, name))))

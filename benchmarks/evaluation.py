@@ -24,8 +24,8 @@ from monai.metrics import compute_surface_dice
 from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision, Timing
 from segvol_pl.config.loader import load
 from segvol_pl.data.schema import CategoryFacts, Facts
-from segvol_pl.evaluation.case_runner import Examination
-from segvol_pl.evaluation.cases import Subject
+from segvol_pl.evaluation.case_runner import CaseRunner
+from segvol_pl.evaluation.cases import EvalCase
 from segvol_pl.evaluation.metrics import surface_dice
 from segvol_pl.evaluation.prompts import settings
 from segvol_pl.imaging.intensity import intensity_of
@@ -36,7 +36,7 @@ SHAPE, ORGAN = (244, 202, 224), (slice(80, 150), slice(60, 130), slice(70, 150))
 MODELS = Path(__file__).parents[1] / "configs" / "model"
 
 
-def subject() -> tuple[Subject, np.ndarray]:
+def made_case() -> tuple[EvalCase, np.ndarray]:
     """A bright box in noise, and its mask."""
     truth_DHW = np.zeros(SHAPE, bool)
     truth_DHW[ORGAN] = True
@@ -57,7 +57,7 @@ def subject() -> tuple[Subject, np.ndarray]:
         labelled=True,
         overview_shape=[32, 256, 256],
     )
-    return Subject(facts, hu_DHW, truth_DHW.astype(np.uint8), None, (0, 0, 0, 243, 201, 223)), truth_DHW
+    return EvalCase(facts, hu_DHW, truth_DHW.astype(np.uint8), None, (0, 0, 0, 243, 201, 223)), truth_DHW
 
 
 def modes(size: str, precision: Precision) -> None:
@@ -72,13 +72,13 @@ def modes(size: str, precision: Precision) -> None:
         "x",
         modes=list(Mode),
         prompts=["text", "box+text"],
-        timing=Timing.alone,
+        timing=Timing.cold,
         precision=precision,
     )
     # An untrained model marks about half of all voxels, so that the region zoomed into is the whole volume; holding it
     # to the organ is what a trained one does.
-    case, truth_DHW = subject()
-    examination = Examination(model, case, config)
+    case, truth_DHW = made_case()
+    runner = CaseRunner(model, case, config)
     inside_DHW = torch.nn.functional.interpolate(
         torch.from_numpy(truth_DHW.astype(np.float32))[None, None], size=model_config.input_shape
     )
@@ -92,9 +92,9 @@ def modes(size: str, precision: Precision) -> None:
     seconds = {}
     print(f"{size} model, {precision.value}")
     for setting in settings(config):
-        answer = examination.answer(setting, "liver", truth_DHW)
-        seconds[setting.prompt, setting.mode] = answer.seconds
-        cost = f"{answer.seconds:8.2f} s  {answer.windows:3} windows  {answer.memory_mb or 0:6.0f} MiB"
+        prediction = runner.predict(setting, "liver", truth_DHW)
+        seconds[setting.prompt, setting.mode] = prediction.seconds
+        cost = f"{prediction.seconds:8.2f} s  {prediction.windows:3} windows  {prediction.memory_mb or 0:6.0f} MiB"
         print(f"{setting.prompt:8} {setting.mode:8} {cost}", flush=True)
     for prompt in config.prompts:
         zoom, resize, sliding = (seconds[prompt, mode.value] for mode in Mode)

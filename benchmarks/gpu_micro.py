@@ -86,7 +86,7 @@ def _features(bench: Bench, *shape: int) -> Tensor:
 
 def _norms(bench: Bench, model: SegVol, prompts: int, rate: float) -> None:
     upscaling, config = model.mask_decoder.output_upscaling, bench.model
-    fine_AT8E = _features(bench, prompts, math.prod(config.grid), 8, config.hidden // 4)
+    fine_AT8E = _features(bench, prompts, math.prod(config.grid), 8, config.hidden_size // 4)
     weights = [torch.randn(fine_AT8E.shape[1:], device=bench.device) for _ in range(2)]
     # Forward twice read and once written, backward twice two tensors read and one written.
     limit = 8 * fine_AT8E.nbytes / rate
@@ -109,8 +109,8 @@ def _by_var_mean(x_AT8E: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _upscaling(bench: Bench, model: SegVol, prompts: int, rate: float) -> None:
     config, upscaling = bench.model, model.mask_decoder.output_upscaling
-    image_ATE = _features(bench, prompts, math.prod(config.grid), config.hidden)
-    weights_AE = _features(bench, prompts, config.hidden // 8)
+    image_ATE = _features(bench, prompts, math.prod(config.grid), config.hidden_size)
+    weights_AE = _features(bench, prompts, config.hidden_size // 8)
     # Twice and eight times as many voxels of a quarter and an eighth of the channels, both ways.
     limit = (2 * image_ATE.nbytes * (1 + 2 + 8)) / rate
     _time(bench, "the model's", upscaling, [image_ATE, weights_AE], limit, part="upscaling", prompts=prompts)
@@ -150,9 +150,30 @@ def _attention(bench: Bench, config: SegVolConfig) -> None:
     """Queries x keys: the encoder's, a prompt's tokens to the image, the image to a prompt's tokens (masked)."""
     tokens, many = math.prod(config.grid), 2 if bench.small else 30
     shapes = {
-        "encoder": (2 if bench.small else 8, config.heads, tokens, tokens, config.hidden // config.heads, False),
-        "prompt to image": (many, config.decoder_heads, 32, tokens, config.hidden // 2 // config.decoder_heads, False),
-        "image to prompt": (many, config.decoder_heads, tokens, 32, config.hidden // 2 // config.decoder_heads, True),
+        "encoder": (
+            2 if bench.small else 8,
+            config.num_heads,
+            tokens,
+            tokens,
+            config.hidden_size // config.num_heads,
+            False,
+        ),
+        "prompt to image": (
+            many,
+            config.decoder_heads,
+            32,
+            tokens,
+            config.hidden_size // 2 // config.decoder_heads,
+            False,
+        ),
+        "image to prompt": (
+            many,
+            config.decoder_heads,
+            tokens,
+            32,
+            config.hidden_size // 2 // config.decoder_heads,
+            True,
+        ),
     }
     for name, (batch, heads, queries, keys, width, masked) in shapes.items():
         q, k, v = (_features(bench, batch, heads, length, width) for length in (queries, keys, keys))

@@ -627,23 +627,23 @@ def loader(bench: Bench) -> None:
     cache; batches as the trainer's.
     """
     folder = tiny_shards(bench) if bench.small else (bench.shards or bench.scratch / "shards") / "base"
-    verbs = {"pretrain": 2, "train": 2} if bench.small else {"pretrain": 8, "train": 4}
-    for verb, volumes in verbs.items():
-        needed = _step_rate(bench, verb)
+    commands = {"pretrain": 2, "train": 2} if bench.small else {"pretrain": 8, "train": 4}
+    for command, volumes in commands.items():
+        needed = _step_rate(bench, command)
         for workers in (1, 2) if bench.small else (1, 8, 14):
-            with bench.part(verb=verb, workers=workers):
-                task, module = _built(bench, verb, folder, workers, volumes)
+            with bench.part(command=command, workers=workers):
+                task, module = _built(bench, command, folder, workers, volumes)
                 rate = _rate(bench, task, module, workers)
-                told = {"verb": verb, "volumes": volumes, "workers": workers}
+                told = {"command": command, "volumes": volumes, "workers": workers}
                 bench.note("batches/s", round(rate, 2), "1/s", **told)
                 bench.note("volumes/s", round(rate * volumes, 1), "1/s", **told)
                 if needed:
                     bench.note("of what the step takes", round(rate * volumes / needed, 2), "", **told)
 
 
-def _step_rate(bench: Bench, verb: str) -> float:
-    """The fastest volumes/s of the stage `steps` of that verb's default step; 0 where it has none."""
-    begins = "SimMIM" if verb == "pretrain" else "2 volumes" if bench.small else "4 volumes"
+def _step_rate(bench: Bench, command: str) -> float:
+    """The fastest volumes/s of the stage `steps` of that command's default step; 0 where it has none."""
+    begins = "SimMIM" if command == "pretrain" else "2 volumes" if bench.small else "4 volumes"
     return max(
         (
             float(one.value)
@@ -655,8 +655,8 @@ def _step_rate(bench: Bench, verb: str) -> float:
     )
 
 
-def _built(bench: Bench, verb: str, folder: Path, workers: int, volumes: int) -> tuple[Any, Any]:
-    """Task and DataModule as the verb makes them, before there is a trainer."""
+def _built(bench: Bench, command: str, folder: Path, workers: int, volumes: int) -> tuple[Any, Any]:
+    """Task and DataModule as the command makes them, before there is a trainer."""
     from segvol_pl.training import run as training_run
 
     found: list[Any] = []
@@ -664,10 +664,10 @@ def _built(bench: Bench, verb: str, folder: Path, workers: int, volumes: int) ->
     data = [f"data.shards={folder}", "data.val_split=train", f"data.workers={workers}", f"data.global_batch={volumes}"]
     run = [f"run.out={bench.scratch / 'loader'}", f"run.accelerator={bench.device.type}", "optim.max_steps=1000"]
     keys = [f"model={model}", *data, "data.samples_per_volume=64", *run]
-    if verb == "train":
+    if command == "train":
         keys.append("text.source=seeded")
     with mock.patch.object(training_run, "_fit", lambda *given: found.extend(given[1:])):
-        getattr(training_run, verb)(load(verb, keys))
+        getattr(training_run, command)(load(command, keys))
     task, module = found
     strategy = SimpleNamespace(root_device=bench.device)
     module.trainer = SimpleNamespace(world_size=1, global_rank=0, training=True, strategy=strategy)
@@ -692,7 +692,7 @@ def _rate(bench: Bench, task: Any, module: Any, workers: int) -> float:
 
 
 def _note_transfer(bench: Bench, task: Any, module: Any, batch: Any) -> None:
-    told = {"verb": "pretrain" if isinstance(task, SimMIMTask) else "train"}
+    told = {"command": "pretrain" if isinstance(task, SimMIMTask) else "train"}
     batch = module.on_before_batch_transfer(batch, 0)
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     bench.note("a batch", round(sum(each.nbytes for each in tensors) / 2**20, 1), "MiB", **told)

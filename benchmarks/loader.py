@@ -90,7 +90,7 @@ def timed(spent: Counter[str]) -> Iterator[None]:
         "check chunks": (PartialFrame, "_sound"),
         "draw prompts": (sampling, "segment_sample"),
         "augment": (sampling, "augment"),
-        "view (decode, resize, crop)": (sampling, "draw_view"),
+        "view (decode, resize, crop)": (sampling, "sample_crop"),
     }
     kept = {name: getattr(module, attribute) for name, (module, attribute) in parts.items()}
     for name, (module, attribute) in parts.items():
@@ -111,7 +111,7 @@ def main(source: Path, samples: int) -> None:
         corpus, index = training_corpus(folders, data, labelled=True), packed_folder.index
         rows = {category: row for row, category in enumerate(sorted(index.categories))}
         prompts, model = PromptConfig(categories_per_volume=8), SegVolConfig()
-        draw = functools.partial(sampling.draw_segment, model=model, data=data, prompts=prompts, row_of=rows)
+        draw = functools.partial(sampling.sample_segmentation, model=model, data=data, prompts=prompts, row_of=rows)
         source_of = stream.Stream(corpus, draw, stream.Plan(samples, 1))
         spent: Counter[str] = Counter()
         order = source_of.rows(0)

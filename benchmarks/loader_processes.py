@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
 from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch
-from segvol_pl.data.collate import as_it_is
+from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
 from segvol_pl.data.shards import SampleRecord
 from segvol_pl.data.store import Store
@@ -50,10 +50,12 @@ def loader_of(folder: Path, model: SegVolConfig, batch: int, workers: int, overv
     (packed_folder,) = folders = open_folders(data)
     corpus = training_corpus(folders, data, labelled=True)
     rows = {category: row for row, category in enumerate(sorted(packed_folder.index.categories))}
-    draw = functools.partial(sampling.draw_segment, model=model, data=data, prompts=PromptConfig(), row_of=rows)
+    draw = functools.partial(sampling.sample_segmentation, model=model, data=data, prompts=PromptConfig(), row_of=rows)
     stream = Stream(corpus, draw, Plan(corpus.num_samples, batch))
     prefetch = 2 if workers else None
-    return DataLoader(stream, batch_size=None, collate_fn=as_it_is, num_workers=workers, prefetch_factor=prefetch)
+    return DataLoader(
+        stream, batch_size=None, collate_fn=identity_collate, num_workers=workers, prefetch_factor=prefetch
+    )
 
 
 def rates(folder: Path, repeats: int = 3, batches: int = 40) -> dict[int, list[float]]:
@@ -155,7 +157,7 @@ def main(source: Path, samples: int) -> None:
         for kind, measure in (("loader processes", rates), ("processes apart from each other", unloaded)):
             found = {count: statistics.median(rate) for count, rate in measure(shards).items()}
             print(f"volumes/s of 1 and 2 {kind}: {found[1]:.1f}, {found[2]:.1f}: {found[2] / found[1]:.2f} times")
-        tiny = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8])
+        tiny = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8])
         early, most = held(small_phantoms(folders[1]), tiny, samples, 0.5)
         print(f"a process over {samples} samples: {early:.0f} MiB early, {most:.0f} MiB at most later")
         _, most = held(large_volume(source, folders[2]), SegVolConfig(), 40, 0.0)

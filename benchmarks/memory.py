@@ -33,15 +33,15 @@ from segvol_pl.training.segment import SegVolTask
 
 MINI = SegVolConfig(
     input_shape=[32, 128, 128],
-    patch=[4, 8, 8],
-    hidden=192,
-    layers=4,
-    heads=4,
-    mlp=768,
+    patch_size=[4, 8, 8],
+    hidden_size=192,
+    num_layers=4,
+    num_heads=4,
+    mlp_dim=768,
     decoder_heads=4,
-    decoder_mlp=256,
+    decoder_mlp_dim=256,
 )
-ROWS = [f"{verb} {size}" for size in ("mini", "small", "base") for verb in ("train", "pretrain")]
+ROWS = [f"{command} {size}" for size in ("mini", "small", "base") for command in ("train", "pretrain")]
 STEPS = 3
 MAPPED = "MALLOC_MMAP_THRESHOLD_"
 
@@ -55,9 +55,9 @@ def model_of(size: str) -> SegVolConfig:
 
 
 def configured(row: str) -> TrainConfig | PretrainConfig:
-    verb, size = row.split()
+    command, size = row.split()
     model = model_of(size)
-    return train_config(model, 1, 6) if verb == "train" else PretrainConfig(model=model, optim=OPTIM)
+    return train_config(model, 1, 6) if command == "train" else PretrainConfig(model=model, optim=OPTIM)
 
 
 def measure(row: str, precision: Precision) -> tuple[float, float]:

@@ -47,11 +47,20 @@ from segvol_pl.inference.predictor import Predictor
 from segvol_pl.inference.zoom import Zoomer, ZoomResult
 from segvol_pl.model import SegVol, TextBank
 
-SMALL = SegVolConfig(hidden=384, heads=6, mlp=1536, decoder_mlp=1024)
+SMALL = SegVolConfig(hidden_size=384, num_heads=6, mlp_dim=1536, decoder_mlp_dim=1024)
 """configs/model/small.yaml."""
 SMALLEST = 100
 """Voxels at 3 mm that a category must have."""
-TINY = SegVolConfig([24, 48, 48], [8, 8, 8], hidden=128, layers=4, heads=4, mlp=512, decoder_heads=4, decoder_mlp=256)
+TINY = SegVolConfig(
+    [24, 48, 48],
+    [8, 8, 8],
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    mlp_dim=512,
+    decoder_heads=4,
+    decoder_mlp_dim=256,
+)
 """configs/model/tiny.yaml."""
 PARTS = ("categories", "second", "memory", "help", "click")
 

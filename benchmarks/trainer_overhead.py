@@ -37,8 +37,8 @@ from segvol_pl.training.segment import SegVolTask
 
 WARM, TURNS = 10, 3
 MODEL = (
-    "{input_shape: [16, 32, 32], patch: [4, 8, 8], hidden: 96, layers: 4, heads: 4, mlp: 384, decoder_heads: 4, "
-    "decoder_mlp: 192}"
+    "{input_shape: [16, 32, 32], patch_size: [4, 8, 8], hidden_size: 96, num_layers: 4, num_heads: 4, mlp_dim: 384, "
+    "decoder_heads: 4, decoder_mlp_dim: 192}"
 )
 
 
@@ -56,7 +56,7 @@ def configured(folder: Path, steps: int) -> TrainConfig:
         "run.val_every=0",
         "run.val_batches=1",
         "run.checkpoint_every=100000",
-        "run.threads=1",
+        "run.cpu_threads=1",
     ]
     goal = [f"model={MODEL}", f"run.out={folder / 'run'}", f"optim.max_steps={steps}", "track.wandb=disabled"]
     config: TrainConfig = load("train", [*data, *prompts, *run, *goal])
@@ -68,7 +68,7 @@ def seconds_a_step(marks: list[float]) -> float:
 
 
 def by_trainer(config: TrainConfig) -> tuple[float, float]:
-    """Seconds a step by the verb's own function, and those of them that go into looking for NaN.
+    """Seconds a step by the command's own function, and those of them that go into looking for NaN.
 
     The moments at which the optimizer has stepped are noted on its way.
     """
@@ -104,7 +104,9 @@ def by_trainer(config: TrainConfig) -> tuple[float, float]:
 
 def by_bare_loop(config: TrainConfig) -> float:
     rows: dict[str, int] = {}
-    draw = partial(sampling.draw_segment, model=config.model, prompts=config.prompts, row_of=rows, data=config.data)
+    draw = partial(
+        sampling.sample_segmentation, model=config.model, prompts=config.prompts, row_of=rows, data=config.data
+    )
     module = VolumeModule(config.data, config.run, draw, draw, labelled=True)
     rows.update({name: row for row, name in enumerate(module.categories)})
     task = SegVolTask(config, TextBank.seeded(module.categories, config.model.text_dim))

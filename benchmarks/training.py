@@ -49,7 +49,14 @@ from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_
 from segvol_pl.training.strategies import keep_freed_memory
 
 SMALL = SegVolConfig(
-    input_shape=[16, 64, 64], patch=[4, 8, 8], hidden=192, layers=4, heads=4, mlp=768, decoder_heads=4, decoder_mlp=256
+    input_shape=[16, 64, 64],
+    patch_size=[4, 8, 8],
+    hidden_size=192,
+    num_layers=4,
+    num_heads=4,
+    mlp_dim=768,
+    decoder_heads=4,
+    decoder_mlp_dim=256,
 )
 OPTIM = OptimConfig(max_steps=1000)
 Batch = dict[str, Tensor]
@@ -139,7 +146,7 @@ def plain_simmim(task: SimMIMTask, batch: Batch) -> Tensor:
     encoder, mask_BT = task.encoder, batch["mask_BT"]
     tokens_BTE = encoder.encode_patches(encoder.patches(batch["image_BCDHW"]), mask_BT, task.mask_token)
     d, h, w = task.config.model.grid
-    a, b, c = task.config.model.patch
+    a, b, c = task.config.model.patch_size
     blocks = task.head(tokens_BTE).reshape(-1, d, h, w, a, b, c)
     image = blocks.permute(0, 1, 4, 2, 5, 3, 6).reshape(-1, 1, d * a, h * b, w * c)
     mask = mask_BT.view(-1, 1, d, h, w).repeat_interleave(a, 2).repeat_interleave(b, 3).repeat_interleave(c, 4)
@@ -178,7 +185,7 @@ def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namesp
     if device.type == "cpu":
         keep_freed_memory()
     bf16 = arguments.precision is Precision.bf16
-    rate = matrix_rate(device, bf16, math.prod(model.grid), model.hidden, model.mlp)
+    rate = matrix_rate(device, bf16, math.prod(model.grid), model.hidden_size, model.mlp_dim)
     adamw, _ = optimizer(task.parameters(), OPTIM)
 
     def step() -> None:
@@ -189,7 +196,7 @@ def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namesp
         adamw.zero_grad()
 
     seconds = [timed(step, device) for _ in range(1 + arguments.repeats)]
-    rate = max(rate, matrix_rate(device, bf16, math.prod(model.grid), model.hidden, model.mlp))
+    rate = max(rate, matrix_rate(device, bf16, math.prod(model.grid), model.hidden_size, model.mlp_dim))
     peak = peak_gib(device)
     if arguments.trace:
         trace(step, Path(arguments.trace) / f"{arguments.row}.json")

@@ -17,7 +17,7 @@ class NoRoomError(OSError):
 
 
 @contextmanager
-def replacing(path: Path, ending: str = "") -> Iterator[Path]:
+def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
     """The name to write to; it becomes `path` when the block ends, and is removed when the block fails.
 
     `ending`: for writers that tell the format by the name. Raises NoRoomError where the disk is full.
@@ -47,5 +47,5 @@ def no_room(path: Path, needed: int = 0) -> NoRoomError:
 
 def write_text(path: Path, text: str) -> None:
     """`text` as UTF-8."""
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")

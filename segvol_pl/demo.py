@@ -25,7 +25,7 @@ from segvol_pl.evaluation.run import Summary, evaluate
 from segvol_pl.model.convert import export
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
-from segvol_pl.resources import shipped
+from segvol_pl.resources import bundled
 from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.run import pretrain, train
 
@@ -67,12 +67,12 @@ def _pack(config: DemoConfig, out: Path) -> Path:
     return out / "shards"
 
 
-def training(verb: str, config: DemoConfig, shards: Path) -> list[str]:
+def training(command: str, config: DemoConfig, shards: Path) -> list[str]:
     """The arguments of `pretrain` and of `train`."""
-    steps = {"pretrain": config.pretrain_steps, "train": config.train_steps}[verb]
+    steps = {"pretrain": config.pretrain_steps, "train": config.train_steps}[command]
     chosen = [f"data.shards={shards}", f"data.seed={config.seed}", f"optim.max_steps={steps}"]
-    placed = [f"run.out={Path(config.out) / verb}", f"run.accelerator={config.device}"]
-    return [_settings(verb), *chosen, *placed]
+    placed = [f"run.out={Path(config.out) / command}", f"run.accelerator={config.device}"]
+    return [_settings(command), *chosen, *placed]
 
 
 def evaluation(config: DemoConfig, shards: Path) -> list[str]:
@@ -88,8 +88,8 @@ def _model(out: Path) -> Path:
     return out / "model.safetensors"
 
 
-def _settings(verb: str) -> str:
-    return str(shipped("configs") / "tiny" / f"{verb}.yaml")
+def _settings(command: str) -> str:
+    return str(bundled("configs") / "tiny" / f"{command}.yaml")
 
 
 def _tell(summary: Summary, out: Path, seconds: float) -> None:

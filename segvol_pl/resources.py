@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from segvol_pl.config import SHIPPED
+from segvol_pl.config import BUNDLED
 from segvol_pl.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
-CARRIED = PACKAGE / "_shipped"
+BUNDLED_IN_WHEEL = PACKAGE / "_shipped"
 """Where a wheel carries them."""
 ENVIRONMENT = """
 # Where the environment that a job was submitted from has no segvol_pl: the one that `segvol-pl init` ran in.
@@ -25,9 +25,9 @@ python -c "import segvol_pl" 2>/dev/null || export PATH={bin}:"$PATH"
 """
 
 
-def shipped(name: str) -> Path:
-    """The folder of one of `SHIPPED`. Raises ConfigError where the installation lacks it."""
-    folder = (CARRIED if CARRIED.is_dir() else PACKAGE.parent) / name
+def bundled(name: str) -> Path:
+    """The folder of one of `BUNDLED`. Raises ConfigError where the installation lacks it."""
+    folder = (BUNDLED_IN_WHEEL if BUNDLED_IN_WHEEL.is_dir() else PACKAGE.parent) / name
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}: the installation is not whole: install segvol-pl again")
     return folder
@@ -47,7 +47,7 @@ def lay_out(target: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"{target}: cannot be laid out ({error.strerror}): give another folder") from error
     return [
-        f"{target} holds {', '.join(f'{name}/ ({_count(target / name)} files)' for name in SHIPPED)}.",
+        f"{target} holds {', '.join(f'{name}/ ({_count(target / name)} files)' for name in BUNDLED)}.",
         f"Go there (cd {shlex.quote(str(target))}), write what your cluster needs into slurm/env.sh, then for example:",
         "  segvol-pl pack configs/pack.yaml images=CT_DIR labels=SEG_DIR categories=categories.yaml out=shards/mine",
         "  segvol-pl train configs/train.yaml data.shards=shards/mine run.out=runs/mine"
@@ -56,16 +56,16 @@ def lay_out(target: Path) -> list[str]:
 
 
 def _refuse_taken(target: Path) -> None:
-    for folder in (target / name for name in SHIPPED):
+    for folder in (target / name for name in BUNDLED):
         taken = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
         if taken:
             raise ConfigError(f"{taken[0]} is there already: move {folder} away, or give another folder")
 
 
 def _stage(staging: Path) -> None:
-    for name in SHIPPED:
+    for name in BUNDLED:
         # Without the modes: what a system's installation holds may be read-only.
-        shutil.copytree(shipped(name), staging / name, copy_function=shutil.copyfile)
+        shutil.copytree(bundled(name), staging / name, copy_function=shutil.copyfile)
     with (staging / "slurm" / "env.sh").open("a", encoding="utf-8") as stream:
         stream.write(ENVIRONMENT.format(bin=shlex.quote(str(Path(sys.executable).parent))))
 
@@ -74,7 +74,7 @@ def _move(staging: Path, target: Path) -> None:
     """Folder by folder; what was moved goes again where a later one cannot be."""
     moved: list[Path] = []
     try:
-        for name in SHIPPED:
+        for name in BUNDLED:
             (target / name).parent.mkdir(exist_ok=True)
             (staging / name).rename(target / name)
             moved.append(target / name)

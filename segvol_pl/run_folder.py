@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from segvol_pl.atomic import write_text
 
-RECORD = "grid.json"
+GRID_ENTRY = "grid.json"
 HEADER = ["step", "metric", "value"]
 VOLUMES, HELD_OUT = "data/volumes", "data/held_out"
 """Metrics that state how many volumes a run trains on, and is held against."""
@@ -29,15 +29,15 @@ def read_metrics(path: Path, metric: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row["value"])) for row in csv.DictReader(stream) if row["metric"] == metric]
 
 
-def read_record(out: Path) -> dict[str, Any] | None:
+def read_grid_entry(out: Path) -> dict[str, Any] | None:
     """What the grid wrote of the run, see `launch`; none for a run of no grid."""
-    path = out / RECORD
+    path = out / GRID_ENTRY
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def read_places(out: Path) -> dict[str, str]:
     """Axis of the run's grid -> label."""
-    record = read_record(out)
+    record = read_grid_entry(out)
     return dict(record["places"]) if record else {}
 
 

@@ -73,13 +73,13 @@ def save_untrained(path: Path, categories: list[str]) -> Path:
     torch.manual_seed(0)
     config = SegVolConfig(
         input_shape=[8, 32, 32],
-        patch=[4, 8, 8],
-        hidden=48,
-        layers=1,
-        heads=4,
-        mlp=64,
+        patch_size=[4, 8, 8],
+        hidden_size=48,
+        num_layers=1,
+        num_heads=4,
+        mlp_dim=64,
         decoder_heads=4,
-        decoder_mlp=64,
+        decoder_mlp_dim=64,
         text_dim=16,
     )
     model = SegVol(config, TextBank.seeded(categories, config.text_dim) if categories else None)

@@ -29,9 +29,16 @@ BF16 = 8e-3
 round. Operands are the same, sums are float32."""
 
 TINY = SegVolConfig(
-    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=32, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+    input_shape=[8, 16, 16],
+    patch_size=[4, 8, 8],
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    mlp_dim=32,
+    decoder_heads=2,
+    decoder_mlp_dim=32,
 )
-TINIEST = replace(TINY, input_shape=[8, 8, 8], patch=[4, 4, 4])
+TINIEST = replace(TINY, input_shape=[8, 8, 8], patch_size=[4, 4, 4])
 """For the interpreter."""
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
 
@@ -204,7 +211,7 @@ def check_step(device: str, patch: pytest.MonkeyPatch, groups: Sequence[tuple[in
     """Loss, its parts and all gradients; groups: prompts at once, and whether this process holds whole weights."""
     task, batch = step_task(device), step_batch(device)
     wanted = step(task, batch, patch, fused=False)
-    for task.config.run.prompts_at_once, task.whole_weights in groups:
+    for task.config.run.prompts_at_once, task.weights_resident in groups:
         found = step(task, batch, patch, fused=True)
         close(found.loss, wanted.loss, FORWARD)
         for name, part in wanted.parts.items():

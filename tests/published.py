@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from segvol_pl.config import Rule, SegVolConfig
+from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.model import SegVol
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.released import TOWER
 
-SMALL = SegVolConfig(input_shape=[16, 64, 64], coordinates=Rule.published)
-FULL = SegVolConfig(coordinates=Rule.published)
+SMALL = SegVolConfig(input_shape=[16, 64, 64], coordinates=Convention.published)
+FULL = SegVolConfig(coordinates=Convention.published)
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
 """Figures of the published code at the small geometry: prompts, logits, losses. Measured in float32 on a CPU."""
@@ -41,7 +41,7 @@ def released_shapes(config: SegVolConfig, tower: CLIPTextConfig | None = None) -
         own = {name: tuple(value.shape) for name, value in SegVol(config).state_dict().items() if name != BANK}
         clip = CLIPTextModel(tower or CLIPTextConfig()).state_dict()
     text = {TOWER + name.removeprefix("text_model."): tuple(value.shape) for name, value in clip.items()}
-    return {**own, **_never_run(config.hidden), **text}
+    return {**own, **_never_run(config.hidden_size), **text}
 
 
 def _never_run(hidden: int) -> dict[str, tuple[int, ...]]:

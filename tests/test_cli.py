@@ -71,8 +71,8 @@ def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["trian"], "no verb trian: did you mean train?"),
-        (["xyzzy"], "no verb xyzzy: there are demo, inventory, pack"),
+        (["trian"], "no command trian: did you mean train?"),
+        (["xyzzy"], "no command xyzzy: there are demo, inventory, pack"),
         (["train", "--lr", "3"], "no option --lr"),
         (["train"], "missing data.shards=... optim.max_steps=... run.out=..."),
         (["train", "configs/trian.yaml"], "did you mean configs/train.yaml?"),
@@ -88,7 +88,7 @@ def test_misuse_is_told_in_one_line(arguments: list[str], expected: str) -> None
 def test_without_a_verb_the_usage_is_shown() -> None:
     done = program()
     assert done.returncode == 2 and done.stdout == ""
-    assert all(re.search(rf"^  {verb} ", done.stderr, re.MULTILINE) for verb in VERBS)
+    assert all(re.search(rf"^  {command} ", done.stderr, re.MULTILINE) for command in VERBS)
 
 
 # ---- help ----
@@ -98,13 +98,13 @@ def test_the_version_is_shown() -> None:
     assert program("--version").stdout == f"segvol-pl {__version__}\n"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb: str) -> None:
-    done = program(verb, "--help")
+@pytest.mark.parametrize("command", VERBS)
+def test_every_verb_has_help(command: str) -> None:
+    done = program(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: segvol-pl {verb} ")
-    if verb in SCHEMAS:
-        for field in fields_help(verb):
+    assert done.stdout.startswith(f"usage: segvol-pl {command} ")
+    if command in SCHEMAS:
+        for field in fields_help(command):
             assert f"  {field.key}  (" in done.stdout and field.help in done.stdout
 
 
@@ -113,7 +113,7 @@ def test_the_resolved_configuration_is_yaml() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     shown = yaml.safe_load(done.stdout)
     assert shown["data"]["shards"] == MISSING
-    assert shown["model"]["hidden"] == 128 and shown["optim"]["lr"] == 0.5
+    assert shown["model"]["hidden_size"] == 128 and shown["optim"]["lr"] == 0.5
 
 
 # ---- failed: exit 1, naming the file ----
@@ -141,7 +141,9 @@ def test_a_truncated_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_a_pretraining_checkpoint_cannot_be_evaluated(phantom_shards: Path, tmp_path: Path) -> None:
-    model = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32)
+    model = SegVolConfig(
+        input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32
+    )
     task = SimMIMTask(PretrainConfig(model=model, optim=OptimConfig(max_steps=1)))
     path = tmp_path / "pretrained.ckpt"
     torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams), "global_step": 1}, path)
@@ -151,11 +153,11 @@ def test_a_pretraining_checkpoint_cannot_be_evaluated(phantom_shards: Path, tmp_
 
 def test_weights_of_another_size_cannot_be_evaluated(checkpoint: Path, phantom_shards: Path, tmp_path: Path) -> None:
     content = torch.load(checkpoint, weights_only=True)
-    content["hyper_parameters"]["config"]["model"]["mlp"] *= 2
+    content["hyper_parameters"]["config"]["model"]["mlp_dim"] *= 2
     path = tmp_path / "other.ckpt"
     torch.save(content, path)
     line = complaint(1, *evaluation(path, phantom_shards, tmp_path))
-    assert f"{path} is of another model" in line and "mlp" in line
+    assert f"{path} is of another model" in line and "mlp_dim" in line
 
 
 def test_an_encoder_of_another_size_cannot_be_trained_from(

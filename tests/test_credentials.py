@@ -152,7 +152,7 @@ def test_the_error_of_a_place_that_cannot_be_reached_masks_them(tmp_path: Path) 
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
     place = f"data.shards=http://alice:{SECRET}@127.0.0.1:9/shards"
     out = f"run.out={tmp_path / 'run'}"
-    done = program("train", "--debug", place, out, "optim.max_steps=1", "data.patience=0")
+    done = program("train", "--debug", place, out, "optim.max_steps=1", "data.retry_seconds=0")
     assert done.returncode == 1 and SECRET not in done.stdout + done.stderr
     told = done.stderr.splitlines()[-1]
     assert told.startswith("segvol-pl train: error: http://alice:***@127.0.0.1:9/shards/index.json: the store gave no")

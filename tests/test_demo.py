@@ -79,8 +79,8 @@ def test_each_part_computes_where_it_is_asked_to_and_in_float32(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     config = DemoConfig(out=str(tmp_path), device=asked)
-    for verb in ("pretrain", "train"):
-        run = load(verb, demo.training(verb, config, tmp_path)).run
+    for command in ("pretrain", "train"):
+        run = load(command, demo.training(command, config, tmp_path)).run
         assert (run_device(run).type, trainer_precision(run)) == (taken, "32-true")
     evaluation = load("evaluate", demo.evaluation(config, tmp_path))
     assert (resolve_device(evaluation.device).type, evaluation.precision) == (taken, Precision.fp32)

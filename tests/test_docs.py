@@ -53,7 +53,7 @@ INCLUDED = re.compile(r'^--8<-- "(?P<path>[^":]+)(?::(?P<section>\w+))?"$', re.M
 
 
 def whole(page: Path) -> str:
-    """A page's text with what it includes: a file, or the part of it between a section's marks."""
+    """A page's text with what it includes: a file, or the part of it between a section's landmarks."""
     return INCLUDED.sub(included, page.read_text(encoding="utf-8"))
 
 
@@ -103,7 +103,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 # ---- commands and keys ----
 
 READS_ALONE = ("segvol_pl.experiments.grid", "segvol_pl.planning.plan", "segvol_pl.experiments.launch:describe")
-"""What a verb calls to read its command, and nothing else."""
+"""What a command calls to read its command, and nothing else."""
 COMMAND = re.compile(r"^(?:#|    ) *(?:command +)?(?P<line>(?:segvol-pl|(?:\w+=\$\()?sbatch) .+)$", re.MULTILINE)
 
 

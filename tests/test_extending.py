@@ -22,10 +22,10 @@ from test_evaluate import config_for, evaluated
 from test_run import _train_config
 
 from segvol_pl.config import CasesConfig, DrawConfig, EvaluateConfig, Mode, Precision
-from segvol_pl.config.loader import load, own_function, to_yaml
+from segvol_pl.config.loader import custom_function, load, to_yaml
 from segvol_pl.errors import ConfigError, PromptError
 from segvol_pl.evaluation.run import evaluate
-from segvol_pl.imaging.prompts import Prompt, draw_marks
+from segvol_pl.imaging.prompts import Prompt, sample_landmarks
 from segvol_pl.inference.predictor import Predictor
 from segvol_pl.training.loggers import read_metrics
 from segvol_pl.training.run import train
@@ -36,7 +36,7 @@ EXTREMES = "toys:extremes"
 def test_a_strategy_and_a_source_of_ones_own_train_alike(phantom_shards: Path, tmp_path: Path) -> None:
     config = _train_config(phantom_shards, tmp_path / "whole", steps=3)
     train(config)
-    own = replace(config.run, own_strategy="toys:single", out=str(tmp_path / "own"))
+    own = replace(config.run, custom_strategy="toys:single", out=str(tmp_path / "own"))
     data = replace(config.data, shards=f"cupboard://{phantom_shards}")
     toys.Single.steps = 0
     train(replace(config, run=own, data=data))
@@ -48,7 +48,7 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
     combinations = ["text", EXTREMES, f"{EXTREMES}+text"]
     config = _train_config(phantom_shards, tmp_path / "run", steps=3)
     prompts = replace(config.prompts, combinations=combinations)
-    checkpoint = train(replace(config, model=replace(config.model, marks=[f"6*{EXTREMES}"]), prompts=prompts))
+    checkpoint = train(replace(config, model=replace(config.model, landmarks=[f"6*{EXTREMES}"]), prompts=prompts))
     for name in combinations:
         assert len(read_metrics(tmp_path / "run/metrics.csv", f"train/dice_loss/{name}")) == 3
     asked = EvaluateConfig(
@@ -66,36 +66,36 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
     assert {(row.mode, row.prompt) for row in summary.rows} == set(product((mode.value for mode in Mode), combinations))
     image, _ = write_case(tmp_path, "organs")
     session = Predictor.from_checkpoint(checkpoint, device="cpu", precision=Precision.fp32).open(image)
-    marks = {EXTREMES: toys.extremes(session.volume.array_DHW > 0, np.random.default_rng(0))}
-    assert session.segment(Prompt(marks=marks)).array_DHW.shape == session.volume.array_DHW.shape
+    landmarks = {EXTREMES: toys.extremes(session.volume.array_DHW > 0, np.random.default_rng(0))}
+    assert session.segment(Prompt(landmarks=landmarks)).array_DHW.shape == session.volume.array_DHW.shape
     with pytest.raises(PromptError, match="lies outside the CT"):
-        session.segment(Prompt(marks={EXTREMES: marks[EXTREMES] + 100}))
-    with pytest.raises(ConfigError, match=r"model\.marks: toys:extremes marks 5 voxels, not 6"):
-        session.segment(Prompt(marks={EXTREMES: marks[EXTREMES][:5]}))
-    with pytest.raises(ConfigError, match=r"no marks toys:other; its model\.marks: toys:extremes"):
-        session.segment(Prompt(marks={"toys:other": marks[EXTREMES]}))
+        session.segment(Prompt(landmarks={EXTREMES: landmarks[EXTREMES] + 100}))
+    with pytest.raises(ConfigError, match=r"model\.landmarks: toys:extremes landmarks 5 voxels, not 6"):
+        session.segment(Prompt(landmarks={EXTREMES: landmarks[EXTREMES][:5]}))
+    with pytest.raises(ConfigError, match=r"no landmarks toys:other; its model\.landmarks: toys:extremes"):
+        session.segment(Prompt(landmarks={"toys:other": landmarks[EXTREMES]}))
 
 
 def test_an_error_in_a_loader_process_is_one_line_and_ends_the_run(phantom_shards: Path, tmp_path: Path) -> None:
     config = _train_config(phantom_shards, tmp_path / "run", steps=3)
     (tmp_path / "config.yaml").write_text(to_yaml(replace(config, data=replace(config.data, workers=1))))
-    wrong = ["model.marks=[5*toys:extremes]", "prompts.combinations=[text,toys:extremes]"]
+    wrong = ["model.landmarks=[5*toys:extremes]", "prompts.combinations=[text,toys:extremes]"]
     command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "config.yaml"), *wrong]
     search = os.pathsep.join([str(Path(toys.__file__).parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True, timeout=100
     )
     said = done.stderr.splitlines()[-1]
-    assert said == "segvol-pl train: error: model.marks: toys:extremes marks 6 voxels, not 5"
+    assert said == "segvol-pl train: error: model.landmarks: toys:extremes landmarks 6 voxels, not 5"
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
 def test_a_function_that_marks_other_than_voxels_is_named(phantom_shards: Path, tmp_path: Path) -> None:
     config = _train_config(phantom_shards, tmp_path / "run", steps=3)
-    with pytest.raises(ConfigError, match=r"model\.marks: toys:f: toys has no 'f'"):
-        train(replace(config, model=replace(config.model, marks=["6*toys:f"])))
+    with pytest.raises(ConfigError, match=r"model\.landmarks: toys:f: toys has no 'f'"):
+        train(replace(config, model=replace(config.model, landmarks=["6*toys:f"])))
     with pytest.raises(ConfigError, match=r"toys:flat gave an array of \[3\], not rows of d h w"):
-        draw_marks("toys:flat", np.ones((2, 2, 2), bool), np.random.default_rng(0))
+        sample_landmarks("toys:flat", np.ones((2, 2, 2), bool), np.random.default_rng(0))
 
 
 def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_pa
     overall = json.loads((out / "summary.json").read_text())["overall"]
     half, exact = (next(one for one in overall if one["box"] == name) for name in ("toys:half", "exact"))
     assert half["own"]["jaccard"] < exact["own"]["jaccard"] == pytest.approx(1.0)
-    assert "<th>jaccard</th>" in (out / "report.html").read_text() and summary.own == ["jaccard"]
+    assert "<th>jaccard</th>" in (out / "report.html").read_text() and summary.custom == ["jaccard"]
     again = evaluated(config)
     assert again.rows == summary.rows
 
@@ -144,28 +144,32 @@ def test_what_does_not_exist_is_named() -> None:
         ("toys:INSIDE", "metrics: toys:INSIDE is no function"),
     ):
         with pytest.raises(ConfigError, match=message):
-            own_function(name, "metrics")
+            custom_function(name, "metrics")
 
 
 @pytest.mark.parametrize(
-    ("verb", "pair", "message"),
+    ("command", "pair", "message"),
     [
         ("evaluate", "metrics=[hausdorff]", "'hausdorff' is not a function as package.module:function"),
         ("evaluate", "metrics=[a:f,b:f]", "gives two functions of one name"),
         ("evaluate", "draw.boxes=[exakt]", "'exakt' is none of exact, jittered, slice nor a function"),
-        ("train", "run.own_strategy=mine", "'mine' is not a function"),
-        ("train", "model.marks=[toys:extremes]", "'toys:extremes' is no N*package.module:function"),
-        ("train", "model.marks=[0*toys:extremes]", "is no N*package.module:function"),
-        ("train", "model.marks=[2*toys:extremes,6*toys:extremes]", "names a function twice"),
-        ("train", "prompts.combinations=[toys:extremes+text]", "'toys:extremes' is not among model.marks: add N*toys"),
+        ("train", "run.custom_strategy=mine", "'mine' is not a function"),
+        ("train", "model.landmarks=[toys:extremes]", "'toys:extremes' is no N*package.module:function"),
+        ("train", "model.landmarks=[0*toys:extremes]", "is no N*package.module:function"),
+        ("train", "model.landmarks=[2*toys:extremes,6*toys:extremes]", "names a function twice"),
+        (
+            "train",
+            "prompts.combinations=[toys:extremes+text]",
+            "'toys:extremes' is not among model.landmarks: add N*toys",
+        ),
         ("evaluate", "prompts=[text+text]", "'text+text' is none of points+text"),
         ("evaluate", "prompts=[scribble+text]", "'scribble+text' is none of points+text"),
     ],
 )
-def test_a_name_that_is_no_function_is_refused_at_once(verb: str, pair: str, message: str) -> None:
+def test_a_name_that_is_no_function_is_refused_at_once(command: str, pair: str, message: str) -> None:
     needed = {
         "evaluate": ["checkpoint=c", "data.shards=s", "out=o"],
         "train": ["data.shards=s", "run.out=o", "optim.max_steps=1"],
     }
     with pytest.raises(ConfigError, match=re.escape(message)):
-        load(verb, [*needed[verb], pair])
+        load(command, [*needed[command], pair])

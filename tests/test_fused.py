@@ -169,7 +169,7 @@ def test_a_step_on_a_gpu_is_one_operator_each_and_has_no_tensor_of_full_resoluti
     assert ours == sorted(f"segvol.{name}{end}" for name in names for end in ("", "_backward"))
     prompts = task.config.prompts
     asked = 2 * (2 * len(prompts.combinations) + 2)
-    finest = asked * 64 * 8 * task.config.model.hidden // 8
+    finest = asked * 64 * 8 * task.config.model.hidden_size // 8
     assert seen.largest == finest
 
 

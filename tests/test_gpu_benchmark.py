@@ -63,7 +63,7 @@ def test_every_stage_gives_its_figures(tmp_path: Path) -> None:
         assert value(found, "runs", "losses, fp32", strategy=strategy) < 1e-5
         assert value(found, "runs", "last.ckpt, resumed", strategy=strategy) == 5
     assert value(found, "compiled", "compiled again") == 0
-    assert value(found, "loader", "volumes/s", verb="train", workers=2) > 0
+    assert value(found, "loader", "volumes/s", command="train", workers=2) > 0
     assert value(found, "zoom", "windows", prompts=1) > 0
     assert "Self CPU" in (tmp_path / "profile.txt").read_text()
     assert (tmp_path / "trace-supervised.json.gz").stat().st_size > 1000

@@ -21,7 +21,7 @@ from test_demo import PARTS
 
 from segvol_pl import resources
 from segvol_pl.__main__ import VERBS
-from segvol_pl.config import SHIPPED
+from segvol_pl.config import BUNDLED
 from segvol_pl.config.loader import load
 from segvol_pl.errors import ConfigError
 
@@ -105,7 +105,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_package_and_what_is_shipped_and_nothing_else(wheel: Path) -> None:
     held = {name for name in names(wheel) if ".dist-info/" not in name}
     code = {name for name in in_repository("segvol_pl") if name.endswith(".py")}
-    beside = {f"segvol_pl/_shipped/{path}" for name in SHIPPED for path in in_repository(name)}
+    beside = {f"segvol_pl/_shipped/{path}" for name in BUNDLED for path in in_repository(name)}
     assert len(beside) > 50
     assert held == code | beside
 
@@ -142,12 +142,14 @@ def test_what_was_installed_lays_out_a_folder_to_work_in(installed: Path, tmp_pa
     assert (done.returncode, done.stderr) == (0, "")
     assert "my lab holds configs/" in done.stdout and len(done.stdout.splitlines()) <= 4
     lab = tmp_path / "my lab"
-    for name in SHIPPED:
+    for name in BUNDLED:
         assert {path.relative_to(lab).as_posix() for path in (lab / name).rglob("*") if path.is_file()} == (
             in_repository(name)
         )
     shown = run([program, "config", "train", "configs/tiny/train.yaml"], lab)
-    assert shown.returncode == 0 and "hidden: 128" in shown.stdout  # which the file that it names as its model says
+    assert (
+        shown.returncode == 0 and "hidden_size: 128" in shown.stdout
+    )  # which the file that it names as its model says
     again = run([program, "init", "."], lab)
     assert again.returncode == 2 and "configs/ablations/data.yaml is there already" in again.stderr
 
@@ -178,19 +180,19 @@ exec "$@"
 """
 
 
-@pytest.mark.parametrize("verb", SBATCH)
-def test_laid_out_scripts_find_environment_and_program(verb: str, installed: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", SBATCH)
+def test_laid_out_scripts_find_environment_and_program(command: str, installed: Path, tmp_path: Path) -> None:
     """Submitted from a shell that knows no environment; srun only starts what it is given."""
     lab, tools = tmp_path / "lab", tmp_path / "tools"
     assert run([installed / "segvol-pl", "init", lab], tmp_path).returncode == 0
     tools.mkdir()
     (tools / "srun").write_text(SRUN)
     (tools / "srun").chmod(0o755)
-    file, key = SBATCH[verb]
-    done = run(["bash", f"slurm/{verb}.sbatch", file], lab, **SLURM, PATH=f"{tools}:/usr/bin:/bin")
+    file, key = SBATCH[command]
+    done = run(["bash", f"slurm/{command}.sbatch", file], lab, **SLURM, PATH=f"{tools}:/usr/bin:/bin")
     assert done.returncode == 2
     # It came to the program, by the configuration beside it: that lacks what only users know.
-    assert f"segvol-pl {verb}: error: " in done.stderr and f"{key}=" in done.stderr
+    assert f"segvol-pl {command}: error: " in done.stderr and f"{key}=" in done.stderr
 
 
 @pytest.mark.slow
@@ -246,11 +248,11 @@ def test_help_imports_nothing_heavy() -> None:
     source = f"""
 import contextlib, io, sys
 from segvol_pl.__main__ import VERBS, main
-for verb in VERBS:
+for command in VERBS:
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        assert main([verb, "--help"]) == 0, verb
+        assert main([command, "--help"]) == 0, command
     found = {HEAVY!r} & set(sys.modules)
-    assert not found, (verb, found)
+    assert not found, (command, found)
 print(len(VERBS))
 """
     done = run([sys.executable, "-c", source], ROOT)
@@ -264,7 +266,13 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(shards: Path, out: Path) -> list[str]:
-    model = ["model.patch=[4, 8, 8]", "model.hidden=16", "model.layers=1", "model.heads=2", "model.decoder_heads=2"]
+    model = [
+        "model.patch_size=[4, 8, 8]",
+        "model.hidden_size=16",
+        "model.num_layers=1",
+        "model.num_heads=2",
+        "model.decoder_heads=2",
+    ]
     data = ["data.workers=0", "data.global_batch=2", f"data.shards={shards}", "prompts.pseudo_per_volume=0"]
     run = ["optim.max_steps=2", f"run.out={out}", "track.wandb=disabled"]
     return ["train", "configs/tiny/train.yaml", "model.input_shape=[8, 16, 16]", *model, *data, *run]
@@ -375,7 +383,7 @@ def test_a_wheelhouse_is_all_that_an_air_gapped_machine_lacks(
     tiny, out = tmp_path / "lab" / "configs" / "tiny", tmp_path / "run"
     common = [f"data.shards={phantom_shards}", "data.workers=0", "data.global_batch=2"]
     small = training(phantom_shards, out)[2:8]
-    verbs = {
+    commands = {
         "pretrain": [str(tiny / "pretrain.yaml"), *small, *common, "optim.max_steps=2", f"run.out={out / 'pretrain'}"],
         "train": [str(tiny / "train.yaml"), *small, *common, "optim.max_steps=2", f"run.out={out / 'train'}"],
         "export": [str(out / "train" / "checkpoints" / "last.ckpt"), str(out / "model.safetensors")],
@@ -386,7 +394,7 @@ def test_a_wheelhouse_is_all_that_an_air_gapped_machine_lacks(
             f"out={out / 'evaluation'}",
         ],
     }
-    for verb, arguments in verbs.items():
-        done = program(verb, *arguments)
-        assert done.returncode == 0, (verb, done.stderr)
+    for command, arguments in commands.items():
+        done = program(command, *arguments)
+        assert done.returncode == 0, (command, done.stderr)
     assert (out / "evaluation" / "report.html").exists()

@@ -18,7 +18,7 @@ from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.model import TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
-from segvol_pl.model.released import split_carried, tower_of
+from segvol_pl.model.released import split_extra, tower_of
 from segvol_pl.model.text_encoder import text_tower
 from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_questions
 
@@ -33,7 +33,7 @@ def released() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def bank(released: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> TextBank:
-    tower = text_tower(tower_of(split_carried(released)[1]), tmp_path_factory.getbasetemp())
+    tower = text_tower(tower_of(split_extra(released)[1]), tmp_path_factory.getbasetemp())
     with torch.inference_mode():
         vectors_KE = tower.eval()(input_ids=torch.tensor(GOLDEN["token_ids"])).pooler_output
     return TextBank(["liver", "right kidney"], vectors_KE.clone())
@@ -43,7 +43,7 @@ def bank(released: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) 
 def task(released: dict[str, Tensor], bank: TextBank, tmp_path_factory: pytest.TempPathFactory) -> SegVolTask:
     """The released weights at the small geometry, loaded as a .pth file's contents would be."""
     task = SegVolTask(TrainConfig(model=SMALL), bank)
-    own, _ = split_carried(released)
+    own, _ = split_extra(released)
     task.model.load_state_dict({**own, BANK: bank.vectors_KE})
     return task.eval()
 
@@ -61,7 +61,7 @@ def prompts(kind: str) -> PromptTensors:
         labels_BPN=torch.tensor(GOLDEN["point_labels"])[:, None],
         boxes_BP6=torch.tensor(GOLDEN["box"])[:, None].float(),
         text_BP=torch.tensor([[0], [1]]),
-        marks_BPM3=torch.zeros(2, 1, 0, 3),
+        landmarks_BPM3=torch.zeros(2, 1, 0, 3),
         has_points_BP=has["points"],
         has_box_BP=has["box"],
         has_text_BP=has["text"],

@@ -40,7 +40,7 @@ IDS = {
     "spinal cord": [23925, 11181],
 }
 """CLIP's tokens of the names."""
-# "A computerized tomography of a ..." between the marks of start and end.
+# "A computerized tomography of a ..." between the landmarks of start and end.
 BEFORE, AFTER = [49406, 320, 11639, 704, 7690, 999, 22399, 539, 320], [269, 49407]
 ORGANS = ("liver", "spleen", "spinal cord")
 
@@ -84,7 +84,7 @@ def prompts_of(figures: dict[str, np.ndarray], kind: str) -> PromptTensors:
         labels_BPN=torch.from_numpy(figures["point_labels"]).long()[:, None],
         boxes_BP6=torch.from_numpy(figures["box"])[:, None],
         text_BP=torch.arange(count)[:, None],
-        marks_BPM3=torch.zeros(count, 1, 0, 3),
+        landmarks_BPM3=torch.zeros(count, 1, 0, 3),
         has_points_BP=has["points"],
         has_box_BP=has["box"],
         has_text_BP=has["text"],
@@ -189,7 +189,7 @@ def test_zooming_equals_the_published_one(
     for organ, (name, entries) in enumerate(zip(ORGANS, logs, strict=True)):
         drawn = iter([value for what, value in entries[1:] if what == "points" and value[0, 3] == 1])
         monkeypatch.setattr(
-            segvol_pl.inference.zoom, "draw_points", lambda *_, drawn=drawn, **__: replayed(next(drawn))
+            segvol_pl.inference.zoom, "sample_points", lambda *_, drawn=drawn, **__: replayed(next(drawn))
         )
         prompt = first_prompt(name, entries)
         result = zoomer.zoom_in(prompt, prompt, np.random.default_rng(0))

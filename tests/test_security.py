@@ -31,10 +31,10 @@ from segvol_pl.data.shards import INDEX, build_index, read_index
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan
 from segvol_pl.errors import CaseError, SampleError, ShardError, StoreError, VolumeError
-from segvol_pl.evaluation.cases import find_subjects
+from segvol_pl.evaluation.cases import find_cases
 from segvol_pl.packing.m3d import m3d_cases, read_m3d_masks
 from segvol_pl.packing.recipes import read_recipe
-from segvol_pl.resources import shipped
+from segvol_pl.resources import bundled
 
 __all__ = ["files", "page"]  # fixtures
 
@@ -92,7 +92,7 @@ def test_an_index_leads_nowhere(fault: str, shards: Path, tmp_path: Path) -> Non
         read_index(Store(shards))
     # An evaluation names files after keys: it does not come to that.
     with pytest.raises((ShardError, StoreError), match=said):
-        find_subjects(CasesConfig(shards=str(shards)))
+        find_cases(CasesConfig(shards=str(shards)))
     assert main(["verify", str(shards)]) == 1
 
 
@@ -193,7 +193,7 @@ def test_a_mask_neither_unpickles_nor_reads_beyond_its_voxels(tmp_path: Path) ->
 
 @pytest.mark.parametrize("change", ['images: "../{id}.nii.gz"', 'images: "/data/{id}.nii.gz"'])
 def test_a_recipe_stays_in_the_folder_of_its_set(change: str, tmp_path: Path) -> None:
-    whole = (shipped("shards/datasets") / "btcv.yaml").read_text()
+    whole = (bundled("shards/datasets") / "btcv.yaml").read_text()
     kept = [line for line in whole.splitlines() if not line.startswith("images:")]
     (tmp_path / "btcv.yaml").write_text("\n".join([*kept, change]))
     with pytest.raises(CaseError, match="leads out of the set's folder"):
@@ -221,7 +221,7 @@ def test_code_in_a_checkpoint_does_not_run(
     path.parent.mkdir(parents=True)
     torch.save({"state_dict": {"a": torch.zeros(1)}, "global_step": 1, "extra": Harm(tmp_path)}, path)
     out = tmp_path / "run" if way == "resumed" else tmp_path / "other"
-    tiny = [str(shipped("configs") / "tiny/train.yaml"), "track.wandb=disabled", "prompts.pseudo_per_volume=0"]
+    tiny = [str(bundled("configs") / "tiny/train.yaml"), "track.wandb=disabled", "prompts.pseudo_per_volume=0"]
     given = [f"data.shards={phantom_shards}", f"run.out={out}", "optim.max_steps=2"]
     start = [] if way == "resumed" else [f"{way}={path}"]
     assert main(["train", *tiny, *given, *start]) == 1

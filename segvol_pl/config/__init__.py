@@ -1,6 +1,6 @@
-"""The configuration of every verb: its schema. `segvol_pl.config.loader` fills it from files and `key=value`.
+"""The configuration of every command: its schema. `segvol_pl.config.loader` fills it from files and `key=value`.
 
-1. A verb's schema is a dataclass below; the docstring under each field is its help.
+1. A command's schema is a dataclass below; the docstring under each field is its help.
 2. `MISSING` marks a key that has no default and must be given.
 3. A number's range stands at its field, as `ranged(default, least=1)`. `__post_init__` checks lengths, and keys against
    each other.
@@ -24,11 +24,11 @@ MISSING: Any = "???"
 """Stands for a value that must be given."""
 
 
-SHIPPED = ("configs", "slurm", "shards/datasets")
+BUNDLED = ("configs", "slurm", "shards/datasets")
 """Folders of the repository that a wheel carries too, and that `segvol-pl init DIR` lays out."""
 
 
-class Rule(str, Enum):
+class Convention(str, Enum):
     """One of the places where the released weights need what the published code does."""
 
     consistent = "consistent"
@@ -105,7 +105,7 @@ class Timing(str, Enum):
     """Whether a row's seconds hold what earlier prompts of the case have encoded."""
 
     shared = "shared"
-    alone = "alone"
+    cold = "cold"
 
 
 class Slice(str, Enum):
@@ -115,7 +115,7 @@ class Slice(str, Enum):
     middle = "middle"
 
 
-class Tail(str, Enum):
+class LastBatch(str, Enum):
     """What becomes of an epoch's last incomplete global batch."""
 
     drop = "drop"
@@ -140,14 +140,14 @@ class TextSource(str, Enum):
     seeded = "seeded"
 
 
-class Samples(str, Enum):
+class DataCount(str, Enum):
     """What D of a scaling law counts."""
 
     seen = "seen"
     volumes = "volumes"
 
 
-class Take(str, Enum):
+class MetricPick(str, Enum):
     """Which value of a metric is a run's."""
 
     last = "last"
@@ -157,10 +157,10 @@ class Take(str, Enum):
 BOX_SOURCES = ("exact", "jittered", "slice")
 """How well an evaluation draws a box from the truth."""
 
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""A function of the user's own, as `package.module:function`; `configure.own_function` finds it."""
+CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+"""A function of the user's own, as `package.module:function`; `configure.custom_function` finds it."""
 
-MARKS = re.compile(rf"([1-9]\d*)\*({OWN.pattern})")
+LANDMARKS = re.compile(rf"([1-9]\d*)\*({CUSTOM.pattern})")
 """A kind of prompt of the user's own, as `N*package.module:function`: the function marks N voxels of a structure."""
 
 EVERY_CATEGORY = "all"
@@ -170,7 +170,7 @@ COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points"
 """The six prompt combinations of the paper's Algorithm 1, in the published order."""
 
 PARTS = ("text", "points", "box")
-"""What a combination is put together from, beside marks of the user's own."""
+"""What a combination is put together from, beside landmarks of the user's own."""
 
 HIGHEST_SEED = 2**63 - 1
 """Of what numpy and torch both take."""
@@ -187,7 +187,7 @@ MAY_CHANGE = (
     "data.workers",
     "data.prefetch",
     "data.start_method",
-    "data.patience",
+    "data.retry_seconds",
     "data.cache",
     "data.pipe_buffer",
     "data.max_bad_fraction",
@@ -265,10 +265,10 @@ def _require(condition: bool, key: str, problem: str) -> None:
 def _check_combinations(key: str, names: Sequence[str]) -> None:
     _require(len(names) > 0, key, "needs at least one")
     for name in names:
-        parts, own = named_parts(name), marks_in([name])
-        marked = len(set(parts)) == len(parts) and all(OWN.fullmatch(part) for part in own)
+        parts, own = named_parts(name), landmarks_in([name])
+        marked = len(set(parts)) == len(parts) and all(CUSTOM.fullmatch(part) for part in own)
         fits = marked if own else name in COMBINATIONS
-        _require(fits, key, f"{name!r} is none of {', '.join(COMBINATIONS)}, nor has it marks of model.marks")
+        _require(fits, key, f"{name!r} is none of {', '.join(COMBINATIONS)}, nor has it marks of model.landmarks")
 
 
 def named_parts(combination: str) -> list[str]:
@@ -276,15 +276,15 @@ def named_parts(combination: str) -> list[str]:
     return combination.split("+")
 
 
-def marks_in(combinations: Sequence[str]) -> list[str]:
+def landmarks_in(combinations: Sequence[str]) -> list[str]:
     """The user's own kinds of prompts in them, in the order of the first of each."""
     return list(dict.fromkeys(part for name in combinations for part in named_parts(name) if part not in PARTS))
 
 
-def _check_own(key: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
+def _check_custom(key: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
     known = f"none of {', '.join(others)} nor" if others else "not"
     for name in names:
-        _require(OWN.fullmatch(name) is not None, key, f"{name!r} is {known} a function as package.module:function")
+        _require(CUSTOM.fullmatch(name) is not None, key, f"{name!r} is {known} a function as package.module:function")
 
 
 def _check_triple(key: str, value: list[int]) -> None:
@@ -299,57 +299,67 @@ class SegVolConfig(Keys):
 
     input_shape: list[int] = ranged([32, 256, 256], least=1)
     """Voxels (d, h, w) that the encoder sees."""
-    patch: list[int] = ranged([4, 16, 16], least=1)
+    patch_size: list[int] = ranged([4, 16, 16], least=1)
     """Voxels (d, h, w) of one token."""
-    hidden: int = ranged(768, least=1)
+    hidden_size: int = ranged(768, least=1)
     """Width of the encoder and of the decoder."""
-    layers: int = ranged(12, least=1)
+    num_layers: int = ranged(12, least=1)
     """Transformer blocks of the encoder."""
-    heads: int = ranged(12, least=1)
+    num_heads: int = ranged(12, least=1)
     """Attention heads of the encoder."""
-    mlp: int = ranged(3072, least=1)
+    mlp_dim: int = ranged(3072, least=1)
     """Hidden width of the encoder's MLP."""
     decoder_layers: int = ranged(2, least=1)
     """Two-way attention blocks of the mask decoder."""
     decoder_heads: int = ranged(8, least=1)
     """Attention heads of the mask decoder."""
-    decoder_mlp: int = ranged(2048, least=1)
+    decoder_mlp_dim: int = ranged(2048, least=1)
     """Hidden width of the mask decoder's MLP."""
     text_dim: int = ranged(512, least=1)
     """Width of the text bank's vectors (CLIP ViT-B/32: 512)."""
-    coordinates: Rule = Rule.consistent
+    coordinates: Convention = Convention.consistent
     """Positional encoding of prompts and tokens. `published`: d and h are divided by each other's extent, and the
     tokens' axes are ordered h, d, w, because the released weights were trained so."""
-    marks: list[str] = field(default_factory=list)
+    landmarks: list[str] = field(default_factory=list)
     """Kinds of prompts of one's own, each `N*package.module:function`: N voxels that the function marks, with an
     embedding each, as a box has for its corners. Combinations name them without `N*`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for entry in self.marks:
-            _require(MARKS.fullmatch(entry) is not None, "model.marks", f"{entry!r} is no N*package.module:function")
-        _require(len(self.marked) == len(self.marks), "model.marks", "names a function twice")
+        for entry in self.landmarks:
+            _require(
+                LANDMARKS.fullmatch(entry) is not None, "model.landmarks", f"{entry!r} is no N*package.module:function"
+            )
+        _require(len(self.landmark_counts) == len(self.landmarks), "model.landmarks", "names a function twice")
         _check_triple("model.input_shape", self.input_shape)
-        _check_triple("model.patch", self.patch)
-        whole = all(size % patch == 0 for size, patch in zip(self.input_shape, self.patch, strict=True))
-        _require(whole, "model.input_shape", f"{self.input_shape} is not a multiple of model.patch {self.patch}")
-        _require(self.hidden % self.heads == 0, "model.hidden", f"{self.hidden} is not a multiple of model.heads")
+        _check_triple("model.patch_size", self.patch_size)
+        whole = all(size % patch == 0 for size, patch in zip(self.input_shape, self.patch_size, strict=True))
+        _require(
+            whole, "model.input_shape", f"{self.input_shape} is not a multiple of model.patch_size {self.patch_size}"
+        )
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            "model.hidden_size",
+            f"{self.hidden_size} is not a multiple of model.num_heads",
+        )
         inner = self.decoder_heads * 2
         _require(
-            self.hidden % inner == 0, "model.hidden", f"{self.hidden} is not a multiple of 2 x model.decoder_heads"
+            self.hidden_size % inner == 0,
+            "model.hidden_size",
+            f"{self.hidden_size} is not a multiple of 2 x model.decoder_heads",
         )
-        _require(self.hidden % 8 == 0, "model.hidden", f"{self.hidden} is not a multiple of 8")
+        _require(self.hidden_size % 8 == 0, "model.hidden_size", f"{self.hidden_size} is not a multiple of 8")
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Tokens along (d, h, w)."""
-        d, h, w = (size // patch for size, patch in zip(self.input_shape, self.patch, strict=True))
+        d, h, w = (size // patch for size, patch in zip(self.input_shape, self.patch_size, strict=True))
         return d, h, w
 
     @property
-    def marked(self) -> dict[str, int]:
-        """`package.module:function` -> the number of voxels that it marks, of all kinds of `marks`."""
-        found = (MARKS.fullmatch(entry) for entry in self.marks)
+    def landmark_counts(self) -> dict[str, int]:
+        """`package.module:function` -> the number of voxels that it marks, of all kinds of `landmarks`."""
+        found = (LANDMARKS.fullmatch(entry) for entry in self.landmarks)
         return {match[2]: int(match[1]) for match in found if match}
 
 
@@ -374,7 +384,7 @@ class DataConfig(Keys):
     """Seeds the order of samples and every draw within a sample."""
     global_batch: int = ranged(32, least=1)
     """Volumes in one optimizer step, over all ranks and accumulation steps."""
-    tail: Tail = Tail.drop
+    last_batch: LastBatch = LastBatch.drop
     """The last incomplete global batch of an epoch: left out, or completed from the epoch's start."""
     workers: int = ranged(4, least=0)
     """Loader processes per rank; 0 loads in the training process."""
@@ -389,7 +399,7 @@ class DataConfig(Keys):
     """Share of samples that show the whole volume; the others are crops at native resolution."""
     max_bad_fraction: float = ranged(0.001, least=0, most=1)
     """Share of the corpus that may turn out damaged, and is replaced by other samples; beyond it the run ends."""
-    patience: float = ranged(60.0, least=0)
+    retry_seconds: float = ranged(60.0, least=0)
     """Seconds for which a folder or a URL that cannot be read is tried again before the run ends."""
     cache: str = ""
     """Folder on the node's own disk that keeps what was read from URLs; all processes of the node share it."""
@@ -464,7 +474,7 @@ class RunConfig(Keys):
     strategy: Strategy = Strategy.auto
     """auto: one process, or ddp; ddp: whole model on each; fsdp: FSDP2, weights, gradients and optimizer split block by
     block; zero1, zero2, zero3: DeepSpeed, optimizer, also gradients, also weights split."""
-    own_strategy: str = ""
+    custom_strategy: str = ""
     """package.module:function of your own in place of `strategy`: it makes Lightning's strategy of these settings."""
     offload: bool = False
     """fsdp, zero: keep what is split in main memory."""
@@ -509,17 +519,17 @@ class RunConfig(Keys):
     """Steps between checkpoints that a run goes on from; each replaces the one before."""
     checkpoint_minutes: float = ranged(0.0, least=0)
     """Minutes after which such a checkpoint is written even so, by the clock of rank 0; 0: by steps alone."""
-    keep_every: int = ranged(0, least=0)
+    save_every: int = ranged(0, least=0)
     """Steps between checkpoints that are kept beside; 0 for none."""
-    keep: int = ranged(3, least=1)
+    keep_last: int = ranged(3, least=1)
     """Of those, how many of the newest stay."""
     max_bad_steps: int = ranged(0, least=0)
     """Steps in a row whose loss or gradients are NaN or infinite that are skipped; one more ends the run."""
-    threads: int = ranged(0, least=0)
+    cpu_threads: int = ranged(0, least=0)
     """CPU threads of the math library; 0 leaves its choice."""
     requeue: bool = True
     """Ask SLURM to queue the job again when it is signalled (SIGUSR1, SIGTERM)."""
-    timeout: float = ranged(1800.0, above=0, most=10**9)
+    hang_timeout: float = ranged(1800.0, above=0, most=10**9)
     """Seconds without any progress after which a rank that hangs is named and the job ends. First steps that compile,
     and saving, must fit in."""
 
@@ -530,9 +540,9 @@ class RunConfig(Keys):
             "run.accumulate",
             "is 1 with zero1, under which micro-batches gave other gradients: take zero2",
         )
-        _check_own("run.own_strategy", [self.own_strategy] if self.own_strategy else [])
-        alone = self.strategy is Strategy.auto or not self.own_strategy
-        _require(alone, "run.own_strategy", f"stands in place of run.strategy={self.strategy.value}: leave one out")
+        _check_custom("run.custom_strategy", [self.custom_strategy] if self.custom_strategy else [])
+        alone = self.strategy is Strategy.auto or not self.custom_strategy
+        _require(alone, "run.custom_strategy", f"stands in place of run.strategy={self.strategy.value}: leave one out")
         kept = self.recompute is not Recompute.cheap or self.strategy is not Strategy.zero3
         _require(kept, "run.recompute", "cheap would give wrong gradients with zero3: use blocks")
         # DeepSpeed gathers weights by hooks within the blocks.
@@ -567,7 +577,7 @@ class TextConfig(Keys):
     source: TextSource = TextSource.auto
     """clip: CLIP's text tower; weights: the bank or the text tower of the weights that training starts from; auto:
     weights where they can, else clip; seeded: fixed random vectors by name, where CLIP cannot be had."""
-    clip: str = "openai/clip-vit-base-patch32"
+    clip_model: str = "openai/clip-vit-base-patch32"
     """Local folder or hub name of the CLIP model; of its tokenizer alone where the text tower is that of weights."""
     template: str = "A computerized tomography of a {}."
     """Sentence around a category name (paper Sec. 2.1)."""
@@ -611,9 +621,11 @@ class TrainConfig(Keys):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.pretrained is None or self.weights is None, "pretrained", "weights=FILE brings its own encoder")
-        for name in marks_in(self.prompts.combinations):
+        for name in landmarks_in(self.prompts.combinations):
             _require(
-                name in self.model.marked, "prompts.combinations", f"{name!r} is not among model.marks: add N*{name}"
+                name in self.model.landmark_counts,
+                "prompts.combinations",
+                f"{name!r} is not among model.landmarks: add N*{name}",
             )
 
 
@@ -640,10 +652,10 @@ class ZoomConfig(Keys):
     """How much of that may lie on the GPU; the rest waits in main memory."""
     points: int = ranged(5, least=0)
     """Points that a points prompt gets in each zoom-in window."""
-    interpolation: Rule = Rule.consistent
+    interpolation: Convention = Convention.consistent
     """How the volume is shrunk and the coarse logits are brought back: averaging and linear. `published`: both by
     nearest neighbour, because the released weights were validated on images shrunk so."""
-    grid: Rule = Rule.consistent
+    grid: Convention = Convention.consistent
     """Where zoom-in windows lie: on one grid over the volume, whole wherever it is large enough, so that prompts share
     them. `published`: on a grid of each region of interest, which is cut off at the volume's border and padded with
     zeros around up to one window."""
@@ -652,7 +664,7 @@ class ZoomConfig(Keys):
     and points inside the structure are within reach anyway. What windows find farther off, where zooming out saw
     nothing, is more often another organ; parts that the overview is too coarse for are farther off too. With
     `grid: published` the region is the published one."""
-    reflection: Rule = Rule.consistent
+    reflection: Convention = Convention.consistent
     """What a window is told: the user's own prompt inside it, and windows that hold nothing are skipped. `published`:
     the coarse mask's box in place of the user's, points drawn from the enlarged user's points, no window skipped."""
 
@@ -725,8 +737,8 @@ class DrawConfig(Keys):
         super().__post_init__()
         _require(len(self.boxes) > 0, "draw.boxes", "needs at least one")
         _require(len(self.points) > 0, "draw.points", "needs at least one")
-        _check_own("draw.boxes", [name for name in self.boxes if name not in BOX_SOURCES], BOX_SOURCES)
-        _check_own("draw.points", [name for name in self.points if not points_drawn(name)], ("centre", "randomN"))
+        _check_custom("draw.boxes", [name for name in self.boxes if name not in BOX_SOURCES], BOX_SOURCES)
+        _check_custom("draw.points", [name for name in self.points if not points_drawn(name)], ("centre", "randomN"))
 
 
 def points_drawn(name: str) -> int:
@@ -773,12 +785,12 @@ class EvaluateConfig(Keys):
     tolerance: float = ranged(2.0, above=0)
     """mm by which surfaces may be apart for the surface Dice."""
     timing: Timing = Timing.shared
-    """What a row's seconds hold. shared: what the case's earlier prompts encoded comes free; alone: everything is
+    """What a row's seconds hold. shared: what the case's earlier prompts encoded comes free; cold: everything is
     encoded anew, as for a single prompt on a new volume (paper Table 3)."""
     metrics: list[str] = field(default_factory=list)
     """Further figures, each a package.module:function of your own of (predicted mask, truth, spacing in mm); a column
     of the function's name in rows.csv, summary.json and the report."""
-    readings: bool = False
+    match_categories: bool = False
     """Also read each spatial prompt's mask: which of all categories it looks like (paper Fig. 5)."""
     masks: bool = False
     """Write every mask as NIfTI into masks/."""
@@ -786,12 +798,12 @@ class EvaluateConfig(Keys):
     """Categories pictured in the report, the worst first: each with its worst, median and best case."""
     max_bad_fraction: float = ranged(0.0, least=0, most=1)
     """Share of cases that may turn out unreadable; they are listed. Beyond it there is no report."""
-    slice: str = ""
+    part: str = ""
     """K/N: evaluate the K-th (from 0) of N parts of the cases alone, e.g. as a task of a SLURM array; a run without it
     puts the parts together."""
     resume: bool = True
     """Go on with the results in `out`; false: begin anew."""
-    patience: float = ranged(3600.0, above=0)
+    rank_timeout: float = ranged(3600.0, above=0)
     """Seconds for which rank 0 waits for the next case of another rank before it gives up."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     sliding: SlidingConfig = field(default_factory=SlidingConfig)
@@ -807,11 +819,11 @@ class EvaluateConfig(Keys):
         _require(given, "data.shards", "give data.shards=DIR, or data.images=... or data.cases=FILE for CT files")
         _require(len(self.modes) > 0, "modes", "needs at least one")
         _check_combinations("prompts", self.prompts)
-        _check_own("metrics", self.metrics)
+        _check_custom("metrics", self.metrics)
         names = {name.rpartition(":")[2] for name in self.metrics}
         _require(len(names) == len(self.metrics), "metrics", "gives two functions of one name")
-        if self.slice:
-            parse_slice(self.slice)
+        if self.part:
+            parse_part(self.part)
 
 
 @dataclass
@@ -840,7 +852,7 @@ class PredictConfig(Keys):
     overlaps: Overlaps = Overlaps.probability
     """A voxel that several categories claim: goes to the most probable, or, by order, to the last named of them (name a
     tumour after its organ)."""
-    clip: str | None = None
+    clip_model: str | None = None
     """Local folder or hub name of the CLIP that made the model's text bank: for names that the bank lacks."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seeds the points re-drawn in zoom-in windows."""
@@ -909,11 +921,11 @@ class RegionsConfig(Keys):
     """Regions under this share of the voxels are dropped."""
 
 
-def parse_slice(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """K/N as two numbers. Raises ConfigError unless 0 <= K < N."""
     number, _, count = text.partition("/")
     _require(
-        number.isdecimal() and count.isdecimal() and int(number) < int(count), "slice", f"{text!r} is not K/N, K < N"
+        number.isdecimal() and count.isdecimal() and int(number) < int(count), "part", f"{text!r} is not K/N, K < N"
     )
     return int(number), int(count)
 
@@ -933,7 +945,7 @@ class PackConfig(Keys):
     """YAML of a public data set, see shards/datasets/: names its files below images=ROOT and its categories."""
     categories: str | None = None
     """YAML: category name -> label values. Needed where there are label maps."""
-    slice: str = ""
+    part: str = ""
     """K/N: stage the K-th (from 0) of N parts of the cases alone, e.g. as a task of a SLURM array; a run without it
     joins them."""
     out: str = MISSING
@@ -961,8 +973,8 @@ class PackConfig(Keys):
         _check_triple("overview_shape", self.overview_shape)
         given = self.images is not None or self.cases is not None
         _require(given, "images", "give images=FILE_OR_FOLDER_OR_GLOB or cases=FILE")
-        if self.slice:
-            parse_slice(self.slice)
+        if self.part:
+            parse_part(self.part)
         labelled = self.labels is None or self.categories is not None
         _require(labelled, "categories", "labels need categories=FILE (YAML: name -> label values)")
         _require(not (self.recipe and self.labels), "labels", "the recipe says where they are: leave labels out")
@@ -1008,7 +1020,7 @@ class DemoConfig(Keys):
 
 @dataclass
 class ImportConfig(Keys):
-    """Released weights (.pth, .bin, .safetensors, the pre-trained ViT's .ckpt) into a .safetensors for every verb."""
+    """Convert released weights (.pth, .bin, .safetensors, the ViT's .ckpt) to a .safetensors for every command."""
 
     source: str = MISSING
     """Released file: SRC on the command line."""
@@ -1016,7 +1028,7 @@ class ImportConfig(Keys):
     """File to write, .safetensors: DST on the command line."""
     categories: str | None = None
     """YAML whose category names the text bank gets, through the text tower in the file; none: no text prompts."""
-    model: SegVolConfig = field(default_factory=lambda: SegVolConfig(coordinates=Rule.published))
+    model: SegVolConfig = field(default_factory=lambda: SegVolConfig(coordinates=Convention.published))
     """The architecture that the file must have."""
     text: TextConfig = field(default_factory=TextConfig)
     allow: list[str] = field(default_factory=list)
@@ -1036,9 +1048,9 @@ class PointsConfig(Keys):
     of a table loss."""
     one_minus: bool | None = None
     """Whether 1 - metric is the loss. None: where the metric's name says dice and not loss."""
-    take: Take = Take.last
+    take: MetricPick = MetricPick.last
     """The metric's last value, or its best."""
-    samples: Samples = Samples.seen
+    samples: DataCount = DataCount.seen
     """What D counts: samples seen, or the volumes trained on."""
     out: str = "scaling"
     """Folder of the results."""

@@ -29,7 +29,7 @@ from typing import Any
 import yaml
 
 from segvol_pl import config as schema_module
-from segvol_pl.config import MAY_CHANGE, MISSING, SCHEMAS, SHIPPED, Range
+from segvol_pl.config import BUNDLED, MAY_CHANGE, MISSING, SCHEMAS, Range
 from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError
 
@@ -98,7 +98,7 @@ class Setting:
 class Source:
     """What is being read: a YAML file, or the command line."""
 
-    verb: str
+    command: str
     path: Path | None = None
     """None: the command line."""
     through: tuple[Path, ...] = ()
@@ -118,7 +118,7 @@ class Source:
             raise ConfigError(
                 f"base ({self.path}): builds on itself: {chain}; take one of these `base` lines out", "base"
             )
-        return Source(self.verb, path, (*self.through, path.resolve()))
+        return Source(self.command, path, (*self.through, path.resolve()))
 
 
 class Written(str):
@@ -132,20 +132,20 @@ class Written(str):
         return made
 
 
-def load(verb: str, arguments: Sequence[str]) -> Any:
-    """The checked configuration of `verb`: an instance of `SCHEMAS[verb]`.
+def load(command: str, arguments: Sequence[str]) -> Any:
+    """The checked configuration of `command`: an instance of `SCHEMAS[command]`.
 
     arguments: YAML files and `key=value` pairs; the rightmost wins, a file's own keys over its base's.
     Raises ConfigError, naming key, origin and remedy, for an unknown or missing key, a value of the wrong type, length
     or range, a file that is missing, unreadable or builds on itself.
     """
-    settings = _settings(verb, arguments)
-    values = _values(verb, settings)
-    missing = [field for field in fields_help(verb) if values[field.key] == MISSING]
+    settings = _settings(command, arguments)
+    values = _values(command, settings)
+    missing = [field for field in fields_help(command) if values[field.key] == MISSING]
     if missing:
         pairs = " ".join(f"{field.key}=..." for field in missing)
         raise ConfigError(f"missing {pairs} ({missing[0].key}: {missing[0].help})", missing[0].key)
-    return _built(verb, values, settings)
+    return _built(command, values, settings)
 
 
 def load_run(arguments: Sequence[str]) -> Any:
@@ -168,7 +168,7 @@ def imported(name: str) -> Any:
     return getattr(importlib.import_module(module), inner)
 
 
-def own_function(name: str, key: str) -> Callable[..., Any]:
+def custom_function(name: str, key: str) -> Callable[..., Any]:
     """The user's function `package.module:function` that a key names. Raises ConfigError where it is not found."""
     module, _, function = name.partition(":")
     try:
@@ -184,12 +184,12 @@ def own_function(name: str, key: str) -> Callable[..., Any]:
     return typing.cast(Callable[..., Any], found)
 
 
-def resolved(verb: str, arguments: Sequence[str]) -> str:
+def resolved(command: str, arguments: Sequence[str]) -> str:
     """The configuration as YAML. Keys that still must be given stand as `???`. Raises ConfigError as `load` does."""
-    values = _values(verb, _settings(verb, arguments))
+    values = _values(command, _settings(command, arguments))
     if MISSING in values.values():
         return _dump(_nested(values))
-    return to_yaml(load(verb, arguments))
+    return to_yaml(load(command, arguments))
 
 
 def plain(config: Any) -> Any:
@@ -229,9 +229,9 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def fields_help(verb: str) -> list[Field]:
-    """The keys of `verb` in the schema's order. Raises ConfigError for an unknown verb."""
-    return list(_fields(verb).values())
+def fields_help(command: str) -> list[Field]:
+    """The keys of `command` in the schema's order. Raises ConfigError for an unknown command."""
+    return list(_fields(command).values())
 
 
 def _dump(container: Any) -> str:
@@ -241,15 +241,15 @@ def _dump(container: Any) -> str:
 # ---- the schema ----
 
 
-def _schema(verb: str) -> type:
-    if verb not in SCHEMAS:
-        raise ConfigError(f"{verb!r} has no configuration; these have: {', '.join(SCHEMAS)}")
-    return SCHEMAS[verb]
+def _schema(command: str) -> type:
+    if command not in SCHEMAS:
+        raise ConfigError(f"{command!r} has no configuration; these have: {', '.join(SCHEMAS)}")
+    return SCHEMAS[command]
 
 
 @functools.cache
-def _fields(verb: str) -> dict[str, Field]:
-    return {field.key: field for field in _walk(_schema(verb), "")}
+def _fields(command: str) -> dict[str, Field]:
+    return {field.key: field for field in _walk(_schema(command), "")}
 
 
 def _walk(schema: type, prefix: str, given: Any = None) -> Iterator[Field]:
@@ -293,30 +293,30 @@ def _type_name(hint: Any) -> str:
 
 
 @functools.cache
-def _sections(verb: str) -> set[str]:
+def _sections(command: str) -> set[str]:
     """The keys that hold keys. The root, which is one too, is the empty key."""
-    return {"", *_inner_keys(verb)}
+    return {"", *_inner_keys(command)}
 
 
-def _inner_keys(verb: str) -> set[str]:
-    return {key.rsplit(".", depth)[0] for key in _fields(verb) for depth in range(1, key.count(".") + 1)}
+def _inner_keys(command: str) -> set[str]:
+    return {key.rsplit(".", depth)[0] for key in _fields(command) for depth in range(1, key.count(".") + 1)}
 
 
 # ---- sources to settings ----
 
 
-def _settings(verb: str, arguments: Sequence[str]) -> list[Setting]:
+def _settings(command: str, arguments: Sequence[str]) -> list[Setting]:
     """All sources, flattened, the decisive one of a key last. Raises ConfigError for unknown keys and bad files."""
     settings: list[Setting] = []
     for argument in arguments:
-        source = Source(verb, origin=argument.origin) if isinstance(argument, Written) else Source(verb)
+        source = Source(command, origin=argument.origin) if isinstance(argument, Written) else Source(command)
         pair = PAIR.fullmatch(argument)
         settings += _from_pair(source, *pair.groups()) if pair else _from_file(source.named(argument), "")
     return settings
 
 
 def _from_pair(source: Source, key: str, text: str) -> Iterator[Setting]:
-    field = _fields(source.verb).get(key)
+    field = _fields(source.command).get(key)
     if field is not None and field.type in (str, str | None) and text != "null":
         # The shell has taken the quotes: `text=a: b` and `out=[1]` are texts, whatever YAML would read.
         return iter([Setting(key, text, source.origin)])
@@ -341,11 +341,11 @@ def _from_file(source: Source, key: str) -> Iterator[Setting]:
 
 def _flatten(source: Source, key: str, node: yaml.Node) -> Iterator[Setting]:
     """The settings in `node`, which stands at `key`. Raises ConfigError for keys that the schema does not know."""
-    verb, here = source.verb, source.line(node)
-    if key in _fields(verb):
-        yield Setting(key, _read_value(node, _fields(verb)[key], here), here)
-    elif key not in _sections(verb):
-        raise ConfigError(f"unknown key {key} ({here}){did_you_mean(key, _fields(verb))}", key)
+    command, here = source.command, source.line(node)
+    if key in _fields(command):
+        yield Setting(key, _read_value(node, _fields(command)[key], here), here)
+    elif key not in _sections(command):
+        raise ConfigError(f"unknown key {key} ({here}){did_you_mean(key, _fields(command))}", key)
     elif isinstance(node, yaml.MappingNode):
         _refuse_doubled(source, node)
         for name, value in node.value:
@@ -353,7 +353,7 @@ def _flatten(source: Source, key: str, node: yaml.Node) -> Iterator[Setting]:
     elif isinstance(node, yaml.ScalarNode) and node.value.endswith(SECTION_FILE):
         yield from _from_file(source.named(node.value), key)
     else:
-        inside = next(name for name in _fields(verb) if name.startswith(f"{key}."))
+        inside = next(name for name in _fields(command) if name.startswith(f"{key}."))
         raise ConfigError(f"{key} ({here}): is a section: give {key}=FILE.yaml, or keys in it such as {inside}", key)
 
 
@@ -435,16 +435,16 @@ def read_nodes(path: Path) -> yaml.MappingNode:
     return node
 
 
-def is_section(verb: str, key: str) -> bool:
+def is_section(command: str, key: str) -> bool:
     """Whether `key` holds keys, so that a file may be given for it."""
-    return key in _inner_keys(verb)
+    return key in _inner_keys(command)
 
 
 def _nearest_file(path: Path) -> str:
     close = difflib.get_close_matches(path.name, [file.name for file in path.parent.glob("*.yaml")], n=1)
     if close:
         return f": did you mean {path.parent / close[0]}?"
-    return f": segvol-pl init DIR lays out {path.parts[0]}/" if path.parts[0] in SHIPPED else ""
+    return f": segvol-pl init DIR lays out {path.parts[0]}/" if path.parts[0] in BUNDLED else ""
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
@@ -459,10 +459,10 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 # ---- settings to a configuration ----
 
 
-def _values(verb: str, settings: list[Setting]) -> dict[str, Any]:
+def _values(command: str, settings: list[Setting]) -> dict[str, Any]:
     """Every key's value: the last setting's, else the default."""
     given = {setting.key: setting.value for setting in settings}
-    return {key: given.get(key, field.default) for key, field in _fields(verb).items()}
+    return {key: given.get(key, field.default) for key, field in _fields(command).items()}
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
@@ -473,9 +473,9 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return root
 
 
-def _built(verb: str, values: dict[str, Any], settings: list[Setting]) -> Any:
+def _built(command: str, values: dict[str, Any], settings: list[Setting]) -> Any:
     try:
-        return _build(_schema(verb), "", values)
+        return _build(_schema(command), "", values)
     except ConfigError as error:
         origin = next((setting.origin for setting in reversed(settings) if setting.key == error.key), None)
         if origin is None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 from segvol_pl.data.frames import Span
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Cache:
         path = self._path(key, block)
         with self._bypassed():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as part:
+            with atomic_path(path) as part:
                 part.write_bytes(content)
             self.added += len(content)
             if self.added > self.limit * SHARE:

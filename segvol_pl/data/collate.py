@@ -1,6 +1,6 @@
 """A batch that travels from a loader process to the training process as one piece.
 
-torch sends every tensor by a file descriptor of its own, which costs half a millisecond each. A `Parcel` holds the
+torch sends every tensor by a file descriptor of its own, which costs half a millisecond each. A `SharedBatch` holds the
 arrays of a batch in one buffer of shared memory: samples are stacked straight into it, and one descriptor is sent.
 """
 
@@ -24,7 +24,7 @@ Layout = list[tuple[str, str, tuple[int, ...], int]]
 """Name, numpy dtype, shape and first byte of each array."""
 
 
-class Parcel(dict[str, Tensor]):
+class SharedBatch(dict[str, Tensor]):
     """A batch, by name; its tensors are views of `buffer`, uint8. Unpickled, it is a plain dict of such views."""
 
     def __init__(self, buffer: Tensor, layout: Layout) -> None:
@@ -44,7 +44,7 @@ def stacked(samples: Sequence[Arrays], names: dict[str, str], common: Arrays) ->
     """The samples' arrays stacked along a new first axis, and what is `common` to all as it is.
 
     `names` gives each of the samples' arrays its name in the batch; one that some samples alone hold is stacked over
-    those. In a loader process the batch is a `Parcel`.
+    those. In a loader process the batch is a `SharedBatch`.
     """
     held = {name: [sample[name] for sample in samples if name in sample] for name in names}
     shapes = {names[name]: (arrays[0].dtype, (len(arrays), *arrays[0].shape)) for name, arrays in held.items()}
@@ -56,12 +56,12 @@ def stacked(samples: Sequence[Arrays], names: dict[str, str], common: Arrays) ->
     for name, array in common.items():
         views[name][...] = array
     # Elsewhere nothing travels, and a plain dict is what every library knows to copy.
-    return opened(buffer, layout) if get_worker_info() is None else Parcel(buffer, layout)
+    return opened(buffer, layout) if get_worker_info() is None else SharedBatch(buffer, layout)
 
 
-def as_it_is(parcel: Any) -> Any:
-    """The `collate_fn` of a DataLoader whose batches are parcels: torch's own would take them apart."""
-    return parcel
+def identity_collate(batch: Any) -> Any:
+    """The `collate_fn` of a DataLoader whose batches are shared batches: torch's own would take them apart."""
+    return batch
 
 
 def _buffer(size: int) -> Tensor:

@@ -100,7 +100,7 @@ def open_folders(data: DataConfig) -> list[Folder]:
     """The folders that the configuration names. Raises ShardError for one that cannot be used; see `parse_weighted`."""
     named = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
     cache = Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
-    stores = [(Store(path, data.patience, cache), weight) for path, weight in named]
+    stores = [(Store(path, data.retry_seconds, cache), weight) for path, weight in named]
     if len(stores) > 1 and any(store.piped for store, _ in stores):
         raise ConfigError("data.mix: a pipe: source cannot be mixed with others: it is read in its own order")
     return [Folder(store, weight, _opened(store, data)) for store, weight in stores]

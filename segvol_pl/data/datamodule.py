@@ -18,10 +18,10 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import DataConfig, RunConfig, StartMethod, Tail
+from segvol_pl.config import DataConfig, LastBatch, RunConfig, StartMethod
 from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
-from segvol_pl.data.collate import as_it_is
+from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.damage import Health
 from segvol_pl.data.frames import decode_alone
@@ -69,7 +69,7 @@ class VolumeModule(pl.LightningDataModule):
 
     def _train_plan(self) -> Plan:
         samples, batch = self.train_corpus.num_samples, self.data.global_batch
-        if samples < batch and self.data.tail is Tail.drop:
+        if samples < batch and self.data.last_batch is LastBatch.drop:
             need = math.ceil(self.data.samples_per_volume * batch / max(samples, 1))
             raise ConfigError(
                 f"data.samples_per_volume: an epoch of {samples} samples is less than data.global_batch="
@@ -77,7 +77,7 @@ class VolumeModule(pl.LightningDataModule):
             )
         if batch % self.run.accumulate:
             raise ConfigError(f"run.accumulate: {self.run.accumulate} does not divide data.global_batch={batch}")
-        plan = Plan(samples, batch, self.run.accumulate, self.data.seed, self.data.tail)
+        plan = Plan(samples, batch, self.run.accumulate, self.data.seed, self.data.last_batch)
         if plan.usable < samples:
             log.info(
                 "each epoch leaves out %d of %d samples: the last incomplete batch", samples - plan.usable, samples
@@ -123,7 +123,7 @@ class VolumeModule(pl.LightningDataModule):
         loader = DataLoader(
             stream,
             batch_size=None,
-            collate_fn=as_it_is,
+            collate_fn=identity_collate,
             num_workers=workers,
             prefetch_factor=self.data.prefetch if workers else None,
             worker_init_fn=_begin_worker,

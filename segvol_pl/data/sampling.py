@@ -1,6 +1,6 @@
 """What one training sample shows, drawn from the sample's own rng.
 
-1. `draw_view`: the whole volume (overview) or a window at native resolution, with its label map and regions.
+1. `sample_crop`: the whole volume (overview) or a window at native resolution, with its label map and regions.
 2. `augment`: flips, and draws of the intensity.
 3. `segment_sample`: categories with their masks and prompts, pseudo-label prompts (paper Algorithm 1).
    `simmim_sample`: the tokens to hide (paper Sec. 2.2).
@@ -26,7 +26,7 @@ from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
 from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.intensity import Intensity, normalise
-from segvol_pl.imaging.prompts import ABSENT, draw_marks, draw_points, gathered_marks, jitter_box
+from segvol_pl.imaging.prompts import ABSENT, gathered_landmarks, jitter_box, sample_landmarks, sample_points
 
 Read = Callable[[Member], Any]
 """Gives a member of the sample as a sliceable array, decoded only where sliced."""
@@ -42,7 +42,7 @@ MERGE_INSIDE = 0.9
 
 
 @dataclass(frozen=True)
-class View:
+class Crop:
     """What one training image shows; on the same grid its label map and pseudo-label regions, if any."""
 
     image_DHW: np.ndarray
@@ -58,17 +58,17 @@ class View:
     """What the image is multiplied by and what is then added."""
 
 
-def draw_view(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> View:
+def sample_crop(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> Crop:
     """The overview with probability `data.overview_fraction`, else a window at native resolution."""
     overview = rng.random() < data.overview_fraction
     view = _overview(facts, read, model) if overview else _window(facts, read, model, rng)
     return augment(view, data, rng)
 
 
-def _overview(facts: Facts, read: Read, model: SegVolConfig) -> View:
+def _overview(facts: Facts, read: Read, model: SegVolConfig) -> Crop:
     hu_DHW = read(Member.OVERVIEW)[:]
     fits = hu_DHW.shape == tuple(model.input_shape)
-    return View(
+    return Crop(
         image_DHW=hu_DHW if fits else _resized(hu_DHW, facts.intensity, model.input_shape),
         intensity=facts.intensity if fits else None,
         label_DHW=_fit_label(read(Member.OVERVIEW_LABEL)[:], model.input_shape) if facts.labelled else None,
@@ -89,12 +89,12 @@ def has_regions(facts: Facts) -> bool:
     return Member.REGIONS.value in facts.members
 
 
-def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Generator) -> View:
+def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Generator) -> Crop:
     window = model.input_shape
     category = sorted(facts.categories)[rng.integers(len(facts.categories))] if facts.categories else None
     start = _window_start(facts, category, window, rng)
     hu_DHW = transforms.crop(read(Member.CT), start, window, fill=facts.intensity.minimum)
-    return View(
+    return Crop(
         image_DHW=hu_DHW,
         intensity=facts.intensity,
         label_DHW=transforms.crop(read(Member.LABEL), start, window) if facts.labelled else None,
@@ -125,11 +125,11 @@ def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int],
     return transforms.crop(regions_DHW[np.ix_(*indices)], (0, 0, 0), window)
 
 
-def augment(view: View, data: DataConfig, rng: np.random.Generator) -> View:
+def augment(view: Crop, data: DataConfig, rng: np.random.Generator) -> Crop:
     """The published flips and intensity shifts, alike for image, label and regions."""
     arrays = {name: array for name, array in vars(view).items() if isinstance(array, np.ndarray)}
     flipped = transforms.flip(arrays, data.flip, rng)
-    scale, shift = transforms.draw_intensity(data.intensity, rng)
+    scale, shift = transforms.sample_intensity(data.intensity, rng)
     return replace(
         view,
         image_DHW=flipped["image_DHW"],
@@ -140,14 +140,14 @@ def augment(view: View, data: DataConfig, rng: np.random.Generator) -> View:
     )
 
 
-def image_of(view: View) -> Arrays:
+def image_of(view: Crop) -> Arrays:
     """hu_CDHW int16 and shade_4 float32, which make the image on the device; or image_CDHW float32, as it is."""
     if view.intensity is None:
         return {"image_CDHW": (view.image_DHW * np.float32(view.scale) + np.float32(view.shift))[None]}
     return {"hu_CDHW": view.image_DHW[None], "shade_4": shade_of(view.intensity, view.scale, view.shift)}
 
 
-def simmim_sample(view: View, model: SegVolConfig, mask_ratio: float, rng: np.random.Generator) -> Arrays:
+def simmim_sample(view: Crop, model: SegVolConfig, mask_ratio: float, rng: np.random.Generator) -> Arrays:
     """The image, see `image_of`, and mask_T: exactly `mask_ratio` of the tokens, drawn without replacement."""
     tokens = int(np.prod(model.grid))
     mask_T = np.zeros(tokens, dtype=bool)
@@ -156,7 +156,7 @@ def simmim_sample(view: View, model: SegVolConfig, mask_ratio: float, rng: np.ra
 
 
 def segment_sample(
-    view: View,
+    view: Crop,
     facts: Facts,
     row_of: dict[str, int],
     config: PromptConfig,
@@ -166,9 +166,9 @@ def segment_sample(
     """The image, its categories' masks and prompts, and the pseudo-label ones under `pseudo_` names.
 
     Arrays: the image, see `image_of`; of the categories bits_JDHW uint8, their masks packed; per category category_K
-    (row of the text bank), points_KN3, labels_KN, boxes_K6, valid_K, with marks of the user's own marks_KM3; of the
-    pseudo-labels the same with `pseudo_`, but for the marks. A view that shows no category, or no region, has valid 0
-    there and counts nothing.
+    (row of the text bank), points_KN3, labels_KN, boxes_K6, valid_K, with landmarks of the user's own landmarks_KM3;
+    of the pseudo-labels the same with `pseudo_`, but for the landmarks. A crop without any category, or any region, has
+    valid 0 there and adds nothing to the loss.
     """
     masks = _draw_categories(view, facts, config.categories_per_volume, rng)
     categories = [_draw_prompt(mask, row_of.get(name, 0), config, marked, rng) for name, mask in masks]
@@ -180,7 +180,7 @@ def segment_sample(
     }
 
 
-def _draw_categories(view: View, facts: Facts, count: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
+def _draw_categories(view: Crop, facts: Facts, count: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
     """`count` categories that the view shows: the one it was drawn around first, each once before any comes twice."""
     assert view.label_DHW is not None
     present = np.bincount(view.label_DHW.reshape(-1)) > 0
@@ -214,8 +214,8 @@ def _draw_prompt(
     prompted = _prompted(mask_DHW, row, config, rng, positive, negative)
     if not marked:
         return prompted
-    marks = {name: draw_marks(name, mask_DHW, rng) for name in marked} if prompted["valid"] else {}
-    return {**prompted, "marks_M3": gathered_marks(marks, marked)}
+    landmarks = {name: sample_landmarks(name, mask_DHW, rng) for name in marked} if prompted["valid"] else {}
+    return {**prompted, "landmarks_M3": gathered_landmarks(landmarks, marked)}
 
 
 def _prompted(
@@ -232,7 +232,7 @@ def _prompted(
     points_N3, labels_N = np.zeros((width, 3), dtype=np.int64), np.full(width, ABSENT, dtype=np.int64)
     valid = bool(mask_DHW.any())
     if valid:
-        drawn_N3, drawn_N = draw_points(mask_DHW, rng, positive, negative)
+        drawn_N3, drawn_N = sample_points(mask_DHW, rng, positive, negative)
         points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
         box = jitter_box(box or box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
     return {
@@ -245,7 +245,7 @@ def _prompted(
     }
 
 
-def _draw_pseudos(view: View, config: PromptConfig, rng: np.random.Generator) -> list[Arrays]:
+def _draw_pseudos(view: Crop, config: PromptConfig, rng: np.random.Generator) -> list[Arrays]:
     if config.pseudo_per_volume == 0:
         return []
     assert view.regions_DHW is not None
@@ -295,14 +295,14 @@ def lettered(name: str, letter: str) -> str:
     return f"{stem}_{letter}{letters}" if stem and (letters[0].isupper() or letters.isdigit()) else f"{name}_{letter}"
 
 
-def draw_simmim(
+def sample_simmim(
     facts: Facts, read: Read, rng: np.random.Generator, *, model: SegVolConfig, data: DataConfig, mask_ratio: float
 ) -> Arrays:
     """A pre-training sample of a volume, see `simmim_sample`."""
-    return simmim_sample(draw_view(facts, read, model, data, rng), model, mask_ratio, rng)
+    return simmim_sample(sample_crop(facts, read, model, data, rng), model, mask_ratio, rng)
 
 
-def draw_segment(
+def sample_segmentation(
     facts: Facts,
     read: Read,
     rng: np.random.Generator,
@@ -313,4 +313,6 @@ def draw_segment(
     row_of: dict[str, int],
 ) -> Arrays:
     """A supervised sample of a volume, see `segment_sample`."""
-    return segment_sample(draw_view(facts, read, model, data, rng), facts, row_of, prompts, model.marked, rng)
+    return segment_sample(
+        sample_crop(facts, read, model, data, rng), facts, row_of, prompts, model.landmark_counts, rng
+    )

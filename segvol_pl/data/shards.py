@@ -27,7 +27,7 @@ from typing import IO, Any
 import numpy as np
 import webdataset
 
-from segvol_pl.atomic import replacing, write_text
+from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.data.frames import CHUNK, Form, PartialFrame, Span, WholeFrame, decode_alone
 from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member
 from segvol_pl.data.store import INDEX as INDEX
@@ -208,7 +208,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> None:
 
     Written under a temporary name in the same folder, then renamed.
     """
-    with replacing(path) as part, part.open("wb") as stream:
+    with atomic_path(path) as part, part.open("wb") as stream:
         _write_tar(stream, samples)
         stream.flush()
         os.fsync(stream.fileno())
@@ -606,7 +606,7 @@ def verify(folder: Source) -> list[str]:
     and is of the stated shape and dtype. Raises ShardError where there is no index.
     """
     # A check does not wait for a disk that fails: it says where.
-    store = Store(folder, patience=0.0)
+    store = Store(folder, retry_seconds=0.0)
     if not store.local:
         raise ShardError(f"{folder} is no local folder: run segvol-pl verify where the shards lie")
     index = load_index(store)

@@ -1,9 +1,9 @@
 """Where shards lie: a local folder, a URL that fsspec opens (http, https, s3, gs), or a command (pipe:).
 
 A `Store` reads ranges of its files. A read that fails, or one from a URL that gives fewer bytes than asked for, is
-tried again after a pause that doubles. A store that stays away longer than its patience, or that refuses, ends the run
-with a StoreError: no sample is to blame for it. A sample's own are a shard that is not there while the index beside it
-is, and a shard that is too short. What comes from a URL may be kept in a cache on this machine.
+retried after a pause that doubles. A store that stays away for longer than `retry_seconds`, or that refuses, ends the
+run with a StoreError: no sample is to blame for it. Only two faults count as a sample's: its shard is missing while the
+index beside it is there, or is too short. What comes from a URL may be kept in a cache on this machine.
 
 `pipe:COMMAND {file}` runs the command for a file of the folder and reads what it prints. It cannot seek: the stream of
 such a folder is sequential, see `pipe`.
@@ -83,7 +83,7 @@ class Store:
     """A folder of shards and how it is read."""
 
     folder: Source
-    patience: float = PATIENCE
+    retry_seconds: float = PATIENCE
     """Seconds for which a folder or URL that cannot be read is tried again."""
     cache: Cache | None = None
     """Where the bytes of a URL are kept, if at all."""
@@ -121,8 +121,8 @@ class Store:
         if self.piped:
             return _printed(place)
         if self.local:
-            return _steadily(place, Path(place).read_bytes, self.patience, lambda: True)
-        return _patiently(place, [None], self.patience)[0]
+            return _steadily(place, Path(place).read_bytes, self.retry_seconds, lambda: True)
+        return _patiently(place, [None], self.retry_seconds)[0]
 
     def member(self, name: str, offset: int, size: int, spans: list[Span], key: str = "") -> list[bytes]:
         """Parts of the member that lies at `offset` of a file; `key`, its hash, names it in the cache.
@@ -139,8 +139,8 @@ class Store:
             raise StoreError(f"{self.folder}: a pipe cannot be read in parts: name the folder's path or URL instead")
         asked = [(offset + first, last - first) for first, last in spans]
         if self.local:
-            return _steadily(place, lambda: _pread(place, asked), self.patience, self._indexed)
-        return _patiently(place, asked, self.patience)
+            return _steadily(place, lambda: _pread(place, asked), self.retry_seconds, self._indexed)
+        return _patiently(place, asked, self.retry_seconds)
 
     def _indexed(self) -> bool:
         """Whether the index is there: where it is gone too, the folder is away, and no single file is missing."""
@@ -161,20 +161,20 @@ def _printed(command: str) -> bytes:
     return done.stdout
 
 
-def _steadily(place: str, read: Callable[[], Content], patience: float, lost: Callable[[], bool]) -> Content:
+def _steadily(place: str, read: Callable[[], Content], retry_seconds: float, lost: Callable[[], bool]) -> Content:
     """What `read` gives: a mounted folder may be away for a while. `lost`: whether a file that is not there is missing.
 
     Raises FileNotFoundError or NotADirectoryError where it is, StoreError for every other error of the system.
     """
-    waiting = Patience(patience)
+    waiting = Patience(retry_seconds)
     while True:
         try:
             return read()
         except OSError as error:
             if isinstance(error, FileNotFoundError | NotADirectoryError) and lost():
                 raise
-            if waiting.pause == FIRST_PAUSE and patience:
-                log.warning("%s cannot be read (%s): trying again for %.0f s", place, error.strerror, patience)
+            if waiting.pause == FIRST_PAUSE and retry_seconds:
+                log.warning("%s cannot be read (%s): trying again for %.0f s", place, error.strerror, retry_seconds)
             if not waiting.again():
                 raise StoreError(
                     f"{place} could not be read for {waiting.waited:.0f} s ({error.strerror}): see that its folder is "
@@ -182,9 +182,9 @@ def _steadily(place: str, read: Callable[[], Content], patience: float, lost: Ca
                 ) from error
 
 
-def _patiently(place: str, asked: Sequence[Asked], patience: float) -> list[bytes]:
+def _patiently(place: str, asked: Sequence[Asked], retry_seconds: float) -> list[bytes]:
     """The answers, one a range; one that fails, or is too short, is asked for again."""
-    waiting = Patience(patience)
+    waiting = Patience(retry_seconds)
     last: dict[int, bytes] = {}
     done: set[int] = set()
     short = Counter[tuple[int, int]]()

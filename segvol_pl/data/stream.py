@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from segvol_pl.config import Tail
+from segvol_pl.config import LastBatch
 from segvol_pl.data.batch import Batch, order_of
 from segvol_pl.data.collate import Arrays, stacked
 from segvol_pl.data.corpus import Corpus, rng_of
@@ -68,13 +68,13 @@ class Plan:
     global_batch: int
     accumulate: int = 1
     seed: int = 0
-    tail: Tail = Tail.drop
+    last_batch: LastBatch = LastBatch.drop
 
     @property
     def usable(self) -> int:
         """Positions of an epoch that are seen, whole global batches only; those beyond the last start anew."""
         rest = self.num_samples % self.global_batch
-        if self.tail is Tail.repeat and rest:
+        if self.last_batch is LastBatch.repeat and rest:
             return self.num_samples - rest + self.global_batch
         return self.num_samples - rest
 
@@ -93,7 +93,7 @@ class Plan:
 
 
 class Stream(IterableDataset[Batch]):
-    """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None, collate_fn=as_it_is`.
+    """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None, collate_fn=identity_collate`.
 
     Batches are in the form in which they travel, see `batch.unpacked`; each carries `seen`: the samples seen by all
     ranks once it has been used.

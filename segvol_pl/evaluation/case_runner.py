@@ -1,6 +1,6 @@
 """One case before the model: any number of prompts, each answered in one of the three modes.
 
-1. A prompt is drawn from the truth, or several, one for each component; drawing is not part of an answer's time.
+1. A prompt is drawn from the truth, or several, one for each component; drawing is not part of an prediction's time.
 2. zoom: zoom-out-zoom-in. resize: the zoom-out alone, decoded apart so that its seconds are its own. sliding: windows
    over the whole volume.
 3. The masks of all components are united.
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from segvol_pl.config import EvaluateConfig, Mode, Rule, Timing
+from segvol_pl.config import Convention, EvaluateConfig, Mode, Timing
 from segvol_pl.device import autocast
-from segvol_pl.evaluation.cases import Subject
-from segvol_pl.evaluation.cost import Gauge
+from segvol_pl.evaluation.cases import EvalCase
+from segvol_pl.evaluation.cost import CostMeter
 from segvol_pl.evaluation.prompts import Setting, draw, parts_of
 from segvol_pl.imaging.intensity import Normalised
 from segvol_pl.imaging.prompts import Prompt
@@ -41,7 +41,7 @@ class Asked:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Prediction:
     """The mask that a setting's prompts found on the volume's grid, and what it cost."""
 
     mask_DHW: np.ndarray
@@ -57,13 +57,13 @@ Found = tuple[np.ndarray, np.ndarray | None, int]
 """Mask, coarse mask, windows."""
 
 
-class Examination:
+class CaseRunner:
     """A case and its encodings, which prompts share unless `config.timing` is alone."""
 
-    def __init__(self, model: Promptable, subject: Subject, config: EvaluateConfig) -> None:
-        self.model, self.subject, self.config = model, subject, config
+    def __init__(self, model: Promptable, case: EvalCase, config: EvaluateConfig) -> None:
+        self.model, self.case, self.config = model, case, config
         self.device = next(model.parameters()).device
-        self.image_DHW = Normalised(subject.hu_DHW, subject.facts.intensity)
+        self.image_DHW = Normalised(case.hu_DHW, case.facts.intensity)
         self._encode_later()
         if config.timing is Timing.shared:
             self.overview()
@@ -77,34 +77,34 @@ class Examination:
         with autocast(self.device, self.config.precision):
             return self.zoomer.encode_overview()
 
-    def answer(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> Answer:
+    def predict(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> Prediction:
         """Raises SampleError where a prompt cannot be drawn."""
-        asked = self.asked(setting, category, truth_DHW)
-        if self.config.timing is Timing.alone:
+        asked = self.queries(setting, category, truth_DHW)
+        if self.config.timing is Timing.cold:
             self._encode_later()
-        with Gauge(self.device) as gauge, torch.inference_mode(), autocast(self.device, self.config.precision):
+        with CostMeter(self.device) as meter, torch.inference_mode(), autocast(self.device, self.config.precision):
             found = [self._find(Mode(setting.mode), one) for one in asked]
         masks, coarse, windows = zip(*found, strict=True)
-        return Answer(
+        return Prediction(
             mask_DHW=np.logical_or.reduce(masks),
             coarse_DHW=np.logical_or.reduce(coarse) if setting.mode == Mode.zoom.value else None,
             windows=sum(windows),
             prompts=[one.prompt for one in asked],
-            seconds=gauge.seconds,
-            memory_mb=gauge.memory_mb,
+            seconds=meter.seconds,
+            memory_mb=meter.memory_mb,
         )
 
-    def asked(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> list[Asked]:
+    def queries(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> list[Asked]:
         """The prompts that a setting asks for a category."""
         parts = parts_of(truth_DHW, setting, self.config.draw)
         return [self._asked(setting, category, part_DHW, number) for number, part_DHW in enumerate(parts)]
 
     def _asked(self, setting: Setting, category: str, part_DHW: np.ndarray, number: int) -> Asked:
-        facts = self.subject.facts
+        facts = self.case.facts
         seeds = [self.config.seed, *(zlib.crc32(text.encode()) for text in (facts.key, category))]
         seeds += [number] if number else []
         shape, window = part_DHW.shape, self.zoomer.window
-        if self.config.zoom.reflection is Rule.published and setting.mode != Mode.sliding.value:
+        if self.config.zoom.reflection is Convention.published and setting.mode != Mode.sliding.value:
             # The published code shrinks the truth and draws from that.
             shrunk_DHW = resize_label(part_DHW, window)
             if shrunk_DHW.any():
@@ -127,7 +127,7 @@ class Examination:
     def _resized(self, shrunk: Prompt) -> Coarse:
         """Zooming out alone, by the prompt in voxels of the model's input."""
         logits_BPDHW = self.model.decode(self.zoomer.encode_overview(), self.model.prompts([[shrunk]]))
-        nearest = self.config.zoom.interpolation is Rule.published
+        nearest = self.config.zoom.interpolation is Convention.published
         return Coarse(logits_BPDHW[0, 0].float().cpu().numpy(), self.image_DHW.shape, nearest)
 
 

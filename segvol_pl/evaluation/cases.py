@@ -1,7 +1,7 @@
 """The cases of an evaluation, decoded one at a time: from shards, or from CT files prepared as packing does.
 
-1. `find_subjects` lists them by key, with a mark that tells whether a case has changed since it was evaluated.
-2. `Subjects.read` decodes one: CT, label map and facts of the body crop, and the grid that its masks are written on.
+1. `find_cases` lists them by key, with a fingerprint that tells whether a case has changed since it was evaluated.
+2. `EvalCases.read` decodes one: CT, label map and facts of the body crop, and the grid that its masks are written on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from segvol_pl.packing.prepare import prepare_case
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class EvalCase:
     """One labelled case, cropped to the body."""
 
     facts: Facts
@@ -50,10 +50,10 @@ class Subject:
         write_mask(whole_DHW, self.grid, path)
 
 
-class Subjects(Protocol):
+class EvalCases(Protocol):
     """The labelled cases, sorted by key."""
 
-    marks: dict[str, str]
+    fingerprints: dict[str, str]
     """Key -> what changes when the case does."""
     unlabelled: int
     """Cases left out for want of labels."""
@@ -61,17 +61,17 @@ class Subjects(Protocol):
     """Where they come from, for the reader."""
     split: str
 
-    def read(self, key: str) -> Subject:
+    def read(self, key: str) -> EvalCase:
         """Raises ShardError, SampleError or VolumeError for a case that cannot be read."""
         ...
 
 
-def find_subjects(data: CasesConfig) -> Subjects:
+def find_cases(data: CasesConfig) -> EvalCases:
     """Raises EvaluateError where there is no labelled case, ShardError, CaseError or PackError as listing does."""
-    return FileSubjects(data) if data.files else ShardSubjects(data)
+    return FileCases(data) if data.files else ShardCases(data)
 
 
-class ShardSubjects:
+class ShardCases:
     """Labelled samples of a split."""
 
     def __init__(self, data: CasesConfig) -> None:
@@ -85,10 +85,10 @@ class ShardSubjects:
                 f"data.split: {data.shards} holds no labelled case of split {data.split!r}; it holds {_splits(samples)}"
             )
         self.unlabelled = len(chosen) - len(labelled)
-        self.marks = {record.key: record.facts_sha256 for record in labelled}
+        self.fingerprints = {record.key: record.facts_sha256 for record in labelled}
         self._records = {record.key: record for record in labelled}
 
-    def read(self, key: str) -> Subject:
+    def read(self, key: str) -> EvalCase:
         """The packed case, whole. Raises ShardError where it is damaged."""
         record = self._records[key]
         facts = read_facts(self.store, record)
@@ -96,7 +96,7 @@ class ShardSubjects:
             np.asarray(read_array(self.store, record, facts, member)[:]) for member in (Member.CT, Member.LABEL)
         )
         d, h, w = facts.shape
-        return Subject(facts, hu_DHW, label_DHW, _packed_grid(facts, hu_DHW), (0, 0, 0, d - 1, h - 1, w - 1))
+        return EvalCase(facts, hu_DHW, label_DHW, _packed_grid(facts, hu_DHW), (0, 0, 0, d - 1, h - 1, w - 1))
 
 
 def _splits(samples: list[SampleRecord]) -> str:
@@ -113,7 +113,7 @@ def _packed_grid(facts: Facts, hu_DHW: np.ndarray) -> Volume | None:
     return Volume(hu_DHW, affine, native, Path(facts.key))
 
 
-class FileSubjects:
+class FileCases:
     """CT files with label maps, listed and prepared as `pack` does; nothing is written."""
 
     def __init__(self, data: CasesConfig) -> None:
@@ -123,18 +123,18 @@ class FileSubjects:
         if not self._jobs:
             raise EvaluateError(f"data.labels: none of the {len(jobs)} cases of {self.source} has labels: give them")
         self.unlabelled = len(jobs) - len(self._jobs)
-        self.marks = {key: job.mark for key, job in self._jobs.items()}
+        self.fingerprints = {key: job.fingerprint for key, job in self._jobs.items()}
 
-    def read(self, key: str) -> Subject:
+    def read(self, key: str) -> EvalCase:
         """The case, cropped and measured as packing does. Raises VolumeError or SampleError."""
         job: Job = self._jobs[key]
         # A label map without any structure is a fault in a training set, and a healthy control here.
         found = prepare_case(job.case, key, job.rules, {"image": job.case.image.name}, blank=True)
         assert found.label_DHW is not None
         if found.volume is not None:
-            return Subject(found.facts, found.hu_DHW, found.label_DHW, found.volume, found.body)
+            return EvalCase(found.facts, found.hu_DHW, found.label_DHW, found.volume, found.body)
         d, h, w = found.facts.shape
-        return Subject(found.facts, found.hu_DHW, found.label_DHW, None, (0, 0, 0, d - 1, h - 1, w - 1))
+        return EvalCase(found.facts, found.hu_DHW, found.label_DHW, None, (0, 0, 0, d - 1, h - 1, w - 1))
 
 
 def _as_packed(data: CasesConfig) -> PackConfig:

@@ -1,4 +1,4 @@
-"""What an answer costs: seconds, and the peak of memory while it was found."""
+"""What an prediction costs: seconds, and the peak of memory while it was found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEBI = 2**20
 
 
 @dataclass
-class Gauge:
+class CostMeter:
     """A `with` block measured. memory_mb (MiB): on a GPU what torch held at most, else what the process held at most.
 
     None where the system does not tell, which is: without a GPU elsewhere than on Linux.
@@ -27,7 +27,7 @@ class Gauge:
     seconds: float = 0.0
     memory_mb: float | None = None
 
-    def __enter__(self) -> Gauge:
+    def __enter__(self) -> CostMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,7 +1,7 @@
 """Pictures of cases: three planes through a structure with truth, masks and the prompts that were given.
 
 1. `cut` takes the three slices that show a structure best.
-2. `draw_picture` makes a PNG of them. Rows and columns are as shown: patient's right on the left, anterior or superior
+2. `plot_picture` makes a PNG of them. Rows and columns are as shown: patient's right on the left, anterior or superior
    up.
 
 Letters: R rows, C columns, N points.
@@ -96,7 +96,7 @@ def _span(box: Sequence[int], axis: int, at: int, shape: Sequence[int]) -> tuple
 
 def _points(prompt: Prompt, axis: int, at: int, shape: Sequence[int]) -> list[tuple[int, int, bool, bool]]:
     """Marks are shown as points inside."""
-    given = [(mark, INSIDE) for marks_M3 in prompt.marks.values() for mark in marks_M3]
+    given = [(mark, INSIDE) for landmarks_M3 in prompt.landmarks.values() for mark in landmarks_M3]
     if prompt.points_N3 is not None and prompt.labels_N is not None:
         given += zip(prompt.points_N3, prompt.labels_N.tolist(), strict=True)
     row, column = (other for other in range(3) if other != axis)
@@ -106,7 +106,7 @@ def _points(prompt: Prompt, axis: int, at: int, shape: Sequence[int]) -> list[tu
     ]
 
 
-def draw_picture(planes: Sequence[Plane]) -> bytes:
+def plot_picture(planes: Sequence[Plane]) -> bytes:
     """The planes side by side, as PNG."""
     wide = [plane.grey_RC.shape[1] / (plane.grey_RC.shape[0] * plane.aspect) for plane in planes]
     ratios = [min(ratio, WIDEST) for ratio in wide]

@@ -2,7 +2,7 @@
 
 1. On the overview the model decodes the spatial prompt alone, without text: p, a probability a voxel.
 2. It decodes each category of its text bank by text alone: q.
-3. Their likeness is the soft Dice of the two, 2 sum(pq) / (sum(p) + sum(q)): what is asked is where the model itself
+3. Their soft_dice is the soft Dice of the two, 2 sum(pq) / (sum(p) + sum(q)): what is asked is where the model itself
    sees a category, so a mask within a larger organ is not read as that organ.
 
 Letters: J prompts, K categories, V voxels of the model's input.
@@ -26,8 +26,8 @@ TOGETHER = 8
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One category in the reading of one mask."""
+class CategoryMatch:
+    """One category in the match of one mask."""
 
     case: str
     category: str
@@ -38,11 +38,11 @@ class Reading:
     """1 for the likeliest."""
     named: str
     """The category at that place."""
-    likeness: float
+    soft_dice: float
 
 
 @torch.inference_mode()
-def likeness(model: Promptable, tokens_BTE: torch.Tensor, asked: Sequence[Prompt], names: Sequence[str]) -> np.ndarray:
+def soft_dice(model: Promptable, tokens_BTE: torch.Tensor, asked: Sequence[Prompt], names: Sequence[str]) -> np.ndarray:
     """Soft Dice (J,K) of the masks of `asked`, in voxels of the model's input, with the masks of `names` by text.
 
     tokens_BTE: the overview's, B = 1. All J masks are held at once: 8 MB each at the published size.
@@ -65,13 +65,15 @@ def _masks(model: Promptable, tokens_BTE: torch.Tensor, prompts: list[Prompt]) -
     return logits_BPDHW[0].float().sigmoid().flatten(1)
 
 
-def readings_of(case: str, category: str, prompt: str, likeness_K: np.ndarray, names: Sequence[str]) -> list[Reading]:
+def matches_of(
+    case: str, category: str, prompt: str, soft_dice_K: np.ndarray, names: Sequence[str]
+) -> list[CategoryMatch]:
     """The first `READ` places, and the place of the category itself where it comes later and is known."""
-    order = np.argsort(-likeness_K, kind="stable").tolist()
+    order = np.argsort(-soft_dice_K, kind="stable").tolist()
     places = [*range(min(READ, len(order)))]
     if category in names and (own := order.index(list(names).index(category))) >= READ:
         places.append(own)
     return [
-        Reading(case, category, prompt, place + 1, names[order[place]], float(likeness_K[order[place]]))
+        CategoryMatch(case, category, prompt, place + 1, names[order[place]], float(soft_dice_K[order[place]]))
         for place in places
     ]

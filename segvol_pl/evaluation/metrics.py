@@ -1,7 +1,7 @@
 """What a mask is worth, and what many figures come to.
 
 1. `dice`, `surface_dice` and `volume_error` hold a mask against the truth; `score` takes all three.
-2. `Spread` puts one figure of many cases together: mean, quartiles, and bootstrap intervals over the cases.
+2. `Stats` puts one figure of many cases together: mean, quartiles, and bootstrap intervals over the cases.
 
 An empty truth has no Dice, no surface and no volume to err by: its scores are None, and it is counted apart.
 """
@@ -93,7 +93,7 @@ def _near(from_N3: np.ndarray, to_N3: np.ndarray, tolerance: float) -> int:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Stats:
     """One figure over `n` cases. The intervals (95 %, percentile bootstrap over the cases) are None for one case."""
 
     n: int
@@ -105,7 +105,7 @@ class Spread:
     median_interval: Interval | None
 
     @classmethod
-    def of(cls, values: Sequence[float], seed: Sequence[int]) -> Spread | None:
+    def of(cls, values: Sequence[float], seed: Sequence[int]) -> Stats | None:
         """Of the values; None where there are none. The same values in the same order and seed give the same."""
         if len(values) == 0:
             return None

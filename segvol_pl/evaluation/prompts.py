@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from segvol_pl.config import OWN, DrawConfig, EvaluateConfig, Slice, marks_in, named_parts, points_drawn
-from segvol_pl.config.loader import own_function
+from segvol_pl.config import CUSTOM, DrawConfig, EvaluateConfig, Slice, landmarks_in, named_parts, points_drawn
+from segvol_pl.config.loader import custom_function
 from segvol_pl.errors import SampleError
 from segvol_pl.imaging.box import Box, box_of, box_slices
-from segvol_pl.imaging.prompts import INSIDE, Prompt, draw_marks, draw_points, jitter_box
+from segvol_pl.imaging.prompts import INSIDE, Prompt, jitter_box, sample_landmarks, sample_points
 
 POINTS_STREAM, BOX_STREAM, MARKS_STREAM = 0, 2, 3
 """Ends of the seeds: what is drawn for one does not move the other. 1 is the zoom's."""
@@ -71,12 +71,16 @@ def settings(config: EvaluateConfig) -> list[Setting]:
     ]
 
 
-def check_own(config: EvaluateConfig) -> None:
+def check_custom(config: EvaluateConfig) -> None:
     """Raises ConfigError where a function of the user's own, which is to draw, is not found."""
-    drawing = {"draw.boxes": config.draw.boxes, "draw.points": config.draw.points, "prompts": marks_in(config.prompts)}
+    drawing = {
+        "draw.boxes": config.draw.boxes,
+        "draw.points": config.draw.points,
+        "prompts": landmarks_in(config.prompts),
+    }
     for key, names in drawing.items():
-        for name in filter(OWN.fullmatch, names):
-            own_function(name, key)
+        for name in filter(CUSTOM.fullmatch, names):
+            custom_function(name, key)
 
 
 def parts_of(truth_DHW: np.ndarray, setting: Setting, config: DrawConfig) -> list[np.ndarray]:
@@ -108,11 +112,11 @@ def draw(
         points_N3, labels_N = _points(setting.points, truth_DHW, spacing, config, seeds)
     if setting.box:
         box = _box(setting.box, truth_DHW, spacing, config, seeds)
-    marks = {
-        name: draw_marks(name, truth_DHW, np.random.default_rng([*seeds, MARKS_STREAM]))
-        for name in marks_in([setting.prompt])
+    landmarks = {
+        name: sample_landmarks(name, truth_DHW, np.random.default_rng([*seeds, MARKS_STREAM]))
+        for name in landmarks_in([setting.prompt])
     }
-    return Prompt(category if setting.has_text else None, points_N3, labels_N, box, marks)
+    return Prompt(category if setting.has_text else None, points_N3, labels_N, box, landmarks)
 
 
 def _points(
@@ -122,9 +126,9 @@ def _points(
         return deepest(truth_DHW, spacing)[None], np.array([INSIDE])
     rng = np.random.default_rng([*seeds, POINTS_STREAM])
     if not points_drawn(source):
-        points_N3, labels_N = own_function(source, "draw.points")(truth_DHW, spacing, rng)
+        points_N3, labels_N = custom_function(source, "draw.points")(truth_DHW, spacing, rng)
         return points_N3, labels_N
-    return draw_points(truth_DHW, rng, points_drawn(source), config.outside)
+    return sample_points(truth_DHW, rng, points_drawn(source), config.outside)
 
 
 def deepest(mask_DHW: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
@@ -153,7 +157,7 @@ def _box(
     rng = np.random.default_rng([*seeds, BOX_STREAM])
     if source == "jittered":
         return jitter_box(box_of(truth_DHW), truth_DHW.shape, config.jitter, rng)
-    d0, h0, w0, d1, h1, w1 = own_function(source, "draw.boxes")(truth_DHW, spacing, rng)
+    d0, h0, w0, d1, h1, w1 = custom_function(source, "draw.boxes")(truth_DHW, spacing, rng)
     return d0, h0, w0, d1, h1, w1
 
 

@@ -1,6 +1,6 @@
 """The report of an evaluation: one HTML file that needs nothing else.
 
-`write_report` puts tables, box plots, readings and pictures (PNG, inline) into a page. Only the masks, where they were
+`write_report` puts tables, box plots, matches and pictures (PNG, inline) into a page. Only the masks, where they were
 written, lie beside it and are linked.
 """
 
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 from segvol_pl import html_page
 from segvol_pl.evaluation.figures import COARSE, FINAL, GIVEN, TRUTH, Picture, png_of
-from segvol_pl.evaluation.metrics import Spread
+from segvol_pl.evaluation.metrics import Stats
 from segvol_pl.evaluation.prompts import Setting
-from segvol_pl.evaluation.summary import Cell, ReadAs, Row, Summary, interval_text, number
+from segvol_pl.evaluation.summary import GroupStats, MatchSummary, Row, Summary, interval_text, number
 
 LONG = 8
 """Settings beyond which their names stand upright below a plot."""
@@ -31,8 +31,8 @@ def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], abou
         "Overall": _overall(summary),
         "By category": _by_category(summary),
         "Empty truths": _empty_truths(summary),
-        "Spread": _box_plots(summary),
-        "What the masks look like": _readings(summary),
+        "Stats": _box_plots(summary),
+        "What the masks look like": _matches(summary),
         "Pictures": _pictures(pictures),
         "Masks": _masks(summary),
         "What was run": _about(about),
@@ -91,7 +91,7 @@ def _overall(summary: Summary) -> str:
             number(figures.surface_dice),
             number(figures.seconds),
             number(figures.memory_mb, 0),
-            *(number(value) for value in figures.own.values()),
+            *(number(value) for value in figures.custom.values()),
         )
         for setting, figures in summary.overall.items()
     ]
@@ -100,7 +100,7 @@ def _overall(summary: Summary) -> str:
         "Mean over categories of their mean over cases; the interval is a bootstrap over the cases. Seconds are a mean "
         "over prompts, memory (MiB) the most of any prompt."
     )
-    return f"<p>{told}</p>" + html_page.table((*head, "seconds / prompt", "memory", *summary.own), rows)
+    return f"<p>{told}</p>" + html_page.table((*head, "seconds / prompt", "memory", *summary.custom), rows)
 
 
 def _by_category(summary: Summary) -> str:
@@ -110,10 +110,10 @@ def _by_category(summary: Summary) -> str:
         "Median [first quartile, third quartile] over cases, and the mean Dice with its interval. The volume error is "
         "(predicted - true) / true."
     )
-    return f"<p>{told}</p>" + html_page.table((*head, "volume error", "seconds", *summary.own), rows)
+    return f"<p>{told}</p>" + html_page.table((*head, "volume error", "seconds", *summary.custom), rows)
 
 
-def _category_row(category: str, setting: Setting, cell: Cell) -> tuple[str, ...]:
+def _category_row(category: str, setting: Setting, cell: GroupStats) -> tuple[str, ...]:
     assert cell.dice is not None
     bar = f'<span class="bar" style="--share:{100 * cell.dice.median:.0f}%">{_quartiles(cell.dice)}</span>'
     return (
@@ -121,11 +121,11 @@ def _category_row(category: str, setting: Setting, cell: Cell) -> tuple[str, ...
         *(number(cell.dice.mean), f"<small>{interval_text(cell.dice.mean_interval)}</small>"),
         *(_quartiles(spread) for spread in (cell.zoom_out, cell.surface_dice, cell.volume_error)),
         number(cell.seconds, 2),
-        *(_quartiles(spread) for spread in cell.own.values()),
+        *(_quartiles(spread) for spread in cell.custom.values()),
     )
 
 
-def _quartiles(spread: Spread | None) -> str:
+def _quartiles(spread: Stats | None) -> str:
     return "" if spread is None else f"{spread.median:.3f} <small>[{spread.q1:.3f}, {spread.q3:.3f}]</small>"
 
 
@@ -196,27 +196,27 @@ def _one_box(axes: Axes, place: float, values: Sequence[float], colour: str) -> 
     axes.plot([place] * len(values), values, ".", color=colour, markersize=3, alpha=0.6)
 
 
-def _readings(summary: Summary) -> str:
-    if not summary.readings:
+def _matches(summary: Summary) -> str:
+    if not summary.matches:
         return ""
     told = (
-        f"The mask of a spatial prompt without text ({summary.readings[0].prompt}), held against the mask that the "
+        f"The mask of a spatial prompt without text ({summary.matches[0].prompt}), held against the mask that the "
         "model finds for each category by text alone, on the overview: mean soft Dice of the two over the cases, the "
         "eight likeliest. Filled: the category that the prompt was drawn for."
     )
     plots = "".join(
         html_page.picture(png_of(_reading_plot(category, read)), f"What masks of {category} look like")
-        for category, read in summary.read_as.items()
+        for category, read in summary.matches_by_category.items()
     )
     return f'<p>{escape(told)}</p><div class="grid">{plots}</div>'
 
 
-def _reading_plot(category: str, read: ReadAs) -> Figure:
+def _reading_plot(category: str, read: MatchSummary) -> Figure:
     figure = Figure(figsize=(3.3, 2.4), layout="constrained")
     axes = figure.add_subplot()
-    names = list(read.likeness)
+    names = list(read.soft_dice)
     colours = [FINAL if name == category else FINAL + "33" for name in names]
-    axes.barh(range(len(names)), list(read.likeness.values()), color=colours)
+    axes.barh(range(len(names)), list(read.soft_dice.values()), color=colours)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1))

@@ -1,7 +1,7 @@
 """The results so far, a file for each case: what a restart goes on from, and what ranks share.
 
-1. `Ledger.open` writes down what decides the figures, or refuses a folder whose results were decided otherwise.
-2. `Ledger.write` leaves a case's result whole, or not at all, as `cases/KEY.json`.
+1. `ResultStore.open` writes down what decides the figures, or refuses a folder whose results were decided otherwise.
+2. `ResultStore.write` leaves a case's result whole, or not at all, as `cases/KEY.json`.
 3. `Share` says which cases are whose: a function of their number alone, so that each is evaluated once.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import EvaluateConfig, parse_slice
+from segvol_pl.config import EvaluateConfig, parse_part
 from segvol_pl.config.loader import plain
 from segvol_pl.errors import EvaluateError
-from segvol_pl.evaluation.mask_category import Reading
+from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.summary import Row
 
 Item = TypeVar("Item")
@@ -33,7 +33,7 @@ UNDECIDED = (
     "limit",
     "max_bad_fraction",
     "out",
-    "patience",
+    "rank_timeout",
     "pictures",
     "resume",
     "slice",
@@ -42,7 +42,7 @@ UNDECIDED = (
     "zoom.device_gb",
 )
 """Keys of the configuration, or sections, that do not decide a case's figures. The checkpoint's content and the cases'
-marks do."""
+landmarks do."""
 
 RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """A process's rank and how many there are: torchrun's names, and those that srun (but not sbatch) sets."""
@@ -59,8 +59,8 @@ class Share:
 
     @classmethod
     def of(cls, slice: str, environment: Mapping[str, str] = os.environ) -> Share:
-        """By `slice=K/N` and the launcher's variables. Raises EvaluateError where they contradict each other."""
-        part, parts = parse_slice(slice) if slice else (0, 1)
+        """By `part=K/N` and the launcher's variables. Raises EvaluateError where they contradict each other."""
+        part, parts = parse_part(slice) if slice else (0, 1)
         for rank_name, ranks_name in RANK_VARIABLES:
             if rank_name in environment and ranks_name in environment:
                 rank, ranks = int(environment[rank_name]), int(environment[ranks_name])
@@ -85,11 +85,11 @@ class CaseResult:
     """What became of one case."""
 
     key: str
-    mark: str
-    """Of the case as it was read, see `Subjects`."""
+    fingerprint: str
+    """Of the case as it was read, see `EvalCases`."""
     seconds: float
     rows: list[Row] = field(default_factory=list)
-    readings: list[Reading] = field(default_factory=list)
+    matches: list[CategoryMatch] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     """Categories asked for that it does not hold."""
     unknown: list[str] = field(default_factory=list)
@@ -99,10 +99,10 @@ class CaseResult:
 
     @classmethod
     def from_json(cls, text: str) -> CaseResult:
-        """What `Ledger.write` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        """What `ResultStore.write` wrote. Raises ValueError, KeyError or TypeError for anything else."""
         raw = json.loads(text)
-        rows, readings = [Row(**row) for row in raw["rows"]], [Reading(**reading) for reading in raw["readings"]]
-        return cls(**{**raw, "rows": rows, "readings": readings})
+        rows, matches = [Row(**row) for row in raw["rows"]], [CategoryMatch(**match) for match in raw["matches"]]
+        return cls(**{**raw, "rows": rows, "matches": matches})
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -114,7 +114,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + name, value
 
 
-class Ledger:
+class ResultStore:
     """The results in one folder."""
 
     def __init__(self, out: Path, config: EvaluateConfig, model: str) -> None:
@@ -139,7 +139,7 @@ class Ledger:
                 "or begin anew with resume=false"
             )
 
-    def find(self, key: str, mark: str) -> CaseResult | None:
+    def find(self, key: str, fingerprint: str) -> CaseResult | None:
         """The result of a case; None where there is none, or the case has changed since."""
         try:
             result = CaseResult.from_json(self._path(key).read_text(encoding="utf-8"))
@@ -147,7 +147,7 @@ class Ledger:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluateError(f"{self._path(key)} is no result of a case ({error}): remove it") from error
-        return result if result.mark == mark else None
+        return result if result.fingerprint == fingerprint else None
 
     def write(self, result: CaseResult) -> None:
         """The case's result, whole: a reader sees all of it or none."""

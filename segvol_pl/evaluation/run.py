@@ -1,11 +1,11 @@
 """Figures of a model over a set of cases: rows, tables, report.
 
-1. The labelled cases are listed (`evaluation.subjects`) and shared out to the ranks and array tasks.
+1. The labelled cases are listed (`evaluation.cases`) and shared out to the ranks and array tasks.
 2. For each category of a case, prompts are drawn from the truth (`evaluation.prompting`) as well or as badly as
-   configured, and answered in each mode (`evaluation.examination`); the scores of an answer are a `Row`.
-3. A case's rows are written whole (`evaluation.ledger`); a restart goes on with the cases that have none.
-4. Rank 0, or a run without `slice`, waits for all of them and puts them together: rows.csv, readings.csv, summary.json,
-   report.html, and wandb where it is configured.
+   configured, and answered in each mode (`evaluation.case_runner`); the scores of an prediction are a `Row`.
+3. A case's rows are written whole (`evaluation.results`); a restart goes on with the cases that have none.
+4. Rank 0, or a run without `part`, waits for all of them and puts them together: rows.csv, category_matches.csv,
+   summary.json, report.html, and wandb where it is configured.
 
 Spatial prompts come from the truth, as in the paper: the figures say how well a prompt is obeyed, not how well a
 structure is found without one. Only `text` is free of the truth.
@@ -29,18 +29,18 @@ from rich.console import Console
 
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, Mode, Wandb, named_parts
-from segvol_pl.config.loader import own_function, to_yaml
+from segvol_pl.config.loader import custom_function, to_yaml
 from segvol_pl.data.shards import sha256_of
 from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import ConfigError, EvaluateError, SampleError, ShardError, VolumeError
-from segvol_pl.evaluation.case_runner import Answer, Examination
-from segvol_pl.evaluation.cases import Subject, Subjects, find_subjects
-from segvol_pl.evaluation.figures import Picture, cut, draw_picture
-from segvol_pl.evaluation.mask_category import Reading, likeness, readings_of
+from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
+from segvol_pl.evaluation.cases import EvalCase, EvalCases, find_cases
+from segvol_pl.evaluation.figures import Picture, cut, plot_picture
+from segvol_pl.evaluation.mask_category import CategoryMatch, matches_of, soft_dice
 from segvol_pl.evaluation.metrics import dice, score
-from segvol_pl.evaluation.prompts import Setting, check_own, settings
+from segvol_pl.evaluation.prompts import Setting, check_custom, settings
 from segvol_pl.evaluation.report import write_report
-from segvol_pl.evaluation.results import CaseResult, Ledger, Share
+from segvol_pl.evaluation.results import CaseResult, ResultStore, Share
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
 from segvol_pl.evaluation.wandb_log import track
 from segvol_pl.folder_lock import FolderLock
@@ -73,9 +73,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
     process evaluates the same share into it; UnknownCategory for a category that the model does not know;
     CheckpointError, ShardError and CaseError for files that cannot be used.
     """
-    subjects = find_subjects(config.data)
+    cases = find_cases(config.data)
     model = load_model(config.checkpoint, own_device(config.device))
-    summary = _Evaluation(config, subjects, model, sha256_of(Path(config.checkpoint))).run()
+    summary = _Evaluation(config, cases, model, sha256_of(Path(config.checkpoint))).run()
     if summary and console:
         console.print(summary.table())
     return summary
@@ -83,10 +83,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
 
 def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary | None:
     """`evaluate` with a model at hand (in eval mode); `config.checkpoint` is only its name, `config.device` unused."""
-    return _Evaluation(config, find_subjects(config.data), model, config.checkpoint).run()
+    return _Evaluation(config, find_cases(config.data), model, config.checkpoint).run()
 
 
-def _own_figures(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def _custom_metrics(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """Column -> function. Raises ConfigError where a function is not found, or a column of rows.csv has its name."""
     taken = {each.name for each in fields(Row)}
     found = {}
@@ -96,26 +96,26 @@ def _own_figures(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
             raise ConfigError(
                 f"metrics: {name}: rows.csv has a column {column!r} already: rename the function", "metrics"
             )
-        found[column] = own_function(name, "metrics")
+        found[column] = custom_function(name, "metrics")
     return found
 
 
 class _Evaluation:
     """One process's part of an evaluation."""
 
-    def __init__(self, config: EvaluateConfig, subjects: Subjects, model: Evaluable, identity: str) -> None:
-        self.config, self.subjects, self.model = config, subjects, model
+    def __init__(self, config: EvaluateConfig, cases: EvalCases, model: Evaluable, identity: str) -> None:
+        self.config, self.cases, self.model = config, cases, model
         self.out = Path(config.out)
-        self.keys = list(subjects.marks)[: config.limit or None]
-        self.share = Share.of(config.slice)
-        if not config.resume and (self.share.ranks > 1 or config.slice):
+        self.keys = list(cases.fingerprints)[: config.limit or None]
+        self.share = Share.of(config.part)
+        if not config.resume and (self.share.ranks > 1 or config.part):
             raise EvaluateError("resume: false would remove what other ranks have done: give another folder as out")
         for category in config.categories:
             model.bank.index(category)
         self.settings = settings(config)
-        check_own(config)
-        self.own = _own_figures(config.metrics)
-        self.ledger = Ledger(self.out, config, identity)
+        check_custom(config)
+        self.custom = _custom_metrics(config.metrics)
+        self.results = ResultStore(self.out, config, identity)
         self.tried: set[str] = set()
 
     def run(self) -> Summary | None:
@@ -124,10 +124,10 @@ class _Evaluation:
             return self._run()
 
     def _run(self) -> Summary | None:
-        self.ledger.open(anew=not self.config.resume)
+        self.results.open(anew=not self.config.resume)
         self._evaluate(self.share.of_list(self.keys))
-        if self.config.slice:
-            log.info("slice %s is done: run without slice to put all together", self.config.slice)
+        if self.config.part:
+            log.info("part %s is done: run without part= to put all together", self.config.part)
             return None
         if self.share.rank > 0:
             return None
@@ -144,44 +144,44 @@ class _Evaluation:
         start, prompts = time.perf_counter(), 0
         for count, key in enumerate(missing, start=1):
             result = self._case(key)
-            self.ledger.write(result)
+            self.results.write(result)
             self.tried.add(key)
             prompts += len(result.rows)
             rate = prompts / (time.perf_counter() - start)
             log.info("case %d/%d %s (%.2f prompts/s)", count, len(missing), key, rate)
 
     def _done(self, key: str) -> bool:
-        result = self.ledger.find(key, self.subjects.marks[key])
+        result = self.results.find(key, self.cases.fingerprints[key])
         return result is not None and (not result.problem or key in self.tried)
 
     def _case(self, key: str) -> CaseResult:
-        start, mark = time.perf_counter(), self.subjects.marks[key]
+        start, fingerprint = time.perf_counter(), self.cases.fingerprints[key]
         try:
-            subject = self.subjects.read(key)
-            examination = Examination(self.model, subject, self.config)
-            rows = list(self._rows(examination))
-            readings = self._readings(examination) if self.config.readings else []
+            case = self.cases.read(key)
+            runner = CaseRunner(self.model, case, self.config)
+            rows = list(self._rows(runner))
+            matches = self._matches(runner) if self.config.match_categories else []
         except (ShardError, SampleError, VolumeError) as error:
             log.warning("case %s cannot be evaluated: %s", key, error)
-            return CaseResult(key, mark, time.perf_counter() - start, problem=" ".join(str(error).split()))
-        held = set(subject.facts.categories)
+            return CaseResult(key, fingerprint, time.perf_counter() - start, problem=" ".join(str(error).split()))
+        held = set(case.facts.categories)
         return CaseResult(
             key,
-            mark,
+            fingerprint,
             time.perf_counter() - start,
             rows,
-            readings,
+            matches,
             absent=[category for category in self.config.categories if category not in held],
             unknown=sorted(held - set(self.model.bank.names)),
         )
 
-    def _rows(self, examination: Examination) -> Iterator[Row]:
-        subject = examination.subject
-        for category in self.config.categories or sorted(subject.facts.categories):
-            truth_DHW = subject.truth(category)
+    def _rows(self, runner: CaseRunner) -> Iterator[Row]:
+        case = runner.case
+        for category in self.config.categories or sorted(case.facts.categories):
+            truth_DHW = case.truth(category)
             for setting in self._settings_for(category, bool(truth_DHW.any())):
-                answer = examination.answer(setting, category, truth_DHW)
-                yield self._row(subject, category, setting, truth_DHW, answer)
+                prediction = runner.predict(setting, category, truth_DHW)
+                yield self._row(case, category, setting, truth_DHW, prediction)
 
     def _settings_for(self, category: str, present: bool) -> list[Setting]:
         """A category that the model does not know has no text; one that the case does not hold has nothing else."""
@@ -192,63 +192,65 @@ class _Evaluation:
             if (known or not setting.has_text) and (present or setting.free_of_truth)
         ]
 
-    def _row(self, subject: Subject, category: str, setting: Setting, truth_DHW: np.ndarray, answer: Answer) -> Row:
-        scores = score(answer.mask_DHW, truth_DHW, subject.facts.spacing, self.config.tolerance)
-        voxels, coarse_DHW = int(np.count_nonzero(truth_DHW)), answer.coarse_DHW
+    def _row(
+        self, case: EvalCase, category: str, setting: Setting, truth_DHW: np.ndarray, prediction: Prediction
+    ) -> Row:
+        scores = score(prediction.mask_DHW, truth_DHW, case.facts.spacing, self.config.tolerance)
+        voxels, coarse_DHW = int(np.count_nonzero(truth_DHW)), prediction.coarse_DHW
         return Row(
-            case=subject.facts.key,
+            case=case.facts.key,
             category=category,
             mode=setting.mode,
             prompt=setting.prompt,
             box=setting.box,
             points=setting.points,
-            components=len(answer.prompts) if voxels else 0,
+            components=len(prediction.prompts) if voxels else 0,
             dice=scores.dice,
             zoom_out=dice(coarse_DHW, truth_DHW) if voxels and coarse_DHW is not None else None,
             surface_dice=scores.surface_dice,
             volume_error=scores.volume_error,
-            seconds=answer.seconds,
-            memory_mb=answer.memory_mb,
+            seconds=prediction.seconds,
+            memory_mb=prediction.memory_mb,
             truth_voxels=voxels,
-            predicted_voxels=int(np.count_nonzero(answer.mask_DHW)),
-            windows=answer.windows,
-            mask=self._saved(subject, category, setting, answer) if self.config.masks else "",
-            own=self._own(subject, truth_DHW, answer) if voxels else dict.fromkeys(self.own),
+            predicted_voxels=int(np.count_nonzero(prediction.mask_DHW)),
+            windows=prediction.windows,
+            mask=self._saved(case, category, setting, prediction) if self.config.masks else "",
+            custom=self._custom(case, truth_DHW, prediction) if voxels else dict.fromkeys(self.custom),
         )
 
-    def _own(self, subject: Subject, truth_DHW: np.ndarray, answer: Answer) -> dict[str, float | None]:
+    def _custom(self, case: EvalCase, truth_DHW: np.ndarray, prediction: Prediction) -> dict[str, float | None]:
         """The user's own figures of a truth that is not empty; None where the function says so."""
-        found = {name: of(answer.mask_DHW, truth_DHW, subject.facts.spacing) for name, of in self.own.items()}
+        found = {name: of(prediction.mask_DHW, truth_DHW, case.facts.spacing) for name, of in self.custom.items()}
         return {name: None if value is None else float(value) for name, value in found.items()}
 
-    def _saved(self, subject: Subject, category: str, setting: Setting, answer: Answer) -> str:
+    def _saved(self, case: EvalCase, category: str, setting: Setting, prediction: Prediction) -> str:
         """The mask's file below `out`; empty where the case's place is unknown."""
-        if subject.grid is None:
-            log.warning("case %s has no affine: its masks are not written", subject.facts.key)
+        if case.grid is None:
+            log.warning("case %s has no affine: its masks are not written", case.facts.key)
             return ""
-        folder = self.out / MASKS / subject.facts.key
+        folder = self.out / MASKS / case.facts.key
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{file_stem(category)}__{file_stem(str(setting))}.nii.gz"
-        subject.save(answer.mask_DHW, path)
+        case.save(prediction.mask_DHW, path)
         return path.relative_to(self.out).as_posix()
 
-    def _readings(self, examination: Examination) -> list[Reading]:
+    def _matches(self, runner: CaseRunner) -> list[CategoryMatch]:
         """How the masks of a case's categories are read, each from one spatial prompt without text."""
-        subject, setting, names = examination.subject, self._read(), self.model.bank.names
-        categories = self.config.categories or sorted(subject.facts.categories)
-        truths = {name: truth for name in categories if (truth := subject.truth(name)).any()}
+        case, setting, names = runner.case, self._read(), self.model.bank.names
+        categories = self.config.categories or sorted(case.facts.categories)
+        truths = {name: truth for name in categories if (truth := case.truth(name)).any()}
         if not truths or not names:
             return []
-        asked = [examination.asked(setting, name, truth)[0].shrunk for name, truth in truths.items()]
-        tokens_BTE = examination.overview()
-        with autocast(examination.device, self.config.precision):
-            table_JK = likeness(self.model, tokens_BTE, asked, names)
+        asked = [runner.queries(setting, name, truth)[0].shrunk for name, truth in truths.items()]
+        tokens_BTE = runner.overview()
+        with autocast(runner.device, self.config.precision):
+            table_JK = soft_dice(self.model, tokens_BTE, asked, names)
         prompt, _ = setting.named
         found = (
-            readings_of(subject.facts.key, name, prompt, likeness_K, names)
-            for name, likeness_K in zip(truths, table_JK, strict=True)
+            matches_of(case.facts.key, name, prompt, soft_dice_K, names)
+            for name, soft_dice_K in zip(truths, table_JK, strict=True)
         )
-        return [reading for readings in found for reading in readings]
+        return [match for matches in found for match in matches]
 
     def _read(self) -> Setting:
         """The first spatial prompt configured, its text left out; else an exact box."""
@@ -261,16 +263,16 @@ class _Evaluation:
     # ---- putting together ----
 
     def _await(self, keys: Sequence[str]) -> None:
-        """Until every case has a result. Raises EvaluateError where no further one comes for `config.patience` s."""
+        """Wait for every case. Raises EvaluateError where none comes for `config.rank_timeout` s."""
         pending, last = list(keys), time.monotonic()
         while pending:
-            left = [key for key in pending if self.ledger.find(key, self.subjects.marks[key]) is None]
+            left = [key for key in pending if self.results.find(key, self.cases.fingerprints[key]) is None]
             if len(left) < len(pending):
                 last = time.monotonic()
             pending = left
-            if pending and time.monotonic() - last > self.config.patience:
+            if pending and time.monotonic() - last > self.config.rank_timeout:
                 raise EvaluateError(
-                    f"patience: no further case of another rank in {self.config.patience:.0f} s, {len(pending)} are "
+                    f"rank_timeout: no case of another rank in {self.config.rank_timeout:.0f} s, {len(pending)} are "
                     f"missing, the first is {pending[0]}: see that rank's log, then run again to go on"
                 )
             if pending:
@@ -286,8 +288,8 @@ class _Evaluation:
         pictures = self._pictures(summary)
         about = {"config": to_yaml(self.config), **manifest()}
         write_text(self.out / "rows.csv", csv_text(Row, summary.rows))
-        if self.config.readings:
-            write_text(self.out / "readings.csv", csv_text(Reading, summary.readings))
+        if self.config.match_categories:
+            write_text(self.out / "category_matches.csv", csv_text(CategoryMatch, summary.matches))
         text = json.dumps({**summary.to_dict(), "manifest": about}, indent=2, ensure_ascii=False)
         write_text(self.out / "summary.json", text + "\n")
         write_report(self.out / "report.html", summary, pictures, about)
@@ -296,21 +298,21 @@ class _Evaluation:
         return summary
 
     def _results(self) -> list[CaseResult]:
-        found = [self.ledger.find(key, self.subjects.marks[key]) for key in self.keys]
+        found = [self.results.find(key, self.cases.fingerprints[key]) for key in self.keys]
         return [result for result in found if result is not None]
 
     def _summary(self, results: Sequence[CaseResult]) -> Summary:
         return Summary(
             checkpoint=str(self.config.checkpoint),
-            source=self.subjects.source,
-            split=self.subjects.split,
+            source=self.cases.source,
+            split=self.cases.split,
             cases=sum(not result.problem for result in results),
             rows=[row for result in results for row in result.rows],
             absent=dict(Counter(name for result in results for name in result.absent)),
             unknown=dict(Counter(name for result in results for name in result.unknown)),
-            unlabelled=self.subjects.unlabelled,
+            unlabelled=self.cases.unlabelled,
             unusable={result.key: result.problem for result in results if result.problem},
-            readings=[reading for result in results for reading in result.readings],
+            matches=[match for result in results for match in result.matches],
             seconds=sum(result.seconds for result in results),
             seed=self.config.seed,
         )
@@ -338,18 +340,18 @@ class _Evaluation:
         }
         return [drawn[row.case, row.category] for _, row in chosen]
 
-    def _pictured(self, case: str, rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[Row, Picture]]:
-        subject = self.subjects.read(case)
-        examination = Examination(self.model, subject, self.config)
+    def _pictured(self, key: str, rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[Row, Picture]]:
+        case = self.cases.read(key)
+        runner = CaseRunner(self.model, case, self.config)
         for label, row in rows:
-            truth_DHW = subject.truth(row.category)
-            answer = examination.answer(row.setting, row.category, truth_DHW)
-            coarse = {} if answer.coarse_DHW is None else {"zoom-out": answer.coarse_DHW}
-            masks = {**coarse, "prediction": answer.mask_DHW}
-            planes = cut(subject.hu_DHW, subject.facts.spacing or (1, 1, 1), truth_DHW, masks, answer.prompts)
+            truth_DHW = case.truth(row.category)
+            prediction = runner.predict(row.setting, row.category, truth_DHW)
+            coarse = {} if prediction.coarse_DHW is None else {"zoom-out": prediction.coarse_DHW}
+            masks = {**coarse, "prediction": prediction.mask_DHW}
+            planes = cut(case.hu_DHW, case.facts.spacing or (1, 1, 1), truth_DHW, masks, prediction.prompts)
             came = "" if row.zoom_out is None else f"{row.zoom_out:.3f} → "
-            caption = f"{row.category}, {label}: {case}, {row.setting}: Dice {came}{number(row.dice)}"
-            yield row, Picture(case, row.category, caption, draw_picture(planes))
+            caption = f"{row.category}, {label}: {key}, {row.setting}: Dice {came}{number(row.dice)}"
+            yield row, Picture(key, row.category, caption, plot_picture(planes))
 
 
 def picked(summary: Summary, categories: int) -> list[tuple[str, Row]]:

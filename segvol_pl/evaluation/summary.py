@@ -1,7 +1,7 @@
 """From rows to tables.
 
 1. A `Row` is one prompt on one case, scored; rows.csv holds all of them.
-2. A `Cell` puts the rows of one category and one setting together over the cases; empty truths are counted apart.
+2. A `GroupStats` puts the rows of one category and one setting together over the cases; empty truths are counted apart.
 3. `Summary` holds the cells of an evaluation, the overall figures of each setting, and how masks were read.
 """
 
@@ -19,8 +19,8 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from segvol_pl.evaluation.mask_category import READ, Reading
-from segvol_pl.evaluation.metrics import Interval, Spread, macro_interval
+from segvol_pl.evaluation.mask_category import READ, CategoryMatch
+from segvol_pl.evaluation.metrics import Interval, Stats, macro_interval
 from segvol_pl.evaluation.prompts import Setting
 
 DIGITS = 6
@@ -57,7 +57,7 @@ class Row:
     """Windows at native resolution that were asked."""
     mask: str = ""
     """The mask's file below the folder of the evaluation."""
-    own: dict[str, float | None] = field(default_factory=dict)
+    custom: dict[str, float | None] = field(default_factory=dict)
     """The figures of config.EvaluateConfig.metrics, by the functions' names; None where the truth is empty."""
 
     @property
@@ -72,7 +72,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Cell:
+class GroupStats:
     """One category in one setting. Spreads are over the cases that hold the category; None where there are none."""
 
     n: int
@@ -81,15 +81,15 @@ class Cell:
     """Cases asked for it all the same whose truth is empty; in none of the spreads."""
     false_alarms: int
     """Of those, the ones where something was found."""
-    dice: Spread | None
-    zoom_out: Spread | None
-    surface_dice: Spread | None
-    volume_error: Spread | None
+    dice: Stats | None
+    zoom_out: Stats | None
+    surface_dice: Stats | None
+    volume_error: Stats | None
     seconds: float
     """Mean over all its rows."""
     memory_mb: float | None
     """Most of all its rows."""
-    own: dict[str, Spread | None]
+    custom: dict[str, Stats | None]
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,18 @@ class Overall:
     surface_dice: float | None
     seconds: float
     memory_mb: float | None
-    own: dict[str, float | None]
+    custom: dict[str, float | None]
 
 
 @dataclass(frozen=True)
-class ReadAs:
+class MatchSummary:
     """How the masks of one category's spatial prompts were read."""
 
     n: int
     first: float
     """Share of cases in which the category itself came first."""
-    likeness: dict[str, float]
-    """Category -> mean likeness over the cases, the eight largest; a case that names it nowhere counts 0."""
+    soft_dice: dict[str, float]
+    """Category -> mean soft_dice over the cases, the eight largest; a case that names it nowhere counts 0."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Summary:
     """Cases without a label map."""
     unusable: dict[str, str] = field(default_factory=dict)
     """Case that cannot be read -> why."""
-    readings: list[Reading] = field(default_factory=list)
+    matches: list[CategoryMatch] = field(default_factory=list)
     seconds: float = 0.0
     """All cases' together, reading and encoding included; ranks work side by side."""
     seed: int = 0
@@ -153,12 +153,12 @@ class Summary:
         return sorted({row.category for row in self.rows})
 
     @property
-    def own(self) -> list[str]:
+    def custom(self) -> list[str]:
         """Names of the user's own figures."""
-        return list(self.rows[0].own) if self.rows else []
+        return list(self.rows[0].custom) if self.rows else []
 
     @cached_property
-    def cells(self) -> dict[tuple[str, Setting], Cell]:
+    def cells(self) -> dict[tuple[str, Setting], GroupStats]:
         """(category, setting) -> cell, for all that have rows."""
         groups: dict[tuple[str, Setting], list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.category):
@@ -181,20 +181,20 @@ class Summary:
             surface_dice=_mean([cell.surface_dice.mean for cell in cells if cell.surface_dice]),
             seconds=float(np.mean([row.seconds for row in rows])),
             memory_mb=_most(rows),
-            own={name: _mean([mean.mean for cell in cells if (mean := cell.own[name])]) for name in self.own},
+            custom={name: _mean([mean.mean for cell in cells if (mean := cell.custom[name])]) for name in self.custom},
         )
 
     @cached_property
-    def read_as(self) -> dict[str, ReadAs]:
+    def matches_by_category(self) -> dict[str, MatchSummary]:
         """Category -> how its masks were read."""
-        groups: dict[str, list[Reading]] = {}
-        for reading in sorted(self.readings, key=lambda reading: reading.category):
-            groups.setdefault(reading.category, []).append(reading)
-        return {category: _read_as(category, found) for category, found in groups.items()}
+        groups: dict[str, list[CategoryMatch]] = {}
+        for match in sorted(self.matches, key=lambda match: match.category):
+            groups.setdefault(match.category, []).append(match)
+        return {category: _match_summary(category, found) for category, found in groups.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """summary.json, without the rows and readings."""
-        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rows", "readings")}
+        """summary.json, without the rows and matches."""
+        plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rows", "matches")}
         return {
             **plain,
             "prompts_from_truth": True,
@@ -203,7 +203,7 @@ class Summary:
                 {"category": category, **asdict(setting), **asdict(cell)}
                 for (category, setting), cell in self.cells.items()
             ],
-            "readings": {category: asdict(read) for category, read in self.read_as.items()},
+            "matches": {category: asdict(read) for category, read in self.matches_by_category.items()},
         }
 
     def table(self) -> Table:
@@ -251,15 +251,15 @@ def _most(rows: Sequence[Row]) -> float | None:
     return max((row.memory_mb for row in rows if row.memory_mb is not None), default=None)
 
 
-def _cell(rows: list[Row], seed: list[int]) -> Cell:
+def _cell(rows: list[Row], seed: list[int]) -> GroupStats:
     # In the order of the cases, whichever rank had which.
     rows = sorted(rows, key=lambda row: row.case)
     held, empty = ([row for row in rows if row.empty is flag] for flag in (False, True))
 
-    def spread(values: Iterable[float | None]) -> Spread | None:
-        return Spread.of([value for value in values if value is not None], seed)
+    def spread(values: Iterable[float | None]) -> Stats | None:
+        return Stats.of([value for value in values if value is not None], seed)
 
-    return Cell(
+    return GroupStats(
         n=len(held),
         empty=len(empty),
         false_alarms=sum(row.predicted_voxels > 0 for row in empty),
@@ -269,7 +269,7 @@ def _cell(rows: list[Row], seed: list[int]) -> Cell:
         volume_error=spread(row.volume_error for row in held),
         seconds=float(np.mean([row.seconds for row in rows])),
         memory_mb=_most(rows),
-        own={name: spread(row.own[name] for row in held) for name in rows[0].own},
+        custom={name: spread(row.custom[name] for row in held) for name in rows[0].custom},
     )
 
 
@@ -284,14 +284,14 @@ def _table(rows: Sequence[Row]) -> np.ndarray:
     return table_NK
 
 
-def _read_as(category: str, readings: list[Reading]) -> ReadAs:
-    cases = len({reading.case for reading in readings})
+def _match_summary(category: str, matches: list[CategoryMatch]) -> MatchSummary:
+    cases = len({match.case for match in matches})
     totals: dict[str, float] = {}
-    for reading in sorted(readings, key=lambda reading: (reading.case, reading.place)):
-        totals[reading.named] = totals.get(reading.named, 0.0) + reading.likeness
+    for match in sorted(matches, key=lambda match: (match.case, match.place)):
+        totals[match.named] = totals.get(match.named, 0.0) + match.soft_dice
     ranked = sorted(totals.items(), key=lambda item: -item[1])[:READ]
-    first = sum(reading.place == 1 and reading.named == category for reading in readings)
-    return ReadAs(cases, first / cases, {name: total / cases for name, total in ranked})
+    first = sum(match.place == 1 and match.named == category for match in matches)
+    return MatchSummary(cases, first / cases, {name: total / cases for name, total in ranked})
 
 
 def csv_text(kind: type, items: Sequence[Any]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from segvol_pl.config import EvaluateConfig
 from segvol_pl.config.loader import plain
 from segvol_pl.evaluation.figures import Picture
-from segvol_pl.evaluation.mask_category import Reading
+from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.summary import Row, Summary, columns
 from segvol_pl.training.loggers import finish, wandb_is_there, wandb_logger
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def track(out: Path, config: EvaluateConfig, summary: Summary, pictures: Sequence[Picture]) -> None:
-    """Logs tables `rows`, `categories` and `readings`, the pictures, and each setting's overall figures.
+    """Logs tables `rows`, `categories` and `matches`, the pictures, and each setting's overall figures.
 
     Putting an evaluation together again continues its wandb run, unless it was begun anew. Nothing is logged where
     wandb is not installed, and that is said.
@@ -33,7 +33,7 @@ def track(out: Path, config: EvaluateConfig, summary: Summary, pictures: Sequenc
     told = {
         "rows": _records(Row, summary.rows),
         "categories": _cells(summary),
-        **({"readings": _records(Reading, summary.readings)} if summary.readings else {}),
+        **({"matches": _records(CategoryMatch, summary.matches)} if summary.matches else {}),
         "pictures": [_image(picture) for picture in pictures],
     }
     logger.attempt(lambda: logger.experiment.config.update(plain(config), allow_val_change=True))
@@ -78,6 +78,6 @@ def _overall(summary: Summary) -> dict[str, float]:
     return {
         f"{name}/{setting}": value
         for setting, overall in summary.overall.items()
-        for name, value in ({name: getattr(overall, name) for name in names} | overall.own).items()
+        for name, value in ({name: getattr(overall, name) for name in names} | overall.custom).items()
         if value is not None
     }

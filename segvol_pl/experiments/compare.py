@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from segvol_pl.atomic import replacing, write_text
+from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import CompareConfig
 from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments import figures, page
@@ -145,7 +145,7 @@ def _write(out: Path, comparison: Comparison, points: Points) -> None:
     rows = [{**asdict(each), "verdict": each.verdict} for each in comparison.differences]
     content = {**asdict(comparison), "differences": rows, "unused": points.unused}
     write_text(out / "compare.json", json.dumps(content, indent=2) + "\n")
-    with replacing(out / "differences.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_path(out / "differences.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=[name for name in rows[0] if name != "pairs"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)

@@ -15,10 +15,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, NullFormatter
 
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 from segvol_pl.experiments.frontier import Optimum
 from segvol_pl.experiments.points import Points
-from segvol_pl.experiments.verdict import SYMBOLS, Judged, predicted
+from segvol_pl.experiments.verdict import SYMBOLS, Verdict, predicted
 
 if TYPE_CHECKING:
     from segvol_pl.experiments.compare import Comparison
@@ -39,7 +39,7 @@ def loss_label(points: Points) -> str:
     return points.loss if "loss" in points.loss else f"loss ({points.loss})"
 
 
-def law_figure(judged: Judged, points: Points, variable: str) -> Figure:
+def law_figure(judged: Verdict, points: Points, variable: str) -> Figure:
     """Loss over one variable, a curve for each value of the other; bands are the law's intervals of 95 %."""
     figure, axes = _axes(unit(points, variable), loss_label(points))
     place = judged.law.variables.index(variable)
@@ -60,7 +60,7 @@ def law_figure(judged: Judged, points: Points, variable: str) -> Figure:
     return figure
 
 
-def _group_label(judged: Judged, variable: str, group: np.ndarray, count: int) -> str:
+def _group_label(judged: Verdict, variable: str, group: np.ndarray, count: int) -> str:
     others = [other for other in judged.law.variables if other != variable]
     named = ", ".join(f"{SYMBOLS[other]} = {_count(np.exp(value))}" for other, value in zip(others, group, strict=True))
     return f"{named or 'runs'} (n = {count})"
@@ -71,7 +71,7 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
-def _curve(axes: Axes, judged: Judged, place: int, group: np.ndarray, logs_R: np.ndarray, colour: str) -> None:
+def _curve(axes: Axes, judged: Verdict, place: int, group: np.ndarray, logs_R: np.ndarray, colour: str) -> None:
     if judged.fit is None:
         return
     line = np.linspace(logs_R.min(), logs_R.max() + 0.15 * np.ptp(logs_R), LINE)
@@ -84,7 +84,7 @@ def _curve(axes: Axes, judged: Judged, place: int, group: np.ndarray, logs_R: np
     axes.plot(np.exp(line), [each.value for each in band], style, color=colour, linewidth=1.2)
 
 
-def _title(judged: Judged) -> str:
+def _title(judged: Verdict) -> str:
     if judged.fit is None:
         return f"{judged.law.formula}: not fitted, n = {judged.runs}"
     named = ", ".join(
@@ -120,7 +120,7 @@ def frontier_figure(optima: Sequence[Optimum], points: Points) -> Figure:
     return figure
 
 
-def held_out_figure(judged: Judged, points: Points) -> Figure:
+def held_out_figure(judged: Verdict, points: Points) -> Figure:
     """Predicted against measured loss of the largest runs, which the fit had not seen."""
     figure, axes = _axes(f"measured {loss_label(points)}", "predicted from the smaller runs")
     assert judged.held_out is not None
@@ -192,10 +192,13 @@ def _plain_ticks(axes: Axes) -> None:
 
 def save(figure: Figure, folder: Path, name: str) -> bytes:
     """NAME.png and NAME.svg; returns the PNG."""
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "segvol"}), replacing(folder / f"{name}.svg") as part:
+    with (
+        mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "segvol"}),
+        atomic_path(folder / f"{name}.svg") as part,
+    ):
         FigureCanvasSVG(figure).print_figure(str(part), format="svg", metadata={"Date": None})
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=200)
-    with replacing(folder / f"{name}.png") as part:
+    with atomic_path(folder / f"{name}.png") as part:
         part.write_bytes(buffer.getvalue())
     return buffer.getvalue()

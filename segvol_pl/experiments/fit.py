@@ -17,13 +17,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from segvol_pl.atomic import replacing, write_text
-from segvol_pl.config import FitConfig, Samples
+from segvol_pl.atomic import atomic_path, write_text
+from segvol_pl.config import DataCount, FitConfig
 from segvol_pl.experiments import figures, page
 from segvol_pl.experiments.frontier import Optimum, cost, frontier
 from segvol_pl.experiments.laws import Law
 from segvol_pl.experiments.points import Points, gather
-from segvol_pl.experiments.verdict import SYMBOLS, Interval, Judged, judge, plain
+from segvol_pl.experiments.verdict import SYMBOLS, Interval, Verdict, judge, plain
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _asked(points: Points) -> list[tuple[Law, Points, str]]:
     return asked
 
 
-def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Judged]:
+def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Verdict]:
     """The law, and the same without its floor where the floor cannot be told from 0 or asks for too much."""
     tried = []
     for each in (law, replace(law, floor=False)):
@@ -70,18 +70,18 @@ def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Jud
     return tried
 
 
-def _frontier(judged: Sequence[Judged], points: Points, config: FitConfig) -> tuple[list[Optimum], list[str]]:
+def _frontier(judged: Sequence[Verdict], points: Points, config: FitConfig) -> tuple[list[Optimum], list[str]]:
     law = next((each for each in judged if each.supported and each.law.variables == BOTH), None)
     if law is None or law.fit is None:
         return [], ["no frontier: it needs a supported law in N and D"]
-    if config.samples is Samples.volumes:
+    if config.samples is DataCount.volumes:
         return [], ["no frontier: volumes trained on do not state what training costs; use samples=seen"]
     per, spread = cost(points.used, config.flops_per)
     rough = f": rough, k differs by a factor of {spread:.1f} between runs" if spread > COST_SPREAD else ""
     return frontier(law.fit, points.used, per), [f"frontier by C = k N D, k = {per:.3g} FLOPs{rough}"]
 
 
-def _said(judged: Judged) -> list[str]:
+def _said(judged: Verdict) -> list[str]:
     head = f"{judged.law.formula} ({judged.where}, n = {judged.runs})"
     if not judged.supported:
         return [f"NOT SUPPORTED: {head}: {'; '.join(judged.reasons)}"]
@@ -104,14 +104,14 @@ def _shown(interval: Interval) -> str:
 
 def _write_tables(out: Path, points: Points, optima: Sequence[Optimum]) -> None:
     axes = sorted({axis for point in points.used for axis in point.places})
-    with replacing(out / "points.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+    with atomic_path(out / "points.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
         writer.writerow(["name", "params", "samples", "loss", "flops", *axes])
         for point in points.used:
             places = [point.places.get(axis, "") for axis in axes]
             writer.writerow([point.name, point.params, point.samples, point.loss, point.flops or "", *places])
     if optima:
-        with replacing(out / "frontier.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_path(out / "frontier.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
             rows = csv.DictWriter(stream, fieldnames=list(_flat(optima[0])))
             rows.writeheader()
             rows.writerows(_flat(optimum) for optimum in optima)
@@ -126,7 +126,7 @@ def _flat(optimum: Optimum) -> dict[str, Any]:
 
 
 def _write_json(
-    out: Path, points: Points, judged: Sequence[Judged], optima: Sequence[Optimum], notes: list[str]
+    out: Path, points: Points, judged: Sequence[Verdict], optima: Sequence[Optimum], notes: list[str]
 ) -> None:
     content = {
         "loss": points.loss,
@@ -143,7 +143,7 @@ def _write_json(
 def _write_page(
     out: Path,
     points: Points,
-    judged: Sequence[Judged],
+    judged: Sequence[Verdict],
     optima: Sequence[Optimum],
     notes: list[str],
     config: FitConfig,
@@ -160,7 +160,7 @@ def _write_page(
     page.write_page(out / "index.html", "Scaling fit", parts)
 
 
-def _law_parts(out: Path, number: int, points: Points, judged: Judged) -> list[str]:
+def _law_parts(out: Path, number: int, points: Points, judged: Verdict) -> list[str]:
     parts = [page.lines(_said(judged)[:1], "yes" if judged.supported else "no"), page.lines(judged.cautions, "note")]
     if judged.fit is None:
         return parts

@@ -3,7 +3,7 @@
 1. `read` takes the file apart, each setting with its line.
 2. `expand` crosses the axes (those under `zip` step together) and the seeds, seeds fastest, and names each run by its
    places on them: `size-s_fraction-0.5_seed-1`. Adding a value later changes numbers, never names.
-3. Each run is a command line of its verb, checked as any other before anything runs: a wrong key names file and line.
+3. Each run is an ordinary command line, checked before anything runs: a wrong key names file and line.
 4. `launch` runs them, tells how far each is, and writes the sweep for wandb.
 
 Imports neither torch nor lightning: a wrong key must fail at once.
@@ -27,16 +27,16 @@ from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops
 
 KEYS = {
-    "verb": "pretrain or train (default train).",
-    "files": "Configuration files of the verb, relative to this file.",
+    "command": "pretrain or train (default train).",
+    "files": "Configuration files of the command, relative to this file.",
     "set": "KEY=VALUE of every run, a list. {AXIS} and {seed} in a value stand for the run's place on that axis.",
     "out": "Folder of the run folders, relative to where the command is run (default runs/NAME-OF-THE-FILE).",
     "seeds": "data.seed of the runs, a list (default [0]).",
-    "axes": "What varies. A key of the verb: a list of values. Another name: named points, each a list of KEY=VALUE.",
+    "axes": "What varies. A key of the command: a list of values. Any other name: named points, lists of KEY=VALUE.",
     "zip": "Lists of axes that step together instead of being crossed.",
     "flops": "Training FLOPs of a run, a list of budgets: one more axis, which sets optim.max_steps by the model's.",
 }
-VERBS = ("pretrain", "train")
+COMMANDS = ("pretrain", "train")
 HELP = "Keys of FILE:\n" + "\n".join(f"  {key}\n      {text}" for key, text in KEYS.items())
 SEED, BUDGET = "seed", "flops"
 """Names of the axes that are no keys."""
@@ -65,7 +65,7 @@ class Grid:
 
     path: Path
     out: Path
-    verb: str = "train"
+    command: str = "train"
     files: list[Written] = field(default_factory=list)
     set: list[Written] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
@@ -85,7 +85,7 @@ class Run:
 
     number: int
     name: str
-    verb: str
+    command: str
     out: Path
     places: dict[str, str]
     """Axis, `seed` among them -> label."""
@@ -108,8 +108,8 @@ def read(path: Path, out: str | None = None) -> Grid:
     grid = _typed(path, {name: node for name, node in nodes.items() if name not in ("axes", "files", "set")}, out)
     parts = {
         "files": [_beside(path, written) for written in _texts(path, nodes, "files")],
-        "set": [_pair(path, grid.verb, written) for written in _texts(path, nodes, "set")],
-        "axes": _axes(path, grid.verb, nodes["axes"]) if "axes" in nodes else {},
+        "set": [_pair(path, grid.command, written) for written in _texts(path, nodes, "set")],
+        "axes": _axes(path, grid.command, nodes["axes"]) if "axes" in nodes else {},
     }
     grid = Grid(**{**vars(grid), **parts})
     _check_zips(grid)
@@ -123,14 +123,14 @@ def _line(path: Path, node: yaml.Node) -> str:
 def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
     """The keys that are plain values."""
     values: dict[str, Any] = {"out": str(Path("runs") / path.stem)}
-    wanted = {"verb": str, "out": str, "seeds": list[int], "zip": list[list[str]], "flops": list[float]}
+    wanted = {"command": str, "out": str, "seeds": list[int], "zip": list[list[str]], "flops": list[float]}
     for key, node in nodes.items():
         try:
             values[key] = loader.convert(node, wanted[key])
         except (ValueError, OverflowError, yaml.YAMLError):
             raise ConfigError(f"{key} ({_line(path, node)}): {KEYS[key]}") from None
     for key, holds in (
-        ("verb", values.get("verb", "train") in VERBS),
+        ("command", values.get("command", "train") in COMMANDS),
         ("seeds", len(set(values.get("seeds", [0]))) == len(values.get("seeds", [0])) > 0),
         ("flops", all(budget > 0 for budget in values.get("flops", []))),
     ):
@@ -153,7 +153,7 @@ def _beside(path: Path, written: Written) -> Written:
     return Written(str(path.parent / written), written.origin)
 
 
-def _pair(path: Path, verb: str, written: Written) -> Written:
+def _pair(path: Path, command: str, written: Written) -> Written:
     """KEY=VALUE; a section's file stands beside the grid. Raises ConfigError where it is none, or not to be set."""
     match = PAIR.fullmatch(written)
     if match is None:
@@ -161,12 +161,12 @@ def _pair(path: Path, verb: str, written: Written) -> Written:
     key, value = match.groups()
     if key in DECIDED:
         raise ConfigError(f"{key} ({written.origin}): the grid sets it: by `seeds` and by `out` with the run's name")
-    if value.endswith(SECTION_FILE) and loader.is_section(verb, key):
+    if value.endswith(SECTION_FILE) and loader.is_section(command, key):
         return Written(f"{key}={path.parent / value}", written.origin)
     return written
 
 
-def _axes(path: Path, verb: str, node: yaml.Node) -> Axes:
+def _axes(path: Path, command: str, node: yaml.Node) -> Axes:
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"axes ({_line(path, node)}): {KEYS['axes']}")
     axes: Axes = {}
@@ -175,7 +175,7 @@ def _axes(path: Path, verb: str, node: yaml.Node) -> Axes:
         if axis in (SEED, BUDGET, *axes):
             why = "is given twice" if axis in axes else "has a key of its own beside `axes`"
             raise ConfigError(f"axes.{axis} ({_line(path, name)}): {why}")
-        axes[axis] = _points(path, verb, axis, points)
+        axes[axis] = _points(path, command, axis, points)
         labels = [point.label for point in axes[axis]]
         if len(set(labels)) < max(1, len(labels)):
             why = f"two points are called {max(labels, key=labels.count)}: name them" if labels else "has no points"
@@ -183,12 +183,12 @@ def _axes(path: Path, verb: str, node: yaml.Node) -> Axes:
     return axes
 
 
-def _points(path: Path, verb: str, axis: str, node: yaml.Node) -> list[Point]:
+def _points(path: Path, command: str, axis: str, node: yaml.Node) -> list[Point]:
     """`key: [value, ...]`, or `name: {point: [KEY=VALUE, ...], ...}`."""
     if isinstance(node, yaml.SequenceNode):
         values = [(item, _flow(item)) for item in node.value]
         return [
-            Point(_label(text), [_pair(path, verb, Written(f"{axis}={text}", _line(path, item)))])
+            Point(_label(text), [_pair(path, command, Written(f"{axis}={text}", _line(path, item)))])
             for item, text in values
         ]
     if not isinstance(node, yaml.MappingNode):
@@ -196,7 +196,7 @@ def _points(path: Path, verb: str, axis: str, node: yaml.Node) -> list[Point]:
     return [
         Point(
             _label(name.value),
-            [_pair(path, verb, written) for written in _texts(path, {name.value: pairs}, name.value)],
+            [_pair(path, command, written) for written in _texts(path, {name.value: pairs}, name.value)],
         )
         for name, pairs in node.value
     ]
@@ -233,7 +233,7 @@ def _check_zips(grid: Grid) -> None:
 def expand(grid: Grid, given: Sequence[str] = ()) -> list[Run]:
     """All runs, in order. `given`: KEY=VALUE of the command line, for every run; it wins over `set`.
 
-    Raises ConfigError for whatever a run's verb would refuse, naming where it is written.
+    Raises ConfigError for whatever a run's command would refuse, naming where it is written.
     """
     decided = dict.fromkeys(DECIDED, "the grid sets it: out=DIR and `seeds` are for that")
     varied = {_key(pair) for points in grid.axes.values() for point in points for pair in point.pairs}
@@ -281,7 +281,7 @@ def _run(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str])
     arguments += [f"data.seed={seed}", f"run.out={out}"]
     if BUDGET in place:
         arguments.append(_steps(grid, arguments, float(labels[BUDGET])))
-    return Run(number, name, grid.verb, out, labels, arguments, loader.load(grid.verb, arguments))
+    return Run(number, name, grid.command, out, labels, arguments, loader.load(grid.command, arguments))
 
 
 def _short(axis: str, axes: Axes) -> str:
@@ -300,7 +300,7 @@ def _filled(pair: Written, labels: dict[str, str]) -> Written:
 
 def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
     """`optim.max_steps` that spends the budget. Raises ConfigError where that is less than the warm-up."""
-    config = loader.load(grid.verb, [*arguments, "optim.max_steps=1"])
+    config = loader.load(grid.command, [*arguments, "optim.max_steps=1"])
     step = config.data.global_batch * volume_flops(config)
     steps = round(budget / step)
     if steps <= config.optim.warmup_steps:

@@ -29,7 +29,7 @@ from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError, RunError
 from segvol_pl.experiments.grid import Grid, Run, parameters, volume_flops
 from segvol_pl.folder_lock import FolderLock
-from segvol_pl.run_folder import RECORD, read_record
+from segvol_pl.run_folder import GRID_ENTRY, read_grid_entry
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class State:
 
 def state(run: Run) -> State:
     """By the run folder alone. `changed`: the folder holds a run of another configuration."""
-    record, step = read_record(run.out), _last_step(run.out / "metrics.csv")
+    record, step = read_grid_entry(run.out), _last_step(run.out / "metrics.csv")
     if record is None and not (run.out / "config.yaml").exists():
         return State(MISSING)
     if changed := _changed(run):
@@ -123,8 +123,8 @@ def _write(run: Run, name: str, **more: str) -> None:
     process = psutil.Process()
     started = {"host": socket.gethostname(), "pid": os.getpid(), "started": process.create_time(), "at": time.time()}
     run.out.mkdir(parents=True, exist_ok=True)
-    record = {"state": name, "name": run.name, "verb": run.verb, "places": run.places, **started, **more}
-    write_text(run.out / RECORD, json.dumps(record, indent=2) + "\n")
+    record = {"state": name, "name": run.name, "command": run.command, "places": run.places, **started, **more}
+    write_text(run.out / GRID_ENTRY, json.dumps(record, indent=2) + "\n")
 
 
 def _changed(run: Run) -> str:
@@ -133,7 +133,7 @@ def _changed(run: Run) -> str:
     if not path.exists() or not (run.out / "checkpoints" / "last.ckpt").exists():
         return ""
     try:
-        before = loader.plain(loader.load(run.verb, [str(path)]))
+        before = loader.plain(loader.load(run.command, [str(path)]))
     except ConfigError as error:
         return str(error)
     return ", ".join(loader.differences(before, loader.plain(run.config))[:3])
@@ -193,7 +193,7 @@ def held_out(runs: Sequence[Run]) -> str:
     sets, leaking = set(), []
     seen: dict[str, tuple[frozenset[str], int]] = {}
     for run in runs:
-        data, labelled = run.config.data, run.verb == "train"
+        data, labelled = run.config.data, run.command == "train"
         key = repr((data.shards, data.mix, data.split, data.val_split, data.fraction))
         try:
             if key not in seen:

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from segvol_pl.config import PointsConfig, Samples, Take, loader
+from segvol_pl.config import DataCount, MetricPick, PointsConfig, loader
 from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments.grid import parameters, volume_flops
-from segvol_pl.run_folder import VOLUMES, read_metrics, read_record
+from segvol_pl.run_folder import VOLUMES, read_grid_entry, read_metrics
 
 WANDB = "wandb:"
 LOSS = "loss"
@@ -89,7 +89,7 @@ def gather(config: PointsConfig) -> Points:
         first = "; ".join(f"{name}: {why}" for name, why in list(unused.items())[:3])
         raise PointsError(f"no run gives a point for {metric}{': ' if first else ''}{first}")
     what = f"1 - {metric}" if turned(config) else metric
-    counted = "training volumes" if config.samples is Samples.volumes else "samples seen"
+    counted = "training volumes" if config.samples is DataCount.volumes else "samples seen"
     return Points(used, unused, what, counted)
 
 
@@ -122,12 +122,12 @@ def _folders(runs: Sequence[str]) -> Iterator[Path]:
 
 
 def _folder(folder: Path, config: PointsConfig) -> Point:
-    record = read_record(folder)
+    record = read_grid_entry(folder)
     if record and record["state"] != "finished":
         raise PointsError(f"is {record['state']}, not finished")
     run = _configuration(folder / "config.yaml")
     step, value = _value(folder, config)
-    volumes = _metric(folder, VOLUMES)[-1][1] if config.samples is Samples.volumes else None
+    volumes = _metric(folder, VOLUMES)[-1][1] if config.samples is DataCount.volumes else None
     name = record["name"] if record else folder.name
     return _point(name, run, step, volumes, _loss(value, config), record["places"] if record else None)
 
@@ -159,7 +159,7 @@ def _value(folder: Path, config: PointsConfig) -> tuple[int, float]:
     if key and file.endswith(".json"):
         return _metric(folder, "val/loss")[-1][0], _number(folder / file, key)
     rows = _metric(folder, name)
-    if config.take is Take.best:
+    if config.take is MetricPick.best:
         return (max if turned(config) else min)(rows, key=lambda row: row[1])
     return rows[-1]
 
@@ -258,6 +258,6 @@ def _of_summary(name: str, logged: dict[str, Any], summary: dict[str, Any], conf
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(logged["config"]), encoding="utf-8")  # JSON is YAML
         run = _configuration(path)
-    volumes = float(summary[VOLUMES]) if config.samples is Samples.volumes else None
+    volumes = float(summary[VOLUMES]) if config.samples is DataCount.volumes else None
     step = int(summary["trainer/global_step"])
     return _point(name, run, step, volumes, _loss(float(summary[metric]), config), logged.get("places"))

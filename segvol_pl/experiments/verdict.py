@@ -56,7 +56,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Verdict:
     """A law, its fit where one was possible, and the verdict."""
 
     law: Law
@@ -80,11 +80,11 @@ class Judged:
 
 def judge(
     law: Law, logs_RT: np.ndarray, loss_R: np.ndarray, share: float, count: int, seed: int, where: str = "all runs"
-) -> Judged:
+) -> Verdict:
     """Fits the law and says what can be claimed. share: of the settings, held out; count: bootstrap samples."""
     # Without a trend there is nothing to fit: whatever form is found is that of the noise.
     if reasons := _too_few(law, logs_RT) or _trends(law, logs_RT, loss_R):
-        return Judged(law, where, len(loss_R), reasons)
+        return Verdict(law, where, len(loss_R), reasons)
     fitted = bootstrap(fit(law, logs_RT, loss_R), count, seed)
     reasons = _doubts(fitted, loss_R)
     held_out = extrapolate(law, logs_RT, loss_R, share, count, seed)
@@ -97,7 +97,7 @@ def judge(
         )
     cautions = [*_misfit(fitted, loss_R), *_unheld(held_out)]
     alone, together = intervals(fitted)
-    return Judged(law, where, len(loss_R), reasons, cautions, fitted, alone, together, held_out)
+    return Verdict(law, where, len(loss_R), reasons, cautions, fitted, alone, together, held_out)
 
 
 def _too_few(law: Law, logs_RT: np.ndarray) -> list[str]:
@@ -252,7 +252,7 @@ def _unheld(held_out: HeldOut | None) -> list[str]:
     return ["too few settings to hold the largest ones out: extrapolation is untested"] if held_out is None else []
 
 
-def plain(judged: Judged) -> dict[str, Any]:
+def plain(judged: Verdict) -> dict[str, Any]:
     """For JSON."""
     return {
         "law": judged.law.formula,

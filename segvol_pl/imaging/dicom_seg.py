@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from segvol_pl import __version__
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import VolumeError
 from segvol_pl.imaging.volume import Volume, slice_files, to_native
 
@@ -79,7 +79,7 @@ def write_dicom_seg(label_DHW: np.ndarray, names: Sequence[str], volume: Volume,
         device_serial_number="0",
         series_description="SegVol",
     )
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         written.save_as(part)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from segvol_pl.config.loader import own_function
+from segvol_pl.config.loader import custom_function
 from segvol_pl.errors import ConfigError
 from segvol_pl.imaging.box import Box
 
@@ -19,12 +19,12 @@ ABSENT = -2
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Any of text, points, a box and marks, in voxels of the array that the prompt is about.
+    """Any of text, points, a box and landmarks, in voxels of the array that the prompt is about.
 
     text: category name, as in the text bank ("liver").
     points_N3: int, (d, h, w) rows; labels_N: 1 inside, 0 outside.
     box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
-    marks: int, (d, h, w) rows of each of the user's own kinds, by their names in the model's configuration.
+    landmarks: int, (d, h, w) rows of each of the user's own kinds, by their names in the model's configuration.
     Raises ValueError where nothing is given, shapes are wrong, or the box is inverted.
     """
 
@@ -32,11 +32,11 @@ class Prompt:
     points_N3: np.ndarray | None = None
     labels_N: np.ndarray | None = None
     box: Box | None = None
-    marks: dict[str, np.ndarray] = field(default_factory=dict)
+    landmarks: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.text is None and self.points_N3 is None and self.box is None and not self.marks:
-            raise ValueError("a prompt needs at least one of text, points, box, marks")
+        if self.text is None and self.points_N3 is None and self.box is None and not self.landmarks:
+            raise ValueError("a prompt needs at least one of text, points, box, landmarks")
         if self.points_N3 is not None:
             self._check_points(self.points_N3)
         if self.box is not None:
@@ -56,7 +56,7 @@ class Prompt:
             raise ValueError(f"box {list(box)} is inverted: its minimum exceeds its maximum")
 
 
-def draw_points(
+def sample_points(
     mask_DHW: np.ndarray, rng: np.random.Generator, positive: int, negative: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """`positive` voxels inside the mask and `negative` outside, drawn with replacement.
@@ -83,31 +83,33 @@ def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) ->
     return outside[:count] if outside.size >= count else rng.choice(np.flatnonzero(~flat.astype(bool)), size=count)
 
 
-def draw_marks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """The voxels (d, h, w) that the user's own function marks for a mask that is not empty: int64, one row each.
 
     Raises ConfigError where there is no such function, or where it gives something else.
     """
-    marks_M3 = np.asarray(own_function(name, "model.marks")(mask_DHW, rng))
-    if marks_M3.ndim != 2 or marks_M3.shape[1] != 3:
+    landmarks_M3 = np.asarray(custom_function(name, "model.landmarks")(mask_DHW, rng))
+    if landmarks_M3.ndim != 2 or landmarks_M3.shape[1] != 3:
         raise ConfigError(
-            f"model.marks: {name} gave an array of {list(marks_M3.shape)}, not rows of d h w", "model.marks"
+            f"model.landmarks: {name} gave an array of {list(landmarks_M3.shape)}, not rows of d h w", "model.landmarks"
         )
-    return marks_M3.astype(np.int64)
+    return landmarks_M3.astype(np.int64)
 
 
-def gathered_marks(marks: dict[str, np.ndarray], marked: dict[str, int]) -> np.ndarray:
-    """The marks of all kinds that a model knows, (M,3), those of one kind behind those of another; zeros where lacking.
+def gathered_landmarks(landmarks: dict[str, np.ndarray], marked: dict[str, int]) -> np.ndarray:
+    """All kinds of landmarks that a model knows as one array, (M,3), kind after kind; zeros for those that are missing.
 
     marked: kind -> how many. Raises ConfigError for a kind that the model does not know, or that has another number.
     """
-    for name, marks_M3 in marks.items():
+    for name, landmarks_M3 in landmarks.items():
         if name not in marked:
             known = ", ".join(marked) or "none"
-            raise ConfigError(f"prompts: the model has no marks {name}; its model.marks: {known}", "prompts")
-        if len(marks_M3) != marked[name]:
-            raise ConfigError(f"model.marks: {name} marks {len(marks_M3)} voxels, not {marked[name]}", "model.marks")
-    rows = [marks.get(name, np.zeros((count, 3), np.int64)) for name, count in marked.items()]
+            raise ConfigError(f"prompts: the model has no landmarks {name}; its model.landmarks: {known}", "prompts")
+        if len(landmarks_M3) != marked[name]:
+            raise ConfigError(
+                f"model.landmarks: {name} marks {len(landmarks_M3)} voxels, not {marked[name]}", "model.landmarks"
+            )
+    rows = [landmarks.get(name, np.zeros((count, 3), np.int64)) for name, count in marked.items()]
     return np.concatenate([np.zeros((0, 3), np.int64), *rows])
 
 

@@ -3,7 +3,7 @@
 1. `intensity_of` measures the whole CT once; `normalise` maps HU to [0, 1] by it.
 2. `body_box` crops the air away.
 3. `resize_image` / `resize_label` make the overview; `window_around` and `crop` make native-resolution windows.
-4. `flip` and `draw_intensity` augment, drawing from the sample's own rng.
+4. `flip` and `sample_intensity` augment, drawing from the sample's own rng.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Gener
     return {name: np.flip(array, axes) for name, array in arrays.items()} if axes else arrays
 
 
-def draw_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:
+def sample_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:
     """A scale of up to +-10 %, a shift of up to +-0.1, each with `probability`, else 1 and `NO_SHIFT` (published)."""
     scaled, shifted = rng.random(2) < probability
     scale, shift = rng.uniform(-0.1, 0.1, size=2)

@@ -29,7 +29,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import SpatialImage
 from nibabel.volumeutils import apply_read_scaling
 
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import VolumeError
 from segvol_pl.imaging.itk import sitk
 
@@ -224,7 +224,7 @@ def write_mask(mask_DHW: np.ndarray, volume: Volume, path: str | Path) -> None:
     kind = np.uint16 if mask_DHW.max() > np.iinfo(np.uint8).max else np.uint8
     image = _to_sitk(to_native(mask_DHW, volume).astype(kind), volume.native.affine)
     try:
-        with replacing(path, ending) as part:
+        with atomic_path(path, ending) as part:
             sitk.WriteImage(image, str(part), useCompression=True)
     except RuntimeError as error:
         raise VolumeError(f"{path} cannot be written ({_reason(error)})") from error

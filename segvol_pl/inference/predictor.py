@@ -333,9 +333,9 @@ def _probability(logits_N: np.ndarray) -> float:
 
 
 def _continued(earlier: Prompt, later: Prompt) -> Prompt:
-    """The later prompt with the earlier one's points and marks, and its text where it has none."""
+    """The later prompt with the earlier one's points and landmarks, and its text where it has none."""
     text = earlier.text if later.text is None else later.text
-    later = replace(later, text=text, marks={**earlier.marks, **later.marks})
+    later = replace(later, text=text, landmarks={**earlier.landmarks, **later.landmarks})
     if earlier.points_N3 is None or earlier.labels_N is None:
         return later
     if later.points_N3 is None or later.labels_N is None:
@@ -407,13 +407,15 @@ def _names(predictor: Predictor, config: PredictConfig) -> list[str]:
         return predictor.categories
     bank: TextBank = predictor.model.bank  # type: ignore[attr-defined]
     unknown = [name for name in config.text if name not in bank.names]
-    if unknown and config.clip is not None:
-        extend_bank(predictor.model, unknown, config.clip)
+    if unknown and config.clip_model is not None:
+        extend_bank(predictor.model, unknown, config.clip_model)
     elif unknown:
         try:
             bank.index(unknown[0])
         except UnknownCategory as error:
-            raise UnknownCategory(f"{error}; other names need clip=FOLDER, the CLIP that made the bank") from error
+            raise UnknownCategory(
+                f"{error}; other names need clip_model=FOLDER, the CLIP that made the bank"
+            ) from error
     return config.text
 
 
@@ -424,7 +426,7 @@ def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
     """
     held: TextBank = model.bank
     try:
-        made = TextBank.from_clip([*held.names[:1], *names], TextConfig(clip=clip))
+        made = TextBank.from_clip([*held.names[:1], *names], TextConfig(clip_model=clip))
     except TextError as error:
         raise TextError(f"clip: cannot load {clip}: give a local folder, or the hub name, of CLIP's files") from error
     fits = made.vectors_KE.shape[1] == held.vectors_KE.shape[1]

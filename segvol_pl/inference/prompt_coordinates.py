@@ -20,7 +20,7 @@ from segvol_pl.errors import PromptError
 from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
 from segvol_pl.imaging.volume import Volume, voxels_of, world_of
-from segvol_pl.inference.zoom import clip_box, clip_marks
+from segvol_pl.inference.zoom import clip_box, clip_landmarks
 
 
 def check_prompt(config: PredictConfig) -> None:
@@ -86,16 +86,16 @@ def _span(volume: Volume, coordinates: Coordinates) -> str:
 
 
 def into_crop(prompt: Prompt, shape: Sequence[int], body: Box, refining: bool = False) -> Prompt:
-    """A prompt in the CT's voxels as one in the body crop's: its box and marks clipped, points in the air left out.
+    """A prompt in the CT's voxels as one in the body crop's: its box and landmarks clipped, points in the air left out.
 
     refining: a mask is known, so that all points may be outside of the structure. Raises PromptError where box or
     points lie outside the CT of `shape`, or where nothing of them lies in the crop.
     """
     extent = [high - low + 1 for low, high in zip(body[:3], body[3:], strict=True)]
     box = None if prompt.box is None else _box_into_crop(prompt.box, shape, body, extent)
-    for marks_M3 in prompt.marks.values():
-        _check_points(marks_M3, shape)
-    prompt = replace(prompt, marks=clip_marks(prompt, body[:3], extent))
+    for landmarks_M3 in prompt.landmarks.values():
+        _check_points(landmarks_M3, shape)
+    prompt = replace(prompt, landmarks=clip_landmarks(prompt, body[:3], extent))
     if prompt.points_N3 is None or prompt.labels_N is None:
         return replace(prompt, box=box)
     _check_points(prompt.points_N3, shape)

@@ -21,7 +21,7 @@ from segvol_pl.config import SlidingConfig
 from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.imaging.transforms import Sliceable, crop
-from segvol_pl.inference.zoom import Promptable, Start, clip_box, clip_marks, points_inside
+from segvol_pl.inference.zoom import Promptable, Start, clip_box, clip_landmarks, points_inside
 
 OUTSIDE_LOGIT = -100.0
 """Of voxels that no window saw: surely not inside, and finite."""
@@ -101,7 +101,7 @@ def grid(shape: Sequence[int], window: Sequence[int], overlap: float) -> list[St
 def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None:
     """What of a prompt lies in the window at `start`, in its voxels; None where the window is not to be asked.
 
-    Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside; marks
+    Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside; landmarks
     alone those that hold a part of the box around them.
     """
     box = None if prompt.box is None else clip_box(prompt.box, start, window)
@@ -111,16 +111,16 @@ def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None
     elif prompt.points_N3 is not None:
         asked = INSIDE in labels_N
     else:
-        asked = not prompt.marks or clip_box(_around(prompt), start, window) is not None
+        asked = not prompt.landmarks or clip_box(_around(prompt), start, window) is not None
     if not asked:
         return None
-    prompt = replace(prompt, box=box, marks=clip_marks(prompt, start, window))
+    prompt = replace(prompt, box=box, landmarks=clip_landmarks(prompt, start, window))
     if len(points_N3) == 0:
         return replace(prompt, points_N3=None, labels_N=None)
     return replace(prompt, points_N3=points_N3, labels_N=labels_N)
 
 
 def _around(prompt: Prompt) -> Box:
-    marks_M3 = np.concatenate(list(prompt.marks.values()))
-    d0, h0, w0, d1, h1, w1 = (int(number) for number in (*marks_M3.min(axis=0), *marks_M3.max(axis=0)))
+    landmarks_M3 = np.concatenate(list(prompt.landmarks.values()))
+    d0, h0, w0, d1, h1, w1 = (int(number) for number in (*landmarks_M3.min(axis=0), *landmarks_M3.max(axis=0)))
     return d0, h0, w0, d1, h1, w1

@@ -244,7 +244,7 @@ class Shown:
     figure: figure
     slice: ColumnDataSource
     mask: ColumnDataSource
-    marks: ColumnDataSource
+    landmarks: ColumnDataSource
     box: ColumnDataSource
     scroll: Any
 
@@ -325,13 +325,13 @@ class Page:
         greys = LinearColorMapper(palette="Greys256", low=0, high=255)
         plot.image("image", source=hu, color_mapper=greys, **place)
         plot.image_rgba("image", source=mask, **place)
-        marks = ColumnDataSource({"x": [], "y": [], "colour": []})
-        plot.scatter("x", "y", source=marks, size=10, fill_color="colour", line_color="white")
+        landmarks = ColumnDataSource({"x": [], "y": [], "colour": []})
+        plot.scatter("x", "y", source=landmarks, size=10, fill_color="colour", line_color="white")
         box = ColumnDataSource({"left": [], "right": [], "bottom": [], "top": []}, name=f"{plane.name} box")
         plot.quad("left", "right", "bottom", "top", source=box, fill_alpha=0, line_color="#29b6f6", line_width=2)
         last = shape[plane.across] - 1
         scroll = Slider(name=f"{plane.name} slice", title=plane.name, start=0, end=last, value=last // 2, step=1)
-        return Shown(plane, plot, hu, mask, marks, box, scroll)
+        return Shown(plane, plot, hu, mask, landmarks, box, scroll)
 
     def _connect(self) -> None:
         from bokeh.events import MouseWheel, SelectionGeometry, Tap
@@ -431,7 +431,7 @@ class Page:
     def _draw_prompt(self, shown: Shown, place: int) -> None:
         plane, spacing = shown.plane, self.volume.spacing
         here = [(voxel, label) for voxel, label in self.asked.points if voxel[plane.across] == place]
-        shown.marks.data = {
+        shown.landmarks.data = {
             "x": [(voxel[plane.along] + 0.5) * spacing[plane.along] for voxel, _ in here],
             "y": [(voxel[plane.down] + 0.5) * spacing[plane.down] for voxel, _ in here],
             "colour": [COLOURS[label] for _, label in here],

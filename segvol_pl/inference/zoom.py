@@ -30,9 +30,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from segvol_pl.config import Rule, ZoomConfig
+from segvol_pl.config import Convention, ZoomConfig
 from segvol_pl.imaging.box import Box, box_of, box_slices
-from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt, draw_points
+from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt, sample_points
 from segvol_pl.imaging.transforms import Sliceable, resize_image, resize_label
 from segvol_pl.inference.coarse import Certain, Coarse, Ground, binary, enlarge
 from segvol_pl.inference.token_cache import TokenStore
@@ -172,8 +172,8 @@ def scale_prompt(prompt: Prompt, source: Sequence[int], target: Sequence[int]) -
     """The prompt on a grid of shape `target` that spans the same extent as its grid of shape `source`."""
     points_N3 = prompt.points_N3 if prompt.points_N3 is None else _scale_points(prompt.points_N3, source, target)
     box = prompt.box if prompt.box is None else scale_box(prompt.box, source, target)
-    marks = {name: _scale_points(marks_M3, source, target) for name, marks_M3 in prompt.marks.items()}
-    return replace(prompt, points_N3=points_N3, box=box, marks=marks)
+    landmarks = {name: _scale_points(landmarks_M3, source, target) for name, landmarks_M3 in prompt.landmarks.items()}
+    return replace(prompt, points_N3=points_N3, box=box, landmarks=landmarks)
 
 
 def _scale_points(points_N3: np.ndarray, source: Sequence[int], target: Sequence[int]) -> np.ndarray:
@@ -245,7 +245,7 @@ def tiles(box: Box, window: Sequence[int], shape: Sequence[int], config: ZoomCon
     of the published grid begin where the box begins, and see the box alone, in their middle where it is smaller than
     they are. The last window of either grid ends where that ends, as in MONAI's sliding window.
     """
-    if config.grid is Rule.published:
+    if config.grid is Convention.published:
         return _tiles_of(box, window, config.overlap)
     bound = _whole(shape)
     axes = [
@@ -295,7 +295,7 @@ def _reflected_as_published(
     if prompt.points_N3 is None:
         return replace(prompt, box=box)
     if said_DHW.any():
-        points_N3, labels_N = draw_points(said_DHW, rng, positive=points, negative=0)
+        points_N3, labels_N = sample_points(said_DHW, rng, positive=points, negative=0)
     else:
         points_N3, labels_N = np.full((1, 3), -1), np.array([PADDING])
     return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=box)
@@ -323,7 +323,7 @@ def reflect(
     it holds neither coarse mask nor a user's point inside the structure, or lies outside the user's box.
     """
     empty = not coarse_DHW.any()
-    prompt = replace(prompt, marks=clip_marks(prompt, start, coarse_DHW.shape))
+    prompt = replace(prompt, landmarks=clip_landmarks(prompt, start, coarse_DHW.shape))
     points_N3, labels_N = points_inside(prompt, start, coarse_DHW.shape)
     if empty:
         return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=None) if INSIDE in labels_N else None
@@ -332,7 +332,7 @@ def reflect(
         return None
     if prompt.points_N3 is None:
         return replace(prompt, box=box)
-    drawn_N3, drawn_N = draw_points(coarse_DHW, rng, positive=points, negative=0)
+    drawn_N3, drawn_N = sample_points(coarse_DHW, rng, positive=points, negative=0)
     return replace(
         prompt,
         points_N3=np.concatenate([points_N3, drawn_N3]),
@@ -350,10 +350,12 @@ def points_inside(prompt: Prompt, start: Start, shape: Sequence[int]) -> tuple[n
     return local_N3[inside_N], np.asarray(prompt.labels_N, np.int64)[inside_N]
 
 
-def clip_marks(prompt: Prompt, start: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
-    """The marks in the voxels of the window of `shape` at `start`: those outside lie on its edge, as a cut box's do."""
+def clip_landmarks(prompt: Prompt, start: Sequence[int], shape: Sequence[int]) -> dict[str, np.ndarray]:
+    """The landmarks in voxels of the window of `shape` at `start`; those outside move to its edge, as a box does."""
     last_3 = np.subtract(shape, 1)
-    return {name: np.clip(marks_M3 - np.asarray(start), 0, last_3) for name, marks_M3 in prompt.marks.items()}
+    return {
+        name: np.clip(landmarks_M3 - np.asarray(start), 0, last_3) for name, landmarks_M3 in prompt.landmarks.items()
+    }
 
 
 def clip_box(box: Box, start: Sequence[int], shape: Sequence[int]) -> Box | None:
@@ -460,7 +462,7 @@ class Zoomer:
 
     @property
     def _nearest(self) -> bool:
-        return self.config.interpolation is Rule.published
+        return self.config.interpolation is Convention.published
 
     @torch.inference_mode()
     def zoom_out(self, prompt: Prompt) -> Coarse:
@@ -508,19 +510,21 @@ class Zoomer:
         mask_DHW = previous_DHW | (prompt_map(prompt, previous_DHW.shape) if prompt.points_N3 is not None else False)
         if prompt.box is None:
             prompt = replace(prompt, box=box_of(mask_DHW))
-        (result,) = self._carried_out([self._planned(self.prompted(prompt, rng), Certain(mask_DHW), Rule.consistent)])
+        (result,) = self._carried_out(
+            [self._planned(self.prompted(prompt, rng), Certain(mask_DHW), Convention.consistent)]
+        )
         return result
 
-    def _planned(self, asked: Prompted, ground: Ground, reflection: Rule | None = None) -> _Plan:
+    def _planned(self, asked: Prompted, ground: Ground, reflection: Convention | None = None) -> _Plan:
         mask_DHW = ground.mask(self.config.threshold)
         if not mask_DHW.any():
             return _Plan(ground, None, [], self.window, torch.zeros(0, 0, 0))
-        if self.config.grid is Rule.published:
+        if self.config.grid is Convention.published:
             roi = cut_off_region(mask_DHW, self.window)
         else:
             roi = region_of(mask_DHW, asked.prompt, self.window, self.config.reach)
         grid = tiles(roi, self.window, mask_DHW.shape, self.config)
-        published = (reflection or self.config.reflection) is Rule.published
+        published = (reflection or self.config.reflection) is Convention.published
         reflected = self._reflected_as_published if published else self._reflected
         local = list(reflected(asked, mask_DHW, grid))
         shape = [high - low + 1 for low, high in _pairs(roi[:3], roi[3:])]
@@ -553,7 +557,7 @@ class Zoomer:
         said_DHW = enlarge(prompt_map(asked.shrunk, self.window), mask_DHW.shape)
         for tile in grid:
             inside_DHW, said = tile.cut(mask_DHW, self.window), tile.cut(said_DHW, self.window)
-            prompt = replace(asked.prompt, marks=clip_marks(asked.prompt, tile.start, self.window))
+            prompt = replace(asked.prompt, landmarks=clip_landmarks(asked.prompt, tile.start, self.window))
             alone = len(grid) == 1
             yield tile, _reflected_as_published(prompt, inside_DHW, said, alone, self.config.points, asked.rng)
 

@@ -26,8 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save_file
 from torch import nn
 
-from segvol_pl.atomic import replacing
-from segvol_pl.config import Rule, SegVolConfig
+from segvol_pl.atomic import atomic_path
+from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.config.loader import plain
 from segvol_pl.errors import CheckpointError
 from segvol_pl.model.released import (
@@ -35,7 +35,7 @@ from segvol_pl.model.released import (
     Tensors,
     encoder_of,
     read_contents,
-    split_carried,
+    split_extra,
     tower_of,
     without_prefix,
 )
@@ -47,7 +47,7 @@ __all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_mod
 BANK = "text_encoder.bank_KE"
 FORMAT = "segvol_pl/1"
 LISTED = 5
-STACKS = {"layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
+STACKS = {"num_layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
 """Keys of the model that count blocks -> how the names of the blocks' tensors begin."""
 
 
@@ -59,15 +59,15 @@ class Weights:
     config: SegVolConfig
     categories: list[str]
     tensors: Tensors
-    carried: Tensors = field(default_factory=dict)
+    extra_tensors: Tensors = field(default_factory=dict)
     """Released tensors that this model does not hold, see `released`."""
     order: list[str] = field(default_factory=list)
     """Names in the order of the released file; empty where none was imported."""
 
     @property
     def tower(self) -> Tensors:
-        """CLIP's text tower; empty where none is carried."""
-        return tower_of(self.carried)
+        """CLIP's text tower; empty where none is extra_tensors."""
+        return tower_of(self.extra_tensors)
 
     @property
     def bank(self) -> TextBank:
@@ -158,7 +158,7 @@ def read_weights(source: Path | Contents, released: SegVolConfig | None = None) 
         return _exported(contents)
     if is_trained(contents):
         return _trained(contents)
-    return _released(contents, released or SegVolConfig(coordinates=Rule.published))
+    return _released(contents, released or SegVolConfig(coordinates=Convention.published))
 
 
 def is_exported(contents: Contents) -> bool:
@@ -176,8 +176,8 @@ def _exported(contents: Contents) -> Weights:
     config = _model_config(_header_json(contents, "config"), contents.path)
     categories = _names(_header_json(contents, "categories"), "categories", contents.path)
     order = _names(_header_json(contents, "order", "[]"), "order", contents.path)
-    tensors, carried = split_carried(contents.tensors)
-    return _as_stated(Weights(contents.path, config, categories, tensors, carried, order))
+    tensors, extra_tensors = split_extra(contents.tensors)
+    return _as_stated(Weights(contents.path, config, categories, tensors, extra_tensors, order))
 
 
 def _header_json(contents: Contents, name: str, default: str | None = None) -> Any:
@@ -201,8 +201,8 @@ def _released(contents: Contents, config: SegVolConfig) -> Weights:
     named = without_prefix(contents.tensors)
     if not any(name.startswith("mask_decoder.") for name in named):
         raise CheckpointError(f"{contents.path}: holds no mask decoder; for an image encoder alone use pretrained=FILE")
-    tensors, carried = split_carried(named)
-    return Weights(contents.path, config, [], tensors, carried, list(named))
+    tensors, extra_tensors = split_extra(named)
+    return Weights(contents.path, config, [], tensors, extra_tensors, list(named))
 
 
 def _model_config(stated: Any, path: Path) -> SegVolConfig:
@@ -264,13 +264,13 @@ def write_weights(weights: Weights, target: Path) -> Path:
         "categories": json.dumps(weights.categories),
         "order": json.dumps(weights.order),
     }
-    return write_safetensors({**weights.tensors, **weights.carried}, target, header)
+    return write_safetensors({**weights.tensors, **weights.extra_tensors}, target, header)
 
 
 def write_safetensors(tensors: Tensors, target: Path, header: dict[str, str] | None = None) -> Path:
     """A .safetensors file with the permissions of any other file."""
     whole = {name: value.contiguous() for name, value in tensors.items()}
-    with replacing(target) as part:
+    with atomic_path(target) as part:
         part.touch()
         usual = part.stat().st_mode
         save_file(whole, part, metadata=header)

@@ -11,7 +11,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from segvol_pl.config import ImportConfig, Rule, SegVolConfig
+from segvol_pl.config import Convention, ImportConfig, SegVolConfig
 from segvol_pl.config.categories import load_categories
 from segvol_pl.errors import CheckpointError
 from segvol_pl.model.checkpoint import (
@@ -50,7 +50,7 @@ def import_weights(config: ImportConfig) -> Path:
     bank = _bank_of(config, weights)
     model = SegVol(config.model, bank)
     report = load_exactly(model, {**weights.tensors, BANK: bank.vectors_KE}, weights.path, config.allow)
-    log.info("%s; %d carried along (text tower, parts never run)", report, len(weights.carried))
+    log.info("%s; %d carried along (text tower, parts never run)", report, len(weights.extra_tensors))
     return write_weights(replace(weights, categories=bank.names, tensors=model.state_dict()), target)
 
 
@@ -77,19 +77,19 @@ def export(source: str | Path, target: str | Path, published: str | Path | None 
     weights = read_weights(Path(source))
     beside = weights if published is None else read_weights(Path(published), weights.config)
     if target.suffix == ".safetensors":
-        return write_weights(replace(weights, carried=beside.carried, order=beside.order), target)
+        return write_weights(replace(weights, extra_tensors=beside.extra_tensors, order=beside.order), target)
     return _export_published(weights, beside, target)
 
 
 def _export_published(weights: Weights, beside: Weights, target: Path) -> Path:
-    if weights.config.coordinates is not Rule.published:
+    if weights.config.coordinates is not Convention.published:
         raise CheckpointError(
             f"{weights.path}: has model.coordinates=consistent; the published code computes the others"
         )
     if not beside.order:
         raise CheckpointError(f"{beside.path}: lacks CLIP's text tower: give the published weights as third argument")
-    tensors = {name: value for name, value in {**weights.tensors, **beside.carried}.items() if name != BANK}
-    wanted = {name: value for name, value in {**beside.tensors, **beside.carried}.items() if name != BANK}
+    tensors = {name: value for name, value in {**weights.tensors, **beside.extra_tensors}.items() if name != BANK}
+    wanted = {name: value for name, value in {**beside.tensors, **beside.extra_tensors}.items() if name != BANK}
     if lost := [name for name in beside.order if name not in tensors]:
         raise CheckpointError(f"{weights.path}: lacks {listed(lost)}, which {beside.path} has: import that again")
     if problems := differences(wanted, tensors):

@@ -27,7 +27,7 @@ class Block(TransformerBlock):
     """
 
     def __init__(self, config: SegVolConfig) -> None:
-        super().__init__(config.hidden, config.mlp, config.heads, qkv_bias=False)
+        super().__init__(config.hidden_size, config.mlp_dim, config.num_heads, qkv_bias=False)
         # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
         del self.norm_cross_attn
         self.recompute = Recompute.none
@@ -72,15 +72,15 @@ class ImageEncoder(nn.Module):
         self.patch_embedding = PatchEmbeddingBlock(
             in_channels=1,
             img_size=list(config.input_shape),
-            patch_size=list(config.patch),
-            hidden_size=config.hidden,
-            num_heads=config.heads,
+            patch_size=list(config.patch_size),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
             proj_type="perceptron",
             pos_embed_type="learnable",
             spatial_dims=3,
         )
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.hidden)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
 
     def compute_again(self, recompute: Recompute) -> None:
         """What of the blocks' activations is computed again in the backward pass in place of being held."""

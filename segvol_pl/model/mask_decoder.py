@@ -118,7 +118,7 @@ class MLPBlock(nn.Module):
         return out
 
 
-class ImageSide(NamedTuple):
+class ImageContext(NamedTuple):
     """The image in a layer's two cross attentions. In the first layer it is the same for all prompts of an image."""
 
     image_BTE: Tensor
@@ -130,11 +130,11 @@ class ImageSide(NamedTuple):
     queries_BTI: Tensor
     """Queries where the image looks at the prompt tokens."""
 
-    def spread(self, count: int) -> ImageSide:
+    def spread(self, count: int) -> ImageContext:
         """For `count` prompts of each image."""
         image, place, *projected = self
         image, *projected = (_spread(x, count) for x in (image, *projected))
-        return ImageSide(image, place, *projected)
+        return ImageContext(image, place, *projected)
 
 
 class TwoWayAttentionBlock(nn.Module):
@@ -142,38 +142,38 @@ class TwoWayAttentionBlock(nn.Module):
 
     def __init__(self, config: SegVolConfig, first: bool) -> None:
         super().__init__()
-        hidden, heads = config.hidden, config.decoder_heads
+        hidden, heads = config.hidden_size, config.decoder_heads
         self.first = first
         self.self_attn = Attention(hidden, heads)
         self.norm1 = nn.LayerNorm(hidden)
         self.cross_attn_token_to_image = Attention(hidden, heads, downsample=2)
         self.norm2 = nn.LayerNorm(hidden)
-        self.mlp = MLPBlock(hidden, config.decoder_mlp)
+        self.mlp = MLPBlock(hidden, config.decoder_mlp_dim)
         self.norm3 = nn.LayerNorm(hidden)
         self.norm4 = nn.LayerNorm(hidden)
         self.cross_attn_image_to_token = Attention(hidden, heads, downsample=2)
 
-    def look(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
+    def project_image(self, image_BTE: Tensor, place_TE: Tensor) -> ImageContext:
         """This layer's projections of the image, for whoever stands outside: FSDP2 gathers the layer around it."""
         return self._projected(image_BTE, place_TE)
 
-    def _projected(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
+    def _projected(self, image_BTE: Tensor, place_TE: Tensor) -> ImageContext:
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         keys, queries, values = _projections(image_BTE, place_TE, (to_image.k_proj, to_token.q_proj), to_image.v_proj)
-        return ImageSide(image_BTE, place_TE, keys, values, queries)
+        return ImageContext(image_BTE, place_TE, keys, values, queries)
 
     def forward(
-        self, tokens_ASE: Tensor, seen: ImageSide | tuple[Tensor, Tensor], prompt_ASE: Tensor, keep_AS: Tensor
+        self, tokens_ASE: Tensor, seen: ImageContext | tuple[Tensor, Tensor], prompt_ASE: Tensor, keep_AS: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`seen` is what the layer sees of the image, or image_ATE and place_TE to be looked at."""
-        side = seen if isinstance(seen, ImageSide) else self._projected(*seen)
+        context = seen if isinstance(seen, ImageContext) else self._projected(*seen)
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         tokens_ASE = narrow(self.norm1(self._attend_self(tokens_ASE, prompt_ASE, keep_AS)))
         q = to_image.q_proj(tokens_ASE + prompt_ASE)
-        tokens_ASE = narrow(self.norm2(tokens_ASE + to_image.mix(q, side.keys_BTI, side.values_BTI)))
+        tokens_ASE = narrow(self.norm2(tokens_ASE + to_image.mix(q, context.keys_BTI, context.values_BTI)))
         tokens_ASE = narrow(self.norm3(tokens_ASE + self.mlp(tokens_ASE)))
         k, v = to_token.k_proj(tokens_ASE + prompt_ASE), to_token.v_proj(tokens_ASE)
-        image_ATE = _renewed(side.image_BTE, to_token.mix(side.queries_BTI, k, v, keep_AS), self.norm4)
+        image_ATE = _renewed(context.image_BTE, to_token.mix(context.queries_BTI, k, v, keep_AS), self.norm4)
         return tokens_ASE, image_ATE
 
     def _attend_self(self, tokens_ASE: Tensor, prompt_ASE: Tensor, keep_AS: Tensor) -> Tensor:
@@ -190,20 +190,20 @@ class TwoWayTransformer(nn.Module):
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(TwoWayAttentionBlock(config, first=i == 0) for i in range(config.decoder_layers))
-        self.final_attn_token_to_image = Attention(config.hidden, config.decoder_heads, downsample=2)
-        self.norm_final_attn = nn.LayerNorm(config.hidden)
+        self.final_attn_token_to_image = Attention(config.hidden_size, config.decoder_heads, downsample=2)
+        self.norm_final_attn = nn.LayerNorm(config.hidden_size)
 
-    def look(self, image_BTE: Tensor, place_TE: Tensor) -> ImageSide:
+    def project_image(self, image_BTE: Tensor, place_TE: Tensor) -> ImageContext:
         """What the first layer sees of the images, whatever is asked of them."""
         first = self.layers[0]
         assert isinstance(first, TwoWayAttentionBlock)
-        return first.look(image_BTE, place_TE)
+        return first.project_image(image_BTE, place_TE)
 
-    def forward(self, prompt_ASE: Tensor, side: ImageSide, keep_AS: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, prompt_ASE: Tensor, context: ImageContext, keep_AS: Tensor) -> tuple[Tensor, Tensor]:
         """`side` is that of all prompts, or on a GPU of their images."""
-        place_TE, prompt_ASE = side.place_TE, narrow(prompt_ASE)
+        place_TE, prompt_ASE = context.place_TE, narrow(prompt_ASE)
         tokens_ASE = prompt_ASE
-        seen: ImageSide | tuple[Tensor, Tensor] = side
+        seen: ImageContext | tuple[Tensor, Tensor] = context
         for layer in self.layers:
             tokens_ASE, image_ATE = layer(tokens_ASE, seen, prompt_ASE, keep_AS)
             seen = (image_ATE, place_TE)
@@ -328,7 +328,7 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
-        hidden, grid = config.hidden, config.grid
+        hidden, grid = config.hidden_size, config.grid
         self.transformer = TwoWayTransformer(config)
         self.iou_token = nn.Embedding(1, hidden)
         self.mask_tokens = nn.Embedding(MASK_TOKENS, hidden)
@@ -337,15 +337,15 @@ class MaskDecoder(nn.Module):
         self.txt_align_upscaled_embedding = nn.Linear(hidden, hidden // 8)
 
     def forward(
-        self, side: ImageSide, prompt_ASE: Tensor, keep_AS: Tensor, text_AE: Tensor, has_text_A: Tensor
+        self, context: ImageContext, prompt_ASE: Tensor, keep_AS: Tensor, text_AE: Tensor, has_text_A: Tensor
     ) -> Tensor:
         """`side`: the first layer's, of the B images; every image has A / B prompts."""
         own_SE = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens_ASE = torch.cat([own_SE.expand(len(prompt_ASE), -1, -1), prompt_ASE], dim=1)
         keep_AS = F.pad(keep_AS, (len(own_SE), 0), value=True)
-        if not fused(side.image_BTE):
-            side = side.spread(len(prompt_ASE) // len(side.image_BTE))
-        tokens_ASE, image_ATE = self.transformer(tokens_ASE, side, keep_AS)
+        if not fused(context.image_BTE):
+            context = context.spread(len(prompt_ASE) // len(context.image_BTE))
+        tokens_ASE, image_ATE = self.transformer(tokens_ASE, context, keep_AS)
         weights_AE = self.output_hypernetworks_mlps[0](tokens_ASE[:, 1])
         weights_AE = weights_AE + self.txt_align_upscaled_embedding(text_AE) * has_text_A[:, None]
         logits_ADHW: Tensor = self.output_upscaling(image_ATE, weights_AE)

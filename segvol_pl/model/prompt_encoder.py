@@ -1,9 +1,10 @@
-"""The prompt encoder: points, boxes, text and marks become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
+"""The prompt encoder: points, boxes, text and landmarks become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
 
 All prompts of all images are encoded at once. What a prompt lacks is a token that attention leaves out,
 so that any mixture of prompt kinds is one batch.
 
-Letters: B batch, P prompts of one image, N points, M marks of all kinds, S prompt tokens, E embedding, T image tokens.
+Letters: B batch, P prompts of one image, N points, M landmarks of all kinds, S prompt tokens, E embedding, T image
+tokens.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from segvol_pl.config import Rule, SegVolConfig
-from segvol_pl.imaging.prompts import ABSENT, PADDING, Prompt, gathered_marks
+from segvol_pl.config import Convention, SegVolConfig
+from segvol_pl.imaging.prompts import ABSENT, PADDING, Prompt, gathered_landmarks
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class PromptTensors:
     """The prompts of a batch of images, coordinates in voxels of the model's input.
 
     points_BPN3 float32, labels_BPN int64 (1, 0, -1 = padding, -2 = absent), boxes_BP6 float32 (inclusive maximum),
-    text_BP int64 (row of the text bank), marks_BPM3 float32; has_* bool (B,P), of marks (B,P,M): what of it the prompt
-    really has.
+    text_BP int64 (row of the text bank), landmarks_BPM3 float32; has_* bool (B,P), of landmarks (B,P,M): what the
+    prompt really has.
     """
 
     points_BPN3: Tensor
     labels_BPN: Tensor
     boxes_BP6: Tensor
     text_BP: Tensor
-    marks_BPM3: Tensor
+    landmarks_BPM3: Tensor
     has_points_BP: Tensor
     has_box_BP: Tensor
     has_text_BP: Tensor
@@ -66,7 +67,7 @@ class PromptTensors:
     ) -> PromptTensors:
         """Every image must have the same number of prompts. `index_of` gives the text bank's row of a name.
 
-        marked: the model's kinds of marks, and how many each has. Raises ConfigError for others. step: there is
+        marked: the model's kinds of landmarks, and how many each has. Raises ConfigError for others. step: there is
         room for a multiple of so many points.
         """
         shape = (len(prompts), len(prompts[0]))
@@ -76,18 +77,20 @@ class PromptTensors:
         points, labels = zip(*(_padded(prompt, width) for prompt in flat), strict=True)
         boxes = [prompt.box or (0,) * 6 for prompt in flat]
         text = [0 if prompt.text is None else index_of(prompt.text) for prompt in flat]
-        marks = np.stack([gathered_marks(prompt.marks, marked) for prompt in flat])
-        has_marks = [[name in prompt.marks for name, count in marked.items() for _ in range(count)] for prompt in flat]
+        landmarks = np.stack([gathered_landmarks(prompt.landmarks, marked) for prompt in flat])
+        has_landmarks = [
+            [name in prompt.landmarks for name, count in marked.items() for _ in range(count)] for prompt in flat
+        ]
         return cls(
             points_BPN3=torch.tensor(np.stack(points), dtype=torch.float32).view(*shape, width, 3),
             labels_BPN=torch.tensor(np.stack(labels), dtype=torch.int64).view(*shape, width),
             boxes_BP6=torch.tensor(boxes, dtype=torch.float32).view(*shape, 6),
             text_BP=torch.tensor(text, dtype=torch.int64).view(shape),
-            marks_BPM3=torch.tensor(marks, dtype=torch.float32).view(*shape, -1, 3),
+            landmarks_BPM3=torch.tensor(landmarks, dtype=torch.float32).view(*shape, -1, 3),
             has_points_BP=torch.tensor([prompt.points_N3 is not None for prompt in flat]).view(shape),
             has_box_BP=torch.tensor([prompt.box is not None for prompt in flat]).view(shape),
             has_text_BP=torch.tensor([prompt.text is not None for prompt in flat]).view(shape),
-            has_marks_BPM=torch.tensor(has_marks, dtype=torch.bool).view(*shape, -1),
+            has_marks_BPM=torch.tensor(has_landmarks, dtype=torch.bool).view(*shape, -1),
         )
 
 
@@ -126,18 +129,18 @@ class PositionEmbeddingRandom(nn.Module):
 
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
-        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, config.hidden // 2))
+        self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, config.hidden_size // 2))
         # A buffer, since a tensor made of numbers would stop a GPU at every step.
         extent = torch.tensor(self._extent(config), dtype=torch.float32)
         self.register_buffer("extent_3", extent, persistent=False)
-        self.published = config.coordinates is Rule.published
+        self.published = config.coordinates is Convention.published
         self.grid = config.grid
 
     @staticmethod
     def _extent(config: SegVolConfig) -> tuple[int, int, int]:
         depth, height, width = config.input_shape
-        # The released weights were trained with coordinates divided by each other's extent, see Rule.
-        return (height, depth, width) if config.coordinates is Rule.published else (depth, height, width)
+        # The released weights were trained with coordinates divided by each other's extent, see Convention.
+        return (height, depth, width) if config.coordinates is Convention.published else (depth, height, width)
 
     def encode(self, unit_3: Tensor) -> Tensor:
         """Positions in [0, 1] (..., 3) -> (..., E)."""
@@ -164,22 +167,26 @@ class PromptEncoder(nn.Module):
         super().__init__()
         self.pe_layer = PositionEmbeddingRandom(config)
         # In the released weights' order: outside, inside, the box's first corner, its last corner.
-        self.point_embeddings = nn.ModuleList(nn.Embedding(1, config.hidden) for _ in range(4))
-        self.not_a_point_embed = nn.Embedding(1, config.hidden)
-        self.no_mask_embed = nn.Embedding(1, config.hidden)
-        count = sum(config.marked.values())
-        self.mark_embeddings = nn.Embedding(count, config.hidden) if count else None
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, config.hidden_size) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, config.hidden_size)
+        self.no_mask_embed = nn.Embedding(1, config.hidden_size)
+        count = sum(config.landmark_counts.values())
+        self.landmark_embeddings = nn.Embedding(count, config.hidden_size) if count else None
 
     def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens_BPSE, float32: points, the padding point, the box's two corners, text, marks; keep_BPS, bool."""
+        """tokens_BPSE, float32: points, the padding point, the box's two corners, text, landmarks; keep_BPS, bool."""
         # Fourier features of voxel positions lose their meaning in bf16.
         with torch.autocast(text_BPE.device.type, enabled=False):
             points_BPNE = self._points(prompts.points_BPN3, prompts.labels_BPN)
             box_BP2E = self._box(prompts.boxes_BP6)
-            marks = [] if self.mark_embeddings is None else [self._marks(prompts.marks_BPM3, self.mark_embeddings)]
+            landmarks = (
+                []
+                if self.landmark_embeddings is None
+                else [self._landmarks(prompts.landmarks_BPM3, self.landmark_embeddings)]
+            )
         # SAM ends points that come without a box by one padding point.
         padding_BP1E = self.not_a_point_embed.weight.expand(*text_BPE.shape[:2], 1, -1)
-        tokens_BPSE = torch.cat([points_BPNE, padding_BP1E, box_BP2E, text_BPE[:, :, None].float(), *marks], dim=2)
+        tokens_BPSE = torch.cat([points_BPNE, padding_BP1E, box_BP2E, text_BPE[:, :, None].float(), *landmarks], dim=2)
         return tokens_BPSE, self._keep(prompts)
 
     def _points(self, points_BPN3: Tensor, labels_BPN: Tensor) -> Tensor:
@@ -192,8 +199,8 @@ class PromptEncoder(nn.Module):
         corners_BP2E = self.pe_layer.voxels(boxes_BP6.unflatten(-1, (2, 3)))
         return corners_BP2E + torch.cat([self._kind(2), self._kind(3)])
 
-    def _marks(self, marks_BPM3: Tensor, embeddings: nn.Embedding) -> Tensor:
-        placed: Tensor = self.pe_layer.voxels(marks_BPM3) + embeddings.weight
+    def _landmarks(self, landmarks_BPM3: Tensor, embeddings: nn.Embedding) -> Tensor:
+        placed: Tensor = self.pe_layer.voxels(landmarks_BPM3) + embeddings.weight
         return placed
 
     def _kind(self, index: int) -> Tensor:

@@ -20,11 +20,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import CheckpointError
 
 TOWER = "text_encoder.clip_text_model."
-CARRIED = re.compile(
+EXTRA = re.compile(
     rf"{re.escape(TOWER)}|mask_decoder\.(output_hypernetworks_mlps\.[1-3]|iou_prediction_head)\.|prompt_encoder\.mask_downscaling\."
 )
 PREFIXES = ("module.", "model.", "")
@@ -109,10 +109,10 @@ def without_prefix(tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
-def split_carried(tensors: Tensors) -> tuple[Tensors, Tensors]:
+def split_extra(tensors: Tensors) -> tuple[Tensors, Tensors]:
     """(this model's, carried along)."""
-    carried = {name: value for name, value in tensors.items() if CARRIED.match(name)}
-    return {name: value for name, value in tensors.items() if name not in carried}, carried
+    extra_tensors = {name: value for name, value in tensors.items() if EXTRA.match(name)}
+    return {name: value for name, value in tensors.items() if name not in extra_tensors}, extra_tensors
 
 
 def encoder_of(contents: Contents) -> Tensors:
@@ -124,13 +124,13 @@ def encoder_of(contents: Contents) -> Tensors:
     raise CheckpointError(f"{contents.path}: holds no image encoder (names start with none of {', '.join(ENCODERS)})")
 
 
-def tower_of(carried: Tensors) -> Tensors:
-    """CLIP's text tower, under the names of `transformers.CLIPTextModel`; empty where none is carried."""
-    tower = {name.removeprefix(TOWER): value for name, value in carried.items() if name.startswith(TOWER)}
+def tower_of(extra_tensors: Tensors) -> Tensors:
+    """CLIP's text tower, under the names of `transformers.CLIPTextModel`; empty where none is extra_tensors."""
+    tower = {name.removeprefix(TOWER): value for name, value in extra_tensors.items() if name.startswith(TOWER)}
     return {name: value for name, value in tower.items() if not name.endswith("position_ids")}
 
 
 def write_pth(tensors: Tensors, path: Path) -> None:
     """The published `.pth` layout."""
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         torch.save({"model": {PTH_PREFIX + name: value for name, value in tensors.items()}}, part)

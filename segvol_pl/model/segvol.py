@@ -1,7 +1,7 @@
 """SegVol: one image encoding, many prompts decoded from it (paper Sec. 2.1).
 
     image_BCDHW -> encode -> tokens_BTE -+
-    prompts (points, box, text, marks) --+-> decode -> logits_BPDHW at the input's resolution
+    prompts (points, box, text, landmarks) --+-> decode -> logits_BPDHW at the input's resolution
 
 Letters: B images, P prompts of one image, A = B x P, C channel, D H W voxels, T tokens, E embedding.
 """
@@ -17,7 +17,7 @@ from segvol_pl.config import SegVolConfig
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.kernels.compared import interpolation
 from segvol_pl.model.image_encoder import ImageEncoder
-from segvol_pl.model.mask_decoder import ImageSide, MaskDecoder
+from segvol_pl.model.mask_decoder import ImageContext, MaskDecoder
 from segvol_pl.model.prompt_encoder import PromptEncoder, PromptTensors
 from segvol_pl.model.text_encoder import TextBank, TextEncoder
 
@@ -81,22 +81,24 @@ class SegVol(nn.Module):
 
     def decode_low(self, tokens_BTE: Tensor, prompts: PromptTensors) -> Tensor:
         """logits_BPDHW at the decoder's resolution: four times the token grid."""
-        return self.decode_side(self.side(tokens_BTE), prompts)
+        return self.decode_from_context(self.image_context(tokens_BTE), prompts)
 
-    def side(self, tokens_BTE: Tensor) -> ImageSide:
-        """What decoding needs of the images, the same for all prompts: made once, for any number of `decode_side`."""
+    def image_context(self, tokens_BTE: Tensor) -> ImageContext:
+        """What decoding needs of the images, the same for all prompts: computed once for any number of prompts."""
         # The positions of tokens and of prompts are compared: both are exact.
         with torch.autocast(tokens_BTE.device.type, enabled=False):
             place_TE = self.prompt_encoder.pe_layer.dense()
-        return self.mask_decoder.transformer.look(tokens_BTE + self.prompt_encoder.no_mask_embed.weight, place_TE)
+        return self.mask_decoder.transformer.project_image(
+            tokens_BTE + self.prompt_encoder.no_mask_embed.weight, place_TE
+        )
 
-    def decode_side(self, side: ImageSide, prompts: PromptTensors) -> Tensor:
+    def decode_from_context(self, context: ImageContext, prompts: PromptTensors) -> Tensor:
         """As `decode_low`, of what `side` gave."""
         text_BPE = self.text_encoder(prompts.text_BP)
         prompt_BPSE, keep_BPS = self.prompt_encoder(prompts, text_BPE)
         has_text_A = prompts.has_text_BP.flatten()
         logits_ADHW = self.mask_decoder(
-            side, prompt_BPSE.flatten(0, 1), keep_BPS.flatten(0, 1), text_BPE.flatten(0, 1), has_text_A
+            context, prompt_BPSE.flatten(0, 1), keep_BPS.flatten(0, 1), text_BPE.flatten(0, 1), has_text_A
         )
         low_BPDHW: Tensor = logits_ADHW.unflatten(0, prompts.text_BP.shape)
         return low_BPDHW
@@ -110,8 +112,8 @@ class SegVol(nn.Module):
     def prompts(self, prompts: Sequence[Sequence[Prompt]]) -> PromptTensors:
         """Tensors of a list of prompts per image, on this model's device.
 
-        Raises UnknownCategory for a text, ConfigError for marks that the model does not know.
+        Raises UnknownCategory for a text, ConfigError for landmarks that the model does not know.
         """
         device = self.text_encoder.bank_KE.device
         step = POINTS if device.type == "cuda" else 1
-        return PromptTensors.from_prompts(prompts, self.bank.index, self.config.marked, step).to(device)
+        return PromptTensors.from_prompts(prompts, self.bank.index, self.config.landmark_counts, step).to(device)

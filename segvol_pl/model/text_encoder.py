@@ -58,7 +58,7 @@ class TextBank:
         bank = cls.from_clip(names, config)
         if bank.vectors_KE.shape[1] != dim:
             raise TextError(
-                f"text.clip: {config.clip} gives {bank.vectors_KE.shape[1]} numbers, model.text_dim is {dim}"
+                f"text.clip_model: {config.clip_model} has width {bank.vectors_KE.shape[1]}, model.text_dim is {dim}"
             )
         return bank
 
@@ -78,19 +78,21 @@ class TextBank:
         """CLIP's pooled text output of the template around each name (paper Sec. 2.1). Raises TextError."""
         from transformers import CLIPTextModel
 
-        tower = _loaded(CLIPTextModel.from_pretrained, config.clip)
-        return cls._of_sentences(names, tower, config.clip, config)
+        tower = _loaded(CLIPTextModel.from_pretrained, config.clip_model)
+        return cls._of_sentences(names, tower, config.clip_model, config)
 
     @classmethod
     def of_tower(cls, names: Sequence[str], tower: dict[str, Tensor], config: TextConfig, path: Path) -> TextBank:
         """As `from_clip`, by the text tower that the weights at `path` carry, under transformers' names.
 
-        The tokenizer stands in the folder of `path` or, where it does not, is that of `config.clip`. Raises TextError.
+        The tokenizer is that in the folder of `path`, or else that of `config.clip_model`. Raises TextError.
         """
         if not tower:
-            raise TextError(f"{path}: carries no text tower: name a CLIP by text.clip, or use text.source=seeded")
+            raise TextError(f"{path}: carries no text tower: name a CLIP by text.clip_model, or use text.source=seeded")
         beside = any((path.parent / name).exists() for name in TOKENIZER_FILES)
-        return cls._of_sentences(names, text_tower(tower, path), str(path.parent) if beside else config.clip, config)
+        return cls._of_sentences(
+            names, text_tower(tower, path), str(path.parent) if beside else config.clip_model, config
+        )
 
     @classmethod
     def _of_sentences(cls, names: Sequence[str], tower: nn.Module, tokenizer: str, config: TextConfig) -> TextBank:
@@ -109,8 +111,8 @@ def _loaded(load: Callable[[str], Any], clip: str) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise TextError(
-            f"text.clip: cannot load {clip} ({reason}); give a local folder of CLIP's files, or, for training without "
-            "CLIP, text.source=seeded"
+            f"text.clip_model: cannot load {clip} ({reason}); give a local folder of CLIP's files, or, "
+            "for training without CLIP, text.source=seeded"
         ) from error
 
 
@@ -150,7 +152,7 @@ class TextEncoder(nn.Module):
     def __init__(self, config: SegVolConfig, bank: TextBank) -> None:
         super().__init__()
         self.register_buffer("bank_KE", bank.vectors_KE.clone())
-        self.dim_align = nn.Linear(config.text_dim, config.hidden)
+        self.dim_align = nn.Linear(config.text_dim, config.hidden_size)
 
     def forward(self, text_BP: Tensor) -> Tensor:
         """text_BPE of rows text_BP (int64) of the bank."""

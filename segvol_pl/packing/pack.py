@@ -4,7 +4,7 @@
 2. Each case is read, cropped, measured and encoded by `measure.pack_case`.
 3. Each packed case is staged as a tar of its own, named by a fingerprint of its files' names, sizes and times and of
    the configuration, so that an interrupted run goes on where it stopped and a changed file is packed anew. With
-   `slice=K/N` a run stages its part of the cases alone: many machines share the work.
+   `part=K/N` a run stages its part of the cases alone: many machines share the work.
 4. The staged cases are joined into shards in the order of their keys; the index comes last, then staging goes.
 
 Equal cases and configuration give byte-identical shards, however often the run was interrupted and whatever the
@@ -42,7 +42,7 @@ from rich.table import Table
 from rich.text import Text
 
 from segvol_pl.atomic import NoRoomError, write_text
-from segvol_pl.config import PackConfig, parse_slice
+from segvol_pl.config import PackConfig, parse_part
 from segvol_pl.config.categories import listed, load_categories
 from segvol_pl.data.schema import Split
 from segvol_pl.data.shards import (
@@ -87,13 +87,13 @@ class Job:
     key: str
     rules: Rules
     staging: Path
-    mark: str
+    fingerprint: str
     """Tells whether the case's files or the rules changed since it was staged."""
 
     @property
     def path(self) -> Path:
         """Where it is staged."""
-        return self.staging / f"{self.key}.{self.mark}.tar"
+        return self.staging / f"{self.key}.{self.fingerprint}.tar"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Staged:
     id: str
     record: SampleRecord
     content_sha256: str
-    mark: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class PackReport:
     duplicates: dict[str, str]
     """Case left out -> the case kept that holds the same voxels."""
     staged: dict[str, str] = field(default_factory=dict)
-    """Key of each sample packed -> the mark of its files and rules."""
+    """Key of each sample packed -> the fingerprint of its files and rules."""
     samples_per_shard: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     """Split -> samples packed. Empty where packing failed."""
@@ -158,8 +158,8 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     simple_itk()  # now, rather than in each case's worker
     with _lock(config):
         jobs = _open_jobs(config, cases, rules, console)
-        if config.slice:
-            number, count = parse_slice(config.slice)
+        if config.part:
+            number, count = parse_part(config.part)
             return _stage_slice(jobs[number::count], config, fingerprint, console)
         outcomes = [outcome for _, outcome in sorted(_run(jobs, _workers(config, jobs), console).items())]
         kept, duplicates = _drop_duplicates([outcome for outcome in outcomes if isinstance(outcome, Staged)])
@@ -172,13 +172,13 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
 
 def _lock(config: PackConfig) -> FolderLock:
     """Slices stage side by side; what joins them, or packs alone, bears no other beside it."""
-    if config.slice:
-        return FolderLock(Path(config.out), f".lock-{config.slice.replace('/', '-of-')}.json", against=".lock.json")
+    if config.part:
+        return FolderLock(Path(config.out), f".lock-{config.part.replace('/', '-of-')}.json", against=".lock.json")
     return FolderLock(Path(config.out), against=".lock-*.json")
 
 
 def listed_jobs(config: PackConfig) -> list[Job]:
-    """The cases that `pack` would take, with their keys, rules and marks, for whoever reads them without packing.
+    """The cases that `pack` would take, with their keys, rules and landmarks, for whoever reads them without packing.
 
     Raises as `pack` does for cases and categories that cannot be found or paired.
     """
@@ -190,15 +190,13 @@ def listed_jobs(config: PackConfig) -> list[Job]:
 def _stage_slice(jobs: list[Job], config: PackConfig, fingerprint: str, console: Console) -> PackReport:
     """Stages the jobs and leaves the rest to the run that joins; what is bad is tried again by it."""
     if not jobs:
-        console.print(f"slice {config.slice}: no case falls into it")
+        console.print(f"part {config.part}: no case falls into it")
         return PackReport(0, fingerprint, [], {})
     outcomes = _run(jobs, _workers(config, jobs), console).values()
     bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
     report = PackReport(len(jobs), fingerprint, bad, {})
     _print_left_out(report, console)
-    console.print(
-        f"slice {config.slice}: {len(jobs) - len(bad)} of {len(jobs)} cases staged: run without slice to join"
-    )
+    console.print(f"part {config.part}: {len(jobs) - len(bad)} of {len(jobs)} cases staged: run without part= to join")
     return report
 
 
@@ -279,7 +277,9 @@ def _reopen(out: Path, report: PackReport, jobs: list[Job], console: Console) ->
     ShardError where a sample is damaged.
     """
     by_key = {job.key: job for job in jobs}
-    changed = [key for key, mark in report.staged.items() if key not in by_key or by_key[key].mark != mark]
+    changed = [
+        key for key, fingerprint in report.staged.items() if key not in by_key or by_key[key].fingerprint != fingerprint
+    ]
     if changed or not report.staged:
         raise _packed_otherwise(
             out, f"{len(changed)} cases, the first is {changed[0]}" if changed else "by an older pack"
@@ -302,7 +302,7 @@ def _open_jobs(config: PackConfig, cases: list[Case], rules: Rules, console: Con
     out = Path(config.out)
     if (out / INDEX).exists():
         finished = _finished(out)
-        if config.slice:
+        if config.part:
             raise PackError(f"out: {out} is complete and cases were added since: pack them without slice")
         if finished.samples_per_shard != config.samples_per_shard:
             raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
@@ -514,7 +514,7 @@ def _stage(job: Job) -> Staged | BadCase:
         with _writing(job.path, f"case {job.case.id}: "):
             write_shard(job.path, [sample])
     record, facts = walk_shard(job.path)[0]
-    return Staged(job.case.id, record, facts.source["content_sha256"], job.mark)
+    return Staged(job.case.id, record, facts.source["content_sha256"], job.fingerprint)
 
 
 def _reason(error: Exception, case: Case) -> str:
@@ -597,7 +597,7 @@ def _finish(
     splits = Counter(case.record.split for case in kept)
     report = replace(
         report,
-        staged={case.record.key: case.mark for case in kept},
+        staged={case.record.key: case.fingerprint for case in kept},
         samples_per_shard=config.samples_per_shard,
         splits=dict(sorted(splits.items())),
         shards=[shard.name for shard in shards],

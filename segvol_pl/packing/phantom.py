@@ -20,7 +20,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 
 LUNG_LEFT, LUNG_RIGHT, SPLEEN, KIDNEY_LEFT, LIVER, KIDNEY_RIGHT, SPINE, AORTA, TUMOUR = range(1, 10)
 
@@ -343,5 +343,5 @@ def _write_nifti(path: Path, array_DHW: np.ndarray, affine: np.ndarray, rng: np.
 
 def _write_whole(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
+    with atomic_path(path) as part:
         part.write_bytes(content)

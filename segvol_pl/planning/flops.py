@@ -52,22 +52,22 @@ def parameters(config: SegVolConfig) -> dict[str, int]:
     """SegVol's trainable parameters by part; the text tower and the bank do not train."""
     return {
         "image_encoder": _encoder_parameters(config),
-        "prompt_encoder": (6 + _marks(config)) * config.hidden,
-        "text_encoder": _linear(config.text_dim, config.hidden),
+        "prompt_encoder": (6 + _landmarks(config)) * config.hidden_size,
+        "text_encoder": _linear(config.text_dim, config.hidden_size),
         "mask_decoder": _decoder_parameters(config),
     }
 
 
-def _marks(config: SegVolConfig) -> int:
-    return sum(config.marked.values())
+def _landmarks(config: SegVolConfig) -> int:
+    return sum(config.landmark_counts.values())
 
 
 def pretrain_parameters(config: SegVolConfig) -> dict[str, int]:
     """The same of SimMIM pre-training."""
     return {
         "image_encoder": _encoder_parameters(config),
-        "mask_token": config.hidden,
-        "head": _linear(config.hidden, math.prod(config.patch)),
+        "mask_token": config.hidden_size,
+        "head": _linear(config.hidden_size, math.prod(config.patch_size)),
     }
 
 
@@ -76,16 +76,16 @@ def _linear(inner: int, outer: int) -> int:
 
 
 def _encoder_parameters(config: SegVolConfig) -> int:
-    embedding = _linear(math.prod(config.patch), config.hidden) + math.prod(config.grid) * config.hidden
-    return embedding + config.layers * encoder_block(config) + _norm(config.hidden)
+    embedding = _linear(math.prod(config.patch_size), config.hidden_size) + math.prod(config.grid) * config.hidden_size
+    return embedding + config.num_layers * encoder_block(config) + _norm(config.hidden_size)
 
 
 def encoder_block(config: SegVolConfig) -> int:
     """Parameters of one of the encoder's blocks."""
-    hidden = config.hidden
+    hidden = config.hidden_size
     # The product that makes queries, keys and values has no bias.
     attention = 3 * hidden * hidden + _linear(hidden, hidden)
-    return attention + _linear(hidden, config.mlp) + _linear(config.mlp, hidden) + 2 * _norm(hidden)
+    return attention + _linear(hidden, config.mlp_dim) + _linear(config.mlp_dim, hidden) + 2 * _norm(hidden)
 
 
 def _norm(width: int) -> int:
@@ -97,7 +97,7 @@ def _attention_parameters(hidden: int, inner: int) -> int:
 
 
 def _decoder_parameters(config: SegVolConfig) -> int:
-    hidden = config.hidden
+    hidden = config.hidden_size
     transformer = config.decoder_layers * decoder_block(config)
     transformer += _attention_parameters(hidden, hidden // 2) + _norm(hidden)
     quarter, eighth = hidden // 4, hidden // 8
@@ -109,9 +109,9 @@ def _decoder_parameters(config: SegVolConfig) -> int:
 
 def decoder_block(config: SegVolConfig) -> int:
     """Parameters of one of the decoder's two-way blocks."""
-    hidden = config.hidden
+    hidden = config.hidden_size
     across = _attention_parameters(hidden, hidden // 2)
-    mlp = _linear(hidden, config.decoder_mlp) + _linear(config.decoder_mlp, hidden)
+    mlp = _linear(hidden, config.decoder_mlp_dim) + _linear(config.decoder_mlp_dim, hidden)
     return _attention_parameters(hidden, hidden) + 2 * across + mlp + 4 * _norm(hidden)
 
 
@@ -133,7 +133,7 @@ def run_parameters(config: PretrainConfig | TrainConfig) -> dict[str, int]:
 def pretrain_work(config: SegVolConfig, mask_ratio: float) -> dict[str, Work]:
     """SimMIM's step for one volume: the head restores the hidden tokens alone."""
     hidden = round(mask_ratio * math.prod(config.grid))
-    head = _product(hidden, config.hidden, math.prod(config.patch))
+    head = _product(hidden, config.hidden_size, math.prod(config.patch_size))
     return {"encoder": encoder_work(config), "head": head}
 
 
@@ -161,34 +161,34 @@ def _product(rows: int, inner: int, columns: int, gradients: int = 2) -> Work:
 
 def encoder_work(config: SegVolConfig) -> Work:
     """Encoding one volume. The image itself needs no gradient."""
-    tokens, hidden = math.prod(config.grid), config.hidden
+    tokens, hidden = math.prod(config.grid), config.hidden_size
     attention = _product(tokens, hidden, 3 * hidden) + 2 * _product(tokens, hidden, tokens)
-    block = attention + _product(tokens, hidden, hidden) + 2 * _product(tokens, hidden, config.mlp)
-    return _product(tokens, math.prod(config.patch), hidden, gradients=1) + config.layers * block
+    block = attention + _product(tokens, hidden, hidden) + 2 * _product(tokens, hidden, config.mlp_dim)
+    return _product(tokens, math.prod(config.patch_size), hidden, gradients=1) + config.num_layers * block
 
 
 def image_work(config: SegVolConfig) -> Work:
     """What the decoder does once for all prompts of a volume: the tokens' positions, the first layer's projections."""
-    tokens, half = math.prod(config.grid), config.hidden // 2
-    return _product(tokens, 3, half, gradients=0) + 3 * _product(tokens, config.hidden, half)
+    tokens, half = math.prod(config.grid), config.hidden_size // 2
+    return _product(tokens, 3, half, gradients=0) + 3 * _product(tokens, config.hidden_size, half)
 
 
 def prompt_work(config: SegVolConfig, points: int) -> Work:
     """Encoding one prompt of so many points (padding included) and decoding its mask at low resolution."""
-    hidden = config.hidden
+    hidden = config.hidden_size
     # Box corners are two points more. Positions are no weights, and the text bank does not train.
-    positions = _product(points + 2 + _marks(config), 3, hidden // 2, gradients=0)
+    positions = _product(points + 2 + _landmarks(config), 3, hidden // 2, gradients=0)
     encoded = positions + _product(1, config.text_dim, hidden, gradients=1)
-    # Behind the points stand SAM's padding point, the box's corners, the text and the marks.
-    sparse = OWN_TOKENS + points + 4 + _marks(config)
+    # Behind the points stand SAM's padding point, the box's corners, the text and the landmarks.
+    sparse = OWN_TOKENS + points + 4 + _landmarks(config)
     mask = 2 * _product(1, hidden, hidden) + 2 * _product(1, hidden, hidden // 8)
     return encoded + _two_way(config, sparse) + mask + _upscaling(config)
 
 
 def _two_way(config: SegVolConfig, sparse: int) -> Work:
-    tokens, hidden, half = math.prod(config.grid), config.hidden, config.hidden // 2
+    tokens, hidden, half = math.prod(config.grid), config.hidden_size, config.hidden_size // 2
     among = 4 * _product(sparse, hidden, hidden) + 2 * _product(sparse, hidden, sparse)
-    mlp = 2 * _product(sparse, hidden, config.decoder_mlp)
+    mlp = 2 * _product(sparse, hidden, config.decoder_mlp_dim)
     across = 2 * _product(sparse, hidden, half) + 2 * _product(sparse, half, tokens)
     attentions = 2 * config.decoder_layers + 1
     # Three of the image's projections are those of `image_work`.
@@ -197,7 +197,7 @@ def _two_way(config: SegVolConfig, sparse: int) -> Work:
 
 
 def _upscaling(config: SegVolConfig) -> Work:
-    tokens, hidden = math.prod(config.grid), config.hidden
+    tokens, hidden = math.prod(config.grid), config.hidden_size
     quarter, eighth = hidden // 4, hidden // 8
     doubled = _product(tokens, hidden, 8 * quarter) + _product(8 * tokens, quarter, 8 * eighth)
     return doubled + _product(64 * tokens, eighth, 1)

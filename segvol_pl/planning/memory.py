@@ -128,7 +128,7 @@ def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tupl
 def _gathered(model: SegVolConfig, trained: int, bf16: bool) -> float:
     """What FSDP2 gathers at once: all that lies outside of blocks, and two blocks (one computes, one is on its way)."""
     encoder, decoder = flops.encoder_block(model), flops.decoder_block(model)
-    outside = trained - model.layers * encoder
+    outside = trained - model.num_layers * encoder
     # Pre-training has no decoder.
     if outside > model.decoder_layers * decoder:
         outside -= model.decoder_layers * decoder
@@ -140,35 +140,35 @@ def _gathered(model: SegVolConfig, trained: int, bf16: bool) -> float:
 
 def _tokens(model: SegVolConfig) -> int:
     """Elements of image_TE."""
-    return math.prod(model.grid) * model.hidden
+    return math.prod(model.grid) * model.hidden_size
 
 
 def block_bytes(model: SegVolConfig, bf16: bool) -> int:
     """An encoder block: two residual streams, two norms, queries, keys, values, what they mix; the MLP twice."""
     narrow = NARROW if bf16 else WIDE
-    hidden = math.prod(model.grid) * model.mlp
+    hidden = math.prod(model.grid) * model.mlp_dim
     return _tokens(model) * (2 * WIDE + 6 * narrow) + 2 * narrow * hidden
 
 
 def encoder_bytes(model: SegVolConfig, recompute: Recompute, bf16: bool) -> int:
     """All blocks, the patches and the last norm."""
     narrow = NARROW if bf16 else WIDE
-    tokens, hidden = _tokens(model), math.prod(model.grid) * model.mlp
+    tokens, hidden = _tokens(model), math.prod(model.grid) * model.mlp_dim
     around = narrow * math.prod(model.input_shape) + 2 * WIDE * tokens
     if recompute is Recompute.blocks:
-        return around + model.layers * WIDE * tokens + block_bytes(model, bf16)
+        return around + model.num_layers * WIDE * tokens + block_bytes(model, bf16)
     if recompute is Recompute.cheap:
         # Its input, and the results of its four products and of attention.
         kept = tokens * (WIDE + 6 * narrow) + narrow * hidden
-        return around + model.layers * kept + block_bytes(model, bf16) - kept
-    return around + model.layers * block_bytes(model, bf16)
+        return around + model.num_layers * kept + block_bytes(model, bf16) - kept
+    return around + model.num_layers * block_bytes(model, bf16)
 
 
 def head_bytes(config: PretrainConfig, bf16: bool) -> float:
     """Hidden tokens, and their patches as they are, as restored, and the difference's gradients."""
     hidden = config.mask_ratio * math.prod(config.model.grid)
-    voxels = math.prod(config.model.patch)
-    return hidden * ((NARROW if bf16 else WIDE) * config.model.hidden + 4 * WIDE * voxels)
+    voxels = math.prod(config.model.patch_size)
+    return hidden * ((NARROW if bf16 else WIDE) * config.model.hidden_size + 4 * WIDE * voxels)
 
 
 def side_bytes(model: SegVolConfig, bf16: bool) -> float:

@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """The verb that runs it."""
+        """The command that runs it."""
         return "pretrain" if isinstance(self.config, PretrainConfig) else "train"
 
     @property

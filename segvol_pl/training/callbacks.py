@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import torch
 
-from segvol_pl.atomic import replacing
+from segvol_pl.atomic import atomic_path
 from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
 from segvol_pl.device import uses_bf16
 from segvol_pl.planning import flops
@@ -236,7 +236,7 @@ class Profile(pl.Callback):
             self.profiler.stop()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
-        with replacing(self.folder / "profile.json") as part:
+        with atomic_path(self.folder / "profile.json") as part:
             profiler.export_chrome_trace(str(part))
         log.info("profile: %s", self.folder / "profile.json")
 

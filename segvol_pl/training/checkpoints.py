@@ -6,7 +6,7 @@
     checkpoints/last.ckpt      every `run.checkpoint_every` steps and `run.checkpoint_minutes` minutes, at a signal, and
                                at the end: what a run goes on from
     checkpoints/best.ckpt      after the validation of the lowest loss
-    checkpoints/step-N.ckpt    every `run.keep_every` steps, the newest `run.keep` of them
+    checkpoints/step-N.ckpt    every `run.save_every` steps, the newest `run.keep_last` of them
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from segvol_pl.atomic import no_room, replacing
+from segvol_pl.atomic import atomic_path, no_room
 from segvol_pl.config import RunConfig
 from segvol_pl.errors import NonFiniteError
 from segvol_pl.model.released import is_finite
@@ -87,7 +87,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     @staticmethod
     def _write(checkpoint: dict[str, Any], path: Path) -> None:
         check_finite(checkpoint, path)
-        with replacing(path) as part:
+        with atomic_path(path) as part:
             # Given a name, torch writes without the interpreter's lock; Lightning would first write to memory.
             try:
                 torch.save(checkpoint, part)
@@ -192,7 +192,7 @@ class Checkpoints(pl.Callback):
         if self.wanted or step % self.run.checkpoint_every == 0:
             trainer.save_checkpoint(self.last)
             self.wanted, self.written = False, time.monotonic()
-        if self.run.keep_every and step % self.run.keep_every == 0:
+        if self.run.save_every and step % self.run.save_every == 0:
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
             self.kept.append(step)
             if trainer.is_global_zero:
@@ -209,7 +209,7 @@ class Checkpoints(pl.Callback):
         trainer.save_checkpoint(self.last)
 
     def _leave_newest(self) -> None:
-        while len(self.kept) > self.run.keep:
+        while len(self.kept) > self.run.keep_last:
             (self.folder / f"step-{self.kept.pop(0)}.ckpt").unlink(missing_ok=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def sum_over_groups(
     whole weights, see above.
     """
     if whole and torch.is_grad_enabled():
-        loss, dice_BP, bce_BP = _Ahead.apply(term, groups, len(inputs), *inputs, *weights)
+        loss, dice_BP, bce_BP = EagerGradSum.apply(term, groups, len(inputs), *inputs, *weights)
         return loss, dice_BP, bce_BP
     again = torch.is_grad_enabled() and len(groups) > 1
     # Nothing in a term is random: the generators' states need not be kept.
@@ -44,7 +44,7 @@ def sum_over_groups(
     return torch.stack(losses).sum(), torch.cat(dice, 1).detach(), torch.cat(bce, 1).detach()
 
 
-class _Ahead(torch.autograd.Function):
+class EagerGradSum(torch.autograd.Function):
     """Step 2 of the module's story."""
 
     @staticmethod

@@ -21,7 +21,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from segvol_pl.atomic import replacing, write_text
+from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import TrackConfig, Wandb
 from segvol_pl.credentials import masked
 from segvol_pl.run_folder import HEADER, manifest, read_places
@@ -50,7 +50,7 @@ class MetricsFile(Logger):
                 rows = [
                     row for row in csv.reader(stream) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= after
                 ]
-        with replacing(self.path) as part, part.open("w", newline="", encoding="utf-8") as stream:
+        with atomic_path(self.path) as part, part.open("w", newline="", encoding="utf-8") as stream:
             csv.writer(stream).writerows([HEADER, *rows])
 
     @property

@@ -74,7 +74,7 @@ class Task(pl.LightningModule):
         self.means = StepMeans()
         self.shard: Callable[[pl.LightningModule], None] | None = None
         """Splits the weights over the ranks; set by the strategy that does."""
-        self.whole_weights = True
+        self.weights_resident = True
         """Whether this process holds them whole at all times; otherwise each only while its module computes."""
         self.gather: Callable[[], None] = lambda: None
         """Makes the decoder's weights whole before it computes; set by the strategy where torch may not."""

@@ -30,8 +30,8 @@ class SimMIMTask(Task):
         super().__init__()
         self.config, self.optim = config, config.optim
         self.encoder = ImageEncoder(config.model)
-        self.mask_token = nn.Parameter(torch.zeros(config.model.hidden))
-        self.head = nn.Linear(config.model.hidden, math.prod(config.model.patch))
+        self.mask_token = nn.Parameter(torch.zeros(config.model.hidden_size))
+        self.head = nn.Linear(config.model.hidden_size, math.prod(config.model.patch_size))
         self.hidden = round(config.mask_ratio * math.prod(config.model.grid))
         self.encoder.compute_again(config.run.recompute)
         self.save_hyperparameters({"task": "pretrain", "config": plain(config)})

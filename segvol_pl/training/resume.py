@@ -26,7 +26,15 @@ log = logging.getLogger(__name__)
 
 Config = PretrainConfig | TrainConfig
 
-SAID = ("run.precision", "run.tf32", "run.deterministic", "run.strategy", "run.own_strategy", "data.shards", "data.mix")
+SAID = (
+    "run.precision",
+    "run.tf32",
+    "run.deterministic",
+    "run.strategy",
+    "run.custom_strategy",
+    "data.shards",
+    "data.mix",
+)
 """Keys that may change, and whose change is said: losses then agree to rounding, or folders have moved."""
 LENGTH = "optim.max_steps"
 REMEDY = "give what the run began with, another run.out, or run.resume=false to begin anew"

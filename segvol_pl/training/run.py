@@ -24,8 +24,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from segvol_pl.config import PretrainConfig, Rule, Strategy, TextSource, TrainConfig
-from segvol_pl.config.loader import own_function, plain, to_yaml
+from segvol_pl.config import Convention, PretrainConfig, Strategy, TextSource, TrainConfig
+from segvol_pl.config.loader import custom_function, plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
@@ -54,7 +54,7 @@ Config = PretrainConfig | TrainConfig
 
 def pretrain(config: PretrainConfig) -> Path:
     """Runs SimMIM pre-training; returns the last checkpoint. Raises ConfigError, ShardError."""
-    draw = functools.partial(sampling.draw_simmim, model=config.model, mask_ratio=config.mask_ratio)
+    draw = functools.partial(sampling.sample_simmim, model=config.model, mask_ratio=config.mask_ratio)
     module = _module(config, draw, labelled=False)
     _seed(config)
     return _fit(config, SimMIMTask(config), module)
@@ -62,10 +62,10 @@ def pretrain(config: PretrainConfig) -> Path:
 
 def train(config: TrainConfig) -> Path:
     """Runs supervised training; returns the last checkpoint. Raises ConfigError, ShardError, CheckpointError."""
-    for name in config.model.marked:
-        own_function(name, "model.marks")
+    for name in config.model.landmark_counts:
+        custom_function(name, "model.landmarks")
     rows: dict[str, int] = {}
-    draw = functools.partial(sampling.draw_segment, model=config.model, prompts=config.prompts, row_of=rows)
+    draw = functools.partial(sampling.sample_segmentation, model=config.model, prompts=config.prompts, row_of=rows)
     module = _module(config, draw, labelled=True)
     _check_regions(module, config)
     names = module.categories
@@ -104,8 +104,8 @@ def _starting_weights(config: TrainConfig) -> Weights | None:
     if config.weights is None:
         return None
     # A released file does not state its architecture; its coordinates alone are known, and its tensors' shapes.
-    weights = read_weights(Path(config.weights), replace(config.model, coordinates=Rule.published))
-    for key in ("coordinates", "patch", "heads", "decoder_heads"):
+    weights = read_weights(Path(config.weights), replace(config.model, coordinates=Convention.published))
+    for key in ("coordinates", "patch_size", "num_heads", "decoder_heads"):
         theirs, ours = plain(getattr(weights.config, key)), plain(getattr(config.model, key))
         if theirs != ours:
             raise ConfigError(f"model.{key}: is {ours}, that of {config.weights} is {theirs}: set model.{key}={theirs}")
@@ -152,10 +152,10 @@ def _seed(config: Config) -> None:
     """Seeds the initial weights; everything later is drawn from the samples' own rngs."""
     # Lightning's own lines (devices found, advice) repeat what the configuration says.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    if config.run.cpu_threads:
+        torch.set_num_threads(config.run.cpu_threads)
         # Lightning's launcher sets a number of its own where it does not find one here.
-        os.environ["OMP_NUM_THREADS"] = str(config.run.threads)
+        os.environ["OMP_NUM_THREADS"] = str(config.run.cpu_threads)
     torch.manual_seed(config.data.seed)
 
 
@@ -230,7 +230,7 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
         check_val_every_n_epoch=None,
         limit_val_batches=run.val_batches * run.accumulate,
         num_sanity_val_steps=0,
-        # FSDP2 marks the weights that it gathers, which tensors of the inference mode do not let it.
+        # FSDP2 landmarks the weights that it gathers, which tensors of the inference mode do not let it.
         inference_mode=run.strategy is not Strategy.fsdp,
         log_every_n_steps=run.log_every,
         logger=loggers.loggers(out, config.track, done),
@@ -254,7 +254,7 @@ def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
     # Before what saves: a run that ends for NaN saves nothing more.
     surviving = [
         FiniteSteps(run.max_bad_steps),
-        Watchdog(out / "ranks", run.timeout),
+        Watchdog(out / "ranks", run.hang_timeout),
         Preemption(stop, checkpoints, run.requeue),
         checkpoints,
     ]

@@ -5,7 +5,7 @@
 3. A group is brought to full resolution and compared with its masks before the next one is decoded, see `groups`.
 
 Letters: B batch, K categories (or pseudo-labels) of one volume, C prompt combinations, P prompts of one volume, D H W
-voxels, d h w voxels of low resolution, N points, M marks.
+voxels, d h w voxels of low resolution, N points, M landmarks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from segvol_pl.config.loader import plain
 from segvol_pl.data.batch import Batch
 from segvol_pl.kernels import fused
 from segvol_pl.model import SegVol, TextBank
-from segvol_pl.model.mask_decoder import ImageSide
+from segvol_pl.model.mask_decoder import ImageContext
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.planning import memory
 from segvol_pl.training.grouped_loss import sum_over_groups
@@ -67,7 +67,7 @@ class SegVolTask(Task):
 
         answers: if given, the masks are appended to it, group by group, bool (B,P,D,H,W); without gradients alone.
         """
-        combinations, marked = self.config.prompts.combinations, self.config.model.marked
+        combinations, marked = self.config.prompts.combinations, self.config.model.landmark_counts
         asked = questions = supervised_questions(batch, combinations, marked)
         pseudo = pseudo_questions(batch, marked) if "pseudo_boxes_BK6" in batch else None
         if pseudo is not None:
@@ -89,9 +89,12 @@ class SegVolTask(Task):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The weighted loss (), and Dice loss and BCE of every prompt, detached, (B,P) each; `answers` as above."""
 
-        def term(group: slice, *side: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def term(group: slice, *context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             self.gather()
-            low_BPdhw, rows_P = self.model.decode_side(ImageSide(*side), asked.prompts.at(group)), asked.rows_P[group]
+            low_BPdhw, rows_P = (
+                self.model.decode_from_context(ImageContext(*context), asked.prompts.at(group)),
+                asked.rows_P[group],
+            )
             if fused(low_BPdhw) and answers is None:
                 dice_BP, bce_BP = low_mask_losses(low_BPdhw, asked.masks_BKDHW, rows_P)
             else:
@@ -105,7 +108,7 @@ class SegVolTask(Task):
         groups = self.groups(len(asked.rows_P), len(tokens_BTE))
         decoding = (self.model.prompt_encoder, self.model.text_encoder, self.model.mask_decoder)
         weights = [parameter for part in decoding for parameter in part.parameters()]
-        return sum_over_groups(term, groups, self.model.side(tokens_BTE), weights, self.whole_weights)
+        return sum_over_groups(term, groups, self.model.image_context(tokens_BTE), weights, self.weights_resident)
 
     def groups(self, count: int, volumes: int) -> list[slice]:
         """Which of `count` prompts of each of so many volumes are decoded together."""
@@ -149,7 +152,7 @@ class Questions:
 def supervised_questions(batch: Batch, combinations: list[str], marked: dict[str, int]) -> Questions:
     """The categories in every combination: a combination counts its mean over the batch's masks, an invalid one 0.
 
-    marked: the model's kinds of marks, and how many each has.
+    marked: the model's kinds of landmarks, and how many each has.
     """
     valid_BK = batch["valid_BK"]
     weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
@@ -189,17 +192,17 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], marked: dict[str, 
     def has(part: str) -> Tensor:
         return torch.stack([yes if part in named_parts(kind) else no for kind in kinds]).expand(len(valid_BK), -1)
 
-    shape, known = (len(valid_BK), len(kinds)), prefix + "marks_BKM3" in batch
+    shape, known = (len(valid_BK), len(kinds)), prefix + "landmarks_BKM3" in batch
     no_marks = (*shape, sum(marked.values()), 3)
-    has_marks = [has(name)[..., None].expand(-1, -1, count) for name, count in marked.items()]
+    has_landmarks = [has(name)[..., None].expand(-1, -1, count) for name, count in marked.items()]
     return PromptTensors(
         points_BPN3=spread("points_BKN3").float(),
         labels_BPN=spread("labels_BKN"),
         boxes_BP6=spread("boxes_BK6").float(),
         text_BP=spread("category_BK"),
-        marks_BPM3=spread("marks_BKM3").float() if known else valid_BK.new_zeros(no_marks, dtype=torch.float32),
+        landmarks_BPM3=spread("landmarks_BKM3").float() if known else valid_BK.new_zeros(no_marks, dtype=torch.float32),
         has_points_BP=has("points"),
         has_box_BP=has("box"),
         has_text_BP=has("text"),
-        has_marks_BPM=torch.cat([valid_BK.new_zeros((*shape, 0)), *has_marks], dim=-1),
+        has_marks_BPM=torch.cat([valid_BK.new_zeros((*shape, 0)), *has_landmarks], dim=-1),
     )

@@ -107,7 +107,7 @@ def compare_clocks(clocks: list[float], hosts: list[str]) -> None:
 
 def check_room(run: RunConfig, weights: int) -> None:
     """Raises StartUpError where the run folder's disk cannot hold the checkpoints."""
-    count = CHECKPOINTS + (run.keep if run.keep_every else 0)
+    count = CHECKPOINTS + (run.keep_last if run.save_every else 0)
     needed, free = count * BYTES_A_WEIGHT * weights, shutil.disk_usage(run.out).free
     if free < needed:
         raise StartUpError(

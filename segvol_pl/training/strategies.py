@@ -35,7 +35,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from segvol_pl.config import DEEPSPEED_BUCKET, RunConfig, Strategy
-from segvol_pl.config.loader import own_function
+from segvol_pl.config.loader import custom_function
 from segvol_pl.device import resolve_device, uses_bf16
 from segvol_pl.errors import ConfigError
 from segvol_pl.model.image_encoder import Block
@@ -117,13 +117,13 @@ def sees_its_own_alone(devices: int, seen: int) -> bool:
 
 
 def _strategy(run: RunConfig, accelerator: str) -> Any:
-    if run.own_strategy:
-        return own_function(run.own_strategy, "run.own_strategy")(run)
+    if run.custom_strategy:
+        return custom_function(run.custom_strategy, "run.custom_strategy")(run)
     if run.strategy is Strategy.auto and run.devices * run.nodes == 1:
         return "auto"
     backend = "nccl" if accelerator == "cuda" else "gloo"
     # The watchdog, which names the rank that hangs, ends the job before this does.
-    timeout = timedelta(seconds=max(2 * run.timeout, LEAST_TIMEOUT))
+    timeout = timedelta(seconds=max(2 * run.hang_timeout, LEAST_TIMEOUT))
     if run.strategy is Strategy.fsdp:
         if run.offload and backend == "nccl":
             # Gradients that lie in main memory are clipped there, by their norm over all ranks.
@@ -163,7 +163,7 @@ class FullyShard(ModelParallelStrategy):
         )
         assert isinstance(self.lightning_module, Task)
         self.lightning_module.shard = self._shard
-        self.lightning_module.whole_weights = False
+        self.lightning_module.weights_resident = False
 
     def model_to_device(self) -> None:
         """Weights whose shares stay in main memory are brought to the device block by block; the rest lies there."""
@@ -205,7 +205,7 @@ class FullyShard(ModelParallelStrategy):
         for block in blocks:
             fully_shard(block, **settings)
         for block in decoding:
-            register_fsdp_forward_method(block, "look")
+            register_fsdp_forward_method(block, "project_image")
         fully_shard(module, **settings)
         assert isinstance(module, Task)
         module.gather = functools.partial(_gather, decoding)
@@ -273,7 +273,7 @@ class ZeRO(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         assert isinstance(self.lightning_module, Task)
-        self.lightning_module.whole_weights = self.stage < 3
+        self.lightning_module.weights_resident = self.stage < 3
         if self.on_cpu:
             DDPStrategy.setup_environment(self)
         else:

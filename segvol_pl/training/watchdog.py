@@ -91,7 +91,7 @@ class Watchdog(pl.Callback):
 
     def _end(self, before: dict[int, Beat], now: dict[int, Beat], ranks: int, waited: float) -> None:
         names = "; ".join(suspects(before, now, ranks))
-        log.error("nothing was done for %.0f s: waiting for %s: ending the job (run.timeout)", waited, names)
+        log.error("nothing was done for %.0f s: waiting for %s: ending the job (run.hang_timeout)", waited, names)
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(HUNG)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, Range, Rule, RunConfig, SegVolConfig, ZoomConfig
+from segvol_pl.config import MISSING, SCHEMAS, Convention, OptimConfig, Range, RunConfig, SegVolConfig, ZoomConfig
 from segvol_pl.config.loader import Field, fields_help, load, resolved, to_yaml
 from segvol_pl.errors import ConfigError
 from segvol_pl.model import SegVol
@@ -50,10 +50,10 @@ def written(folder: Path, text: str, name: str = "given.yaml") -> Path:
     return path
 
 
-def fault(verb: str, *arguments: str | Path) -> ConfigError:
+def fault(command: str, *arguments: str | Path) -> ConfigError:
     """What loading complains of, in one line."""
     with pytest.raises(ConfigError) as caught:
-        load(verb, [str(argument) for argument in arguments])
+        load(command, [str(argument) for argument in arguments])
     assert "\n" not in str(caught.value)
     return caught.value
 
@@ -69,14 +69,14 @@ def test_every_configuration_loads_for_its_verb(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODELS, ids=named)
 def test_every_model_loads_as_a_section(path: Path) -> None:
-    for verb in ("pretrain", "train"):
-        assert isinstance(load(verb, [f"model={path}", *REQUIRED[verb]]).model, SegVolConfig)
+    for command in ("pretrain", "train"):
+        assert isinstance(load(command, [f"model={path}", *REQUIRED[command]]).model, SegVolConfig)
 
 
 @pytest.mark.parametrize("path", ZOOMS, ids=named)
 def test_every_zoom_loads_as_a_section(path: Path) -> None:
-    for verb in ("evaluate", "predict"):
-        assert isinstance(load(verb, [f"zoom={path}", *REQUIRED[verb]]).zoom, ZoomConfig)
+    for command in ("evaluate", "predict"):
+        assert isinstance(load(command, [f"zoom={path}", *REQUIRED[command]]).zoom, ZoomConfig)
 
 
 def test_the_preset_sets_every_switch_to_published() -> None:
@@ -84,8 +84,8 @@ def test_the_preset_sets_every_switch_to_published() -> None:
     preset = {"model": MODELS[0].with_name("published.yaml"), "zoom": ZOOMS[0].with_name("published.yaml")}
     config = load("import", [f"model={preset['model']}", *REQUIRED["import"]]).model
     zoom = load("predict", [f"zoom={preset['zoom']}", *REQUIRED["predict"]]).zoom
-    switches = [value for value in (*vars(config).values(), *vars(zoom).values()) if isinstance(value, Rule)]
-    assert switches == [Rule.published] * 4
+    switches = [value for value in (*vars(config).values(), *vars(zoom).values()) if isinstance(value, Convention)]
+    assert switches == [Convention.published] * 4
     assert load("import", REQUIRED["import"]).model == config
 
 
@@ -113,7 +113,7 @@ def test_the_base_model_is_the_published_one() -> None:
         ("optim.lrr=1", "optim.lr"),
         ("data.shard=x", "data.shards"),
         ("lr=1e-3", "optim.lr"),
-        ("model.hiden=8", "model.hidden"),
+        ("model.hiden=8", "model.hidden_size"),
         ("model.lr=1", "optim.lr"),
     ],
 )
@@ -131,9 +131,11 @@ def test_an_unknown_key_in_a_file_names_file_and_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_key_in_a_section_file_names_that_file(tmp_path: Path) -> None:
-    section = written(tmp_path, "hidden: 64\nlayer: 2\n", "odd.yaml")
+    section = written(tmp_path, "hidden_size: 64\nlayer: 2\n", "odd.yaml")
     path = written(tmp_path, "model: odd.yaml\n")
-    assert str(fault("train", path, *TRAINING)) == f"unknown key model.layer ({section}:2): did you mean model.layers?"
+    assert (
+        str(fault("train", path, *TRAINING)) == f"unknown key model.layer ({section}:2): did you mean model.num_layers?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,10 +146,10 @@ def test_an_unknown_key_in_a_section_file_names_that_file(tmp_path: Path) -> Non
         ("data.workers=true", "'true' is not int"),
         ("run.resume=1", "'1' is not bool"),
         ("optim.betas=0.9", "'0.9' is not list of float"),
-        ("model.patch=[4, x, 16]", "is not list of int"),
+        ("model.patch_size=[4, x, 16]", "is not list of int"),
         ("run.precision=fp8", "'fp8' is none of auto, fp32, bf16"),
         ("text.source=bert", "'bert' is none of auto, weights, clip, seeded"),
-        ("model.patch=[4, 16]", "needs 3 numbers (d, h, w), got 2"),
+        ("model.patch_size=[4, 16]", "needs 3 numbers (d, h, w), got 2"),
         ("model.input_shape=[32, 256, 256, 1]", "needs 3 numbers (d, h, w), got 4"),
         ("optim.betas=[0.9]", "needs 2 numbers, got 1"),
         ("optim.max_steps=0", "must be at least 1, got 0"),
@@ -166,12 +168,12 @@ def test_a_wrong_value_names_key_origin_and_what_is_wanted(tmp_path: Path, pair:
     assert in_file.startswith(f"{key} ({path}:2): ") and problem in in_file
 
 
-def number_keys(verb: str) -> dict[str, Field]:
+def number_keys(command: str) -> dict[str, Field]:
     """The keys whose values are numbers or lists of them, by key."""
-    return {field.key: field for field in fields_help(verb) if re.search(r"\b(int|float)\b", field.type_name)}
+    return {field.key: field for field in fields_help(command) if re.search(r"\b(int|float)\b", field.type_name)}
 
 
-NUMBERS = [(verb, key) for verb in SCHEMAS for key in number_keys(verb)]
+NUMBERS = [(command, key) for command in SCHEMAS for key in number_keys(command)]
 
 
 def shaped(field: Field, number: float) -> str:
@@ -189,17 +191,19 @@ def outside(limits: Range) -> list[float]:
     return [bound + beyond[name] for name, bound in bounds.items() if bound is not None]
 
 
-@pytest.mark.parametrize(("verb", "key"), NUMBERS)
-def test_a_number_outside_of_its_range_is_refused(verb: str, key: str, tmp_path: Path) -> None:
-    field = number_keys(verb)[key]
+@pytest.mark.parametrize(("command", "key"), NUMBERS)
+def test_a_number_outside_of_its_range_is_refused(command: str, key: str, tmp_path: Path) -> None:
+    field = number_keys(command)[key]
     limits = field.range
     assert limits is not None, f"{key} states no range"
     for number in outside(limits):
-        problem = str(fault(verb, *REQUIRED[verb], f"{key}={shaped(field, number)}"))
+        problem = str(fault(command, *REQUIRED[command], f"{key}={shaped(field, number)}"))
         stated = f"{key} (command line): must be {limits}, got "
         assert problem.startswith(stated) and float(problem.removeprefix(stated)) == number
     for word in ("nan", "inf"):
-        problem = str(fault(verb, *REQUIRED[verb], f"{key}={shaped(field, float(word))}".replace(word, f".{word}")))
+        problem = str(
+            fault(command, *REQUIRED[command], f"{key}={shaped(field, float(word))}".replace(word, f".{word}"))
+        )
         assert problem.startswith(f"{key} (command line): "), problem
 
 
@@ -230,13 +234,13 @@ def test_prompts_of_a_wrong_length(box: str, points: str) -> None:
     assert re.match(r"(box|points) \(command line\): .*needs", message)
 
 
-MANDATORY = {verb: [field.key for field in fields_help(verb) if field.default == MISSING] for verb in SCHEMAS}
+MANDATORY = {command: [field.key for field in fields_help(command) if field.default == MISSING] for command in SCHEMAS}
 
 
-@pytest.mark.parametrize("verb", [verb for verb, mandatory in MANDATORY.items() if mandatory])
-def test_missing_keys_are_named(verb: str) -> None:
-    message = str(fault(verb))
-    assert all(f"{key}=..." in message for key in MANDATORY[verb])
+@pytest.mark.parametrize("command", [command for command, mandatory in MANDATORY.items() if mandatory])
+def test_missing_keys_are_named(command: str) -> None:
+    message = str(fault(command))
+    assert all(f"{key}=..." in message for key in MANDATORY[command])
 
 
 def test_an_inventory_needs_one_source() -> None:
@@ -283,17 +287,19 @@ def test_the_rightmost_wins(tmp_path: Path) -> None:
     assert load("train", [*TRAINING, "optim.lr=4", str(first)]).optim.lr == 2
 
 
-@pytest.mark.parametrize("verb", SCHEMAS)
-def test_what_is_written_loads_again_as_the_same(verb: str, tmp_path: Path) -> None:
-    config = load(verb, [*REQUIRED[verb]])
-    assert load(verb, [str(written(tmp_path, to_yaml(config)))]) == config
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_what_is_written_loads_again_as_the_same(command: str, tmp_path: Path) -> None:
+    config = load(command, [*REQUIRED[command]])
+    assert load(command, [str(written(tmp_path, to_yaml(config)))]) == config
 
 
 @pytest.mark.parametrize("text", ["null and void", "a: b # c", "007", "no", "1e-4", "[1]", "  ", "Leber, groß"])
 def test_texts_survive_being_written(tmp_path: Path, text: str) -> None:
-    config = dataclasses.replace(load("predict", REQUIRED["predict"]), text=[text], clip=text, box=[0, 0, 0, 1, 2, 3])
+    config = dataclasses.replace(
+        load("predict", REQUIRED["predict"]), text=[text], clip_model=text, box=[0, 0, 0, 1, 2, 3]
+    )
     assert load("predict", [str(written(tmp_path, to_yaml(config)))]) == config
-    assert load("predict", [*REQUIRED["predict"], f"clip={text}"]).clip == text
+    assert load("predict", [*REQUIRED["predict"], f"clip_model={text}"]).clip_model == text
 
 
 @pytest.mark.parametrize(
@@ -314,9 +320,9 @@ def test_an_incomplete_configuration_can_be_shown() -> None:
 # ---- the schema ----
 
 
-@pytest.mark.parametrize("verb", SCHEMAS)
-def test_every_key_explains_itself(verb: str) -> None:
-    assert [field.key for field in fields_help(verb) if not field.help.strip()] == []
+@pytest.mark.parametrize("command", SCHEMAS)
+def test_every_key_explains_itself(command: str) -> None:
+    assert [field.key for field in fields_help(command) if not field.help.strip()] == []
 
 
 def unread(names: Iterable[str]) -> list[str]:
@@ -328,6 +334,6 @@ def unread(names: Iterable[str]) -> list[str]:
 
 
 def test_every_key_is_read_somewhere() -> None:
-    leaves = {field.key.rpartition(".")[2] for verb in SCHEMAS for field in fields_help(verb)}
+    leaves = {field.key.rpartition(".")[2] for command in SCHEMAS for field in fields_help(command)}
     assert unread(sorted(leaves)) == []
     assert unread(["max_steps", "a_key_that_nobody_reads"]) == ["a_key_that_nobody_reads"]

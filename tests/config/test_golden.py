@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
 VERBS = ("evaluate", "pack", "predict", "pretrain", "train")
 NAMED = {
-    **{verb: (verb, [f"configs/{verb}.yaml"]) for verb in VERBS},
+    **{command: (command, [f"configs/{command}.yaml"]) for command in VERBS},
     **{f"tiny-{path.stem}": (path.stem, [str(path)]) for path in sorted((ROOT / "configs/tiny").glob("*.yaml"))},
     "train-published": ("train", ["configs/train.yaml", "model=configs/model/published.yaml"]),
     "predict-published": ("predict", ["configs/predict.yaml", "zoom=configs/zoom/published.yaml"]),
@@ -27,8 +27,8 @@ NAMED = {
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_configuration_comes_to_what_it_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    verb, arguments = NAMED[name]
-    found, golden = resolved(verb, arguments), GOLDEN / f"{name}.yaml"
+    command, arguments = NAMED[name]
+    found, golden = resolved(command, arguments), GOLDEN / f"{name}.yaml"
     if os.environ.get("SEGVOL_GOLDEN") == "write":
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(found)

@@ -27,8 +27,8 @@ from segvol_pl.planning.plan import sample_bytes
 
 OVERVIEW = [8, 16, 16]
 """The shape that the fixture's overviews were packed with."""
-MODEL = SegVolConfig(input_shape=OVERVIEW, patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
-RESIZED = SegVolConfig(input_shape=[12, 24, 8], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
+MODEL = SegVolConfig(input_shape=OVERVIEW, patch_size=[4, 8, 8], hidden_size=16, num_heads=2, decoder_heads=2)
+RESIZED = SegVolConfig(input_shape=[12, 24, 8], patch_size=[4, 8, 8], hidden_size=16, num_heads=2, decoder_heads=2)
 
 
 def plain_image(hu_DHW: np.ndarray, intensity: Intensity, scale: float | None, shift: float | None) -> np.ndarray:
@@ -119,7 +119,7 @@ def _stream(folder: Path, model: SegVolConfig, data: DataConfig, prompts: Prompt
     records = [record for record in index.samples if record.labelled]
 
     def draw(facts: sampling.Facts, read: sampling.Read, rng: np.random.Generator) -> Arrays:
-        return sampling.draw_segment(facts, read, rng, model=model, data=data, prompts=prompts, row_of=rows)
+        return sampling.sample_segmentation(facts, read, rng, model=model, data=data, prompts=prompts, row_of=rows)
 
     return Stream(Corpus([Part(Store(folder), records, 6)]), draw, Plan(6 * len(records), 2, seed=5))
 
@@ -137,7 +137,7 @@ def test_a_simmim_batch_holds_its_image(phantom_shards: Path) -> None:
     record = read_index(Store(phantom_shards)).samples[0]
     store = Store(phantom_shards)
     facts = read_facts(store, record)
-    sample = sampling.draw_simmim(
+    sample = sampling.sample_simmim(
         facts,
         lambda member: read_array(store, record, facts, member),
         np.random.default_rng(0),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from segvol_pl.data.collate import ALIGNMENT, Parcel, as_it_is, stacked
+from segvol_pl.data.collate import ALIGNMENT, SharedBatch, identity_collate, stacked
 
 RNG = np.random.default_rng(0)
 SAMPLES = [
@@ -48,10 +48,10 @@ def test_samples_are_stacked_into_one_buffer() -> None:
 
 
 def test_it_comes_back_from_a_pickle() -> None:
-    parcel = Parcel(torch.arange(16, dtype=torch.uint8), [("a", "<i2", (2, 2), 8)])
-    batch = pickle.loads(pickle.dumps(parcel))
+    batch = SharedBatch(torch.arange(16, dtype=torch.uint8), [("a", "<i2", (2, 2), 8)])
+    batch = pickle.loads(pickle.dumps(batch))
     assert type(batch) is dict
-    assert batch["a"].tolist() == [[0x0908, 0x0B0A], [0x0D0C, 0x0F0E]] == parcel["a"].tolist()
+    assert batch["a"].tolist() == [[0x0908, 0x0B0A], [0x0D0C, 0x0F0E]] == batch["a"].tolist()
 
 
 class _Endless(IterableDataset[dict[str, torch.Tensor]]):
@@ -62,7 +62,9 @@ class _Endless(IterableDataset[dict[str, torch.Tensor]]):
 
 @pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
 def test_it_comes_back_from_a_loader_process(method: str) -> None:
-    loader = DataLoader(_Endless(), batch_size=None, collate_fn=as_it_is, num_workers=2, multiprocessing_context=method)
+    loader = DataLoader(
+        _Endless(), batch_size=None, collate_fn=identity_collate, num_workers=2, multiprocessing_context=method
+    )
     batches = iter(loader)
     for _ in range(5):
         batch = next(batches)

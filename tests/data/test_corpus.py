@@ -149,6 +149,6 @@ def test_a_missing_shard_is_borne_within_the_bound(
 
 def test_a_store_that_is_away_is_waited_for_as_long_as_stated() -> None:
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
-    data = DataConfig(shards="http://127.0.0.1:9/shards", patience=0.2)
+    data = DataConfig(shards="http://127.0.0.1:9/shards", retry_seconds=0.2)
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9/shards/index\.json: the store gave no answer for 0 s"):
         open_folders(data)

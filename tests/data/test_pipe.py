@@ -86,7 +86,7 @@ def test_real_samples_come_through(phantom_shards: Path) -> None:
     corpus = _corpus(phantom_shards)
     rows = {name: row for row, name in enumerate(sorted(corpus.records[0].categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
-    draw = functools.partial(sampling.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
+    draw = functools.partial(sampling.sample_segmentation, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
     batch = unpacked(next(iter(PipeStream(corpus, draw, Plan(corpus.num_samples, 4)))))
     assert batch["image_BCDHW"].shape == (4, 1, 8, 16, 16) and batch["masks_BKDHW"].shape == (4, 2, 8, 16, 16)
     assert int(batch["seen"]) == 4

@@ -64,8 +64,8 @@ def moody() -> Iterator[tuple[str, type[Moody]]]:
         running.shutdown()
 
 
-def read(folder: str | Path, offset: int, size: int, patience: float = 60.0) -> bytes:
-    (part,) = Store(folder, patience).member("shard.tar", offset, size, [(0, size)])
+def read(folder: str | Path, offset: int, size: int, retry_seconds: float = 60.0) -> bytes:
+    (part,) = Store(folder, retry_seconds).member("shard.tar", offset, size, [(0, size)])
     return part
 
 
@@ -102,13 +102,13 @@ def test_a_store_that_stays_away_is_named_within_the_stated_time(moody: tuple[st
     handler.moods[:] = ["500"] * 1000
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"http://127.*no answer for \d s .*500.*goes on where it stopped"):
-        read(place, 0, 10, patience=1.0)
+        read(place, 0, 10, retry_seconds=1.0)
     assert time.monotonic() - started < 10 and handler.asked > 2
 
 
 def test_no_server_at_all() -> None:
     with pytest.raises(StoreError, match="no answer"):
-        read("http://127.0.0.1:9", 0, 10, patience=0.2)
+        read("http://127.0.0.1:9", 0, 10, retry_seconds=0.2)
 
 
 def test_what_is_not_there_is_not_asked_for_again(moody: tuple[str, type[Moody]]) -> None:
@@ -219,7 +219,7 @@ def test_a_folder_that_stays_away_is_named_within_the_stated_time(folder: Path) 
     (folder.parent / "shards").mkdir(parents=True)  # as a mount point is without its mount
     started = time.monotonic()
     with pytest.raises(StoreError, match=rf"{folder}/shard\.tar could not be read for \d s .*mounted.*goes on where"):
-        read(folder, 0, 10, patience=0.5)
+        read(folder, 0, 10, retry_seconds=0.5)
     assert 0.1 < time.monotonic() - started < 10
 
 
@@ -297,7 +297,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_ranges_of_an_s3_bucket(bucket: str) -> None:
-    far = Store(bucket, patience=5.0)
+    far = Store(bucket, retry_seconds=5.0)
     assert far.file("shard.tar") == CONTENT
     assert far.member("shard.tar", 100, 900, [(0, 10), (800, 900)]) == [CONTENT[100:110], CONTENT[900:1000]]
     with pytest.raises(FileNotFoundError):
@@ -311,7 +311,7 @@ def test_an_s3_server_that_is_away(bucket: str, monkeypatch: pytest.MonkeyPatch)
     s3fs.S3FileSystem.clear_instance_cache()
     started = time.monotonic()
     with pytest.raises(StoreError, match=r"s3://volumes/mine/shard.tar: the store gave no answer for"):
-        read(bucket, 0, 10, patience=1.0)
+        read(bucket, 0, 10, retry_seconds=1.0)
     assert time.monotonic() - started < 30
 
 

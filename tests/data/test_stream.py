@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import DataConfig, PromptConfig, RunConfig, SegVolConfig, StartMethod, Tail
+from segvol_pl.config import DataConfig, LastBatch, PromptConfig, RunConfig, SegVolConfig, StartMethod
 from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import Arrays
@@ -37,7 +37,7 @@ from segvol_pl.data.store import Store
 from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
 from segvol_pl.errors import ShardError, StoreError
 
-MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, heads=2, decoder_heads=2)
+MODEL = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=16, num_heads=2, decoder_heads=2)
 
 
 def test_the_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
@@ -114,7 +114,7 @@ def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int 
     records = [record for record in index.samples if record.labelled]
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
-    draw = functools.partial(sampling.draw_segment, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
+    draw = functools.partial(sampling.sample_segmentation, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
     return Stream(Corpus([Part(Store(folder), records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
 
 
@@ -162,9 +162,9 @@ def test_any_world_sees_the_same_samples_in_every_step(data: st.DataObject) -> N
     batch = ranks * accumulate * local
     samples, tail = (
         batch * data.draw(st.integers(1, 5)) + data.draw(st.integers(0, batch - 1)),
-        data.draw(st.sampled_from(Tail)),
+        data.draw(st.sampled_from(LastBatch)),
     )
-    plan, step = Plan(samples, batch, accumulate, tail=tail), data.draw(st.integers(0, 12))
+    plan, step = Plan(samples, batch, accumulate, last_batch=tail), data.draw(st.integers(0, 12))
     steps_per_epoch = plan.usable // batch
     epoch, index = divmod(step, steps_per_epoch)
     rank, got = data.draw(st.integers(0, ranks - 1)), []
@@ -182,15 +182,15 @@ def test_any_world_sees_the_same_samples_in_every_step(data: st.DataObject) -> N
 
 
 def test_an_epoch_sees_every_sample_once_but_for_its_tail() -> None:
-    for tail, usable in ((Tail.drop, 24), (Tail.repeat, 32)):
-        plan = Plan(29, 8, tail=tail)
+    for tail, usable in ((LastBatch.drop, 24), (LastBatch.repeat, 32)):
+        plan = Plan(29, 8, last_batch=tail)
         positions = np.concatenate([next(islice(plan.positions(World(), 0), n, None))[2] for n in range(usable // 8)])
         assert np.array_equal(positions, np.arange(usable)) and plan.usable == usable
 
 
 def test_a_repeated_tail_starts_the_epoch_anew(phantom_shards: Path) -> None:
     stream = _stream(phantom_shards, batch=4)
-    stream.plan = replace(stream.plan, tail=Tail.repeat)
+    stream.plan = replace(stream.plan, last_batch=LastBatch.repeat)
     assert stream.plan.num_samples == 18 and stream.plan.usable == 20
     rows = stream.rows(0)
     assert np.array_equal(np.bincount(rows), [3] * 6)
@@ -236,7 +236,7 @@ def test_a_loader_process_decodes_with_one_thread(phantom_shards: Path, method: 
 
 def _module(shards: Path, method: StartMethod) -> VolumeModule:
     data = DataConfig(shards=str(shards), split="all", global_batch=2, workers=1, start_method=method)
-    draw = functools.partial(sampling.draw_simmim, model=MODEL, mask_ratio=0.5, data=data)
+    draw = functools.partial(sampling.sample_simmim, model=MODEL, mask_ratio=0.5, data=data)
     return VolumeModule(data, RunConfig(out="unused"), draw, draw, labelled=True)
 
 
@@ -366,7 +366,7 @@ def test_a_corpus_of_damage_ends_the_stream(broken: Path) -> None:
 
 def test_a_folder_that_is_away_is_no_damage(broken: Path) -> None:
     stream = _stream(broken)
-    stream.corpus = Corpus([replace(part, store=Store(broken, patience=0.2)) for part in stream.corpus.parts])
+    stream.corpus = Corpus([replace(part, store=Store(broken, retry_seconds=0.2)) for part in stream.corpus.parts])
     broken.rename(broken.with_name("away"))
     with pytest.raises(StoreError, match=r"could not be read for 0 s .*see that its folder is mounted"):
         next(iter(stream))

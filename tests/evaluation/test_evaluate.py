@@ -18,12 +18,12 @@ from rich.console import Console
 
 from segvol_pl.config import (
     CasesConfig,
+    Convention,
     DrawConfig,
     EvaluateConfig,
     Mode,
     PackConfig,
     Precision,
-    Rule,
     Timing,
     TrackConfig,
     Wandb,
@@ -213,7 +213,7 @@ def test_zoom_settings_reach_the_model(shards: Path, tmp_path: Path) -> None:
 
 
 def test_published_prompts_are_drawn_from_the_shrunk_truth(shards: Path, tmp_path: Path) -> None:
-    model, published = NamedOracle(), ZoomConfig(reflection=Rule.published)
+    model, published = NamedOracle(), ZoomConfig(reflection=Convention.published)
     evaluated(config_for(shards, tmp_path, prompts=["box"], categories=["liver"], limit=1, zoom=published), model)
     truth_DHW = np.zeros(SHAPE, bool)
     truth_DHW[5:13, 8:22, 14:30] = True
@@ -233,7 +233,7 @@ def test_an_untrained_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> N
 
 def test_modes_stand_in_rows_of_their_own(shards: Path, tmp_path: Path) -> None:
     """The shape of the paper's Table 3: resizing loses what sliding and zooming find."""
-    chosen = {"prompts": ["box"], "categories": ["liver tumour"], "modes": list(Mode), "timing": Timing.alone}
+    chosen = {"prompts": ["box"], "categories": ["liver tumour"], "modes": list(Mode), "timing": Timing.cold}
     summary = evaluated(config_for(shards, tmp_path, **chosen))
     found = {setting.mode: overall for setting, overall in summary.overall.items()}
     assert list(found) == ["zoom", "resize", "sliding"]
@@ -245,7 +245,7 @@ def test_modes_stand_in_rows_of_their_own(shards: Path, tmp_path: Path) -> None:
 
 
 def test_resizing_the_published_way_is_its_zoom_out(shards: Path, tmp_path: Path) -> None:
-    zoom = ZoomConfig(interpolation=Rule.published, grid=Rule.published, reflection=Rule.published)
+    zoom = ZoomConfig(interpolation=Convention.published, grid=Convention.published, reflection=Convention.published)
     chosen = {"prompts": ["box"], "categories": ["liver"], "modes": [Mode.zoom, Mode.resize], "zoom": zoom}
     rows = evaluated(config_for(shards, tmp_path, **chosen)).rows
     for zoomed, resized in zip(rows[::2], rows[1::2], strict=True):
@@ -259,7 +259,7 @@ def test_alone_every_prompt_encodes_anew(shards: Path, tmp_path: Path) -> None:
         chosen = {"prompts": ["box", "box+text"], "categories": ["liver tumour"], "limit": 1, "pictures": 0}
         rows = evaluated(config_for(shards, tmp_path / timing.value, timing=timing, **chosen), model).rows
         encoded[timing] = model.encoded
-    assert encoded[Timing.alone] == 2 * encoded[Timing.shared] == 2 * (1 + rows[0].windows)
+    assert encoded[Timing.cold] == 2 * encoded[Timing.shared] == 2 * (1 + rows[0].windows)
 
 
 def test_worse_prompts_stand_in_rows_of_their_own_and_are_worse(shards: Path, tmp_path: Path) -> None:
@@ -341,8 +341,8 @@ def test_a_damaged_case_is_left_out_when_allowed_and_tried_again(tmp_path: Path)
 
 
 def test_readings_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None:
-    summary = evaluated(config_for(shards, tmp_path, prompts=["box+text"], categories=["liver"], readings=True))
-    with (tmp_path / "readings.csv").open(newline="") as file:
+    summary = evaluated(config_for(shards, tmp_path, prompts=["box+text"], categories=["liver"], match_categories=True))
+    with (tmp_path / "category_matches.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * len(CATEGORIES) and {line["prompt"] for line in lines} == {"box(exact)"}
     for case in range(3):
@@ -351,9 +351,11 @@ def test_readings_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None
             CATEGORIES
         )
         # To this oracle every name means all that is bright, so all are equally like.
-        assert float(read[0]["likeness"]) == pytest.approx(float(read[2]["likeness"]), abs=1e-5)
+        assert float(read[0]["soft_dice"]) == pytest.approx(float(read[2]["soft_dice"]), abs=1e-5)
     told = json.loads((tmp_path / "summary.json").read_text())["readings"]["liver"]
-    assert told["n"] == 3 and set(told["likeness"]) == set(CATEGORIES) == set(summary.read_as["liver"].likeness)
+    assert told["n"] == 3 and set(told["soft_dice"]) == set(CATEGORIES) == set(
+        summary.matches_by_category["liver"].soft_dice
+    )
 
 
 def test_pictures_are_of_the_worst_median_and_best_case() -> None:
@@ -450,7 +452,7 @@ def test_a_changed_file_is_evaluated_again_and_a_label_may_be_empty(tmp_path: Pa
 
 def test_wandb_gets_tables_and_pictures_offline(shards: Path, tmp_path: Path) -> None:
     offline = TrackConfig(wandb=Wandb.offline, project="tests")
-    config = config_for(shards, tmp_path, prompts=["box"], categories=["spleen"], readings=True, track=offline)
+    config = config_for(shards, tmp_path, prompts=["box"], categories=["spleen"], match_categories=True, track=offline)
     evaluated(config)
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     tables = {path.name.partition("_")[0]: path for path in run.rglob("*.table.json")}

@@ -85,7 +85,7 @@ def test_two_ranks_share_the_cases_and_find_the_same(config: EvaluateConfig, who
 def test_a_killed_rank_is_missed_and_another_world_goes_on(
     config: EvaluateConfig, whole: Summary, tmp_path: Path
 ) -> None:
-    ours = replace(config, out=str(tmp_path / "killed"), patience=1.0)
+    ours = replace(config, out=str(tmp_path / "killed"), rank_timeout=1.0)
     victim = started(ours, 1, 2)
     deadline = time.monotonic() + 120
     while not results(ours.out):
@@ -97,7 +97,7 @@ def test_a_killed_rank_is_missed_and_another_world_goes_on(
     assert 1 <= len(before) < 3, "killed in the middle"
     first = started(ours, 0, 2)
     _, complaint = first.communicate(timeout=240)
-    assert first.returncode == 1 and "patience: no further case of another rank" in complaint.splitlines()[-1]
+    assert first.returncode == 1 and "rank_timeout: no further case of another rank" in complaint.splitlines()[-1]
     assert not Path(ours.out, "rows.csv").exists() and len(results(ours.out)) == 3 + len(before)
     summary = evaluate(ours)
     assert summary is not None and figures(summary) == figures(whole)
@@ -108,7 +108,7 @@ def test_a_killed_rank_is_missed_and_another_world_goes_on(
 def test_slices_are_put_together_by_a_run_without_one(config: EvaluateConfig, whole: Summary, tmp_path: Path) -> None:
     ours = replace(config, out=str(tmp_path / "sliced"))
     for number in (2, 0):  # the second is left to the run that joins
-        assert evaluate(replace(ours, slice=f"{number}/3")) is None
+        assert evaluate(replace(ours, part=f"{number}/3")) is None
     assert len(results(ours.out)) == 4 and not Path(ours.out, "report.html").exists()
     summary = evaluate(ours)
     assert summary is not None and figures(summary) == figures(whole)
@@ -122,5 +122,5 @@ def test_results_of_other_settings_are_refused(config: EvaluateConfig, whole: Su
     with pytest.raises(EvaluateError, match="other model"):
         evaluate(replace(config, checkpoint=str(other)))
     with pytest.raises(EvaluateError, match="resume: false would remove"):
-        evaluate(replace(config, resume=False, slice="0/2"))
+        evaluate(replace(config, resume=False, part="0/2"))
     assert len(results(config.out)) == 6

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from monai.metrics import compute_surface_dice
 from scipy import ndimage
 
-from segvol_pl.evaluation.metrics import Scores, Spread, dice, macro_interval, score, surface_dice, volume_error
+from segvol_pl.evaluation.metrics import Scores, Stats, dice, macro_interval, score, surface_dice, volume_error
 
 SPACINGS = ((1.0, 1.0, 1.0), (2.5, 1.0, 0.7))
 
@@ -62,12 +62,12 @@ def test_scores_that_do_not_exist_are_none() -> None:
 
 
 def test_spread() -> None:
-    spread = Spread.of([0.2, 0.4, 0.9], [0])
+    spread = Stats.of([0.2, 0.4, 0.9], [0])
     assert spread is not None and spread.n == 3
     figures = (spread.mean, spread.q1, spread.median, spread.q3)
     assert figures == pytest.approx((0.5, 0.3, 0.4, 0.65))
-    assert spread == Spread.of([0.2, 0.4, 0.9], [0]) and Spread.of([], [0]) is None
-    alone = Spread.of([0.7], [0])
+    assert spread == Stats.of([0.2, 0.4, 0.9], [0]) and Stats.of([], [0]) is None
+    alone = Stats.of([0.7], [0])
     assert alone is not None and alone.mean == 0.7 and alone.mean_interval is None and alone.median_interval is None
 
 
@@ -75,7 +75,7 @@ def test_intervals_cover_the_true_mean_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for number in range(100):
-        spread = Spread.of(rng.normal(0.5, 0.1, 40).tolist(), [number])
+        spread = Stats.of(rng.normal(0.5, 0.1, 40).tolist(), [number])
         assert spread is not None and spread.mean_interval is not None
         covered += spread.mean_interval[0] <= 0.5 <= spread.mean_interval[1]
     assert 86 <= covered <= 100

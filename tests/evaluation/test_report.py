@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from segvol_pl.evaluation.figures import Picture, cut, draw_picture
-from segvol_pl.evaluation.mask_category import Reading
+from segvol_pl.evaluation.figures import Picture, cut, plot_picture
+from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.report import write_report
 from segvol_pl.evaluation.summary import Row, Summary
 from segvol_pl.imaging.prompts import Prompt
@@ -38,8 +38,8 @@ def small_summary() -> Summary:
     ]
     rows.append(Row("d", "liver", "zoom", "text", "", "", 0, None, None, None, None, 0.25, None, 0, 40, 2))
     readings = [
-        Reading("a", "liver", "box(exact)", 1, "liver", 0.8),
-        Reading("a", "liver", "box(exact)", 2, "spleen", 0.1),
+        CategoryMatch("a", "liver", "box(exact)", 1, "liver", 0.8),
+        CategoryMatch("a", "liver", "box(exact)", 2, "spleen", 0.1),
     ]
     return Summary(
         "model.ckpt",
@@ -69,7 +69,7 @@ def picture() -> Picture:
     masks = {"zoom-out": np.zeros_like(truth_DHW), "prediction": np.roll(truth_DHW, 2, axis=2)}
     prompt = Prompt(box=(2, 4, 16, 4, 11, 27), points_N3=np.array([[3, 5, 20], [0, 1, 1]]), labels_N=np.array([1, 0]))
     planes = cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, masks, [prompt])
-    return Picture("a", "liver", "liver, worst: a, zoom box+text: Dice 0.500 → 0.600", draw_picture(planes))
+    return Picture("a", "liver", "liver, worst: a, zoom box+text: Dice 0.500 → 0.600", plot_picture(planes))
 
 
 def test_planes_are_cut_where_the_truth_is_largest_and_shown_upright() -> None:
@@ -97,7 +97,7 @@ def test_boxes_and_points_of_a_prompt_lie_where_the_planes_show_them() -> None:
 
 def test_a_picture_shows_the_prompt() -> None:
     hu_DHW, truth_DHW = case_volume()
-    plain = imread(io.BytesIO(draw_picture(cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {}))))
+    plain = imread(io.BytesIO(plot_picture(cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {}))))
     given = imread(io.BytesIO(picture().png))
     yellow = [(image[..., 0] > 0.7) & (image[..., 1] > 0.6) & (image[..., 2] < 0.4) for image in (plain, given)]
     assert not yellow[0].any() and yellow[1].sum() > 50
@@ -105,7 +105,7 @@ def test_a_picture_shows_the_prompt() -> None:
 
 def test_a_slab_of_few_slices_leaves_room_for_its_axial_plane() -> None:
     hu_DHW = np.zeros((4, 90, 120), np.int16)
-    image = imread(io.BytesIO(draw_picture(cut(hu_DHW, (2.0, 1.0, 1.0), hu_DHW == 0, {}))))
+    image = imread(io.BytesIO(plot_picture(cut(hu_DHW, (2.0, 1.0, 1.0), hu_DHW == 0, {}))))
     assert image.shape[1] < 6 * image.shape[0]
 
 
@@ -138,7 +138,7 @@ def test_empty_truths_stand_apart(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, small_summary(), [], ABOUT)
     page = path.read_text(encoding="utf-8")
-    section = page[page.index("Empty truths") : page.index("Spread")]
+    section = page[page.index("Empty truths") : page.index("Stats")]
     assert "<td>liver</td><td>text</td><td>zoom</td><td>1</td><td>1</td>" in section
     write_report(path, replace(small_summary(), rows=small_summary().rows[:-1]), [], ABOUT)
     assert "Empty truths" not in path.read_text(encoding="utf-8")

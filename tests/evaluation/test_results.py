@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, ZoomConfig
 from segvol_pl.errors import EvaluateError
-from segvol_pl.evaluation.mask_category import Reading
-from segvol_pl.evaluation.results import CaseResult, Ledger, Share
+from segvol_pl.evaluation.mask_category import CategoryMatch
+from segvol_pl.evaluation.results import CaseResult, ResultStore, Share
 from segvol_pl.evaluation.summary import Row
 
 ROW = Row("a", "liver", "zoom", "text", "", "", 1, 0.5, None, 0.25, -1.0, 0.1, 1.0, 3, 4, 1, "")
@@ -40,32 +40,34 @@ def test_a_share_is_known_from_torchrun_and_srun_but_not_from_sbatch() -> None:
 
 
 def test_results_are_found_again_unless_the_case_has_changed(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, config_for(tmp_path), "digest")
-    ledger.open(anew=False)
-    result = CaseResult("a", "mark", 1.5, [ROW], [Reading("a", "liver", "box", 1, "liver", 0.5)], ["spleen"], ["x"])
-    assert ledger.find("a", "mark") is None
-    ledger.write(result)
-    assert ledger.find("a", "mark") == result and ledger.find("a", "changed") is None
-    ledger.open(anew=True)
-    assert ledger.find("a", "mark") is None
+    store = ResultStore(tmp_path, config_for(tmp_path), "digest")
+    store.open(anew=False)
+    result = CaseResult(
+        "a", "mark", 1.5, [ROW], [CategoryMatch("a", "liver", "box", 1, "liver", 0.5)], ["spleen"], ["x"]
+    )
+    assert store.find("a", "mark") is None
+    store.write(result)
+    assert store.find("a", "mark") == result and store.find("a", "changed") is None
+    store.open(anew=True)
+    assert store.find("a", "mark") is None
 
 
 def test_what_does_not_decide_the_figures_may_change(tmp_path: Path) -> None:
     config = config_for(tmp_path)
-    Ledger(tmp_path, config, "digest").open(anew=False)
-    moved = replace(config, checkpoint="elsewhere.ckpt", limit=3, pictures=0, device="cuda", slice="0/2")
-    Ledger(tmp_path, moved, "digest").open(anew=False)
+    ResultStore(tmp_path, config, "digest").open(anew=False)
+    moved = replace(config, checkpoint="elsewhere.ckpt", limit=3, pictures=0, device="cuda", part="0/2")
+    ResultStore(tmp_path, moved, "digest").open(anew=False)
     roomier = replace(config, zoom=ZoomConfig(cache_gb=9.0))
-    Ledger(tmp_path, roomier, "digest").open(anew=False)
+    ResultStore(tmp_path, roomier, "digest").open(anew=False)
     with pytest.raises(EvaluateError, match=r"other zoom\.overlap:"):
-        Ledger(tmp_path, replace(config, zoom=ZoomConfig(overlap=0.1)), "digest").open(anew=False)
+        ResultStore(tmp_path, replace(config, zoom=ZoomConfig(overlap=0.1)), "digest").open(anew=False)
     with pytest.raises(EvaluateError, match="other timing"):
-        Ledger(tmp_path, replace(config, timing="alone"), "digest").open(anew=False)  # type: ignore[arg-type]
+        ResultStore(tmp_path, replace(config, timing="alone"), "digest").open(anew=False)  # type: ignore[arg-type]
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path, config_for(tmp_path), "digest")
-    ledger.open(anew=False)
+    store = ResultStore(tmp_path, config_for(tmp_path), "digest")
+    store.open(anew=False)
     (tmp_path / "cases" / "a.json").write_text('{"key": "a"')
     with pytest.raises(EvaluateError, match=r"a\.json is no result of a case"):
-        ledger.find("a", "mark")
+        store.find("a", "mark")

@@ -25,12 +25,12 @@ ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 GIVEN = ["data.shards=shards", "optim.max_steps=10"]
 SMALL = """\
   - model.input_shape=[8, 16, 16]
-  - model.patch=[4, 8, 8]
-  - model.heads=2
-  - model.mlp=32
-  - model.layers=1
+  - model.patch_size=[4, 8, 8]
+  - model.num_heads=2
+  - model.mlp_dim=32
+  - model.num_layers=1
   - model.decoder_heads=2
-  - model.decoder_mlp=32
+  - model.decoder_mlp_dim=32
   - text.source=seeded
   - data.global_batch=2
   - data.workers=0
@@ -39,7 +39,7 @@ SMALL = """\
   - optim.max_steps=3
   - run.accelerator=cpu
   - run.log_every=1
-  - run.threads=1
+  - run.cpu_threads=1
   - run.val_batches=1
   - track.wandb=disabled
 """
@@ -75,15 +75,15 @@ seeds: [3, 4]
 axes:
   data.fraction: [0.5, 1.0]
   size:
-    s: [model.hidden=32, model.heads=2]
-    m: [model.hidden=64, model.heads=4]
+    s: [model.hidden_size=32, model.num_heads=2]
+    m: [model.hidden_size=64, model.num_heads=4]
 """
     runs = grid_of(tmp_path, text)
     names = [f"fraction-{f}_size-{s}_seed-{k}" for f in ("0.5", "1.0") for s in "sm" for k in (3, 4)]
     assert [run.name for run in runs] == names
     first, last = runs[0].config, runs[-1].config
-    assert (first.data.fraction, first.model.hidden, first.data.seed) == (0.5, 32, 3)
-    assert (last.data.fraction, last.model.hidden, last.data.seed, last.model.heads) == (1.0, 64, 4, 4)
+    assert (first.data.fraction, first.model.hidden_size, first.data.seed) == (0.5, 32, 3)
+    assert (last.data.fraction, last.model.hidden_size, last.data.seed, last.model.num_heads) == (1.0, 64, 4, 4)
     assert first.run.out == str(Path("runs/grid") / names[0]) and first.track.group == "grid"
     assert first.track.name == names[0] and runs[0].places == {"data.fraction": "0.5", "size": "s", "seed": "3"}
 
@@ -91,13 +91,13 @@ axes:
 def test_zipped_axes_step_together(tmp_path: Path) -> None:
     text = """
 axes:
-  size: {s: model.hidden=32, m: model.hidden=64}
+  size: {s: model.hidden_size=32, m: model.hidden_size=64}
   pseudo_weight: [0, 0.1]
   optim.lr: [1e-3, 1e-4]
 zip: [[size, optim.lr]]
 """
-    runs = grid_of(tmp_path, text, "model.heads=2")
-    assert [(r.config.model.hidden, r.config.optim.lr, r.config.pseudo_weight) for r in runs] == [
+    runs = grid_of(tmp_path, text, "model.num_heads=2")
+    assert [(r.config.model.hidden_size, r.config.optim.lr, r.config.pseudo_weight) for r in runs] == [
         (32, 1e-3, 0),
         (32, 1e-3, 0.1),
         (64, 1e-4, 0),
@@ -116,7 +116,7 @@ def test_a_run_may_start_from_its_partner_in_another_grid(tmp_path: Path) -> Non
 seeds: [7]
 set: ["text.template=A {} of {size}"]
 axes:
-  size: {s: [model.hidden=32, model.heads=2]}
+  size: {s: [model.hidden_size=32, model.num_heads=2]}
   start:
     scratch: []
     simmim: ["pretrained=runs/pre/size-{size}_seed-{seed}/checkpoints/last.ckpt"]
@@ -127,10 +127,10 @@ axes:
 
 
 def test_files_stand_beside_the_grid(tmp_path: Path) -> None:
-    (tmp_path / "narrow.yaml").write_text("hidden: 32\nheads: 2\n")
+    (tmp_path / "narrow.yaml").write_text("hidden_size: 32\nheads: 2\n")
     (tmp_path / "start.yaml").write_text("pseudo_weight: 0.3\n")
     (run,) = grid_of(tmp_path, "files: [start.yaml]\naxes: {model: [narrow.yaml]}\n")
-    assert (run.config.model.hidden, run.config.pseudo_weight) == (32, 0.3)
+    assert (run.config.model.hidden_size, run.config.pseudo_weight) == (32, 0.3)
 
 
 def test_lists_are_values_of_an_axis(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_budgets_buy_each_size_the_same_work(tmp_path: Path) -> None:
     text = """
 files: [START]
 axes:
-  size: {s: [model.hidden=64, model.mlp=128], m: [model.hidden=128, model.mlp=512]}
+  size: {s: [model.hidden_size=64, model.mlp_dim=128], m: [model.hidden_size=128, model.mlp_dim=512]}
 flops: [1e14, 4e14]
 """.replace("START", str(ROOT / "configs/tiny/train.yaml"))
     path = tmp_path / "iso.yaml"
@@ -181,7 +181,7 @@ flops: [1e14, 4e14]
         ("axes:\n  a: {x: [pseudo_weight]}\n", "pseudo_weight (grid.yaml:2): is not KEY=VALUE"),
         ("axes:\n  a: {x: [run.out=b]}\n", "run.out (grid.yaml:2): the grid sets it"),
         ("seeds: [0, 0]\n", "seeds (grid.yaml:1): "),
-        ("verb: evaluate\n", "verb (grid.yaml:1): "),
+        ("command: evaluate\n", "command (grid.yaml:1): "),
         ("axes: {a: {}}\n", "axes.a (grid.yaml:1): has no points"),
         ("axes:\n  optim.lr: [1e-3, 1e-3]\n", "axes.optim.lr (grid.yaml:2): two points are called 1e-3: name them"),
         ("zip: [[a, b]]\naxes: {a: {x: []}}\n", "zip (grid.yaml): b is no axis"),
@@ -223,7 +223,7 @@ def two(tmp_path: Path, phantom_shards: Path) -> tuple[Path, list[str]]:
     """A grid of two runs, the second of which fails: there is no file to start from."""
     path = tmp_path / "two.yaml"
     points = f"{{whole: [], lost: [pretrained={tmp_path / 'lost.ckpt'}]}}"
-    path.write_text(f"set:\n{SMALL}  - model.hidden=16\naxes:\n  start: {points}\n")
+    path.write_text(f"set:\n{SMALL}  - model.hidden_size=16\naxes:\n  start: {points}\n")
     return path, [f"data.shards={phantom_shards}", f"out={tmp_path / 'runs'}"]
 
 
@@ -266,7 +266,7 @@ def test_a_run_that_was_stopped_goes_on(two: tuple[Path, list[str]], tmp_path: P
 
     with pytest.raises(SystemExit):
         launch.start(runs[0], stopped, first=True)
-    path_of_record = runs[0].out / launch.RECORD
+    path_of_record = runs[0].out / launch.GRID_ENTRY
     record = json.loads(path_of_record.read_text())
     path_of_record.write_text(json.dumps({**record, "started": record["started"] - 100}))
     assert launch.state(runs[0]).name == launch.PARTIAL

@@ -19,7 +19,7 @@ from segvol_pl.experiments.frontier import frontier
 from segvol_pl.experiments.grid import parameters, volume_flops
 from segvol_pl.experiments.laws import Law, bootstrap, fit
 from segvol_pl.experiments.points import Point, Points, gather
-from segvol_pl.experiments.verdict import Judged, judge, predicted
+from segvol_pl.experiments.verdict import Verdict, judge, predicted
 
 BOTH, SIZE, DATA = Law(("params", "samples")), Law(("params",)), Law(("samples",))
 TRUTH = {"E": 1.7, "A": 0.8 * 3e5**0.4, "alpha": 0.4, "B": 0.9 * 1e3**0.5, "beta": 0.5}
@@ -119,7 +119,7 @@ def test_the_bootstrap_is_seeded() -> None:
 # ---- verdicts ----
 
 
-def reasons(judged: Judged) -> str:
+def reasons(judged: Verdict) -> str:
     assert not judged.supported
     return "; ".join(judged.reasons)
 
@@ -217,8 +217,8 @@ def test_one_minus_dice_is_the_loss_where_the_name_says_dice(tmp_path: Path) -> 
     points = gather(FitConfig(table=str(table), metric="liver dice"))
     np.testing.assert_allclose(points.losses, noisy(truth(design()) / 10, 0.01, 0), rtol=1e-9)
     assert points.loss == "1 - liver dice"
-    as_it_is = gather(FitConfig(table=str(table), metric="liver dice", one_minus=False))
-    np.testing.assert_allclose(as_it_is.losses, 1 - points.losses)
+    identity_collate = gather(FitConfig(table=str(table), metric="liver dice", one_minus=False))
+    np.testing.assert_allclose(identity_collate.losses, 1 - points.losses)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_table_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, text
 
 def run_folder(folder: Path, hidden: int, state: str = "finished", **places: str) -> Path:
     """A run folder as training leaves it: configuration, metrics, the grid's record, and a user's own file."""
-    config = load("train", [f"model.hidden={hidden}", "data.shards=x", "run.out=x", "optim.max_steps=100"])
+    config = load("train", [f"model.hidden_size={hidden}", "data.shards=x", "run.out=x", "optim.max_steps=100"])
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     rows = "0,val/loss,1.5\n0,data/volumes,40\n50,val/loss,0.6\n100,val/loss,0.7\n"

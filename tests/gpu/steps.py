@@ -13,7 +13,14 @@ from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
 
 MODEL = SegVolConfig(
-    input_shape=[16, 64, 64], patch=[4, 8, 8], hidden=128, layers=2, heads=4, mlp=256, decoder_heads=4, decoder_mlp=128
+    input_shape=[16, 64, 64],
+    patch_size=[4, 8, 8],
+    hidden_size=128,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=256,
+    decoder_heads=4,
+    decoder_mlp_dim=128,
 )
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=2, max_steps=10)

@@ -28,7 +28,7 @@ from segvol_pl.kernels.upscaled import gelu_product, norm_gelu
 pytestmark = pytest.mark.gpu
 
 BASE = SegVolConfig()
-TOKENS, WIDTH = math.prod(BASE.grid), BASE.hidden
+TOKENS, WIDTH = math.prod(BASE.grid), BASE.hidden_size
 LOW, FULL = [4 * size for size in BASE.grid], BASE.input_shape
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -101,7 +101,7 @@ def test_a_step_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_step_of_the_base_models_decoder_waits_for_nothing() -> None:
     """No operation of a step makes the host wait for the device."""
-    model = SegVolConfig(layers=1)
+    model = SegVolConfig(num_layers=1)
     task, batch = step_task("cuda", model), step_batch("cuda", model, PROMPTS, images=1)
 
     def once() -> None:

@@ -78,12 +78,12 @@ def test_groups_of_prompts_give_what_all_at_once_do(size: int, bf16: bool) -> No
     assert groups.away(whole) < (GRADIENT_BF16 if bf16 else SUMMED)
 
 
-@pytest.mark.parametrize("whole_weights", [True, False])
-def test_groups_computed_again_give_the_same(whole_weights: bool) -> None:
+@pytest.mark.parametrize("weights_resident", [True, False])
+def test_groups_computed_again_give_the_same(weights_resident: bool) -> None:
     """As where weights are split over ranks."""
     wanted = step("supervised", "cuda")
     task = supervised_task(prompts_at_once=4).cuda()
-    task.whole_weights = whole_weights
+    task.weights_resident = weights_resident
     batch = {name: value.cuda() for name, value in supervised_batch().items()}
     loss, _ = task.losses(batch)
     gradients = torch.autograd.grad(loss, list(task.parameters()))

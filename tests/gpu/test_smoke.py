@@ -20,11 +20,11 @@ TINY = Path(__file__).parents[2] / "configs" / "tiny"
 STEPS = 6
 
 
-def configured(verb: str, shards: Path, out: Path, *more: str) -> Any:
+def configured(command: str, shards: Path, out: Path, *more: str) -> Any:
     """configs/tiny on the GPU, in the precision that `auto` gives there."""
     keys = [f"data.shards={shards}", f"run.out={out}", f"optim.max_steps={STEPS}", "track.wandb=disabled"]
     run = ["run.accelerator=cuda", "run.precision=auto", "run.log_every=2", "run.val_batches=1"]
-    return load(verb, [str(TINY / f"{verb}.yaml"), *keys, *run, "data.samples_per_volume=8", *more])
+    return load(command, [str(TINY / f"{command}.yaml"), *keys, *run, "data.samples_per_volume=8", *more])
 
 
 def logged(out: Path, metric: str) -> list[float]:

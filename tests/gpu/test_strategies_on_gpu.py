@@ -94,7 +94,7 @@ def runs(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs
     """Every run, and once more each from its own checkpoint of the middle."""
     runs = Runs(tmp_path_factory.mktemp("gpu"))
     config = _train_config(phantom_shards, runs.folder, steps=STEPS)
-    run = replace(config.run, accelerator="cuda", checkpoint_every=HALF, keep_every=HALF, val_every=0, val_batches=1)
+    run = replace(config.run, accelerator="cuda", checkpoint_every=HALF, save_every=HALF, val_every=0, val_batches=1)
     (runs.folder / "config.yaml").write_text(to_yaml(replace(config, run=run)))
     names = [name for name in KEYS if name not in DEEPSPEED or importlib.util.find_spec("deepspeed")]
     runs.round(names)

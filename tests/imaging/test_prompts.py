@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segvol_pl.imaging.box import box_of
-from segvol_pl.imaging.prompts import Prompt, draw_points, jitter_box
+from segvol_pl.imaging.prompts import Prompt, jitter_box, sample_points
 
 RNG = np.random.default_rng(0)
 
@@ -20,27 +20,27 @@ def _mask() -> np.ndarray:
 
 
 def test_points_lie_inside_and_outside() -> None:
-    points, labels = draw_points(_mask(), RNG, positive=5, negative=7)
+    points, labels = sample_points(_mask(), RNG, positive=5, negative=7)
     assert points.shape == (12, 3) and list(labels) == [1] * 5 + [0] * 7
     assert np.array_equal(_mask()[tuple(points.T)], labels == 1)
 
 
 def test_a_mask_without_outside_gets_no_negative_points() -> None:
-    points, labels = draw_points(np.ones((2, 2, 2), dtype=bool), RNG, positive=2, negative=3)
+    points, labels = sample_points(np.ones((2, 2, 2), dtype=bool), RNG, positive=2, negative=3)
     assert len(points) == 2 and set(labels) == {1}
 
 
 def test_a_nearly_full_mask_still_gets_its_negative_points() -> None:
     mask = np.ones((20, 20, 20), dtype=bool)
     mask[0, 0, 0] = False
-    points, labels = draw_points(mask, RNG, positive=1, negative=4)
+    points, labels = sample_points(mask, RNG, positive=1, negative=4)
     assert (points[1:] == 0).all() and list(labels) == [1, 0, 0, 0, 0]
 
 
 def test_an_empty_mask_has_neither_points_nor_box() -> None:
     empty = np.zeros((2, 2, 2), dtype=bool)
     with pytest.raises(ValueError, match="empty mask"):
-        draw_points(empty, RNG, 1, 0)
+        sample_points(empty, RNG, 1, 0)
     with pytest.raises(ValueError, match="empty mask"):
         box_of(empty)
 

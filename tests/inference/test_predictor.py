@@ -484,7 +484,7 @@ def say(
         ({"box": [0, 0, 0, 1, 5, 5]}, 1, "lies in the air"),
         ({"points": [[5, 50, 5, 1]]}, 1, r"point \[5, 50, 5\] lies outside the CT"),
         ({"points": [[5, 500, 5, 1]], "coordinates": "lps"}, 1, r"lies outside the CT, which spans .* mm \(lps\)"),
-        ({"text": "liver tumor"}, 1, "'liver tumor' is not in the text bank.*nearest: liver tumour.*clip=FOLDER"),
+        ({"text": "liver tumor"}, 1, "'liver tumor' is not in the text bank.*nearest: liver tumour.*clip_model=FOLDER"),
         ({"text": "[liver, spline]"}, 1, "'spline' is not in the text bank"),
         ({"text": "spline", "clip": "./nowhere"}, 1, r"error: clip: cannot load \./nowhere"),
         ({"text": "[liver, liver]"}, 2, "text .*names a category twice"),
@@ -554,11 +554,19 @@ def test_a_ct_smaller_than_one_window_is_padded() -> None:
 
 def test_names_that_the_bank_lacks_come_from_the_clip_that_made_it(tmp_path: Path) -> None:
     clip = write_clip(tmp_path)
-    config = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, text_dim=32)
-    model = SegVol(config, TextBank.from_clip(["liver"], TextConfig(clip=str(clip))))
+    config = SegVolConfig(
+        input_shape=[8, 16, 16],
+        patch_size=[4, 8, 8],
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        mlp_dim=32,
+        text_dim=32,
+    )
+    model = SegVol(config, TextBank.from_clip(["liver"], TextConfig(clip_model=str(clip))))
     extend_bank(model, ["spleen"], str(clip))
     assert model.bank.names == ["liver", "spleen"] and model.text_encoder.bank_KE.shape == (2, 32)
-    want = TextBank.from_clip(["spleen"], TextConfig(clip=str(clip))).vectors_KE[0]
+    want = TextBank.from_clip(["spleen"], TextConfig(clip_model=str(clip))).vectors_KE[0]
     torch.testing.assert_close(model.text_encoder.bank_KE[1], want)
     other = SegVol(config, TextBank.seeded(["liver"], 32))
     with pytest.raises(TextError, match="did not make this model's text bank"):

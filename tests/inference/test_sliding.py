@@ -87,9 +87,9 @@ def test_a_window_gets_what_of_a_prompt_lies_inside_it() -> None:
     both = within(Prompt(box=(0, 0, 0, 5, 5, 20), **points), (0, 0, 16), WINDOW)
     assert both is not None and both.box == (0, 0, 0, 5, 5, 4) and both.points_N3 is None
     assert within(Prompt(box=(0, 0, 0, 5, 5, 5), **points), (0, 16, 0), WINDOW) is None
-    marked = Prompt(marks={"toys:ends": np.array([[1, 2, 3], [5, 18, 9]])})
+    marked = Prompt(landmarks={"toys:ends": np.array([[1, 2, 3], [5, 18, 9]])})
     moved = within(marked, (0, 16, 0), WINDOW)
-    assert moved is not None and moved.marks["toys:ends"].tolist() == [[1, 0, 3], [5, 2, 9]]
+    assert moved is not None and moved.landmarks["toys:ends"].tolist() == [[1, 0, 3], [5, 2, 9]]
     assert within(marked, (0, 32, 0), WINDOW) is None
     alone = within(Prompt(text="x"), (8, 16, 0), WINDOW)
     assert alone is not None and (alone.text, alone.box, alone.points_N3) == ("x", None, None)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, save_untrained
 
-from segvol_pl.config import Rule, ZoomConfig
+from segvol_pl.config import Convention, ZoomConfig
 from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt
 from segvol_pl.imaging.transforms import resize_label, resize_tensor
@@ -143,20 +143,20 @@ def test_the_region_is_within_reach_of_the_coarse_mask_and_of_what_the_user_said
     assert region_of(mask_DHW, Prompt(text="x"), WINDOW, reach=100) == (0, 0, 0, 15, 31, 15)
 
 
-@given(volumes_with_box(), st.sampled_from([0.0, 0.25, 0.5, 0.9]), st.sampled_from(Rule))
+@given(volumes_with_box(), st.sampled_from([0.0, 0.25, 0.5, 0.9]), st.sampled_from(Convention))
 @settings(max_examples=150, deadline=None)
 def test_windows_cover_the_region_and_stay_inside_it(
-    case: tuple[tuple[int, ...], Box], overlap: float, rule: Rule
+    case: tuple[tuple[int, ...], Box], overlap: float, rule: Convention
 ) -> None:
     shape, box = case
     mask_DHW = bright_box(shape, box) > 0
-    asked = cut_off_region(mask_DHW, WINDOW) if rule is Rule.published else widened_box(mask_DHW, WINDOW, 1.0)
+    asked = cut_off_region(mask_DHW, WINDOW) if rule is Convention.published else widened_box(mask_DHW, WINDOW, 1.0)
     grid = tiles(asked, WINDOW, shape, ZoomConfig(overlap=overlap, grid=rule))
     covered_DHW = np.zeros(shape, bool)
     for tile in grid:
         covered_DHW[tile.slices(WINDOW, tile.bound, (0, 0, 0))] = True
     assert covered_DHW[box_slices(asked)].all() and covered_DHW[mask_DHW].all()
-    assert rule is Rule.consistent or box_of(covered_DHW) == asked
+    assert rule is Convention.consistent or box_of(covered_DHW) == asked
     assert len(set(grid)) == len(grid)
 
 
@@ -222,13 +222,13 @@ def test_points_prompt_keeps_the_points_inside_and_draws_more_from_the_coarse_ma
 
 
 def test_marks_outside_a_window_lie_on_its_edge() -> None:
-    prompt = Prompt(marks={"toys:ends": np.array([[1, 2, 3], [30, 9, 9]])})
+    prompt = Prompt(landmarks={"toys:ends": np.array([[1, 2, 3], [30, 9, 9]])})
     coarse_DHW = np.ones((8, 8, 8), bool)
     local = reflect(prompt, coarse_DHW, (4, 4, 4), points=3, rng=rng())
     assert local is not None and local.box is None and local.points_N3 is None
-    assert local.marks["toys:ends"].tolist() == [[0, 0, 0], [7, 5, 5]]
+    assert local.landmarks["toys:ends"].tolist() == [[0, 0, 0], [7, 5, 5]]
     shrunk = scale_prompt(prompt, (32, 16, 16), (8, 8, 8))
-    assert shrunk.marks["toys:ends"].tolist() == [[0, 1, 1], [7, 4, 4]]
+    assert shrunk.landmarks["toys:ends"].tolist() == [[0, 1, 1], [7, 4, 4]]
     assert reflect(prompt, np.zeros((8, 8, 8), bool), (4, 4, 4), points=3, rng=rng()) is None
 
 
@@ -352,10 +352,10 @@ def test_progress_counts_windows() -> None:
     assert told[-1] == (windows, windows) and [done for done, _ in told] == sorted(done for done, _ in told)
 
 
-@given(volumes_with_box(), st.sampled_from(Rule), st.integers(0, 2**30))
+@given(volumes_with_box(), st.sampled_from(Convention), st.integers(0, 2**30))
 @settings(max_examples=60, deadline=None)
 def test_windows_are_averaged_voxel_by_voxel_and_the_rest_is_coarse(
-    case: tuple[tuple[int, ...], Box], rule: Rule, seed: int
+    case: tuple[tuple[int, ...], Box], rule: Convention, seed: int
 ) -> None:
     shape, roi = case
     draw, ground = rng(seed), Coarse(rng(seed).normal(size=WINDOW).astype(np.float32), shape, nearest=True)
@@ -491,7 +491,7 @@ def test_tokens_are_kept_in_bf16_under_autocast() -> None:
 
 # ---- as the released weights were validated ----
 
-PUBLISHED = ZoomConfig(interpolation=Rule.published, grid=Rule.published, reflection=Rule.published)
+PUBLISHED = ZoomConfig(interpolation=Convention.published, grid=Convention.published, reflection=Convention.published)
 
 
 @pytest.mark.parametrize("kind", ["text", "box+text", "points+text"])

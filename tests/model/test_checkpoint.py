@@ -22,9 +22,9 @@ from segvol_pl.model.checkpoint import load_encoder, load_model, load_weights
 from segvol_pl.model.convert import export
 from segvol_pl.training.segment import SegVolTask
 
-SMALL = {"layers": 1, "heads": 2, "mlp": 32, "decoder_heads": 2, "decoder_mlp": 32, "text_dim": 8}
-MODEL = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=32, **SMALL)
-WIDER = SegVolConfig(input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=64, **SMALL)
+SMALL = {"num_layers": 1, "num_heads": 2, "mlp_dim": 32, "decoder_heads": 2, "decoder_mlp_dim": 32, "text_dim": 8}
+MODEL = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=32, **SMALL)
+WIDER = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=64, **SMALL)
 
 
 @pytest.fixture
@@ -122,22 +122,25 @@ def stating(exported: Path, target: Path, **changes: Any) -> Path:
 
 
 STATED: dict[str, tuple[dict[str, Any], str]] = {
-    "no heads": ({"heads": 0}, r"states no model .* model\.heads: must be at least 1"),
+    "no heads": ({"num_heads": 0}, r"states no model .* model\.num_heads: must be at least 1"),
     "no decoder heads": ({"decoder_heads": 0}, r"states no model .* model\.decoder_heads: must be at least 1"),
     "a flat patch": ({"patch": [4, 0, 8]}, r"states no model .* model\.patch: must be"),
-    "no whole number": ({"mlp": 32.5}, r"states no model .*32\.5.* mlp"),
-    "heads that do not divide": ({"heads": 3}, "states no model .* model.hidden: 32 is not a multiple"),
+    "no whole number": ({"mlp_dim": 32.5}, r"states no model .*32\.5.* mlp"),
+    "heads that do not divide": ({"num_heads": 3}, "states no model .* model.hidden_size: 32 is not a multiple"),
     "an unknown key": ({"depth": 3}, "states no model .*'depth'"),
     "keys for a list": ({"patch": {"d": 4}}, "states no model"),
     "an unknown rule": ({"coordinates": "own"}, r"states no model .*'own'.* coordinates"),
     "the environment": ({"input_shape": "${oc.env:SECRET}"}, "refers to values outside"),
-    "the environment in marks": ({"marks": ["1*m.${oc.env:SECRET}:x"]}, "refers to values outside"),
-    "marks without end": ({"marks": [f"{'9' * 5000}*m:x"]}, "states no model"),
-    "marks that it lacks": ({"marks": ["99999999999*m:x"]}, r"than it states: lacks prompt_encoder\.mark_embeddings"),
-    "wide": ({"hidden": 80000}, r"than it states: .* is \[32.*the model's is \[80000"),
-    "wider than memory": ({"hidden": 8 * 10**18}, "states a model that cannot be made"),
-    "wider than numbers": ({"mlp": 10**30}, "states a model that cannot be made"),
-    "deep": ({"layers": 10**6}, r"states model\.layers=1000000, and holds 1 of them"),
+    "the environment in landmarks": ({"landmarks": ["1*m.${oc.env:SECRET}:x"]}, "refers to values outside"),
+    "landmarks without end": ({"landmarks": [f"{'9' * 5000}*m:x"]}, "states no model"),
+    "landmarks that it lacks": (
+        {"landmarks": ["99999999999*m:x"]},
+        r"than it states: lacks prompt_encoder\.landmark_embeddings",
+    ),
+    "wide": ({"hidden_size": 80000}, r"than it states: .* is \[32.*the model's is \[80000"),
+    "wider than memory": ({"hidden_size": 8 * 10**18}, "states a model that cannot be made"),
+    "wider than numbers": ({"mlp_dim": 10**30}, "states a model that cannot be made"),
+    "deep": ({"num_layers": 10**6}, r"states model\.num_layers=1000000, and holds 1 of them"),
     "a deep decoder": ({"decoder_layers": 10**6}, r"states model\.decoder_layers=1000000, and holds 2 of them"),
     "a large input": ({"input_shape": [8, 1 << 20, 1 << 20]}, "than it states: .*position_embeddings"),
     "too few names": ({"categories": '["x"]'}, r"bank_KE is \[2, 8\], the model's is \[1, 8\]"),
@@ -148,7 +151,7 @@ STATED: dict[str, tuple[dict[str, Any], str]] = {
     "no JSON": ({"config": "{"}, "'config' in its header is no JSON"),
     "nothing": ({"config": "null"}, "states no configuration"),
     "nested JSON": ({"config": "[" * 10**6}, "'config' in its header is no JSON"),
-    "nested keys": ({"marks": json.loads("[" * 900 + "]" * 900)}, "states no model"),
+    "nested keys": ({"landmarks": json.loads("[" * 900 + "]" * 900)}, "states no model"),
 }
 
 
@@ -166,7 +169,7 @@ def test_a_header_that_is_not_its_models_is_refused_in_one_line(
     assert len(lines) == 1 and "unexpected" not in lines[0] and not (tmp_path / "again.safetensors").exists()
 
 
-@pytest.mark.parametrize("changes", [{"config": None}, {"config": {"model": {"heads": 0}}}, {"categories": ["x"]}])
+@pytest.mark.parametrize("changes", [{"config": None}, {"config": {"model": {"num_heads": 0}}}, {"categories": ["x"]}])
 def test_a_training_checkpoint_that_states_no_model_is_refused(
     changes: dict[str, Any], checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +185,7 @@ def test_an_older_header_lacks_keys(checkpoint: Path, tmp_path: Path) -> None:
     exported = export(checkpoint, tmp_path / "model.safetensors")
     with safe_open(exported, framework="pt") as opened:
         config = json.loads(opened.metadata()["config"])
-    del config["marks"], config["coordinates"]
+    del config["landmarks"], config["coordinates"]
     assert load_model(stating(exported, tmp_path / "old.safetensors", config=json.dumps(config))).config == MODEL
 
 

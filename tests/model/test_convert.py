@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import ImportConfig, Rule, SegVolConfig, TextConfig, TextSource
+from segvol_pl.config import Convention, ImportConfig, SegVolConfig, TextConfig, TextSource
 from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.errors import CheckpointError, TextError, UnknownCategory
 from segvol_pl.imaging.prompts import Prompt
@@ -28,15 +28,15 @@ from segvol_pl.training.run import train
 
 MODEL = SegVolConfig(
     input_shape=[8, 16, 16],
-    patch=[4, 8, 8],
-    hidden=32,
-    layers=2,
-    heads=2,
-    mlp=32,
+    patch_size=[4, 8, 8],
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=32,
     decoder_heads=2,
-    decoder_mlp=32,
+    decoder_mlp_dim=32,
     text_dim=16,
-    coordinates=Rule.published,
+    coordinates=Convention.published,
 )
 TOWER = CLIPTextConfig(
     vocab_size=len(WORDS),
@@ -110,7 +110,7 @@ def test_the_bank_is_made_by_the_towers_own_weights(pth: Path, state: dict[str, 
     tower.load_state_dict({name: state[stem + name.removeprefix("text_model.")] for name in held})
     tower.save_pretrained(folder / "clip")
     CLIPTokenizer.from_pretrained(folder).save_pretrained(folder / "clip")
-    want = TextBank.from_clip(["liver", "spleen"], TextConfig(clip=str(folder / "clip")))
+    want = TextBank.from_clip(["liver", "spleen"], TextConfig(clip_model=str(folder / "clip")))
     got = load_model(import_weights(importing(pth))).bank
     torch.testing.assert_close(got.vectors_KE, want.vectors_KE)
 
@@ -178,7 +178,7 @@ def test_fine_tuning_takes_the_released_file_itself(
 def test_two_ranks_fine_tune_without_searching_for_unused_parameters(
     pth: Path, phantom_shards: Path, ranks: dict[int, Ranks]
 ) -> None:
-    keys = [*fine_tuning(pth.parent, phantom_shards), f"weights={pth}", "run.strategy=ddp", "run.threads=1"]
+    keys = [*fine_tuning(pth.parent, phantom_shards), f"weights={pth}", "run.strategy=ddp", "run.cpu_threads=1"]
     said = ranks[2]("train", *keys)
     assert "tensors from" in said and "unused" not in said
     assert load_model(pth.parent / "run" / "checkpoints" / "last.ckpt").bank.names
@@ -256,11 +256,13 @@ def test_released_weights_load_into_a_model_directly(pth: Path, state: dict[str,
     report = load_weights(model, pth)
     assert report.kept == [] and report.unused == []
     assert torch.equal(model.text_encoder.dim_align.weight, state["text_encoder.dim_align.weight"])
-    assert {"iou_prediction_head", "mask_downscaling"} <= {name.split(".")[1] for name in read_weights(pth).carried}
+    assert {"iou_prediction_head", "mask_downscaling"} <= {
+        name.split(".")[1] for name in read_weights(pth).extra_tensors
+    }
 
 
 def test_what_cannot_run_in_the_published_code_is_not_exported_to_it(pth: Path, folder: Path) -> None:
-    consistent = SegVolConfig(**{**vars(MODEL), "coordinates": Rule.consistent})
+    consistent = SegVolConfig(**{**vars(MODEL), "coordinates": Convention.consistent})
     imported = import_weights(importing(pth, model=consistent))
     with pytest.raises(CheckpointError, match=r"coordinates=consistent"):
         export(imported, folder / "back.pth")
@@ -270,7 +272,7 @@ def test_what_cannot_run_in_the_published_code_is_not_exported_to_it(pth: Path, 
 def test_a_tower_without_a_tokenizer_says_where_to_get_one(pth: Path, folder: Path) -> None:
     (folder / "vocab.json").unlink()
     with pytest.raises(TextError, match=r"text\.clip: cannot load .*nowhere.*give a local folder"):
-        import_weights(importing(pth, text=TextConfig(clip=str(folder / "nowhere"))))
+        import_weights(importing(pth, text=TextConfig(clip_model=str(folder / "nowhere"))))
 
 
 def test_text_from_weights_needs_weights(phantom_shards: Path, folder: Path) -> None:

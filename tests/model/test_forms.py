@@ -21,7 +21,14 @@ from segvol_pl.model.narrow import narrow, narrowed
 from segvol_pl.planning import memory
 
 MODEL = SegVolConfig(
-    input_shape=[8, 32, 32], patch=[4, 8, 8], hidden=64, layers=2, heads=4, mlp=96, decoder_heads=4, decoder_mlp=64
+    input_shape=[8, 32, 32],
+    patch_size=[4, 8, 8],
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=96,
+    decoder_heads=4,
+    decoder_mlp_dim=64,
 )
 PROMPTS, SPARSE = 3, 7
 
@@ -36,15 +43,15 @@ def _prompts(transformer: TwoWayTransformer, images: int) -> Callable[[], list[T
     """What the transformer gives for prompts of so many images, and its gradients: of image, prompts and weights."""
     generator = torch.Generator().manual_seed(1)
     tokens = math.prod(MODEL.grid)
-    image_BTE = torch.randn(images, tokens, MODEL.hidden, generator=generator, requires_grad=True)
-    place_TE = torch.randn(tokens, MODEL.hidden, generator=generator)
-    prompt_ASE = torch.randn(images * PROMPTS, SPARSE, MODEL.hidden, generator=generator, requires_grad=True)
+    image_BTE = torch.randn(images, tokens, MODEL.hidden_size, generator=generator, requires_grad=True)
+    place_TE = torch.randn(tokens, MODEL.hidden_size, generator=generator)
+    prompt_ASE = torch.randn(images * PROMPTS, SPARSE, MODEL.hidden_size, generator=generator, requires_grad=True)
     keep_AS = torch.rand(images * PROMPTS, SPARSE, generator=generator) < 0.7
     keep_AS[:, 0] = True
-    weigh_ATE = torch.randn(images * PROMPTS, tokens, MODEL.hidden, generator=generator)
+    weigh_ATE = torch.randn(images * PROMPTS, tokens, MODEL.hidden_size, generator=generator)
 
     def found() -> list[Tensor]:
-        side = transformer.look(image_BTE, place_TE)
+        side = transformer.project_image(image_BTE, place_TE)
         side = side if kernels.fused(image_BTE) else side.spread(PROMPTS)
         tokens_ASE, seen_ATE = transformer(prompt_ASE, side, keep_AS)
         loss = (seen_ATE.float() * weigh_ATE).mean() + tokens_ASE.float().square().mean()
@@ -117,19 +124,19 @@ class _Made(TorchDispatchMode):
 def test_nothing_wide_is_made_for_every_prompt(on_gpu: Callable[[bool], None]) -> None:
     """Under autocast no float32 tensor of the size of all prompts' images, forward and backward."""
     on_gpu(True)
-    transformer, size = _transformer(), math.prod(MODEL.grid) * MODEL.hidden
-    image_BTE = torch.randn(2, size // MODEL.hidden, MODEL.hidden, requires_grad=True)
+    transformer, size = _transformer(), math.prod(MODEL.grid) * MODEL.hidden_size
+    image_BTE = torch.randn(2, size // MODEL.hidden_size, MODEL.hidden_size, requires_grad=True)
     place_TE = torch.randn(image_BTE.shape[1:])
-    prompt_ASE, keep_AS = torch.randn(2 * PROMPTS, SPARSE, MODEL.hidden), torch.ones(2 * PROMPTS, SPARSE).bool()
+    prompt_ASE, keep_AS = torch.randn(2 * PROMPTS, SPARSE, MODEL.hidden_size), torch.ones(2 * PROMPTS, SPARSE).bool()
     with _Made() as watch, torch.autocast("cpu", torch.bfloat16):
-        out = transformer(prompt_ASE, transformer.look(image_BTE, place_TE), keep_AS)
+        out = transformer(prompt_ASE, transformer.project_image(image_BTE, place_TE), keep_AS)
         torch.autograd.grad(out, [image_BTE, *transformer.parameters()], [torch.ones_like(x) for x in out])
     assert {dtype for made, dtype in watch.made if made >= 2 * PROMPTS * size} == {torch.bfloat16}
 
 
 def test_keys_of_an_image_are_not_copied_for_its_prompts() -> None:
     attention = _transformer().final_attn_token_to_image
-    inner, tokens = MODEL.hidden // 2, math.prod(MODEL.grid)
+    inner, tokens = MODEL.hidden_size // 2, math.prod(MODEL.grid)
     q_ASI, k_BTI, v_BTI = (torch.randn(*size, inner) for size in ((2 * PROMPTS, 1), (2, tokens), (2, tokens)))
     with _Made() as watch:
         attention.mix(q_ASI, k_BTI, v_BTI)
@@ -138,7 +145,7 @@ def test_keys_of_an_image_are_not_copied_for_its_prompts() -> None:
 
 def _kept(transformer: TwoWayTransformer, config: SegVolConfig, prompts: int) -> int:
     """Bytes that autograd keeps of so many prompts of two images in bf16, each storage counted once."""
-    tokens, width = math.prod(config.grid), config.hidden
+    tokens, width = math.prod(config.grid), config.hidden_size
     storages: dict[Any, int] = {}
 
     def keep(x: Tensor) -> Tensor:
@@ -148,7 +155,7 @@ def _kept(transformer: TwoWayTransformer, config: SegVolConfig, prompts: int) ->
     image_BTE, place_TE = torch.empty(2, tokens, width, requires_grad=True), torch.empty(tokens, width)
     prompt_ASE, keep_AS = torch.empty(2 * prompts, SPARSE, width), torch.ones(2 * prompts, SPARSE, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        out = transformer(prompt_ASE, transformer.look(image_BTE, place_TE), keep_AS)
+        out = transformer(prompt_ASE, transformer.project_image(image_BTE, place_TE), keep_AS)
         held = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in out}
     return sum({**storages, **held}.values())
 
@@ -169,12 +176,12 @@ def test_the_planner_knows_what_a_prompt_keeps_of_its_image(on_gpu: Callable[[bo
 
 def test_a_block_of_the_encoder_is_monais_to_the_digit() -> None:
     ours = Block(MODEL)
-    theirs = TransformerBlock(MODEL.hidden, MODEL.mlp, MODEL.heads, use_flash_attention=True)
+    theirs = TransformerBlock(MODEL.hidden_size, MODEL.mlp_dim, MODEL.num_heads, use_flash_attention=True)
     del theirs.norm_cross_attn
     # An optimizer's state in a checkpoint goes by the order of the parameters.
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
     theirs.load_state_dict(ours.state_dict())
-    tokens_BTE = torch.randn(2, 16, MODEL.hidden, requires_grad=True)
+    tokens_BTE = torch.randn(2, 16, MODEL.hidden_size, requires_grad=True)
     found = [
         (out := block(tokens_BTE), *torch.autograd.grad(out.square().sum(), tokens_BTE)) for block in (ours, theirs)
     ]

@@ -19,13 +19,20 @@ from segvol_pl.model.prompt_encoder import PromptTensors, pack, unpack
 from segvol_pl.model.segvol import Trilinear
 
 MODEL = SegVolConfig(
-    input_shape=[12, 32, 16], patch=[2, 8, 8], hidden=32, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+    input_shape=[12, 32, 16],
+    patch_size=[2, 8, 8],
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    mlp_dim=32,
+    decoder_heads=2,
+    decoder_mlp_dim=32,
 )
 
 
-def _model(marks: Sequence[str] = ()) -> SegVol:
+def _model(landmarks: Sequence[str] = ()) -> SegVol:
     torch.manual_seed(0)
-    return SegVol(replace(MODEL, marks=list(marks)), TextBank.seeded(["liver", "spleen"], 512)).eval()
+    return SegVol(replace(MODEL, landmarks=list(landmarks)), TextBank.seeded(["liver", "spleen"], 512)).eval()
 
 
 def test_prompts_packed_for_one_copy_come_out_as_they_were() -> None:
@@ -92,14 +99,14 @@ def test_prompt_kinds_mix_in_one_batch_without_touching_each_other() -> None:
 
 
 def test_marks_are_heard_and_their_absence_changes_nothing() -> None:
-    """A prompt without marks is answered as by the same model that knows none."""
+    """A prompt without landmarks is answered as by the same model that knows none."""
     deaf = _model()
-    model = _model(marks=["2*toys:ends", "1*toys:middle"])
+    model = _model(landmarks=["2*toys:ends", "1*toys:middle"])
     lacking, unknown = model.load_state_dict(deaf.state_dict(), strict=False)
-    assert lacking == ["prompt_encoder.mark_embeddings.weight"] and not unknown
+    assert lacking == ["prompt_encoder.landmark_embeddings.weight"] and not unknown
     here, there = ({"toys:ends": np.array(ends)} for ends in ([[0, 1, 2], [9, 9, 9]], [[5, 20, 3], [9, 9, 9]]))
     middle = {"toys:middle": np.array([[4, 5, 6]])}
-    prompts = [Prompt(text="liver", marks=marks) for marks in ({}, here, there, middle, here | middle)]
+    prompts = [Prompt(text="liver", landmarks=landmarks) for landmarks in ({}, here, there, middle, here | middle)]
     with torch.inference_mode():
         tokens = model.encode(torch.rand(1, 1, 12, 32, 16))
         together = model.decode(tokens, model.prompts([prompts]))[0]
@@ -107,7 +114,7 @@ def test_marks_are_heard_and_their_absence_changes_nothing() -> None:
     assert torch.allclose(together[:1], plain, atol=1e-5)
     spread = (together[:, None] - together[None]).abs().amax((2, 3, 4))
     assert (spread[~torch.eye(5, dtype=torch.bool)] > 1e-3).all()
-    with pytest.raises(ConfigError, match=r"no marks toys:ends; its model\.marks: none"):
+    with pytest.raises(ConfigError, match=r"no landmarks toys:ends; its model\.landmarks: none"):
         deaf.prompts([prompts[1:2]])
 
 

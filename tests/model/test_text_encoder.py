@@ -19,7 +19,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_clip_vectors_depend_on_the_name_alone(clip: Path) -> None:
-    config = TextConfig(clip=str(clip))
+    config = TextConfig(clip_model=str(clip))
     bank = TextBank.build(["liver", "left kidney"], config, dim=32)
     alone = TextBank.build(["left kidney"], config, dim=32)
     assert bank.vectors_KE.shape == (2, 32) and bank.vectors_KE.dtype == torch.float32
@@ -28,10 +28,10 @@ def test_clip_vectors_depend_on_the_name_alone(clip: Path) -> None:
 
 
 def test_a_tower_of_another_width_or_none_is_refused(clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(TextError, match=r"gives 32 numbers, model\.text_dim is 512"):
-        TextBank.build(["liver"], TextConfig(clip=str(clip)), dim=512)
+    with pytest.raises(TextError, match=r"has width 32, model\.text_dim is 512"):
+        TextBank.build(["liver"], TextConfig(clip_model=str(clip)), dim=512)
     with pytest.raises(TextError, match=r"text\.clip: cannot load .*none.*text\.source=seeded"):
-        TextBank.build(["liver"], TextConfig(clip=str(tmp_path / "none")), dim=32)
+        TextBank.build(["liver"], TextConfig(clip_model=str(tmp_path / "none")), dim=32)
 
 
 def test_seeded_vectors_are_fixed_by_the_name_and_said_to_be_no_clip(caplog: pytest.LogCaptureFixture) -> None:

@@ -160,7 +160,7 @@ def test_slices_change_no_byte(source: Path, packed: Path, tmp_path: Path, count
     """Whatever the number of tasks, the order in which they end, and a task that never ran."""
     out = tmp_path / "shards"
     for number in range(count)[::-1][: count - 1 or 1]:
-        report = pack(_config(source, out, slice=f"{number}/{count}"))
+        report = pack(_config(source, out, part=f"{number}/{count}"))
         assert not report.shards and not (out / INDEX).exists()
     pack(_config(source, out))
     assert _shards(out) == _shards(packed)
@@ -170,7 +170,7 @@ def test_slices_change_no_byte(source: Path, packed: Path, tmp_path: Path, count
 def test_what_slices_staged_is_not_packed_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "shards"
     for number in range(3):
-        pack(_config(source, out, slice=f"{number}/3"))
+        pack(_config(source, out, part=f"{number}/3"))
     monkeypatch.setattr(packing, "pack_case", None)
     monkeypatch.setattr(packing, "source_sha256", None)
     assert pack(_config(source, out)).packed == 6
@@ -185,7 +185,7 @@ def test_cases_that_are_added_later_join_the_others(source: Path, tmp_path: Path
     for number in (4, 5):
         write_case(folder, f"case{number}", number)
     with pytest.raises(PackError, match="is complete and cases were added since: pack them without slice"):
-        pack(_config(folder, out, **settings, slice="0/2"))
+        pack(_config(folder, out, **settings, part="0/2"))
     assert pack(_config(folder, out, **settings)).packed == 6
     pack(_config(folder, tmp_path / "anew", **settings))
     assert _shards(out) == _shards(tmp_path / "anew") and verify(out) == []
@@ -199,7 +199,7 @@ def test_cases_that_are_added_later_join_the_others(source: Path, tmp_path: Path
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/0"])
 def test_a_slice_that_is_none(source: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError, match=r"slice: .* is not K/N"):
-        _config(source, tmp_path, slice=text)
+        _config(source, tmp_path, part=text)
 
 
 def test_masks_that_overlap_are_kept(source: Path, tmp_path: Path) -> None:

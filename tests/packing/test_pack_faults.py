@@ -271,7 +271,7 @@ def test_the_parts_that_a_killed_joining_left_are_removed(source: Path, tmp_path
 def test_a_folder_that_another_process_packs_into_is_refused(source: Path, tmp_path: Path) -> None:
     """Slices stage side by side; what joins them waits for none of them."""
     whole = config_of(source, tmp_path / "out")
-    slice_ = replace(whole, slice="1/3")
+    slice_ = replace(whole, part="1/3")
     with holding(tmp_path / "out"):
         for config in (whole, slice_):
             with pytest.raises(LockedError, match="is being written by"):

@@ -15,7 +15,7 @@ from segvol_pl.errors import CaseError, ConfigError
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.recipes import DatasetRecipe, read_recipe, recipe_cases
 
-SHIPPED = sorted((Path(__file__).parents[2] / "shards/datasets").glob("*.yaml"))
+BUNDLED = sorted((Path(__file__).parents[2] / "shards/datasets").glob("*.yaml"))
 EXTERNAL = {"segthor", "uls23"}
 RECIPE = """
 name: made
@@ -53,7 +53,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_whole(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.name == path.stem
@@ -63,7 +63,7 @@ def test_a_shipped_recipe_is_whole(path: Path) -> None:
 
 
 def test_the_shipped_recipes_are_those_of_the_paper() -> None:
-    recipes = [read_recipe(path) for path in SHIPPED]
+    recipes = [read_recipe(path) for path in BUNDLED]
     training = [recipe for recipe in recipes if recipe.name not in EXTERNAL]
     assert sorted(recipe.m3d_code for recipe in training) == [f"{number:04d}" for number in range(25)]
     assert sum(recipe.volumes for recipe in training) == 5772
@@ -71,7 +71,7 @@ def test_the_shipped_recipes_are_those_of_the_paper() -> None:
 
 
 def test_known_faults_are_handled() -> None:
-    named = {path.stem: read_recipe(path) for path in SHIPPED}
+    named = {path.stem: read_recipe(path) for path in BUNDLED}
     for name in ("verse19", "verse20"):
         assert named[name].m3d_labels[19:21] == ["lumbar spine L1", "lumbar spine L2"]
         assert named[name].categories["lumbar spine L2"] == [21] and "L2" in named[name].faults

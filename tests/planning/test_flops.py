@@ -21,22 +21,29 @@ from segvol_pl.planning.flops import Work
 from segvol_pl.training.pretrain import SimMIMTask
 
 SMALL = SegVolConfig(
-    input_shape=[12, 32, 16], patch=[2, 8, 8], hidden=32, layers=3, heads=2, mlp=48, decoder_heads=2, decoder_mlp=40
+    input_shape=[12, 32, 16],
+    patch_size=[2, 8, 8],
+    hidden_size=32,
+    num_layers=3,
+    num_heads=2,
+    mlp_dim=48,
+    decoder_heads=2,
+    decoder_mlp_dim=40,
 )
 POINTS = 5
 
 
-def _prompts(count: int, marks: int) -> PromptTensors:
+def _prompts(count: int, landmarks: int) -> PromptTensors:
     return PromptTensors(
         points_BPN3=torch.rand(1, count, POINTS, 3),
         labels_BPN=torch.ones(1, count, POINTS, dtype=torch.int64),
         boxes_BP6=torch.rand(1, count, 6),
         text_BP=torch.zeros(1, count, dtype=torch.int64),
-        marks_BPM3=torch.rand(1, count, marks, 3),
+        landmarks_BPM3=torch.rand(1, count, landmarks, 3),
         has_points_BP=torch.ones(1, count, dtype=torch.bool),
         has_box_BP=torch.ones(1, count, dtype=torch.bool),
         has_text_BP=torch.ones(1, count, dtype=torch.bool),
-        has_marks_BPM=torch.ones(1, count, marks, dtype=torch.bool),
+        has_marks_BPM=torch.ones(1, count, landmarks, dtype=torch.bool),
     )
 
 
@@ -59,16 +66,16 @@ def test_the_encoders_work_is_what_torch_counts(model: SegVol) -> None:
     assert _counted(lambda: model.encode(torch.rand(1, 1, 12, 32, 16))) == flops.encoder_work(SMALL)
 
 
-@pytest.mark.parametrize(("count", "marks"), [(1, 0), (3, 0), (3, 2)])
-def test_the_decoders_work_is_what_torch_counts(count: int, marks: int) -> None:
-    config = replace(SMALL, marks=[f"{marks}*toys:ends"] if marks else [])
+@pytest.mark.parametrize(("count", "landmarks"), [(1, 0), (3, 0), (3, 2)])
+def test_the_decoders_work_is_what_torch_counts(count: int, landmarks: int) -> None:
+    config = replace(SMALL, landmarks=[f"{landmarks}*toys:ends"] if landmarks else [])
     model = SegVol(config, TextBank.seeded(["liver"], SMALL.text_dim))
     tokens = torch.rand(1, 48, 32, requires_grad=True)
     expected = count * flops.prompt_work(config, POINTS) + flops.image_work(config)
     # Torch's counter leaves out the product of the finest features with a vector, the mask's weights.
-    voxels, width = 64 * 48, SMALL.hidden // 8
+    voxels, width = 64 * 48, SMALL.hidden_size // 8
     with_a_vector = count * Work(2 * voxels * width, 4 * voxels * width)
-    assert _counted(lambda: model.decode_low(tokens, _prompts(count, marks))) + with_a_vector == expected
+    assert _counted(lambda: model.decode_low(tokens, _prompts(count, landmarks))) + with_a_vector == expected
 
 
 def test_the_upsamplings_work_is_what_torch_counts(model: SegVol) -> None:
@@ -83,12 +90,13 @@ def test_the_work_of_pretraining_is_what_torch_counts() -> None:
     assert _counted(lambda: task.loss(batch)) == flops.total(flops.pretrain_work(SMALL, 0.25))
 
 
-@pytest.mark.parametrize("marks", ["[]", "[6*toys:extremes]"])
+@pytest.mark.parametrize("landmarks", ["[]", "[6*toys:extremes]"])
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large", "huge"])
-def test_parameters_are_those_of_the_model(name: str, marks: str) -> None:
+def test_parameters_are_those_of_the_model(name: str, landmarks: str) -> None:
     path = Path(__file__).parents[2] / "configs" / "model" / f"{name}.yaml"
     config = load(
-        "train", [f"model={path}", f"model.marks={marks}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"]
+        "train",
+        [f"model={path}", f"model.landmarks={landmarks}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"],
     )
     assert isinstance(config, TrainConfig)
     with torch.device("meta"):

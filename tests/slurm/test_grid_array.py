@@ -18,26 +18,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
 STEPS = 200
 GRID = f"""\
-verb: train
+command: train
 files: [{ROOT}/configs/tiny/train.yaml]
 set:
   - model.input_shape=[8,16,16]
-  - model.patch=[4,8,8]
-  - model.heads=2
-  - model.mlp=32
-  - model.layers=1
+  - model.patch_size=[4,8,8]
+  - model.num_heads=2
+  - model.mlp_dim=32
+  - model.num_layers=1
   - model.decoder_heads=2
-  - model.decoder_mlp=32
+  - model.decoder_mlp_dim=32
   - data.global_batch=2
   - optim.max_steps={STEPS}
   - run.log_every=1
   - run.checkpoint_every=10
-  - run.threads=1
+  - run.cpu_threads=1
   - run.val_batches=1
   - track.wandb=disabled
 seeds: [0, 1]
 axes:
-  model.hidden: [16, 32]
+  model.hidden_size: [16, 32]
 """
 SIZE = ["--array=0-3%2", "--cpus-per-task=1", f"--chdir={ROOT}", "--job-name=grid"]
 

@@ -46,36 +46,36 @@ def slice_of(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_array_that_follows_on_is_all_slices(srun: Path, script: str) -> None:
     assert [slice_of(submit(srun, script, [0, 1, 2], task)) for task in range(3)] == [
-        "slice=0/3",
-        "slice=1/3",
-        "slice=2/3",
+        "part=0/3",
+        "part=1/3",
+        "part=2/3",
     ]
-    assert [slice_of(submit(srun, script, [3, 4], task)) for task in (3, 4)] == ["slice=0/2", "slice=1/2"]
-    assert slice_of(submit(srun, script, [0], 0)) == "slice=0/1"
+    assert [slice_of(submit(srun, script, [3, 4], task)) for task in (3, 4)] == ["part=0/2", "part=1/2"]
+    assert slice_of(submit(srun, script, [0], 0)) == "part=0/1"
     assert slice_of(submit(srun, script, [], None)) == ""
-    assert slice_of(submit(srun, script, [], None, SLICES="64")) == ""
+    assert slice_of(submit(srun, script, [], None, PARTS="64")) == ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_some_tasks_again_are_the_slices_that_they_were(srun: Path, script: str) -> None:
-    assert [slice_of(submit(srun, script, [3, 7], task, SLICES="64")) for task in (3, 7)] == [
-        "slice=3/64",
-        "slice=7/64",
+    assert [slice_of(submit(srun, script, [3, 7], task, PARTS="64")) for task in (3, 7)] == [
+        "part=3/64",
+        "part=7/64",
     ]
-    assert slice_of(submit(srun, script, [63], 63, SLICES="64")) == "slice=63/64"
-    assert slice_of(submit(srun, script, [3, 4, 5], 4, SLICES="8")) == "slice=4/8"
+    assert slice_of(submit(srun, script, [63], 63, PARTS="64")) == "part=63/64"
+    assert slice_of(submit(srun, script, [3, 4, 5], 4, PARTS="8")) == "part=4/8"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("tasks", "settings", "reason"),
     [
-        ([3, 7], {}, "its 2 tasks do not say of how many slices they are: put SLICES=N before sbatch"),
+        ([3, 7], {}, "its 2 tasks do not say of how many slices they are: put PARTS=N before sbatch"),
         ([0, 2, 4], {}, "its 3 tasks do not say"),
         ([5], {}, "its 1 tasks do not say"),
-        ([3, 64], {"SLICES": "64"}, "task 64 is none of SLICES=64, which are 0 to 63"),
-        ([3], {"SLICES": "many"}, "SLICES=many is no number of slices"),
-        ([0], {"SLICES": "0"}, "SLICES=0 is no number of slices"),
+        ([3, 64], {"PARTS": "64"}, "task 64 is none of PARTS=64, which are 0 to 63"),
+        ([3], {"PARTS": "many"}, "PARTS=many is no number of slices"),
+        ([0], {"PARTS": "0"}, "PARTS=0 is no number of slices"),
     ],
 )
 def test_an_array_that_does_not_fit_is_refused(

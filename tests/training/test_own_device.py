@@ -7,7 +7,7 @@ import torch
 
 from segvol_pl.device import own_device
 from segvol_pl.errors import ConfigError
-from segvol_pl.evaluation.cost import Gauge
+from segvol_pl.evaluation.cost import CostMeter
 from segvol_pl.launched import LOCAL_RANKS, local_rank
 from segvol_pl.training.callbacks import peak_memory
 
@@ -56,6 +56,6 @@ def test_a_gpu_that_is_not_seen_is_refused_in_one_line(current: list[torch.devic
 
 def test_on_a_machine_with_gpus_the_memory_of_work_on_the_cpu_is_the_process_s(current: list[torch.device]) -> None:
     cpu = torch.device("cpu")
-    with Gauge(cpu) as gauge:
+    with CostMeter(cpu) as meter:
         pass
-    assert gauge.memory_mb is not None and gauge.memory_mb > 1 and peak_memory(cpu) > 0
+    assert meter.memory_mb is not None and meter.memory_mb > 1 and peak_memory(cpu) > 0

@@ -54,7 +54,7 @@ def _packed(phantoms: Path, out: Path, names: dict[str, str] | None = None, leav
 
 def _config(shards: Path, out: Path, steps: int = STEPS) -> TrainConfig:
     config = _train_config(shards, out, steps=STEPS)
-    run = replace(config.run, checkpoint_every=HALF, keep_every=2, keep=2, val_every=HALF)
+    run = replace(config.run, checkpoint_every=HALF, save_every=2, keep_last=2, val_every=HALF)
     return replace(config, run=run)
 
 

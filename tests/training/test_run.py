@@ -53,7 +53,14 @@ from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.watchdog import HUNG, suspects
 
 MODEL = SegVolConfig(
-    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=16, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+    input_shape=[8, 16, 16],
+    patch_size=[4, 8, 8],
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    mlp_dim=32,
+    decoder_heads=2,
+    decoder_mlp_dim=32,
 )
 SILENT = TrackConfig(wandb=Wandb.disabled)
 
@@ -178,7 +185,7 @@ def test_training_starts_from_a_pretrained_encoder(phantom_shards: Path, tmp_pat
 
 def test_what_is_frozen_stays_and_has_no_moments(phantom_shards: Path, tmp_path: Path) -> None:
     config = replace(_train_config(phantom_shards, tmp_path / "run", steps=2), freeze=["image_encoder.*"])
-    train(replace(config, run=replace(config.run, checkpoint_every=1, keep_every=1)))
+    train(replace(config, run=replace(config.run, checkpoint_every=1, save_every=1)))
     first, last = (
         torch.load(tmp_path / "run/checkpoints" / name, weights_only=True) for name in ("step-1.ckpt", "last.ckpt")
     )
@@ -217,7 +224,7 @@ def test_two_ranks_train_like_one(phantom_shards: Path, tmp_path: Path, ranks: d
 def test_ranks_keep_to_their_threads(phantom_shards: Path, tmp_path: Path) -> None:
     """Lightning's launcher would set the cores by the processes of a node: one each, and under SLURM far too many."""
     config = _pretrain_config(phantom_shards, tmp_path / "run", steps=1)
-    (tmp_path / "config.yaml").write_text(to_yaml(replace(config, run=replace(config.run, devices=2, threads=3))))
+    (tmp_path / "config.yaml").write_text(to_yaml(replace(config, run=replace(config.run, devices=2, cpu_threads=3))))
     program = (
         "import sys, torch\n"
         "from pathlib import Path\n"
@@ -452,7 +459,7 @@ def _losses_so_far(out: Path) -> list[tuple[int, float]]:
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(phantom_shards: Path, tmp_path: Path) -> None:
     config = _train_config(phantom_shards, tmp_path / "run", steps=10_000)
-    run = replace(config.run, devices=2, checkpoint_every=100_000, val_every=0, val_batches=1, timeout=8.0)
+    run = replace(config.run, devices=2, checkpoint_every=100_000, val_every=0, val_batches=1, hang_timeout=8.0)
     (tmp_path / "run.yaml").write_text(to_yaml(replace(config, run=run)))
     command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "run.yaml")]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -492,7 +499,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 def test_a_loader_that_hangs_ends_the_run(phantom_shards: Path, tmp_path: Path, where: str, devices: int) -> None:
     """That of a run of one process in training, and that of one rank in the first validation."""
     config = _train_config(phantom_shards, tmp_path / "run", steps=1000)
-    run = replace(config.run, devices=devices, checkpoint_every=1000, val_every=0, val_batches=1, timeout=6.0)
+    run = replace(config.run, devices=devices, checkpoint_every=1000, val_every=0, val_batches=1, hang_timeout=6.0)
     config = replace(config, run=run, data=replace(config.data, workers=1, flip=0.1))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     (tmp_path / "stuck.py").write_text(STUCK.format(where=where))
@@ -568,7 +575,7 @@ def test_batches_copied_ahead_change_nothing(
     def configured(name: str) -> TrainConfig:
         config = _train_config(phantom_shards, tmp_path / name)
         config = replace(config, data=replace(config.data, workers=workers))
-        return replace(config, run=replace(config.run, keep_every=3))
+        return replace(config, run=replace(config.run, save_every=3))
 
     plain = train(configured("plain"))
     expected, following.told = following.told, []

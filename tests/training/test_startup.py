@@ -50,13 +50,13 @@ def test_clocks_apart_are_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = RunConfig(out=str(tmp_path), keep_every=0, keep=5)
+    run = RunConfig(out=str(tmp_path), save_every=0, keep_last=5)
     check_room(run, weights=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(StartUpError, match=r"has 1.0 GB free, 3 checkpoints need 3.6"):
         check_room(run, weights=10**8)
     with pytest.raises(StartUpError, match=r"has 1.0 GB free, 8 checkpoints need 9.6"):
-        check_room(replace(run, keep_every=10), weights=10**8)
+        check_room(replace(run, save_every=10), weights=10**8)
 
 
 def test_shared_memory_must_hold_the_batches_of_a_nodes_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ class Trained:
 def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     trained = Trained(tmp_path_factory.mktemp("strategies"), ranks)
     config = _train_config(phantom_shards, trained / "run", steps=STEPS)
-    run = replace(config.run, checkpoint_every=HALF, keep_every=HALF, val_every=0, val_batches=1)
+    run = replace(config.run, checkpoint_every=HALF, save_every=HALF, val_every=0, val_batches=1)
     data = replace(config.data, samples_per_volume=5)
     (trained / "config.yaml").write_text(to_yaml(replace(config, run=run, data=data)))
     return trained

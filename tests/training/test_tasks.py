@@ -35,7 +35,14 @@ from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask, combined, pseudo_questions, supervised_questions
 
 MODEL = SegVolConfig(
-    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=32, layers=2, heads=2, mlp=64, decoder_heads=2, decoder_mlp=64
+    input_shape=[8, 16, 16],
+    patch_size=[4, 8, 8],
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    mlp_dim=64,
+    decoder_heads=2,
+    decoder_mlp_dim=64,
 )
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
@@ -51,13 +58,14 @@ def segment_batch(phantom_shards: Path) -> Batch:
     rows = {name: row for row, name in enumerate(sorted(read_index(Store(phantom_shards)).categories))}
     data = DataConfig(overview_fraction=1.0, flip=0.0)
     return _batch(
-        phantom_shards, functools.partial(sampling.draw_segment, model=MODEL, data=data, prompts=PROMPTS, row_of=rows)
+        phantom_shards,
+        functools.partial(sampling.sample_segmentation, model=MODEL, data=data, prompts=PROMPTS, row_of=rows),
     )
 
 
 @pytest.fixture(scope="module")
 def simmim_batch(phantom_shards: Path) -> Batch:
-    draw = functools.partial(sampling.draw_simmim, model=MODEL, data=DataConfig(), mask_ratio=0.6)
+    draw = functools.partial(sampling.sample_simmim, model=MODEL, data=DataConfig(), mask_ratio=0.6)
     return _batch(phantom_shards, draw)
 
 
@@ -140,7 +148,7 @@ def _plain_loss(task: SegVolTask, batch: Batch) -> torch.Tensor:
 def test_prompts_in_groups_cost_what_prompts_one_by_one_do(segment_batch: Batch, size: int, whole: bool) -> None:
     """Loss and every gradient, whether taken in the forward pass or by computing a group again."""
     task = _segment_task()
-    task.config.run.prompts_at_once, task.whole_weights = size, whole
+    task.config.run.prompts_at_once, task.weights_resident = size, whole
     trained = list(task.parameters())
     plain = _plain_loss(task, segment_batch)
     expected = torch.autograd.grad(plain, trained)
@@ -242,7 +250,7 @@ def test_the_mask_hides_exactly_its_share(simmim_batch: Batch) -> None:
 def test_hidden_voxels_do_not_reach_the_encoder(simmim_batch: Batch) -> None:
     encoder, mask = _simmim_task().encoder, simmim_batch["mask_BT"]
     image = simmim_batch["image_BCDHW"].clone().requires_grad_()
-    encoder.encode_patches(encoder.patches(image), mask, torch.zeros(MODEL.hidden)).sum().backward()
+    encoder.encode_patches(encoder.patches(image), mask, torch.zeros(MODEL.hidden_size)).sum().backward()
     gradient_BTV = encoder.patches(image.grad)  # type: ignore[arg-type]
     assert not gradient_BTV[mask].any() and gradient_BTV[~mask].any()
 

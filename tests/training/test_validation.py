@@ -16,7 +16,14 @@ from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.validation import ValidationDice
 
 MODEL = SegVolConfig(
-    input_shape=[8, 16, 16], patch=[4, 8, 8], hidden=32, layers=1, heads=2, mlp=32, decoder_heads=2, decoder_mlp=32
+    input_shape=[8, 16, 16],
+    patch_size=[4, 8, 8],
+    hidden_size=32,
+    num_layers=1,
+    num_heads=2,
+    mlp_dim=32,
+    decoder_heads=2,
+    decoder_mlp_dim=32,
 )
 PROMPTS = PromptConfig(categories_per_volume=3, pseudo_per_volume=0, combinations=["text", "box"])
 NAMES = ["one", "two", "three", "four"]

@@ -1,7 +1,7 @@
-"""The worked example of scaling: makes phantoms, runs the grid of configs/ablations/ladder.yaml, fits laws to it.
+"""The worked example of scaling: phantoms, the grid configs/ablations/worked_example.yaml, and laws fitted to it.
 
-    python benchmarks/ladder.py                                        # all 32 runs
-    python benchmarks/ladder.py steps=40 volumes=40 out=runs/short     # the same path, cut down
+    python benchmarks/worked_example.py                                        # all 32 runs
+    python benchmarks/worked_example.py steps=40 volumes=40 out=runs/short     # the same path, cut down
 
 Phantom data, models of 30 to 600 thousand parameters, CPU: it shows the instrument, not accuracy. Given again it goes
 on where it stopped. Two runs go at a time, a core each.
@@ -21,7 +21,7 @@ from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
-GRID = ROOT / "configs" / "ablations" / "ladder.yaml"
+GRID = ROOT / "configs" / "ablations" / "worked_example.yaml"
 AT_ONCE = 2
 
 
@@ -45,7 +45,7 @@ def program(*arguments: str) -> int:
 def main() -> int:
     """Exit status: 0 where all runs finished and the fits were written."""
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
-    out = Path(given.get("out", "runs/ladder")).resolve()
+    out = Path(given.get("out", "runs/worked_example")).resolve()
     started = time.perf_counter()
     shards = shards_of(out, int(given.get("volumes", 80)))
     chosen = [f"data.shards={shards}", f"out={out / 'runs'}"]
