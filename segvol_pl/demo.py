@@ -2,7 +2,7 @@
 
 What learns or predicts does so on `device`, by default the GPU where there is one.
 
-1. Make phantoms (`data.phantom`), as NIfTI files in varying orientations.
+1. Make phantoms (`packing.phantom`), as NIfTI files in varying orientations.
 2. `pack` them; labelled and unlabelled ones into shards of their own.
 3. `pretrain` on the unlabelled, `train` on the labelled ones, with the settings of `configs/tiny`.
 4. `export` the model, `evaluate` it on held-out phantoms, write the report.

@@ -1,0 +1,1 @@
+"""Grids of runs, and scaling laws fitted to them."""

@@ -1,0 +1,1 @@
+"""CT files into tar shards, once: finding cases, preparing them, pseudo-label regions, joining shards."""

@@ -1,4 +1,4 @@
-"""Which slice a task of an array computes: the scripts themselves run, with the variables that SLURM sets."""
+"""Which part of the cases an array task computes: the scripts themselves run, with the variables that SLURM sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def submit(
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
-def slice_of(done: subprocess.CompletedProcess[str]) -> str:
+def part_of(done: subprocess.CompletedProcess[str]) -> str:
     assert done.returncode == 0, done.stderr
     arguments = done.stdout.splitlines()
     place = arguments.index("a.yaml")
@@ -44,38 +44,38 @@ def slice_of(done: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_array_that_follows_on_is_all_slices(srun: Path, script: str) -> None:
-    assert [slice_of(submit(srun, script, [0, 1, 2], task)) for task in range(3)] == [
+def test_an_array_that_follows_on_is_all_parts(srun: Path, script: str) -> None:
+    assert [part_of(submit(srun, script, [0, 1, 2], task)) for task in range(3)] == [
         "part=0/3",
         "part=1/3",
         "part=2/3",
     ]
-    assert [slice_of(submit(srun, script, [3, 4], task)) for task in (3, 4)] == ["part=0/2", "part=1/2"]
-    assert slice_of(submit(srun, script, [0], 0)) == "part=0/1"
-    assert slice_of(submit(srun, script, [], None)) == ""
-    assert slice_of(submit(srun, script, [], None, PARTS="64")) == ""
+    assert [part_of(submit(srun, script, [3, 4], task)) for task in (3, 4)] == ["part=0/2", "part=1/2"]
+    assert part_of(submit(srun, script, [0], 0)) == "part=0/1"
+    assert part_of(submit(srun, script, [], None)) == ""
+    assert part_of(submit(srun, script, [], None, PARTS="64")) == ""
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_some_tasks_again_are_the_slices_that_they_were(srun: Path, script: str) -> None:
-    assert [slice_of(submit(srun, script, [3, 7], task, PARTS="64")) for task in (3, 7)] == [
+def test_some_tasks_again_are_the_parts_that_they_were(srun: Path, script: str) -> None:
+    assert [part_of(submit(srun, script, [3, 7], task, PARTS="64")) for task in (3, 7)] == [
         "part=3/64",
         "part=7/64",
     ]
-    assert slice_of(submit(srun, script, [63], 63, PARTS="64")) == "part=63/64"
-    assert slice_of(submit(srun, script, [3, 4, 5], 4, PARTS="8")) == "part=4/8"
+    assert part_of(submit(srun, script, [63], 63, PARTS="64")) == "part=63/64"
+    assert part_of(submit(srun, script, [3, 4, 5], 4, PARTS="8")) == "part=4/8"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
     ("tasks", "settings", "reason"),
     [
-        ([3, 7], {}, "its 2 tasks do not say of how many slices they are: put PARTS=N before sbatch"),
-        ([0, 2, 4], {}, "its 3 tasks do not say"),
-        ([5], {}, "its 1 tasks do not say"),
-        ([3, 64], {"PARTS": "64"}, "task 64 is none of PARTS=64, which are 0 to 63"),
-        ([3], {"PARTS": "many"}, "PARTS=many is no number of slices"),
-        ([0], {"PARTS": "0"}, "PARTS=0 is no number of slices"),
+        ([3, 7], {}, "its 2 tasks do not show the number of parts: put PARTS=N before sbatch"),
+        ([0, 2, 4], {}, "its 3 tasks do not show"),
+        ([5], {}, "its 1 tasks do not show"),
+        ([3, 64], {"PARTS": "64"}, "task 64 is outside PARTS=64 (0 to 63)"),
+        ([3], {"PARTS": "many"}, "PARTS=many is not a number of parts"),
+        ([0], {"PARTS": "0"}, "PARTS=0 is not a number of parts"),
     ],
 )
 def test_an_array_that_does_not_fit_is_refused(
