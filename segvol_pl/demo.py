@@ -1,6 +1,6 @@
-"""The main job on phantoms, in a few minutes on two cores: the whole path, each part the one that real data takes.
+"""The main job on phantoms, in a few minutes on two cores: the same code path that real data takes.
 
-What learns or predicts does so on `device`, by default the GPU where there is one.
+Training and prediction run on `device`, by default a GPU if there is one.
 
 1. Make phantoms (`packing.phantom`), as NIfTI files in varying orientations.
 2. `pack` them; labelled and unlabelled ones into shards of their own.
@@ -32,12 +32,12 @@ from segvol_pl.training.run import pretrain, train
 log = logging.getLogger(__name__)
 
 PHANTOM_SCALE = 0.75
-"""Voxels per millimetre against a phantom of the default size: organs small in the overview, but of some voxels."""
+"""Scale of the phantoms: organs are small in the overview, but still cover some voxels."""
 
 
 def run(config: DemoConfig) -> Summary:
-    """Runs the demo in `config.out`, prints the table and where the report lies. Raises what its parts raise."""
-    resolve_device(config.device)  # before any work, if it is not there
+    """Run the demo in `config.out`; print the table and the report's path. Raises what its stages raise."""
+    resolve_device(config.device)  # fails before any work if there is none
     started = time.perf_counter()
     out = Path(config.out)
     shards = _pack(config, out)
@@ -47,8 +47,8 @@ def run(config: DemoConfig) -> Summary:
     export(train(load("train", [*training("train", config, shards), f"pretrained={encoder}"])), _model(out))
     _stage("evaluation", started)
     summary = evaluate(load("evaluate", evaluation(config, shards)))
-    assert summary is not None, "one process alone puts its own results together"
-    _tell(summary, out, time.perf_counter() - started)
+    assert summary is not None, "a single process always returns the summary"
+    _report(summary, out, time.perf_counter() - started)
     return summary
 
 
@@ -80,7 +80,7 @@ def evaluation(config: DemoConfig, shards: Path) -> list[str]:
     out = Path(config.out)
     chosen = [f"checkpoint={_model(out)}", f"data.shards={shards}", f"seed={config.seed}"]
     placed = [f"out={out / 'evaluation'}", f"device={config.device}"]
-    # The model may have been trained further since the demo ran before.
+    # The model may have been trained further since an earlier run of the demo.
     return [_settings("evaluate"), *chosen, *placed, "resume=false"]
 
 
@@ -92,8 +92,8 @@ def _settings(command: str) -> str:
     return str(bundled("configs") / "tiny" / f"{command}.yaml")
 
 
-def _tell(summary: Summary, out: Path, seconds: float) -> None:
-    """The table, pre-training's gain, and where the report lies; the same as demo.json."""
+def _report(summary: Summary, out: Path, seconds: float) -> None:
+    """Print the table, the gain of pre-training and the report's path; write the same figures to demo.json."""
     losses = [value for _, value in read_metrics(out / "pretrain" / "metrics.csv", "val/loss")]
     figures = {
         "seconds": round(seconds, 1),
@@ -107,6 +107,6 @@ def _tell(summary: Summary, out: Path, seconds: float) -> None:
     fell = 100 * (1 - losses[-1] / losses[0])
     console.print(f"Pre-training: loss on held-out phantoms {losses[0]:.4f} -> {losses[-1]:.4f} ({fell:.0f} % lower)")
     console.print(
-        f"Phantom data on a small model: it shows that the parts work together, not accuracy. {seconds:.0f} s."
+        f"Phantom data on a small model: this shows that the parts work together, not accuracy. {seconds:.0f} s."
     )
     console.print(f"Report: {out / 'evaluation' / 'report.html'}")

@@ -1,8 +1,8 @@
-"""What is shipped beside the code: configurations, cluster scripts, recipes of public data sets.
+"""Files that come with the code: configurations, cluster scripts, recipes of public data sets.
 
-1. They stand at the top of the repository; a wheel carries the same folders within the package.
-2. `shipped` finds a folder of them in either.
-3. `lay_out` (verb `init`) copies all of them to a folder of the user's, to be edited and submitted from there.
+1. They lie at the top of the repository; a wheel carries the same folders inside the package.
+2. `bundled` finds one of these folders in either place.
+3. `lay_out` (command `init`) copies all of them to a folder of the user, to be edited and submitted from there.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from segvol_pl.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
 BUNDLED_IN_WHEEL = PACKAGE / "_shipped"
-"""Where a wheel carries them."""
+"""Their place in a wheel."""
 ENVIRONMENT = """
-# Where the environment that a job was submitted from has no segvol_pl: the one that `segvol-pl init` ran in.
+# Falls back to the environment in which `segvol-pl init` ran, if the job's own has no segvol_pl.
 python -c "import segvol_pl" 2>/dev/null || export PATH={bin}:"$PATH"
 """
 
 
 def bundled(name: str) -> Path:
-    """The folder of one of `BUNDLED`. Raises ConfigError where the installation lacks it."""
+    """Return the folder of one of `BUNDLED`. Raises ConfigError if the installation lacks it."""
     folder = (BUNDLED_IN_WHEEL if BUNDLED_IN_WHEEL.is_dir() else PACKAGE.parent) / name
     if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}: the installation is not whole: install segvol-pl again")
+        raise ConfigError(f"no folder {folder}: the installation is incomplete: install segvol-pl again")
     return folder
 
 
 def lay_out(target: Path) -> list[str]:
-    """Copies what is shipped into `target`, each folder whole or not at all; returns what to do next, in lines.
+    """Copy the bundled folders into `target`, all of them or none, and return lines that say what to do next.
 
-    Raises ConfigError, naming the first file that is there already, and then nothing is written.
+    Raises ConfigError, naming the first file that exists already; nothing is written then.
     """
     _refuse_taken(target)
     try:
@@ -45,7 +45,7 @@ def lay_out(target: Path) -> list[str]:
             _stage(Path(staging))
             _move(Path(staging), target)
     except OSError as error:
-        raise ConfigError(f"{target}: cannot be laid out ({error.strerror}): give another folder") from error
+        raise ConfigError(f"{target}: cannot be written ({error.strerror}): give another folder") from error
     return [
         f"{target} holds {', '.join(f'{name}/ ({_count(target / name)} files)' for name in BUNDLED)}.",
         f"Go there (cd {shlex.quote(str(target))}), write what your cluster needs into slurm/env.sh, then for example:",
@@ -59,19 +59,19 @@ def _refuse_taken(target: Path) -> None:
     for folder in (target / name for name in BUNDLED):
         taken = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
         if taken:
-            raise ConfigError(f"{taken[0]} is there already: move {folder} away, or give another folder")
+            raise ConfigError(f"{taken[0]} exists already: move {folder} away, or give another folder")
 
 
 def _stage(staging: Path) -> None:
     for name in BUNDLED:
-        # Without the modes: what a system's installation holds may be read-only.
+        # File modes are not copied: a system-wide installation may be read-only.
         shutil.copytree(bundled(name), staging / name, copy_function=shutil.copyfile)
     with (staging / "slurm" / "env.sh").open("a", encoding="utf-8") as stream:
         stream.write(ENVIRONMENT.format(bin=shlex.quote(str(Path(sys.executable).parent))))
 
 
 def _move(staging: Path, target: Path) -> None:
-    """Folder by folder; what was moved goes again where a later one cannot be."""
+    """Move folder by folder; if one cannot be moved, remove those that were."""
     moved: list[Path] = []
     try:
         for name in BUNDLED:

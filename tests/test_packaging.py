@@ -151,7 +151,7 @@ def test_what_was_installed_lays_out_a_folder_to_work_in(installed: Path, tmp_pa
         shown.returncode == 0 and "hidden_size: 128" in shown.stdout
     )  # which the file that it names as its model says
     again = run([program, "init", "."], lab)
-    assert again.returncode == 2 and "configs/ablations/data.yaml is there already" in again.stderr
+    assert again.returncode == 2 and "configs/ablations/data.yaml exists already" in again.stderr
 
 
 SBATCH = {
@@ -211,7 +211,7 @@ def test_the_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
 def test_nothing_is_laid_out_where_a_file_is_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "env.sh").write_text("mine")
-    with pytest.raises(ConfigError, match=r"slurm/env\.sh is there already: move .*slurm away"):
+    with pytest.raises(ConfigError, match=r"slurm/env\.sh exists already: move .*slurm away"):
         resources.lay_out(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["slurm"]
     assert (tmp_path / "slurm" / "env.sh").read_text() == "mine"

@@ -1,6 +1,6 @@
 """What a step's gradients came to: their norm, logged, and steps that were not finite, skipped.
 
-1. A loss that is not finite makes every gradient NaN (`training.module.poisoned`), so that all ranks see it in the norm.
+1. A loss that is not finite makes every gradient NaN (`module.poisoned`), so that all ranks see it in the norm.
 2. The task hands the norm's finiteness to the optimizer, which leaves weights and moments as they are; nobody waits
    for a GPU. DeepSpeed skips such a step by itself.
 3. `FiniteSteps` looks at the norm when a later step begins, names rank and samples, and ends the run beyond the bound.
