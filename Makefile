@@ -2,7 +2,7 @@
 # make gpu: those that need a CUDA device; without one they are skipped.
 # make coverage: the fast tests, and the lines of code that they never ran.
 # make docs: the pages, into site/.  make wheel: into dist/.
-# make wheelhouse PYTHON=3.12 PLATFORM=manylinux_2_28_x86_64: what a machine without a package index lacks, see docs/air-gapped.md.
+# make wheelhouse PYTHON=3.12 PLATFORM=manylinux_2_28_x86_64: what a machine without a package index lacks, see docs/how-to/air-gapped.md.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
 # make image PYTHON=python3.12: the fast tests with what images for GPUs hold.
 PYTHON ?= python3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from segvol_pl.config import SCHEMAS
 from segvol_pl.config.loader import fields_help
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, *sorted(ROOT.glob("*.md")), ROOT / "shards" / "README.md"]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MODULES = sorted((ROOT / "segvol_pl").rglob("*.py"))
 TOLD = ("command", "hardware", "time", "result")
 """What a named configuration says at its top."""
+README_WIDTH = 120
 
 
 def named(path: Path) -> str:
@@ -45,7 +48,19 @@ def listed(entry: Any) -> Iterator[str]:
 
 def test_every_page_is_in_the_navigation() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    assert sorted(listed(site["nav"])) == [page.name for page in PAGES]
+    assert sorted(listed(site["nav"])) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
+
+
+def test_the_readme_has_no_long_line_and_the_pages_include_nothing_of_it() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > README_WIDTH] == []
+    included_paths = {found["path"] for page in PAGES for found in INCLUDED.finditer(page.read_text(encoding="utf-8"))}
+    assert included_paths == {"ROADMAP.md", "shards/README.md"}
+
+
+def test_the_list_of_keys_is_current() -> None:
+    written = runpy.run_path(str(DOCS / "configuration.py"))
+    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), "run `python docs/configuration.py`"
 
 
 LINK = re.compile(r"\]\((?!\w+:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
@@ -84,7 +99,7 @@ def links_of(page: Path) -> list[re.Match[str]]:
 def test_links_and_anchors_are_seen() -> None:
     (found,) = LINK.finditer("see [this](shards.md#recipes-datasetsyaml), not [that](https://a.org/b.md)")
     assert (found["path"], found["anchor"]) == ("shards.md", "recipes-datasetsyaml")
-    assert "recipes-datasetsyaml" in anchors(whole(ROOT / "docs" / "shards.md"))
+    assert "recipes-datasetsyaml" in anchors(whole(DOCS / "reference" / "shards.md"))
 
 
 @pytest.mark.slow
@@ -96,7 +111,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         text=True,
     )
     assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
-    assert "epoch_order" in (tmp_path / "reference" / "segvol_pl" / "data" / "stream.html").read_text(encoding="utf-8")
+    assert "epoch_order" in (tmp_path / "api" / "segvol_pl" / "data" / "stream.html").read_text(encoding="utf-8")
     assert (tmp_path / "repository" / "configs" / "model" / "published.yaml.txt").is_file()
 
 
@@ -109,7 +124,7 @@ COMMAND = re.compile(r"^(?:#|    ) *(?:command +)?(?P<line>(?:segvol-pl|(?:\w+=\
 
 def commands(text: str) -> list[str]:
     """The lines of a document, or of a configuration's top, that call this program or queue a job of it."""
-    return [found["line"] for found in COMMAND.finditer(text)]
+    return [found["line"] for found in COMMAND.finditer(re.sub(r" *\\\n +", " ", text))]
 
 
 def words_of(line: str) -> list[str]:

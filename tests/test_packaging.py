@@ -27,7 +27,7 @@ from segvol_pl.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
 BARE = ("lightning", "numba", "scipy", "torch", "transformers")
-"""What docs/air-gapped.md takes a machine to have, and BESIDE."""
+"""What docs/how-to/air-gapped.md takes a machine to have, and BESIDE."""
 BESIDE = ("einops", "httpx", "matplotlib", "msgpack", "psutil", "requests")
 WHEELHOUSE = 19 * 2**20
 """Bytes at most."""
@@ -365,7 +365,7 @@ print(codes)
 def test_a_wheelhouse_is_all_that_an_air_gapped_machine_lacks(
     machine: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
-    """The demo's stages over shards that were packed elsewhere, by the commands of docs/air-gapped.md."""
+    """The demo's stages over shards that were packed elsewhere, by the commands of docs/how-to/air-gapped.md."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     made = run(["make", "wheelhouse", f"PYTHON={version}", f"WHEELHOUSE={tmp_path / 'wheels'}"], ROOT)
     assert made.returncode == 0, made.stderr
