@@ -8,7 +8,7 @@ The matrix rate is measured in it first, the step runs once to warm up, then a f
 memory is the process's (on a GPU: torch's). `limit` is the step's operations (`segvol_pl.planning.flops`) at that
 matrix rate.
 The full-size model takes minutes on a CPU; --small tries the script out. --trace writes a chrome trace of the last step
-of each row; --write docs/reference/performance.md puts the table into that file. Plain forms, for comparison, are below:
+of each row; --write docs/reference/performance.md puts the table there. Plain forms, for comparison, are below:
 
     plain       the published step: image encoded, prompts decoded and compared one by one, MONAI's default attention,
                 convolutions and interpolation by torch

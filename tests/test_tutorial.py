@@ -67,5 +67,7 @@ def test_the_tutorial_leads_to_a_mask(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         printed = {form(line) for line in (done.stdout + done.stderr).splitlines()}
         assert [line for line in shown if form(line) not in printed] == [], f"{command}\n{sorted(printed)}"
-    mask, image = nib.load(tmp_path / "liver.nii.gz"), nib.load(tmp_path / "own/images/phantom_003_ct.nii.gz")
+    mask, image = (
+        nib.Nifti1Image.from_filename(tmp_path / name) for name in ("liver.nii.gz", "own/images/phantom_003_ct.nii.gz")
+    )
     assert mask.shape == image.shape and np.allclose(mask.affine, image.affine)
