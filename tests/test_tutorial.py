@@ -16,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "getting-started" / "tutorial.md"
 COMMANDS = ("segvol-pl ", "python ")
+BEGIN = rf"\n(?={'|'.join(COMMANDS)})"
+"""Of a further command in a block: one may go over several lines."""
 STEPS = re.compile(r"optim\.max_steps=\d+")
 
 
@@ -25,7 +27,7 @@ def steps(page: str) -> list[tuple[str, list[str]]]:
     for block in re.findall(r"(?:^    .+\n)+", re.sub(r" *\\\n +", " ", page), re.MULTILINE):
         lines = [line[4:] for line in block.splitlines()]
         if lines[0].startswith(COMMANDS):
-            found += [(line, []) for line in lines]
+            found += [(command, []) for command in re.split(BEGIN, "\n".join(lines))]
         elif found:
             found[-1][1].extend(lines)
     return found
@@ -39,6 +41,8 @@ def form(line: str) -> str:
 def test_commands_and_their_output_are_seen() -> None:
     page = "    liver: 1\n\nText\n\n    segvol-pl pack \\\n        out=x\n\nIt prints\n\n    12 s  done\n"
     assert steps(page) == [("segvol-pl pack out=x", ["12 s  done"])]
+    block = "    python -c '\n    pass'\n    segvol-pl demo\n"
+    assert steps(block) == [("python -c '\npass'", []), ("segvol-pl demo", [])]
     assert form(" 3.5 s   left") == form("12.25 s left")
 
 
@@ -60,7 +64,7 @@ def test_the_tutorial_leads_to_a_mask(tmp_path: Path) -> None:
             re.sub(r"^python ", f"{sys.executable} ", words),
             shell=True,
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": run, "COLUMNS": "80"},
+            env={**os.environ, "PYTHONPATH": run, "COLUMNS": "120"},
             capture_output=True,
             text=True,
         )
