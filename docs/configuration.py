@@ -32,7 +32,7 @@ def page() -> str:
     """Return the page as Markdown: first the keys of each command, then the sections that commands share."""
     keys = {command: fields_help(command) for command in SCHEMAS}
     sections = sorted({section(field) for fields in keys.values() for field in fields} - {""})
-    blocks = [HEAD, "## Commands\n", *(command(command, fields) for command, fields in keys.items()), "## Sections\n"]
+    blocks = [HEAD, "## Commands\n", *(section_of(command, fields) for command, fields in keys.items()), "## Sections\n"]
     return "\n".join([*blocks, *(shared(name, keys) for name in sections)])
 
 
@@ -41,7 +41,7 @@ def section(field: Field) -> str:
     return field.key.rpartition(".")[0]
 
 
-def command(command: str, fields: list[Field]) -> str:
+def section_of(command: str, fields: list[Field]) -> str:
     """Return the part of the page about one command."""
     used = list(dict.fromkeys(section(field) for field in fields if section(field)))
     lines = [f"### segvol-pl {command}", "", " ".join(str(SCHEMAS[command].__doc__).split()), ""]

@@ -233,7 +233,7 @@ def _grid(arguments: list[str]) -> int:
     elif "run" in keys:
         run = _numbered(runs, keys["run"])
         imported("segvol_pl.experiments.launch:start")(
-            run, imported(f"segvol_pl.training.run:{run.verb}"), not rank_named()
+            run, imported(f"segvol_pl.training.run:{run.command}"), not rank_named()
         )
     else:
         print(_table(imported("segvol_pl.experiments.launch:describe")(runs)))

@@ -45,10 +45,11 @@ def sum_over_groups(
 
 
 class EagerGradSum(torch.autograd.Function):
-    """Step 2 of the module's story."""
+    """Step 2 of the module's story: the gradients are taken in the forward pass, group by group, and kept."""
 
     @staticmethod
     def forward(ctx: Any, term: Term, groups: Sequence[slice], count: int, *tensors: Tensor) -> Any:
+        """The sum of the losses, with the Dice and cross-entropy of every prompt (B,P)."""
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:count]]
         sources = [*inputs, *tensors[count:]]
         gathered: list[Tensor | None] = [None] * len(sources)
@@ -67,6 +68,7 @@ class EagerGradSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        """The kept gradients, times the gradient of the loss."""
         # All in one operation, of which a GPU makes a few launches.
         scaled = iter(torch._foreach_mul([grad for grad in ctx.saved_tensors if grad is not None], grad_loss))
         return None, None, None, *(None if grad is None else next(scaled) for grad in ctx.saved_tensors)
