@@ -156,7 +156,7 @@ def _labelled(counting: _Counting, name: str, work: Callable[..., Any]) -> Calla
 PLACES: tuple[tuple[Any, str, str], ...] = (
     (ImageEncoder, "patches", ENCODER),
     (ImageEncoder, "encode_patches", ENCODER),
-    (TwoWayTransformer, "look", TRANSFORMER),
+    (TwoWayTransformer, "project_image", TRANSFORMER),
     (TwoWayTransformer, "forward", TRANSFORMER),
     (Upscaling, "forward", FINE),
     (Trilinear, "forward", LOSSES),

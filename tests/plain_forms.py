@@ -200,7 +200,7 @@ class Step:
 def step(task: SegVolTask, batch: Batch, patch: pytest.MonkeyPatch, fused: bool, autocast: bool = False) -> Step:
     """One step, by the fused operations or by the plain ones."""
     with patch.context() as patched:
-        for module in ("model.mask_decoder", "tasks.segment"):
+        for module in ("model.mask_decoder", "training.segment"):
             patched.setattr(f"segvol_pl.{module}.fused", lambda x: fused)
         with torch.autocast(batch["image_BCDHW"].device.type, torch.bfloat16, autocast):
             loss, parts = task.losses(batch)

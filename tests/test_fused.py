@@ -157,7 +157,7 @@ def test_a_step_on_a_gpu_is_one_operator_each_and_has_no_tensor_of_full_resoluti
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Counted with fake tensors, where nothing could wait for a GPU either: their values are not there."""
-    for module in ("model.mask_decoder", "tasks.segment"):
+    for module in ("model.mask_decoder", "training.segment"):
         monkeypatch.setattr(f"segvol_pl.{module}.fused", lambda x: True)
     task, batch = step_task("cpu"), step_batch("cpu")
     task.config.run.prompts_at_once = 100
