@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from oracle import Oracle
+from factories import Oracle
 
+from segvol_pl.config import EvaluateConfig
 from segvol_pl.data.frames import encode_array
 from segvol_pl.data.schema import CategoryFacts, Facts, Member
 from segvol_pl.data.shards import Sample, build_index, write_shard
+from segvol_pl.evaluation.run import Summary, evaluate_model
 from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.intensity import intensity_of
 from segvol_pl.model.text_encoder import TextBank
@@ -85,3 +87,10 @@ def write_boxes(folder: Path) -> Path:
     write_shard(folder / "boxes-000000.tar", samples)
     build_index(folder)
     return folder
+
+
+def evaluated(config: EvaluateConfig, model: Oracle | None = None) -> Summary:
+    """Evaluate with an oracle."""
+    summary = evaluate_model(config, model or NamedOracle())  # type: ignore[arg-type]
+    assert summary is not None
+    return summary

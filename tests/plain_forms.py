@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import tiny_model
 from torch import Tensor
 
 from segvol_pl.config import OptimConfig, PromptConfig, SegVolConfig, TrainConfig
@@ -28,16 +29,7 @@ BF16 = 8e-3
 """Of bf16, forward and backward: a unit in the last of its 8 bits, since Triton's interpreter cuts off where GPUs
 round. Operands are the same, sums are float32."""
 
-TINY = SegVolConfig(
-    input_shape=[8, 16, 16],
-    patch_size=[4, 8, 8],
-    hidden_size=32,
-    num_layers=1,
-    num_heads=2,
-    mlp_dim=32,
-    decoder_heads=2,
-    decoder_mlp_dim=32,
-)
+TINY = tiny_model(hidden_size=32)
 TINIEST = replace(TINY, input_shape=[8, 8, 8], patch_size=[4, 4, 4])
 """For the interpreter."""
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)

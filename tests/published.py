@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from segvol_pl.config import Convention, SegVolConfig
+from segvol_pl.data.sampling import merged_inside
+from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.model import SegVol
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.released import TOWER
@@ -66,3 +68,25 @@ def reference_image(config: SegVolConfig, batch: int, seed: int = 100) -> Tensor
     """image_BCDHW of the reference run."""
     rng = np.random.Generator(np.random.PCG64(seed))
     return torch.from_numpy(rng.random((batch, 1, *config.input_shape), dtype=np.float32))
+
+
+def mask_of_box(box: list[int]) -> np.ndarray:
+    mask_DHW = np.zeros(SMALL.input_shape, bool)
+    mask_DHW[box_slices(tuple(box))] = True  # type: ignore[arg-type]
+    return mask_DHW
+
+
+def regions_of(image: int) -> np.ndarray:
+    regions_DHW = np.zeros(SMALL.input_shape, np.uint16)
+    for region, box in GOLDEN["losses"]["regions"][image]:
+        regions_DHW[mask_of_box(box)] = region
+    return regions_DHW
+
+
+def pseudo_target(iteration: int, image: int) -> tuple[np.ndarray, Box]:
+    """The mask that Algorithm 1 draws for the published run's region, and that region's box."""
+    regions_DHW = regions_of(image)
+    mask_DHW = regions_DHW == GOLDEN["losses"]["pseudo_regions"][iteration][image]
+    box = box_of(mask_DHW)
+    sizes = np.bincount(regions_DHW.reshape(-1))
+    return (merged_inside(regions_DHW, sizes, box) if iteration % 2 else mask_DHW), box

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from oracle import save_untrained
+from factories import TINY, save_untrained
 
 from segvol_pl import __version__
 from segvol_pl.__main__ import VERBS, main
-from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
+from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig
 from segvol_pl.config.loader import fields_help
 from segvol_pl.training.pretrain import SimMIMTask
 
@@ -141,10 +141,7 @@ def test_a_truncated_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> No
 
 
 def test_a_pretraining_checkpoint_cannot_be_evaluated(phantom_shards: Path, tmp_path: Path) -> None:
-    model = SegVolConfig(
-        input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=16, num_layers=1, num_heads=2, mlp_dim=32
-    )
-    task = SimMIMTask(PretrainConfig(model=model, optim=OptimConfig(max_steps=1)))
+    task = SimMIMTask(PretrainConfig(model=TINY, optim=OptimConfig(max_steps=1)))
     path = tmp_path / "pretrained.ckpt"
     torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams), "global_step": 1}, path)
     line = complaint(1, *evaluation(path, phantom_shards, tmp_path))

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loggers import config_of, records
+from factories import wandb_config
+from wandb_files import records
 
 from segvol_pl.config.loader import changes, load, plain, resolved, to_yaml
 from segvol_pl.credentials import is_masked, masked
@@ -130,7 +131,7 @@ def program(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def test_nothing_that_a_run_writes_or_says_holds_them(guarded: str, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
     out, place = tmp_path / "run", f"data.shards=http://alice:{SECRET}@{guarded}"
-    (tmp_path / "train.yaml").write_text(to_yaml(config_of(Path("elsewhere"), out, steps=1)))
+    (tmp_path / "train.yaml").write_text(to_yaml(wandb_config(Path("elsewhere"), out, steps=1)))
     done = program("train", tmp_path / "train.yaml", place)
     assert done.returncode == 0, done.stderr
     assert records(out), "wandb's own file, whole"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import DEMO_FILES
 
 from segvol_pl import demo
 from segvol_pl.config import DemoConfig, Precision
@@ -20,18 +21,6 @@ from segvol_pl.device import resolve_device
 from segvol_pl.errors import ConfigError
 from segvol_pl.training.strategies import run_device, trainer_precision
 
-PARTS = (
-    "phantoms/categories.yaml",
-    "shards/index.json",
-    "pretrain/checkpoints/last.ckpt",
-    "pretrain/metrics.csv",
-    "train/config.yaml",
-    "train/manifest.json",
-    "model.safetensors",
-    "evaluation/rows.csv",
-    "evaluation/summary.json",
-    "evaluation/report.html",
-)
 README = Path(__file__).parents[1] / "README.md"
 SPREAD = 0.03
 """By which the README's figures may differ on another CPU: it says so."""
@@ -61,7 +50,7 @@ def _figures(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_short_demo_goes_the_whole_way_and_again(tmp_path: Path) -> None:
     steps = ("volumes=8", "pretrain_steps=2", "train_steps=2")
     said = _demo(tmp_path, *steps)
-    assert [part for part in PARTS if not (tmp_path / part).exists()] == []
+    assert [part for part in DEMO_FILES if not (tmp_path / part).exists()] == []
     assert "Report:" in said and "box(exact)+text" in said
     with (tmp_path / "evaluation" / "rows.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

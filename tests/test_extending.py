@@ -16,25 +16,24 @@ from typing import Any
 import numpy as np
 import pytest
 import toys
-from boxes import write_boxes
+from boxes import evaluated, write_boxes
 from ct_files import write_case
-from test_evaluate import config_for, evaluated
-from test_run import _train_config
+from factories import evaluate_config, train_config
 
-from segvol_pl.config import CasesConfig, DrawConfig, EvaluateConfig, Mode, Precision
+from segvol_pl.config import DrawConfig, Mode, Precision
 from segvol_pl.config.loader import custom_function, load, to_yaml
 from segvol_pl.errors import ConfigError, PromptError
 from segvol_pl.evaluation.run import evaluate
 from segvol_pl.imaging.prompts import Prompt, sample_landmarks
 from segvol_pl.inference.predictor import Predictor
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.run import train
 
 EXTREMES = "toys:extremes"
 
 
 def test_a_strategy_and_a_source_of_ones_own_train_alike(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _train_config(phantom_shards, tmp_path / "whole", steps=3)
+    config = train_config(phantom_shards, tmp_path / "whole", steps=3)
     train(config)
     own = replace(config.run, custom_strategy="toys:single", out=str(tmp_path / "own"))
     data = replace(config.data, shards=f"cupboard://{phantom_shards}")
@@ -46,22 +45,13 @@ def test_a_strategy_and_a_source_of_ones_own_train_alike(phantom_shards: Path, t
 
 def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom_shards: Path, tmp_path: Path) -> None:
     combinations = ["text", EXTREMES, f"{EXTREMES}+text"]
-    config = _train_config(phantom_shards, tmp_path / "run", steps=3)
+    config = train_config(phantom_shards, tmp_path / "run", steps=3)
     prompts = replace(config.prompts, combinations=combinations)
     checkpoint = train(replace(config, model=replace(config.model, landmarks=[f"6*{EXTREMES}"]), prompts=prompts))
     for name in combinations:
         assert len(read_metrics(tmp_path / "run/metrics.csv", f"train/dice_loss/{name}")) == 3
-    asked = EvaluateConfig(
-        checkpoint=str(checkpoint),
-        data=CasesConfig(str(phantom_shards), "all"),
-        out=str(tmp_path / "out"),
-        modes=list(Mode),
-        prompts=combinations,
-        categories=["liver"],
-        device="cpu",
-        precision=Precision.fp32,
-    )
-    summary = evaluate(asked)
+    out, wanted = tmp_path / "out", {"modes": list(Mode), "prompts": combinations, "categories": ["liver"]}
+    summary = evaluate(evaluate_config(phantom_shards, out, str(checkpoint), "all", device="cpu", **wanted))
     assert summary is not None
     assert {(row.mode, row.prompt) for row in summary.rows} == set(product((mode.value for mode in Mode), combinations))
     image, _ = write_case(tmp_path, "organs")
@@ -77,7 +67,7 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
 
 
 def test_an_error_in_a_loader_process_is_one_line_and_ends_the_run(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _train_config(phantom_shards, tmp_path / "run", steps=3)
+    config = train_config(phantom_shards, tmp_path / "run", steps=3)
     (tmp_path / "config.yaml").write_text(to_yaml(replace(config, data=replace(config.data, workers=1))))
     wrong = ["model.landmarks=[5*toys:extremes]", "prompts.combinations=[text,toys:extremes]"]
     command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "config.yaml"), *wrong]
@@ -91,7 +81,7 @@ def test_an_error_in_a_loader_process_is_one_line_and_ends_the_run(phantom_shard
 
 
 def test_a_function_that_marks_other_than_voxels_is_named(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _train_config(phantom_shards, tmp_path / "run", steps=3)
+    config = train_config(phantom_shards, tmp_path / "run", steps=3)
     with pytest.raises(ConfigError, match=r"model\.landmarks: toys:f: toys has no 'f'"):
         train(replace(config, model=replace(config.model, landmarks=["6*toys:f"])))
     with pytest.raises(ConfigError, match=r"toys:flat gave an array of \[3\], not rows of d h w"):
@@ -101,7 +91,7 @@ def test_a_function_that_marks_other_than_voxels_is_named(phantom_shards: Path, 
 def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_path: Path) -> None:
     shards, out = write_boxes(tmp_path), tmp_path / "out"
     draw = DrawConfig(boxes=["exact", "toys:half"], points=["toys:first"])
-    config = config_for(shards, out, prompts=["box+text", "points"], draw=draw, metrics=["toys:jaccard"])
+    config = evaluate_config(shards, out, prompts=["box+text", "points"], draw=draw, metrics=["toys:jaccard"])
     summary = evaluated(config)
     with (out / "rows.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -123,7 +113,7 @@ def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_pa
 def test_a_drawing_that_does_not_exist_is_named_before_any_case(tmp_path: Path, change: dict[str, Any]) -> None:
     shards, out = write_boxes(tmp_path), tmp_path / "out"
     with pytest.raises(ConfigError, match="toys has no 'f'"):
-        evaluated(config_for(shards, out, **change))
+        evaluated(evaluate_config(shards, out, **change))
     assert not out.exists()
 
 
@@ -133,7 +123,7 @@ def test_a_figure_named_as_a_column_is_refused_before_any_case(tmp_path: Path, c
     shards, out = write_boxes(tmp_path), tmp_path / "out"
     expected = f"metrics: toys:{column}: rows.csv has a column '{column}' already: rename the function"
     with pytest.raises(ConfigError, match=expected):
-        evaluated(config_for(shards, out, metrics=["toys:jaccard", f"toys:{column}"]))
+        evaluated(evaluate_config(shards, out, metrics=["toys:jaccard", f"toys:{column}"]))
     assert not out.exists()
 
 

@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 import pytest
+from factories import DEMO_FILES
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from test_demo import PARTS
 
 from segvol_pl import resources
 from segvol_pl.__main__ import VERBS
@@ -200,7 +200,7 @@ def test_the_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
     steps = ["volumes=6", "pretrain_steps=2", "train_steps=2", "out=demo"]
     done = run([installed / "segvol-pl", "demo", *steps], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [part for part in PARTS if not (tmp_path / "demo" / part).exists()] == []
+    assert [part for part in DEMO_FILES if not (tmp_path / "demo" / part).exists()] == []
     commit = json.loads((tmp_path / "demo/train/manifest.json").read_text())["commit"]
     assert commit == "unknown"  # no repository is near
 

@@ -228,6 +228,15 @@ def tracked() -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+def test_no_test_module_imports_another() -> None:
+    """What several of them need lies in a module of its own: tiny models and configurations in factories.py."""
+    paths = list((ROOT / "tests").rglob("*.py"))
+    modules = {path.stem for path in paths if path.name.startswith("test_")}
+    imports = {path: {name.split(".")[0] for name in imported(ast.parse(path.read_text("utf-8")))} for path in paths}
+    assert {path.name: sorted(names & modules) for path, names in imports.items() if names & modules} == {}
+    assert "factories" in set().union(*imports.values())
+
+
 MACHINE_PATH = re.compile(r"(?<![\w.}])/(?:work|root|home|Users|scratch|mnt)/")
 
 

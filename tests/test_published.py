@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from published import GOLDEN, SMALL, reference_image, released_state
+from published import GOLDEN, SMALL, mask_of_box, pseudo_target, reference_image, released_state
 from torch import Tensor
 from transformers import CLIPTokenizer
 
 from segvol_pl.config import TextConfig, TrainConfig
-from segvol_pl.data.sampling import merged_inside
-from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.model import TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
@@ -117,28 +115,6 @@ def _learn(part: str, ending: str, number: int, vocabulary: dict[str, int], merg
 
 
 # ---- one training step ----
-
-
-def mask_of_box(box: list[int]) -> np.ndarray:
-    mask_DHW = np.zeros(SMALL.input_shape, bool)
-    mask_DHW[box_slices(tuple(box))] = True  # type: ignore[arg-type]
-    return mask_DHW
-
-
-def regions_of(image: int) -> np.ndarray:
-    regions_DHW = np.zeros(SMALL.input_shape, np.uint16)
-    for region, box in LOSSES["regions"][image]:
-        regions_DHW[mask_of_box(box)] = region
-    return regions_DHW
-
-
-def pseudo_target(iteration: int, image: int) -> tuple[np.ndarray, Box]:
-    """The mask that Algorithm 1 draws for the published run's region, and that region's box."""
-    regions_DHW = regions_of(image)
-    mask_DHW = regions_DHW == LOSSES["pseudo_regions"][iteration][image]
-    box = box_of(mask_DHW)
-    sizes = np.bincount(regions_DHW.reshape(-1))
-    return (merged_inside(regions_DHW, sizes, box) if iteration % 2 else mask_DHW), box
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from published import FULL, SMALL, reference_image, released_shapes, released_state
-from test_published import pseudo_target
+from published import FULL, SMALL, pseudo_target, reference_image, released_shapes, released_state
 from torch import Tensor
 
 import segvol_pl.inference.zoom
@@ -26,7 +25,7 @@ from segvol_pl.inference.zoom import Zoomer, binary
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
-from segvol_pl.model.released import split_carried, tower_of
+from segvol_pl.model.released import split_extra, tower_of
 from segvol_pl.model.text_encoder import text_tower
 
 TOLERANCE = 1e-4  # of the value range
@@ -51,7 +50,7 @@ def figures_of(shared: Path, name: str) -> dict[str, np.ndarray]:
 
 def build(config: SegVolConfig, names: tuple[str, ...]) -> SegVol:
     """The model with the reference run's weights, its text bank made by their own tower."""
-    own, carried = split_carried(released_state(config))
+    own, carried = split_extra(released_state(config))
     tower = text_tower(tower_of(carried), Path("reference")).eval()
     with torch.inference_mode():
         rows = [tower(input_ids=torch.tensor([BEFORE + IDS[name] + AFTER])).pooler_output for name in names]

@@ -19,8 +19,8 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from factories import pipe_corpus
 from scipy import sparse
-from test_viewer import answered, files, page
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import CasesConfig
@@ -35,8 +35,6 @@ from segvol_pl.evaluation.cases import find_cases
 from segvol_pl.packing.m3d import m3d_cases, read_m3d_masks
 from segvol_pl.packing.recipes import read_recipe
 from segvol_pl.resources import bundled
-
-__all__ = ["files", "page"]  # fixtures
 
 Raw = dict[str, Any]
 
@@ -144,12 +142,10 @@ def test_a_tar_leads_nowhere(name: str, changes: Raw, shards: Path, tmp_path: Pa
 
 def test_a_tar_through_a_pipe_writes_nothing(shards: Path, tmp_path: Path) -> None:
     """What no index names is left out of the stream."""
-    from test_pipe import _corpus
-
     for shard in shards.glob("*.tar"):
         add(shard, "../../evil.json")
         add(shard, "x.json", **LINK)
-    before, corpus = everything(tmp_path), _corpus(shards)
+    before, corpus = everything(tmp_path), pipe_corpus(shards)
     rows = {record.key: row for row, record in enumerate(corpus.records)}
     stream = PipeStream(
         corpus, lambda facts, read, rng: {"row": np.array(rows[facts.key])}, Plan(corpus.num_samples, 2, seed=0)
@@ -227,22 +223,3 @@ def test_code_in_a_checkpoint_does_not_run(
     assert main(["train", *tiny, *given, *start]) == 1
     assert "is refused: code could hide in it" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "harm").exists()
-
-
-# ---- a web page ----
-
-
-SOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
-
-
-def test_a_page_under_another_name_is_refused(page: str, files: tuple[Path, Path]) -> None:
-    """Another site may have its name lead to this machine (DNS rebinding): its scripts then read what is answered."""
-    port = page.split("/")[2].rpartition(":")[2]
-    for name in ("elsewhere.example", "localhost.elsewhere.example", "127.0.0.1.elsewhere.example"):
-        elsewhere = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
-        for path in ("/", "/metadata", "/autoload.js?bokeh-autoload-element=x", "/static/js/bokeh.min.js"):
-            status, body = answered(page, path, **elsewhere)
-            assert status == 403 and files[0].name not in body, path
-        assert answered(page, "/ws", **elsewhere, **SOCKET)[0] == 403
-    for name in ("localhost", "127.0.0.1", "[::1]"):
-        assert answered(page, "/", Host=f"{name}:{port}")[0] == 200

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,8 +28,8 @@ from segvol_pl.planning.plan import sample_bytes
 
 OVERVIEW = [8, 16, 16]
 """The shape that the fixture's overviews were packed with."""
-MODEL = SegVolConfig(input_shape=OVERVIEW, patch_size=[4, 8, 8], hidden_size=16, num_heads=2, decoder_heads=2)
-RESIZED = SegVolConfig(input_shape=[12, 24, 8], patch_size=[4, 8, 8], hidden_size=16, num_heads=2, decoder_heads=2)
+MODEL = tiny_model(input_shape=OVERVIEW)
+RESIZED = tiny_model(input_shape=[12, 24, 8])
 
 
 def plain_image(hu_DHW: np.ndarray, intensity: Intensity, scale: float | None, shift: float | None) -> np.ndarray:

@@ -11,27 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damaged import flip
+from factories import TINY, pipe_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from test_stream import MODEL, flip
 from torch.utils.data import DataLoader
 
 from segvol_pl.config import DataConfig, PromptConfig
 from segvol_pl.data import sampling
 from segvol_pl.data.batch import unpacked
 from segvol_pl.data.collate import Arrays
-from segvol_pl.data.corpus import Corpus, open_folders, rng_of, training_corpus
+from segvol_pl.data.corpus import Corpus, open_folders, rng_of
 from segvol_pl.data.damage import Health
 from segvol_pl.data.pipe import PipeStream, shards_of
 from segvol_pl.data.sampling import Read
 from segvol_pl.data.schema import Facts, Member
 from segvol_pl.data.stream import Plan, World
 from segvol_pl.errors import ConfigError, ShardError
-
-
-def _corpus(folder: Path, split: str = "all", times: int = 1) -> Corpus:
-    data = DataConfig(shards=f"pipe:cat {folder}/{{file}}", split=split, samples_per_volume=times)
-    return training_corpus(open_folders(data), data, labelled=True)
 
 
 def _key(facts: Facts, read: Read, rng: np.random.Generator) -> Arrays:
@@ -62,13 +58,13 @@ def test_the_shards_of_a_pass_are_dealt_once_and_every_worker_has_some(
 
 
 def test_a_pass_of_one_reader_gives_every_sample_once(phantom_shards: Path) -> None:
-    corpus = _corpus(phantom_shards, times=2)
+    corpus = pipe_corpus(phantom_shards, times=2)
     keys = _keys(_stream(corpus), 6)
     assert Counter(keys) == dict.fromkeys(range(6), 2)
 
 
 def test_it_is_the_same_every_time_and_another_after_a_stop(phantom_shards: Path) -> None:
-    corpus = _corpus(phantom_shards)
+    corpus = pipe_corpus(phantom_shards)
     first, second = (list(islice(iter(_stream(corpus)), 9)) for _ in range(2))
     assert all(torch.equal(a["draw_B"], b["draw_B"]) for a, b in zip(first, second, strict=True))
     later = list(islice(iter(_stream(corpus, seen=6)), 3))
@@ -78,15 +74,15 @@ def test_it_is_the_same_every_time_and_another_after_a_stop(phantom_shards: Path
 
 def test_every_rank_gets_its_batches_though_there_are_fewer_shards(phantom_shards: Path) -> None:
     for rank in range(8):
-        keys = _keys(_stream(_corpus(phantom_shards, times=4), World(rank, 8), batch=16), 10, workers=rank % 3)
+        keys = _keys(_stream(pipe_corpus(phantom_shards, times=4), World(rank, 8), batch=16), 10, workers=rank % 3)
         assert len(keys) == 20
 
 
 def test_real_samples_come_through(phantom_shards: Path) -> None:
-    corpus = _corpus(phantom_shards)
+    corpus = pipe_corpus(phantom_shards)
     rows = {name: row for row, name in enumerate(sorted(corpus.records[0].categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
-    draw = functools.partial(sampling.sample_segmentation, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
+    draw = functools.partial(sampling.sample_segmentation, model=TINY, data=DataConfig(), prompts=prompts, row_of=rows)
     batch = unpacked(next(iter(PipeStream(corpus, draw, Plan(corpus.num_samples, 4)))))
     assert batch["image_BCDHW"].shape == (4, 1, 8, 16, 16) and batch["masks_BKDHW"].shape == (4, 2, 8, 16, 16)
     assert int(batch["seen"]) == 4
@@ -96,7 +92,7 @@ def test_a_damaged_member_and_a_cut_shard_are_left_out_and_said(
     phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = Path(shutil.copytree(phantom_shards, tmp_path / "shards"))
-    corpus = _corpus(folder)
+    corpus = pipe_corpus(folder)
     flipped, cut = corpus.records[0], next(one for one in corpus.records[::-1] if one.shard != corpus.records[0].shard)
     flip(folder, flipped, Member.CT)
     path, place = folder / cut.shard, cut.members[Member.CT.value][0]
@@ -113,7 +109,7 @@ def test_a_damaged_member_and_a_cut_shard_are_left_out_and_said(
 
 
 def test_a_command_that_fails_ends_the_stream(phantom_shards: Path) -> None:
-    corpus = _corpus(phantom_shards)
+    corpus = pipe_corpus(phantom_shards)
     broken = Corpus([type(corpus.parts[0])(type(corpus.parts[0].store)("pipe:false {file}"), corpus.parts[0].records)])
     with pytest.raises(ShardError, match=r"pipe:false .*a whole pass gave no usable sample \(missing\)"):
         next(iter(_stream(broken)))

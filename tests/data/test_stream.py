@@ -19,11 +19,13 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from damaged import flip
+from factories import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from segvol_pl.config import DataConfig, LastBatch, PromptConfig, RunConfig, SegVolConfig, StartMethod
+from segvol_pl.config import DataConfig, LastBatch, PromptConfig, RunConfig, StartMethod
 from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import Arrays
@@ -32,12 +34,10 @@ from segvol_pl.data.damage import Health
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.sampling import Read
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shards import Damage, SampleRecord, build_index, read_index, read_sample, walk_shard, write_shard
+from segvol_pl.data.shards import Damage, build_index, read_index, read_sample, walk_shard, write_shard
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
 from segvol_pl.errors import ShardError, StoreError
-
-MODEL = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=16, num_heads=2, decoder_heads=2)
 
 
 def test_the_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
@@ -114,7 +114,7 @@ def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int 
     records = [record for record in index.samples if record.labelled]
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
-    draw = functools.partial(sampling.sample_segmentation, model=MODEL, data=DataConfig(), prompts=prompts, row_of=rows)
+    draw = functools.partial(sampling.sample_segmentation, model=TINY, data=DataConfig(), prompts=prompts, row_of=rows)
     return Stream(Corpus([Part(Store(folder), records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
 
 
@@ -236,7 +236,7 @@ def test_a_loader_process_decodes_with_one_thread(phantom_shards: Path, method: 
 
 def _module(shards: Path, method: StartMethod) -> VolumeModule:
     data = DataConfig(shards=str(shards), split="all", global_batch=2, workers=1, start_method=method)
-    draw = functools.partial(sampling.sample_simmim, model=MODEL, mask_ratio=0.5, data=data)
+    draw = functools.partial(sampling.sample_simmim, model=TINY, mask_ratio=0.5, data=data)
     return VolumeModule(data, RunConfig(out="unused"), draw, draw, labelled=True)
 
 
@@ -278,13 +278,6 @@ def test_signals_to_all_processes_of_a_job_do_not_end_the_fork_server(phantom_sh
 def broken(phantom_shards: Path, tmp_path: Path) -> Path:
     """A copy of the shards, to be damaged."""
     return Path(shutil.copytree(phantom_shards, tmp_path / "shards"))
-
-
-def flip(folder: Path, record: SampleRecord, member: Member) -> None:
-    path, (offset, size) = folder / record.shard, record.members[member.value]
-    content = bytearray(path.read_bytes())
-    content[offset + size // 2] ^= 0xFF
-    path.write_bytes(content)
 
 
 DAMAGED = {"altered": Member.OVERVIEW, "facts": Member.FACTS}

@@ -11,19 +11,17 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from boxes import CATEGORIES, SHAPE, WINDOW, NamedOracle, placed_affine, sample_of, write_boxes
+from boxes import CATEGORIES, SHAPE, WINDOW, NamedOracle, evaluated, placed_affine, sample_of, write_boxes
+from factories import evaluate_config, save_untrained
 from holders import holding
-from oracle import Oracle, save_untrained
 from rich.console import Console
 
 from segvol_pl.config import (
     CasesConfig,
     Convention,
     DrawConfig,
-    EvaluateConfig,
     Mode,
     PackConfig,
-    Precision,
     Timing,
     TrackConfig,
     Wandb,
@@ -34,7 +32,7 @@ from segvol_pl.data.schema import Member
 from segvol_pl.data.shards import build_index, write_shard
 from segvol_pl.errors import EvaluateError, LockedError, ShardError, UnknownCategory
 from segvol_pl.evaluation.metrics import dice
-from segvol_pl.evaluation.run import Summary, evaluate, evaluate_model, picked
+from segvol_pl.evaluation.run import Summary, evaluate, picked
 from segvol_pl.evaluation.summary import Row
 from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.prompts import Prompt
@@ -49,23 +47,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_boxes(tmp_path_factory.mktemp("shards"))
 
 
-def config_for(shards: Path, out: Path, split: str = "test", **changes: object) -> EvaluateConfig:
-    return config_over(CasesConfig(str(shards), split), out, **changes)
-
-
-def config_over(data: CasesConfig, out: Path, checkpoint: str = "oracle", **changes: object) -> EvaluateConfig:
-    return EvaluateConfig(checkpoint, data, str(out), precision=Precision.fp32, **changes)  # type: ignore[arg-type]
-
-
-def evaluated(config: EvaluateConfig, model: Oracle | None = None) -> Summary:
-    summary = evaluate_model(config, model or NamedOracle())  # type: ignore[arg-type]
-    assert summary is not None
-    return summary
-
-
 def test_an_oracle_is_scored_as_computed_by_hand(shards: Path, tmp_path: Path) -> None:
     """It marks all that is bright, in the box: so a tumour's text finds the liver and spleen, its box the tumour."""
-    config = config_for(shards, tmp_path / "out", prompts=["text", "box+text"], categories=["liver tumour"])
+    config = evaluate_config(shards, tmp_path / "out", prompts=["text", "box+text"], categories=["liver tumour"])
     summary = evaluated(config, NamedOracle())
     assert summary.cases == 3 and summary.unlabelled == 1 and summary.absent == {}
     truth, liver = 3 * 4 * 5, 8 * 14 * 16
@@ -81,7 +65,7 @@ def test_an_oracle_is_scored_as_computed_by_hand(shards: Path, tmp_path: Path) -
 def test_rows_summary_and_report_are_written(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     kinds = ["text", "box+text", "points+text"]
-    summary = evaluated(config_for(shards, out, prompts=kinds, pictures=2), NamedOracle())
+    summary = evaluated(evaluate_config(shards, out, prompts=kinds, pictures=2), NamedOracle())
     assert {path.name for path in out.iterdir()} == {
         "cases",
         "report.html",
@@ -118,7 +102,7 @@ def table_text(summary: Summary) -> str:
 
 def test_a_folder_that_another_process_evaluates_into_is_refused(shards: Path, tmp_path: Path) -> None:
     """Shares lie side by side; what would remove their results does not begin."""
-    config = config_for(shards, tmp_path, prompts=["text"], categories=["spleen"], limit=1, pictures=0)
+    config = evaluate_config(shards, tmp_path, prompts=["text"], categories=["spleen"], limit=1, pictures=0)
     with holding(tmp_path), pytest.raises(LockedError, match="is being written by"):
         evaluated(config)
     with holding(tmp_path, ".lock-0-1-of-1-2.json"):
@@ -130,7 +114,7 @@ def test_a_folder_that_another_process_evaluates_into_is_refused(shards: Path, t
 
 def test_the_same_seed_gives_the_same_rows(shards: Path, tmp_path: Path) -> None:
     runs = [
-        evaluated(config_for(shards, tmp_path / name, prompts=["points", "points+text"], seed=seed), NamedOracle())
+        evaluated(evaluate_config(shards, tmp_path / name, prompts=["points", "points+text"], seed=seed), NamedOracle())
         for name, seed in (("a", 3), ("b", 3))
     ]
     one, other = ([(row.case, row.category, row.prompt, row.dice) for row in run.rows] for run in runs)
@@ -140,7 +124,7 @@ def test_the_same_seed_gives_the_same_rows(shards: Path, tmp_path: Path) -> None
 def test_every_kind_of_points_gets_the_same_points(shards: Path, tmp_path: Path) -> None:
     model = NamedOracle()
     kinds = ["points", "points+text"]
-    evaluated(config_for(shards, tmp_path, prompts=kinds, categories=["spleen"], limit=1, pictures=0), model)
+    evaluated(evaluate_config(shards, tmp_path, prompts=kinds, categories=["spleen"], limit=1, pictures=0), model)
     plain, named = ([prompt for prompt in model.seen if (prompt.text is not None) == flag] for flag in (False, True))
     assert len(plain) == len(named) >= 2
     for one, other in zip(plain, named, strict=True):
@@ -151,19 +135,19 @@ def test_the_overview_is_encoded_once_a_case(shards: Path, tmp_path: Path) -> No
     model = NamedOracle()
     kinds = ["box", "box+text", "points"]
     summary = evaluated(
-        config_for(shards, tmp_path, prompts=kinds, categories=["liver tumour"], limit=1, pictures=0), model
+        evaluate_config(shards, tmp_path, prompts=kinds, categories=["liver tumour"], limit=1, pictures=0), model
     )
     assert len(summary.rows) == 3
     assert model.encoded <= 1 + sum(row.windows for row in summary.rows[::2])
 
 
 def test_absent_categories_are_counted_apart(shards: Path, tmp_path: Path) -> None:
-    summary = evaluated(config_for(shards, tmp_path, prompts=["box"], categories=["spleen"]), NamedOracle())
+    summary = evaluated(evaluate_config(shards, tmp_path, prompts=["box"], categories=["spleen"]), NamedOracle())
     assert summary.absent == {"spleen": 1} and len(summary.rows) == 2 and summary.cases == 3
 
 
 def test_categories_that_the_model_does_not_know_get_no_text_prompt(shards: Path, tmp_path: Path) -> None:
-    config = config_for(shards, tmp_path, prompts=["text", "box"])
+    config = evaluate_config(shards, tmp_path, prompts=["text", "box"])
     summary = evaluated(config, NamedOracle(["liver", "liver tumour"]))
     assert summary.unknown == {"spleen": 2}
     assert {(row.category, row.prompt) for row in summary.rows if row.category == "spleen"} == {("spleen", "box")}
@@ -171,14 +155,14 @@ def test_categories_that_the_model_does_not_know_get_no_text_prompt(shards: Path
 
 
 def test_a_category_asked_for_that_the_model_does_not_know_is_refused(shards: Path, tmp_path: Path) -> None:
-    config = config_for(shards, tmp_path / "out", categories=["liver tumor"])
+    config = evaluate_config(shards, tmp_path / "out", categories=["liver tumor"])
     with pytest.raises(UnknownCategory, match=r"'liver tumor'.*liver tumour"):
         evaluated(config, NamedOracle())
     assert not (tmp_path / "out").exists()
 
 
 def test_a_split_without_cases_is_refused_before_the_model_is_read(shards: Path, tmp_path: Path) -> None:
-    config = config_for(shards, tmp_path / "out", split="validation")
+    config = evaluate_config(shards, tmp_path / "out", split="validation")
     with pytest.raises(
         EvaluateError, match=r"no labelled case of split 'validation'; it holds test \(3\), train \(1\)"
     ):
@@ -188,11 +172,11 @@ def test_a_split_without_cases_is_refused_before_the_model_is_read(shards: Path,
 
 def test_a_folder_without_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ShardError, match=r"index\.json"):
-        evaluate(config_for(tmp_path, tmp_path / "out"))
+        evaluate(evaluate_config(tmp_path, tmp_path / "out"))
 
 
 def test_no_case_with_the_category_leaves_nothing_that_looks_whole(shards: Path, tmp_path: Path) -> None:
-    config = config_for(shards, tmp_path, categories=["pancreas"])
+    config = evaluate_config(shards, tmp_path, categories=["pancreas"])
     with pytest.raises(EvaluateError, match="categories"):
         evaluated(config, NamedOracle(["pancreas"]))
     assert not list(tmp_path.glob("*.csv")) and not (tmp_path / "report.html").exists()
@@ -200,21 +184,21 @@ def test_no_case_with_the_category_leaves_nothing_that_looks_whole(shards: Path,
 
 def test_all_splits_and_limit(shards: Path, tmp_path: Path) -> None:
     chosen = {"prompts": ["box"], "categories": ["liver"]}
-    everything = evaluated(config_for(shards, tmp_path / "a", split="all", **chosen), NamedOracle())
-    limited = evaluated(config_for(shards, tmp_path / "b", split="all", limit=2, **chosen), NamedOracle())
+    everything = evaluated(evaluate_config(shards, tmp_path / "a", split="all", **chosen), NamedOracle())
+    limited = evaluated(evaluate_config(shards, tmp_path / "b", split="all", limit=2, **chosen), NamedOracle())
     assert everything.cases == 4 and limited.cases == 2
 
 
 def test_zoom_settings_reach_the_model(shards: Path, tmp_path: Path) -> None:
     chosen = {"prompts": ["text"], "categories": ["liver"], "limit": 1}
-    few = evaluated(config_for(shards, tmp_path / "a", zoom=ZoomConfig(overlap=0.0), **chosen), NamedOracle())
-    many = evaluated(config_for(shards, tmp_path / "b", zoom=ZoomConfig(overlap=0.75), **chosen), NamedOracle())
+    few = evaluated(evaluate_config(shards, tmp_path / "a", zoom=ZoomConfig(overlap=0.0), **chosen), NamedOracle())
+    many = evaluated(evaluate_config(shards, tmp_path / "b", zoom=ZoomConfig(overlap=0.75), **chosen), NamedOracle())
     assert few.rows[0].windows < many.rows[0].windows
 
 
 def test_published_prompts_are_drawn_from_the_shrunk_truth(shards: Path, tmp_path: Path) -> None:
     model, published = NamedOracle(), ZoomConfig(reflection=Convention.published)
-    evaluated(config_for(shards, tmp_path, prompts=["box"], categories=["liver"], limit=1, zoom=published), model)
+    evaluated(evaluate_config(shards, tmp_path, prompts=["box"], categories=["liver"], limit=1, zoom=published), model)
     truth_DHW = np.zeros(SHAPE, bool)
     truth_DHW[5:13, 8:22, 14:30] = True
     assert model.seen[0].box == box_of(resize_label(truth_DHW, WINDOW))
@@ -222,7 +206,7 @@ def test_published_prompts_are_drawn_from_the_shrunk_truth(shards: Path, tmp_pat
 
 def test_an_untrained_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> None:
     checkpoint = save_untrained(tmp_path / "tiny.ckpt", list(CATEGORIES))
-    config = config_over(CasesConfig(str(shards)), tmp_path / "out", str(checkpoint), device="cpu")
+    config = evaluate_config(CasesConfig(str(shards)), tmp_path / "out", str(checkpoint), device="cpu")
     summary = evaluate(config)
     assert summary is not None and summary.cases == 3
     assert [setting.prompt for setting in summary.settings] == ["text", "box+text", "points+text"]
@@ -234,7 +218,7 @@ def test_an_untrained_checkpoint_is_evaluated(shards: Path, tmp_path: Path) -> N
 def test_modes_stand_in_rows_of_their_own(shards: Path, tmp_path: Path) -> None:
     """The shape of the paper's Table 3: resizing loses what sliding and zooming find."""
     chosen = {"prompts": ["box"], "categories": ["liver tumour"], "modes": list(Mode), "timing": Timing.cold}
-    summary = evaluated(config_for(shards, tmp_path, **chosen))
+    summary = evaluated(evaluate_config(shards, tmp_path, **chosen))
     found = {setting.mode: overall for setting, overall in summary.overall.items()}
     assert list(found) == ["zoom", "resize", "sliding"]
     assert found["zoom"].dice == found["sliding"].dice == 1.0
@@ -247,7 +231,7 @@ def test_modes_stand_in_rows_of_their_own(shards: Path, tmp_path: Path) -> None:
 def test_resizing_the_published_way_is_its_zoom_out(shards: Path, tmp_path: Path) -> None:
     zoom = ZoomConfig(interpolation=Convention.published, grid=Convention.published, reflection=Convention.published)
     chosen = {"prompts": ["box"], "categories": ["liver"], "modes": [Mode.zoom, Mode.resize], "zoom": zoom}
-    rows = evaluated(config_for(shards, tmp_path, **chosen)).rows
+    rows = evaluated(evaluate_config(shards, tmp_path, **chosen)).rows
     for zoomed, resized in zip(rows[::2], rows[1::2], strict=True):
         assert (zoomed.mode, resized.mode) == ("zoom", "resize") and zoomed.zoom_out == resized.dice
 
@@ -257,14 +241,14 @@ def test_alone_every_prompt_encodes_anew(shards: Path, tmp_path: Path) -> None:
     for timing in Timing:
         model = NamedOracle()
         chosen = {"prompts": ["box", "box+text"], "categories": ["liver tumour"], "limit": 1, "pictures": 0}
-        rows = evaluated(config_for(shards, tmp_path / timing.value, timing=timing, **chosen), model).rows
+        rows = evaluated(evaluate_config(shards, tmp_path / timing.value, timing=timing, **chosen), model).rows
         encoded[timing] = model.encoded
     assert encoded[Timing.cold] == 2 * encoded[Timing.shared] == 2 * (1 + rows[0].windows)
 
 
 def test_worse_prompts_stand_in_rows_of_their_own_and_are_worse(shards: Path, tmp_path: Path) -> None:
     drawn = DrawConfig(boxes=["exact", "slice"], depth=6.0, points=["centre", "random3"])
-    config = config_for(shards, tmp_path, prompts=["box", "points"], draw=drawn, categories=["liver tumour"])
+    config = evaluate_config(shards, tmp_path, prompts=["box", "points"], draw=drawn, categories=["liver tumour"])
     summary = evaluated(config)
     found = {str(setting): overall.dice for setting, overall in summary.overall.items()}
     assert list(found) == ["zoom box(exact)", "zoom box(slice)", "zoom points(centre)", "zoom points(random3)"]
@@ -281,7 +265,7 @@ def test_components_are_prompted_apart_and_united(tmp_path: Path) -> None:
     rows = {}
     for components in (False, True):
         drawn = DrawConfig(components=components, component_voxels=2)
-        config = config_for(tmp_path, tmp_path / str(components), prompts=["box"], draw=drawn)
+        config = evaluate_config(tmp_path, tmp_path / str(components), prompts=["box"], draw=drawn)
         rows[components] = next(row for row in evaluated(config).rows if row.category == "liver tumour")
     assert rows[False].components == 1 and rows[True].components == 2
     assert rows[True].dice == 1.0 and rows[False].dice is not None and rows[False].dice < 0.5
@@ -289,7 +273,7 @@ def test_components_are_prompted_apart_and_united(tmp_path: Path) -> None:
 
 def test_empty_truths_are_counted_apart_never_averaged(shards: Path, tmp_path: Path) -> None:
     """The oracle finds something bright for any text: a false alarm in the case without a spleen."""
-    summary = evaluated(config_for(shards, tmp_path, prompts=["text", "box"], categories=["spleen"]))
+    summary = evaluated(evaluate_config(shards, tmp_path, prompts=["text", "box"], categories=["spleen"]))
     (empty,) = (row for row in summary.rows if row.empty)
     assert (empty.case, empty.prompt, empty.dice, empty.components) == ("case02", "text", None, 0)
     assert empty.predicted_voxels > 0
@@ -304,16 +288,16 @@ def test_empty_truths_are_counted_apart_never_averaged(shards: Path, tmp_path: P
 def test_an_unknown_spacing_leaves_the_surface_dice_out_and_says_so(tmp_path: Path) -> None:
     write_shard(tmp_path / "boxes-000000.tar", [sample_of(0, "test", placed=False)])
     build_index(tmp_path)
-    summary = evaluated(config_for(tmp_path, tmp_path / "out", prompts=["box"], masks=True))
+    summary = evaluated(evaluate_config(tmp_path, tmp_path / "out", prompts=["box"], masks=True))
     assert all(row.surface_dice is None and row.dice == 1.0 and row.mask == "" for row in summary.rows)
     assert "1 cases have no known spacing" in (tmp_path / "out" / "report.html").read_text()
     drawn = DrawConfig(boxes=["slice"], depth=6.0)
     with pytest.raises(EvaluateError, match=r"1 of 1 cases cannot be read.*case00: .*draw\.depth"):
-        evaluated(config_for(tmp_path, tmp_path / "deep", prompts=["box"], draw=drawn))
+        evaluated(evaluate_config(tmp_path, tmp_path / "deep", prompts=["box"], draw=drawn))
 
 
 def test_masks_are_written_where_the_case_lies(shards: Path, tmp_path: Path) -> None:
-    config = config_for(shards, tmp_path, prompts=["box"], categories=["liver tumour"], limit=1, masks=True)
+    config = evaluate_config(shards, tmp_path, prompts=["box"], categories=["liver tumour"], limit=1, masks=True)
     (row,) = evaluated(config).rows
     volume = read_volume(tmp_path / row.mask)
     np.testing.assert_allclose(volume.affine, placed_affine())
@@ -328,7 +312,7 @@ def test_a_damaged_case_is_left_out_when_allowed_and_tried_again(tmp_path: Path)
     whole = tar.read_bytes()
     offset, size = index.samples[1].members[Member.CT.value]
     tar.write_bytes(whole[:offset] + bytes(size) + whole[offset + size :])
-    config = config_for(tmp_path, tmp_path / "out", prompts=["box"])
+    config = evaluate_config(tmp_path, tmp_path / "out", prompts=["box"])
     with pytest.raises(EvaluateError, match=r"1 of 2 cases cannot be read, max_bad_fraction=0\.0 .*case01: "):
         evaluated(config)
     assert not (tmp_path / "out" / "report.html").exists()
@@ -341,7 +325,9 @@ def test_a_damaged_case_is_left_out_when_allowed_and_tried_again(tmp_path: Path)
 
 
 def test_readings_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None:
-    summary = evaluated(config_for(shards, tmp_path, prompts=["box+text"], categories=["liver"], match_categories=True))
+    summary = evaluated(
+        evaluate_config(shards, tmp_path, prompts=["box+text"], categories=["liver"], match_categories=True)
+    )
     with (tmp_path / "category_matches.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 3 * len(CATEGORIES) and {line["prompt"] for line in lines} == {"box(exact)"}
@@ -378,8 +364,8 @@ def test_files_are_evaluated_as_packed_cases_are(tmp_path: Path) -> None:
     pack(PackConfig(**files, out=str(tmp_path / "shards"), overview_shape=list(WINDOW), workers=1))
     model = NamedOracle(sorted(load_categories(files["categories"])))
     kinds = {"prompts": ["box", "points"], "pictures": 1}
-    packed = evaluated(config_for(tmp_path / "shards", tmp_path / "packed", split="all", **kinds), model)
-    config = config_over(CasesConfig(**files), tmp_path / "files", masks=True, **kinds)
+    packed = evaluated(evaluate_config(tmp_path / "shards", tmp_path / "packed", split="all", **kinds), model)
+    config = evaluate_config(CasesConfig(**files), tmp_path / "files", masks=True, **kinds)
     found = evaluated(config, model)
     assert found.cases == 2 and len(found.rows) == len(packed.rows) > 20
     for one, other in zip(found.rows, packed.rows, strict=True):
@@ -418,7 +404,7 @@ REAL = [("trunk_ct.nii.gz", "trunk_seg.nii.gz"), ("thorax_dicom", "thorax_seg.ni
 def test_masks_of_real_cts_have_the_dice_that_is_stated(shared: Path, tmp_path: Path, ct: str, seg: str) -> None:
     files = {"images": str(shared / "ct" / ct), "labels": str(shared / "ct" / seg)}
     names = str(shared / "ct" / "categories.yaml")
-    config = config_over(
+    config = evaluate_config(
         CasesConfig(**files, categories=names),
         tmp_path,
         prompts=["box"],
@@ -439,7 +425,7 @@ def test_a_changed_file_is_evaluated_again_and_a_label_may_be_empty(tmp_path: Pa
         labels=str(tmp_path / "labels"),
         categories=str(tmp_path / "categories.yaml"),
     )
-    config = config_over(data, tmp_path / "out", prompts=["text"], categories=["spleen"])
+    config = evaluate_config(data, tmp_path / "out", prompts=["text"], categories=["spleen"])
     before = evaluated(config, NamedOracle(["spleen"]))
     assert [row.empty for row in before.rows] == [False, False]
     label = sorted((tmp_path / "labels").iterdir())[0]
@@ -452,7 +438,9 @@ def test_a_changed_file_is_evaluated_again_and_a_label_may_be_empty(tmp_path: Pa
 
 def test_wandb_gets_tables_and_pictures_offline(shards: Path, tmp_path: Path) -> None:
     offline = TrackConfig(wandb=Wandb.offline, project="tests")
-    config = config_for(shards, tmp_path, prompts=["box"], categories=["spleen"], match_categories=True, track=offline)
+    config = evaluate_config(
+        shards, tmp_path, prompts=["box"], categories=["spleen"], match_categories=True, track=offline
+    )
     evaluated(config)
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     tables = {path.name.partition("_")[0]: path for path in run.rglob("*.table.json")}

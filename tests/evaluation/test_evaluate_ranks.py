@@ -13,32 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import save_untrained
+from factories import phantom_evaluation, save_untrained
 
-from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision
+from segvol_pl.config import EvaluateConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.errors import EvaluateError
 from segvol_pl.evaluation.run import Summary, evaluate
 
-CATEGORIES = ["aorta", "liver", "spleen"]
 MEASURED = ("seconds", "memory_mb")
 
 
 @pytest.fixture(scope="module")
 def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
-    """All six phantoms, with enough prompts that a case takes a while."""
-    folder = tmp_path_factory.mktemp("ranks")
-    return EvaluateConfig(
-        checkpoint=str(save_untrained(folder / "tiny.ckpt", CATEGORIES)),
-        data=CasesConfig(shards=str(phantom_shards), split="all"),
-        out=str(folder / "whole"),
-        modes=[Mode.zoom, Mode.sliding],
-        prompts=["box+text", "points"],
-        categories=["aorta", "liver", "spleen"],
-        pictures=0,
-        device="cpu",
-        precision=Precision.fp32,
-    )
+    return phantom_evaluation(phantom_shards, tmp_path_factory.mktemp("ranks") / "whole")
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +105,7 @@ def test_slices_are_put_together_by_a_run_without_one(config: EvaluateConfig, wh
 def test_results_of_other_settings_are_refused(config: EvaluateConfig, whole: Summary, tmp_path: Path) -> None:
     with pytest.raises(EvaluateError, match=r"other seed, tolerance: give another folder, or begin anew with resume"):
         evaluate(replace(config, seed=5, tolerance=1.0))
-    other = save_untrained(tmp_path / "other.ckpt", [*CATEGORIES, "pancreas"])
+    other = save_untrained(tmp_path / "other.ckpt", [*config.categories, "pancreas"])
     with pytest.raises(EvaluateError, match="other model"):
         evaluate(replace(config, checkpoint=str(other)))
     with pytest.raises(EvaluateError, match="resume: false would remove"):

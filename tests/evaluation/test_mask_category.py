@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle
+from factories import Oracle
 
 from segvol_pl.evaluation.mask_category import CategoryMatch, matches_of, soft_dice
 from segvol_pl.evaluation.summary import Summary

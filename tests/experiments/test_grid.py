@@ -12,25 +12,21 @@ from pathlib import Path
 
 import pytest
 import yaml
+from factories import TINY_KEYS
 from holders import holding
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from segvol_pl.errors import ConfigError
 from segvol_pl.experiments import launch
 from segvol_pl.experiments.grid import Run, expand, read, volume_flops
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ABLATIONS = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
 GIVEN = ["data.shards=shards", "optim.max_steps=10"]
-SMALL = """\
-  - model.input_shape=[8, 16, 16]
-  - model.patch_size=[4, 8, 8]
-  - model.num_heads=2
-  - model.mlp_dim=32
-  - model.num_layers=1
-  - model.decoder_heads=2
-  - model.decoder_mlp_dim=32
+SMALL = (
+    "".join(f"  - {each}\n" for each in TINY_KEYS)
+    + """\
   - text.source=seeded
   - data.global_batch=2
   - data.workers=0
@@ -43,6 +39,7 @@ SMALL = """\
   - run.val_batches=1
   - track.wandb=disabled
 """
+)
 
 
 def grid_of(folder: Path, text: str, *given: str) -> list[Run]:

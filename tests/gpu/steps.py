@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from factories import tiny_model
 from torch import Tensor
 
-from segvol_pl.config import OptimConfig, PretrainConfig, PromptConfig, RunConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import OptimConfig, PretrainConfig, PromptConfig, RunConfig, TrainConfig
 from segvol_pl.model import TextBank
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
 
-MODEL = SegVolConfig(
+MODEL = tiny_model(
     input_shape=[16, 64, 64],
-    patch_size=[4, 8, 8],
     hidden_size=128,
     num_layers=2,
     num_heads=4,

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_run import _train_config
+from factories import train_config
 
 from segvol_pl.config.loader import to_yaml
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.checkpoints import AtomicCheckpointIO
-from segvol_pl.training.loggers import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -93,7 +93,7 @@ class Runs:
 def runs(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Every run, and once more each from its own checkpoint of the middle."""
     runs = Runs(tmp_path_factory.mktemp("gpu"))
-    config = _train_config(phantom_shards, runs.folder, steps=STEPS)
+    config = train_config(phantom_shards, runs.folder, steps=STEPS)
     run = replace(config.run, accelerator="cuda", checkpoint_every=HALF, save_every=HALF, val_every=0, val_batches=1)
     (runs.folder / "config.yaml").write_text(to_yaml(replace(config, run=run)))
     names = [name for name in KEYS if name not in DEEPSPEED or importlib.util.find_spec("deepspeed")]

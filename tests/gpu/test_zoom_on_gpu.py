@@ -8,7 +8,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from oracle import save_untrained
+from factories import save_untrained
 
 from segvol_pl.config import ZoomConfig
 from segvol_pl.imaging.box import box_of, box_slices

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from ct_files import phantom, write_dicom
-from oracle import Oracle, predictor_of
+from factories import Oracle, predictor_of
 
 from segvol_pl.config import Coordinates, PredictConfig, ZoomConfig
 from segvol_pl.imaging.prompts import Prompt

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from ct_files import phantom, write_dicom
+from factories import Oracle, RangeOracle, predictor_of, save_untrained, tiny_model
 from letters import write_clip
-from oracle import Oracle, RangeOracle, predictor_of, save_untrained
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import Coordinates, Overlaps, Precision, PredictConfig, SegVolConfig, TextConfig, ZoomConfig
+from segvol_pl.config import Coordinates, Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
 from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, VolumeError
 from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.dicom_seg import write_dicom_seg
@@ -554,15 +554,7 @@ def test_a_ct_smaller_than_one_window_is_padded() -> None:
 
 def test_names_that_the_bank_lacks_come_from_the_clip_that_made_it(tmp_path: Path) -> None:
     clip = write_clip(tmp_path)
-    config = SegVolConfig(
-        input_shape=[8, 16, 16],
-        patch_size=[4, 8, 8],
-        hidden_size=16,
-        num_layers=1,
-        num_heads=2,
-        mlp_dim=32,
-        text_dim=32,
-    )
+    config = tiny_model(text_dim=32)
     model = SegVol(config, TextBank.from_clip(["liver"], TextConfig(clip_model=str(clip))))
     extend_bank(model, ["spleen"], str(clip))
     assert model.bank.names == ["liver", "spleen"] and model.text_encoder.bank_KE.shape == (2, 32)

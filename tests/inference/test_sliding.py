@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import Oracle
+from factories import Oracle
 
 from segvol_pl.config import Blend, SlidingConfig
 from segvol_pl.imaging.prompts import Prompt

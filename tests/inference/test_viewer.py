@@ -20,7 +20,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from oracle import save_untrained
+from factories import save_untrained
 from PIL import Image
 
 from segvol_pl.__main__ import main
@@ -141,6 +141,9 @@ def answered(address: str, path: str, **headers: str) -> tuple[int, str]:
     return response.status, response.read().decode(errors="replace")
 
 
+SOCKET = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "eA=="}
+
+
 def test_nothing_but_the_page_is_served_and_nothing_is_fetched(page: str, files: tuple[Path, Path]) -> None:
     status, body = answered(page, "/")
     assert (status == 200 and "SegVol" in body) or "bokeh" in body
@@ -153,14 +156,21 @@ def test_nothing_but_the_page_is_served_and_nothing_is_fetched(page: str, files:
     for path in ("/", "/ws", "/metadata", "/static/js/bokeh.min.js", str(files[0])):
         status, body = answered(bare, path)
         assert status == 404 and files[0].name not in body, "only who knows the address is answered"
-    socket = {
-        "Upgrade": "websocket",
-        "Connection": "Upgrade",
-        "Sec-WebSocket-Version": "13",
-        "Sec-WebSocket-Key": "eA==",
-    }
-    status, _ = answered(page, "/ws", Origin="http://elsewhere.example", **socket)
+    status, _ = answered(page, "/ws", Origin="http://elsewhere.example", **SOCKET)
     assert status == 403  # another page in the same browser
+
+
+def test_a_page_under_another_name_is_refused(page: str, files: tuple[Path, Path]) -> None:
+    """Another site may have its name lead to this machine (DNS rebinding): its scripts then read what is answered."""
+    port = page.split("/")[2].rpartition(":")[2]
+    for name in ("elsewhere.example", "localhost.elsewhere.example", "127.0.0.1.elsewhere.example"):
+        elsewhere = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
+        for path in ("/", "/metadata", "/autoload.js?bokeh-autoload-element=x", "/static/js/bokeh.min.js"):
+            status, body = answered(page, path, **elsewhere)
+            assert status == 403 and files[0].name not in body, path
+        assert answered(page, "/ws", **elsewhere, **SOCKET)[0] == 403
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        assert answered(page, "/", Host=f"{name}:{port}")[0] == 200
 
 
 BROWSER = """#!{python}

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import Oracle, save_untrained
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Oracle, save_untrained
 
 from segvol_pl.config import Convention, ZoomConfig
 from segvol_pl.imaging.box import Box, box_of, box_slices

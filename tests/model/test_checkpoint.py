@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from factories import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import SegVolConfig, TrainConfig
+from segvol_pl.config import TrainConfig
 from segvol_pl.errors import CheckpointError
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.model import SegVol, TextBank
@@ -22,9 +23,8 @@ from segvol_pl.model.checkpoint import load_encoder, load_model, load_weights
 from segvol_pl.model.convert import export
 from segvol_pl.training.segment import SegVolTask
 
-SMALL = {"num_layers": 1, "num_heads": 2, "mlp_dim": 32, "decoder_heads": 2, "decoder_mlp_dim": 32, "text_dim": 8}
-MODEL = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=32, **SMALL)
-WIDER = SegVolConfig(input_shape=[8, 16, 16], patch_size=[4, 8, 8], hidden_size=64, **SMALL)
+MODEL = tiny_model(hidden_size=32, text_dim=8)
+WIDER = tiny_model(hidden_size=64, text_dim=8)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import tiny_model
 from letters import WORDS, write_tokenizer
 from published import deterministic, released_state
 from ranks import Ranks
@@ -26,18 +27,7 @@ from segvol_pl.model.checkpoint import load_encoder, load_model, load_weights, r
 from segvol_pl.model.convert import export, import_weights
 from segvol_pl.training.run import train
 
-MODEL = SegVolConfig(
-    input_shape=[8, 16, 16],
-    patch_size=[4, 8, 8],
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    mlp_dim=32,
-    decoder_heads=2,
-    decoder_mlp_dim=32,
-    text_dim=16,
-    coordinates=Convention.published,
-)
+MODEL = tiny_model(hidden_size=32, num_layers=2, text_dim=16)
 TOWER = CLIPTextConfig(
     vocab_size=len(WORDS),
     hidden_size=16,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import tiny_model
 from monai.networks.blocks.transformerblock import TransformerBlock
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,9 +21,8 @@ from segvol_pl.model.mask_decoder import TwoWayTransformer
 from segvol_pl.model.narrow import narrow, narrowed
 from segvol_pl.planning import memory
 
-MODEL = SegVolConfig(
+MODEL = tiny_model(
     input_shape=[8, 32, 32],
-    patch_size=[4, 8, 8],
     hidden_size=64,
     num_layers=2,
     num_heads=4,

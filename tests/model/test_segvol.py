@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import tiny_model
 
 from segvol_pl.config import SegVolConfig
 from segvol_pl.errors import ConfigError
@@ -18,16 +19,7 @@ from segvol_pl.model.mask_decoder import Upscaling
 from segvol_pl.model.prompt_encoder import PromptTensors, pack, unpack
 from segvol_pl.model.segvol import Trilinear
 
-MODEL = SegVolConfig(
-    input_shape=[12, 32, 16],
-    patch_size=[2, 8, 8],
-    hidden_size=32,
-    num_layers=1,
-    num_heads=2,
-    mlp_dim=32,
-    decoder_heads=2,
-    decoder_mlp_dim=32,
-)
+MODEL = tiny_model(input_shape=[12, 32, 16], patch_size=[2, 8, 8], hidden_size=32)
 
 
 def _model(landmarks: Sequence[str] = ()) -> SegVol:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from factories import tiny_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from segvol_pl.config import PretrainConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import PretrainConfig, TrainConfig
 from segvol_pl.config.loader import load
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.prompt_encoder import PromptTensors
@@ -20,14 +21,12 @@ from segvol_pl.planning import flops
 from segvol_pl.planning.flops import Work
 from segvol_pl.training.pretrain import SimMIMTask
 
-SMALL = SegVolConfig(
+SMALL = tiny_model(
     input_shape=[12, 32, 16],
     patch_size=[2, 8, 8],
     hidden_size=32,
     num_layers=3,
-    num_heads=2,
     mlp_dim=48,
-    decoder_heads=2,
     decoder_mlp_dim=40,
 )
 POINTS = 5

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from oracle import save_untrained
+from factories import phantom_evaluation
 from slurm.lab import SlurmLab
 
-from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision
+from segvol_pl.config import EvaluateConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.evaluation.run import Summary, evaluate
 
@@ -19,23 +19,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 SIZE = ["--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", f"--chdir={ROOT}", "--job-name=lab"]
-CATEGORIES = ["aorta", "liver", "spleen"]
 
 
 @pytest.fixture(scope="module")
 def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> EvaluateConfig:
-    folder = tmp_path_factory.mktemp("evaluations")
-    return EvaluateConfig(
-        checkpoint=str(save_untrained(folder / "tiny.ckpt", CATEGORIES)),
-        data=CasesConfig(shards=str(phantom_shards), split="all"),
-        out=str(folder / "alone"),
-        modes=[Mode.zoom, Mode.sliding],
-        prompts=["box+text", "points"],
-        categories=CATEGORIES,
-        pictures=0,
-        device="cpu",
-        precision=Precision.fp32,
-    )
+    return phantom_evaluation(phantom_shards, tmp_path_factory.mktemp("evaluations") / "alone")
 
 
 @pytest.fixture(scope="module")

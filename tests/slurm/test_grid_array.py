@@ -9,25 +9,21 @@ import time
 from pathlib import Path
 
 import pytest
+from factories import TINY_KEYS
 from slurm.lab import SlurmLab
 
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 200
+MODEL = "\n".join(f"  - {each}" for each in TINY_KEYS)
 GRID = f"""\
 command: train
 files: [{ROOT}/configs/tiny/train.yaml]
 set:
-  - model.input_shape=[8,16,16]
-  - model.patch_size=[4,8,8]
-  - model.num_heads=2
-  - model.mlp_dim=32
-  - model.num_layers=1
-  - model.decoder_heads=2
-  - model.decoder_mlp_dim=32
+{MODEL}
   - data.global_batch=2
   - optim.max_steps={STEPS}
   - run.log_every=1

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import train_config
 from slurm.lab import SlurmLab
-from test_run import _train_config
 
 from segvol_pl.config import TrainConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.errors import NOT_FINITE
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -29,7 +29,7 @@ Losses = dict[int, float]
 
 @pytest.fixture(scope="module")
 def config(phantom_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-    config = _train_config(phantom_shards, tmp_path_factory.mktemp("runs") / "whole", steps=STEPS)
+    config = train_config(phantom_shards, tmp_path_factory.mktemp("runs") / "whole", steps=STEPS)
     run = replace(config.run, val_every=0, val_batches=1, checkpoint_every=20)
     return replace(config, run=run, data=replace(config.data, workers=1, samples_per_volume=5))
 

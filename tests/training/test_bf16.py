@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import train_config
 from ranks import Ranks
-from test_run import _train_config
 
 from segvol_pl import device as device_module
 from segvol_pl.config import Precision, TrainConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.device import uses_bf16
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.run import train
 
 STEPS = 4
@@ -27,7 +27,7 @@ RELATIVE = 1e-2
 
 
 def _config(shards: Path, out: Path, precision: Precision = Precision.bf16) -> TrainConfig:
-    config = _train_config(shards, out, steps=STEPS)
+    config = train_config(shards, out, steps=STEPS)
     assert config.optim.clip_norm > 0
     return replace(config, run=replace(config.run, precision=precision))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from factories import pretrain_config
 from lightning.pytorch.strategies import Strategy
 from ranks import Ranks
-from test_run import _pretrain_config
 
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.training import checkpoints
@@ -105,7 +105,7 @@ def test_the_end_is_saved_before_the_weights_leave_their_device(
     phantom_shards: Path, tmp_path: Path, done: list[str]
 ) -> None:
     """The trainer's teardown brings them to main memory, where the ranks of GPUs cannot gather them any more."""
-    pretrain(_pretrain_config(phantom_shards, tmp_path / "run", steps=2))
+    pretrain(pretrain_config(phantom_shards, tmp_path / "run", steps=2))
     assert done == ["teardown", "last.ckpt 2", "teardown"], "of the validation before the first step, then of training"
 
 
@@ -114,7 +114,7 @@ def test_a_checkpoint_is_due_by_the_clock_as_well(
     phantom_shards: Path, tmp_path: Path, done: list[str], minutes: float, steps: list[int]
 ) -> None:
     """The shorter of the two is over before the next step."""
-    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=5)
+    config = pretrain_config(phantom_shards, tmp_path / "run", steps=5)
     run = replace(config.run, checkpoint_minutes=minutes, checkpoint_every=3, val_batches=0)
     pretrain(replace(config, run=run))
     assert [entry for entry in done if entry != "teardown"] == [f"last.ckpt {step}" for step in steps]
@@ -134,7 +134,7 @@ def test_all_ranks_go_by_the_clock_of_rank_0(
         "    write(checkpoint, path)\n"
         "c.AtomicCheckpointIO._write = staticmethod(written)\n"
     )
-    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=3)
+    config = pretrain_config(phantom_shards, tmp_path / "run", steps=3)
     (tmp_path / "config.yaml").write_text(to_yaml(replace(config, run=replace(config.run, checkpoint_every=100))))
     said = ranks[2]("pretrain", str(tmp_path / "config.yaml"), "run.val_batches=0", patch=patch)
     assert said.count("SAVED") == saves and "SAVED 3" in said

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import train_config
 from ranks import Ranks
-from test_run import _moved_alike, _train_config, _weights
+from weights import moved_alike, weights_of
 
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.errors import NOT_FINITE, NonFiniteError
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.checkpoints import check_finite
 from segvol_pl.training.gradients import describe
-from segvol_pl.training.loggers import read_metrics
 
 STEPS, BAD = 6, 3
 POISONED = f"""
@@ -42,7 +43,7 @@ torch.optim.AdamW.step = left_out
 
 def _written(shards: Path, out: Path) -> str:
     """The file of a configuration."""
-    config = _train_config(shards, out, steps=STEPS)
+    config = train_config(shards, out, steps=STEPS)
     run = replace(config.run, val_every=0, val_batches=1, checkpoint_every=1)
     config = replace(config, run=run, data=replace(config.data, samples_per_volume=5))
     out.with_suffix(".yaml").write_text(to_yaml(config))
@@ -96,11 +97,11 @@ def test_a_skipped_step_leaves_the_weights_of_a_run_without_it(
     found, expected = _losses(tmp_path / "run"), _losses(left_out)
     assert list(found) == list(expected) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), [expected[step] for step in found], rtol=1e-5)
-    weights = [_weights(out / "checkpoints/last.ckpt") for out in (tmp_path / "run", left_out)]
+    weights = [weights_of(out / "checkpoints/last.ckpt") for out in (tmp_path / "run", left_out)]
     if number == 1:
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     else:
-        assert _moved_alike(*weights)
+        assert moved_alike(*weights)
     assert read_metrics(tmp_path / "run/metrics.csv", "train/skipped_steps") == [(BAD, 1.0)]
 
 

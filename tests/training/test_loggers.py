@@ -6,11 +6,8 @@ import json
 import logging
 import os
 import signal
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,73 +17,16 @@ import psutil
 import pytest
 import torch
 import wandb
+from factories import wandb_config
 from ranks import Ranks
-from test_run import _train_config
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb_files import history, records
 
-from segvol_pl.config import TrackConfig, TrainConfig, Wandb
+from segvol_pl.config import TrackConfig, Wandb
 from segvol_pl.config.loader import plain, to_yaml
 from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.loggers import MetricsFile, WandbRun, loggers
 from segvol_pl.training.run import train
 from segvol_pl.training.validation import dice
-
-BLOCK, HEADER = 32768, struct.Struct("<IHB")
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
-
-
-def config_of(shards: Path, out: Path, steps: int = 4) -> TrainConfig:
-    config = _train_config(shards, out, steps)
-    return replace(
-        config,
-        run=replace(config.run, val_every=2, checkpoint_every=2),
-        track=TrackConfig(wandb=Wandb.offline, group="ladder"),
-        prompts=replace(config.prompts, combinations=["text", "box+text"], categories_per_volume=2),
-    )
-
-
-# ---- reading wandb's own file: the log format of LevelDB, of protocol buffers ----
-
-
-def records(out: Path) -> list[Record]:
-    """All records of the run's files, in order of their writing."""
-    paths = sorted(out.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.name)
-    assert paths
-    return [record for path in paths for record in _whole(path)]
-
-
-def _whole(path: Path) -> list[Record]:
-    """With the record that ends a run: wandb's process writes on for a moment after `finish` has returned."""
-    deadline = time.monotonic() + 30
-    while True:
-        found = list(_records(path.read_bytes()))
-        if found[-1].WhichOneof("record_type") == "exit":
-            return found
-        assert time.monotonic() < deadline, f"{path}: not ended"
-        time.sleep(0.1)
-
-
-def _records(content: bytes) -> Iterator[Record]:
-    assert content[:4] == b":W&B"
-    at, held = 7, b""
-    while at + HEADER.size <= len(content):
-        if BLOCK - at % BLOCK < HEADER.size:
-            at += BLOCK - at % BLOCK
-            continue
-        _, size, kind = HEADER.unpack_from(content, at)
-        held += content[at + HEADER.size : at + HEADER.size + size]
-        at += HEADER.size + size
-        if kind in (WHOLE, LAST):
-            yield Record.FromString(held)
-            held = b""
-        else:
-            assert kind in (FIRST, MIDDLE)
-
-
-def history(out: Path) -> list[dict[str, Any]]:
-    """What was logged, row by row; a picture's parts by dotted keys."""
-    rows = [record.history.item for record in records(out) if record.WhichOneof("record_type") == "history"]
-    return [{(item.key or ".".join(item.nested_key)): json.loads(item.value_json) for item in row} for row in rows]
 
 
 def logged(out: Path, key: str) -> dict[int, float]:
@@ -110,7 +50,7 @@ def test_an_offline_run_holds_all_that_there_is_to_know(phantom_shards: Path, tm
     out = tmp_path / "run"
     out.mkdir()
     (out / "grid.json").write_text(json.dumps({"state": "running", "places": {"size": "s", "seed": "0"}}))
-    config = config_of(phantom_shards, out)
+    config = wandb_config(phantom_shards, out)
     checkpoint = train(config)
 
     (run,) = [record.run for record in records(out) if record.WhichOneof("record_type") == "run"][:1]
@@ -144,7 +84,7 @@ def test_an_offline_run_holds_all_that_there_is_to_know(phantom_shards: Path, tm
 
 def test_validation_dice_is_that_of_each_category_and_prompt(phantom_shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    train(config_of(phantom_shards, out))
+    train(wandb_config(phantom_shards, out))
     file = out / "metrics.csv"
     names = {line.split(",")[1] for line in file.read_text().splitlines() if ",val/dice/" in line}
     for prompt in ("text", "box+text"):
@@ -170,7 +110,7 @@ def test_two_ranks_count_the_same_dice_and_gradient_norm_as_one(
     phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
 ) -> None:
     for name, number in (("one", 1), ("two", 2)):
-        config = config_of(phantom_shards, tmp_path / name, steps=2)
+        config = wandb_config(phantom_shards, tmp_path / name, steps=2)
         (tmp_path / f"{name}.yaml").write_text(to_yaml(replace(config, track=TrackConfig(wandb=Wandb.disabled))))
         ranks[number]("train", str(tmp_path / f"{name}.yaml"))
     one, two = (tmp_path / name / "metrics.csv" for name in ("one", "two"))
@@ -185,7 +125,7 @@ def test_two_ranks_count_the_same_dice_and_gradient_norm_as_one(
 def test_a_run_that_goes_on_is_the_same_run_at_wandb(phantom_shards: Path, tmp_path: Path) -> None:
     """Stopped by a signal, as before a time limit: the second start writes a file of its own under the same id."""
     out = tmp_path / "run"
-    config = config_of(phantom_shards, out, steps=400)
+    config = wandb_config(phantom_shards, out, steps=400)
     config = replace(config, run=replace(config.run, val_every=0, val_batches=1, checkpoint_every=1000))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "run.yaml")]
@@ -211,7 +151,7 @@ def test_a_run_that_goes_on_is_the_same_run_at_wandb(phantom_shards: Path, tmp_p
 @pytest.mark.parametrize("key", ["0" * 40, "short"], ids=["no network", "a key of a wrong form"])
 def test_without_network_or_key_the_run_is_written_offline(phantom_shards: Path, tmp_path: Path, key: str) -> None:
     out = tmp_path / "run"
-    config = replace(config_of(phantom_shards, out), track=TrackConfig())
+    config = replace(wandb_config(phantom_shards, out), track=TrackConfig())
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     # Nothing listens on port 9 of this machine.
     environment = {
@@ -233,7 +173,7 @@ def test_the_death_of_wandbs_process_is_survived(
     phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Killed in mid-run, as by a full memory or disk: training goes on to the same losses."""
-    first = train(replace(config_of(phantom_shards, tmp_path / "whole"), track=TrackConfig(wandb=Wandb.disabled)))
+    first = train(replace(wandb_config(phantom_shards, tmp_path / "whole"), track=TrackConfig(wandb=Wandb.disabled)))
     plain_log = WandbRun.log_metrics
 
     def killing(self: WandbRun, metrics: dict[str, float], step: int | None = None) -> None:
@@ -245,7 +185,7 @@ def test_the_death_of_wandbs_process_is_survived(
 
     monkeypatch.setattr(WandbRun, "log_metrics", killing)
     with caplog.at_level(logging.WARNING, logger="segvol_pl"):
-        train(config_of(phantom_shards, tmp_path / "killed"))
+        train(wandb_config(phantom_shards, tmp_path / "killed"))
     losses = [read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     said = [record.message for record in caplog.records if record.message.startswith("wandb:")]
@@ -253,7 +193,7 @@ def test_the_death_of_wandbs_process_is_survived(
     assert first.exists()
     # The next run of the same process is tracked again.
     monkeypatch.setattr(WandbRun, "log_metrics", plain_log)
-    train(config_of(phantom_shards, tmp_path / "next"))
+    train(wandb_config(phantom_shards, tmp_path / "next"))
     assert list(logged(tmp_path / "next", "train/loss")) == [1, 2, 3, 4]
 
 

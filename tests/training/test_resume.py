@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_run import _train_config
+from factories import train_config
 
 from segvol_pl.config import PackConfig, Precision, TrainConfig
 from segvol_pl.errors import CheckpointError, ConfigError
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.resume import check_whole, newest_whole
 from segvol_pl.training.run import train
 
@@ -53,7 +53,7 @@ def _packed(phantoms: Path, out: Path, names: dict[str, str] | None = None, leav
 
 
 def _config(shards: Path, out: Path, steps: int = STEPS) -> TrainConfig:
-    config = _train_config(shards, out, steps=STEPS)
+    config = train_config(shards, out, steps=STEPS)
     run = replace(config.run, checkpoint_every=HALF, save_every=2, keep_last=2, val_every=HALF)
     return replace(config, run=run)
 

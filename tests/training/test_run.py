@@ -21,21 +21,13 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from factories import pretrain_config, train_config
 from ranks import Ranks
+from weights import moved_alike, weights_of
 
 from segvol_pl.config import (
-    DataConfig,
-    OptimConfig,
-    Precision,
-    PretrainConfig,
-    PromptConfig,
-    RunConfig,
-    SegVolConfig,
-    TextConfig,
-    TextSource,
     TrackConfig,
     TrainConfig,
-    Wandb,
 )
 from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.data.batch import Batch
@@ -45,70 +37,16 @@ from segvol_pl.data.shards import SampleRecord, read_index
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CheckpointError, ConfigError, ShardError
 from segvol_pl.model.checkpoint import load_model
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.callbacks import StreamPosition
-from segvol_pl.training.loggers import read_metrics
 from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal
 from segvol_pl.training.run import pretrain, train
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.watchdog import HUNG, suspects
 
-MODEL = SegVolConfig(
-    input_shape=[8, 16, 16],
-    patch_size=[4, 8, 8],
-    hidden_size=16,
-    num_layers=1,
-    num_heads=2,
-    mlp_dim=32,
-    decoder_heads=2,
-    decoder_mlp_dim=32,
-)
-SILENT = TrackConfig(wandb=Wandb.disabled)
-
-
-def _parts(shards: Path, out: Path, steps: int) -> dict[str, Any]:
-    return {
-        "model": MODEL,
-        "data": DataConfig(shards=str(shards), global_batch=2, workers=0, samples_per_volume=4),
-        "optim": OptimConfig(lr=1e-3, warmup_steps=2, max_steps=steps),
-        "run": RunConfig(
-            out=str(out),
-            log_every=1,
-            val_every=4,
-            val_batches=2,
-            checkpoint_every=3,
-            accelerator="cpu",
-            threads=1,
-            precision=Precision.fp32,
-        ),
-        "track": SILENT,
-    }
-
-
-def _train_config(shards: Path, out: Path, steps: int = 6) -> TrainConfig:
-    return TrainConfig(
-        **_parts(shards, out, steps),
-        prompts=PromptConfig(categories_per_volume=1, pseudo_per_volume=2),
-        text=TextConfig(source=TextSource.seeded),
-    )
-
-
-def _pretrain_config(shards: Path, out: Path, steps: int = 6) -> PretrainConfig:
-    return PretrainConfig(**_parts(shards, out, steps))
-
-
-def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(checkpoint, weights_only=True)["state_dict"]
-    return state
-
-
-def _moved_alike(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """All but a few weights agree: Adam turns the rounding of a vanishing gradient into a whole step."""
-    close = [torch.isclose(first[name], second[name], atol=1e-5).float().flatten() for name in first]
-    return float(torch.cat(close).mean()) > 0.98
-
 
 def test_a_run_folder_holds_what_is_needed_to_trust_and_repeat_it(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _train_config(phantom_shards, tmp_path / "run")
+    config = train_config(phantom_shards, tmp_path / "run")
     model = load_model(train(config))
     assert "liver" in model.bank.names
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -124,7 +62,7 @@ def test_a_run_folder_holds_what_is_needed_to_trust_and_repeat_it(phantom_shards
 
 @pytest.mark.parametrize("kind", ["pretrain", "train"])
 def test_a_stopped_run_goes_on_to_the_bit(phantom_shards: Path, tmp_path: Path, kind: str) -> None:
-    make, start = (_pretrain_config, pretrain) if kind == "pretrain" else (_train_config, train)
+    make, start = (pretrain_config, pretrain) if kind == "pretrain" else (train_config, train)
     whole = start(make(phantom_shards, tmp_path / "whole"))  # type: ignore[operator]
     config = make(phantom_shards, tmp_path / "stopped")
     program = (
@@ -144,7 +82,7 @@ def test_a_stopped_run_goes_on_to_the_bit(phantom_shards: Path, tmp_path: Path, 
     assert killed.returncode == 9, killed.stderr.decode()
     assert torch.load(tmp_path / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     resumed = start(config)  # type: ignore[operator]
-    first, second = _weights(whole), _weights(resumed)
+    first, second = weights_of(whole), weights_of(resumed)
     assert all(torch.equal(first[name], second[name]) for name in first)
     for metric in ("train/loss", "val/loss"):
         curves = [read_metrics(tmp_path / name / "metrics.csv", metric) for name in ("whole", "stopped")]
@@ -153,16 +91,16 @@ def test_a_stopped_run_goes_on_to_the_bit(phantom_shards: Path, tmp_path: Path, 
 
 def test_how_products_are_taken_is_as_the_run_says(phantom_shards: Path, tmp_path: Path) -> None:
     """Of this run, not of one that the process has done before."""
-    config = _pretrain_config(phantom_shards, tmp_path / "first", steps=1)
+    config = pretrain_config(phantom_shards, tmp_path / "first", steps=1)
     pretrain(replace(config, run=replace(config.run, tf32=True, deterministic=True)))
     assert torch.get_float32_matmul_precision() == "high"
     assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-    pretrain(_pretrain_config(phantom_shards, tmp_path / "second", steps=1))
+    pretrain(pretrain_config(phantom_shards, tmp_path / "second", steps=1))
     assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
 
 
 def test_a_finished_run_is_left_alone_and_another_configuration_refused(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=2)
+    config = pretrain_config(phantom_shards, tmp_path / "run", steps=2)
     checkpoint = pretrain(config)
     written = checkpoint.stat().st_mtime_ns
     assert pretrain(config) == checkpoint and checkpoint.stat().st_mtime_ns == written
@@ -172,11 +110,11 @@ def test_a_finished_run_is_left_alone_and_another_configuration_refused(phantom_
 
 
 def test_training_starts_from_a_pretrained_encoder(phantom_shards: Path, tmp_path: Path) -> None:
-    encoder = pretrain(_pretrain_config(phantom_shards, tmp_path / "pre", steps=2))
-    config = replace(_train_config(phantom_shards, tmp_path / "run", steps=1), pretrained=str(encoder))
+    encoder = pretrain(pretrain_config(phantom_shards, tmp_path / "pre", steps=2))
+    config = replace(train_config(phantom_shards, tmp_path / "run", steps=1), pretrained=str(encoder))
     frozen = replace(config, optim=replace(config.optim, lr=0.0))
-    trained = _weights(train(frozen))
-    for name, value in _weights(encoder).items():
+    trained = weights_of(train(frozen))
+    for name, value in weights_of(encoder).items():
         if name.startswith("encoder."):
             assert torch.equal(value, trained[f"model.image_encoder.{name.removeprefix('encoder.')}"])
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -184,7 +122,7 @@ def test_training_starts_from_a_pretrained_encoder(phantom_shards: Path, tmp_pat
 
 
 def test_what_is_frozen_stays_and_has_no_moments(phantom_shards: Path, tmp_path: Path) -> None:
-    config = replace(_train_config(phantom_shards, tmp_path / "run", steps=2), freeze=["image_encoder.*"])
+    config = replace(train_config(phantom_shards, tmp_path / "run", steps=2), freeze=["image_encoder.*"])
     train(replace(config, run=replace(config.run, checkpoint_every=1, save_every=1)))
     first, last = (
         torch.load(tmp_path / "run/checkpoints" / name, weights_only=True) for name in ("step-1.ckpt", "last.ckpt")
@@ -200,19 +138,19 @@ def test_what_is_frozen_stays_and_has_no_moments(phantom_shards: Path, tmp_path:
 
 
 def test_accumulation_does_not_change_the_first_step(phantom_shards: Path, tmp_path: Path) -> None:
-    one = _pretrain_config(phantom_shards, tmp_path / "one", steps=1)
-    two = _pretrain_config(phantom_shards, tmp_path / "two", steps=1)
+    one = pretrain_config(phantom_shards, tmp_path / "one", steps=1)
+    two = pretrain_config(phantom_shards, tmp_path / "two", steps=1)
     two = replace(two, run=replace(two.run, accumulate=2))
-    assert _moved_alike(_weights(pretrain(one)), _weights(pretrain(two)))
+    assert moved_alike(weights_of(pretrain(one)), weights_of(pretrain(two)))
     before, after = (dict(read_metrics(tmp_path / name / "metrics.csv", "val/loss")) for name in ("one", "two"))
     assert before[0] == pytest.approx(after[0], rel=1e-6), "validation sees the same volumes"
 
 
 def test_two_ranks_train_like_one(phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]) -> None:
-    one = _train_config(phantom_shards, tmp_path / "one", steps=4)
-    (tmp_path / "two.yaml").write_text(to_yaml(_train_config(phantom_shards, tmp_path / "two", steps=4)))
+    one = train_config(phantom_shards, tmp_path / "one", steps=4)
+    (tmp_path / "two.yaml").write_text(to_yaml(train_config(phantom_shards, tmp_path / "two", steps=4)))
     ranks[2]("train", str(tmp_path / "two.yaml"))
-    assert _moved_alike(_weights(train(one)), _weights(tmp_path / "two/checkpoints/last.ckpt"))
+    assert moved_alike(weights_of(train(one)), weights_of(tmp_path / "two/checkpoints/last.ckpt"))
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "val/loss")) for name in ("one", "two")]
     assert losses[0][4] == pytest.approx(losses[1][4], rel=1e-3)
     # The first step starts from equal weights: what differs is rounding alone.
@@ -223,7 +161,7 @@ def test_two_ranks_train_like_one(phantom_shards: Path, tmp_path: Path, ranks: d
 
 def test_ranks_keep_to_their_threads(phantom_shards: Path, tmp_path: Path) -> None:
     """Lightning's launcher would set the cores by the processes of a node: one each, and under SLURM far too many."""
-    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=1)
+    config = pretrain_config(phantom_shards, tmp_path / "run", steps=1)
     (tmp_path / "config.yaml").write_text(to_yaml(replace(config, run=replace(config.run, devices=2, cpu_threads=3))))
     program = (
         "import sys, torch\n"
@@ -246,7 +184,7 @@ def test_wandb_writes_an_offline_run_without_a_key(
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = replace(_pretrain_config(phantom_shards, tmp_path / "run", steps=1), track=TrackConfig())
+    config = replace(pretrain_config(phantom_shards, tmp_path / "run", steps=1), track=TrackConfig())
     pretrain(config)
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -261,7 +199,7 @@ def test_wandb_writes_an_offline_run_without_a_key(
 def test_data_that_cannot_fill_a_batch_is_refused(
     phantom_shards: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    config = _pretrain_config(phantom_shards, tmp_path / "run")
+    config = pretrain_config(phantom_shards, tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         pretrain(replace(config, data=replace(config.data, **change)))
     assert not (tmp_path / "run").exists()
@@ -285,7 +223,7 @@ def test_a_damaged_sample_is_replaced_counted_and_beyond_the_bound_fatal(
     phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shards, record = _flipped(phantom_shards, tmp_path / "shards")
-    config = _train_config(shards, tmp_path / "run", steps=6)
+    config = train_config(shards, tmp_path / "run", steps=6)
     config = replace(config, run=replace(config.run, checkpoint_every=1))
     data = replace(config.data, overview_fraction=1.0)
     with pytest.raises(ShardError, match=rf"1 of \d samples are damaged.*{record.shard}: 1 altered"):
@@ -306,7 +244,7 @@ def test_a_sample_that_two_ranks_find_damaged_counts_once(
 ) -> None:
     """And once more over a resume: the bound is on samples, whoever met them."""
     shards, record = _flipped(phantom_shards, tmp_path / "shards")
-    config = _train_config(shards, tmp_path / "run", steps=8)
+    config = train_config(shards, tmp_path / "run", steps=8)
     samples = len([one for one in read_index(Store(shards)).samples if one.split == "train"])
     data = replace(config.data, overview_fraction=1.0, max_bad_fraction=1 / samples)
     (tmp_path / "run.yaml").write_text(to_yaml(replace(config, data=data)))
@@ -327,7 +265,7 @@ def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(
 ) -> None:
     """SIGKILL at random moments, often while saving, of one rank or of all; each start goes on from the last save."""
     steps, rng = 2 * KILLS + 20, np.random.default_rng(0)
-    config = _train_config(phantom_shards, tmp_path / "whole", steps=steps)
+    config = train_config(phantom_shards, tmp_path / "whole", steps=steps)
     run = replace(config.run, checkpoint_every=1, val_every=0, val_batches=1)
     config = replace(config, run=run, data=replace(config.data, workers=1, samples_per_volume=5))
     for name in ("whole", "killed"):
@@ -341,7 +279,7 @@ def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(
         assert read_metrics(metrics, "train/loss")[-1][0] < steps, "killed before its end"
     said = ranks[2]("train", str(tmp_path / "killed.yaml"))
     assert "going on from step" in said or "nothing to do" in said, said
-    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "killed"))
+    first, second = (weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == steps
@@ -353,7 +291,7 @@ def test_a_run_killed_on_one_world_goes_on_on_another(
     phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks]
 ) -> None:
     """Two ranks, one, two with other workers and accumulation, one: the losses are those of an unbroken run."""
-    steps, base = 24, _train_config(phantom_shards, tmp_path / "whole", steps=24)
+    steps, base = 24, train_config(phantom_shards, tmp_path / "whole", steps=24)
     run = replace(base.run, checkpoint_every=1, val_every=0, val_batches=1)
     config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5, global_batch=4))
     for name in ("whole", "moved"):
@@ -381,7 +319,7 @@ def _kill_after(running: Ranks, metrics: Path, step: int, killed: Sequence[int] 
 
 
 def test_a_share_of_the_data_is_held_against_the_whole_held_out_set(phantom_shards: Path) -> None:
-    config = _train_config(phantom_shards, Path("run"))
+    config = train_config(phantom_shards, Path("run"))
     whole, half = (
         VolumeModule(replace(config.data, fraction=share), config.run, None, None, labelled=True)  # type: ignore[arg-type]
         for share in (1.0, 0.5)
@@ -395,7 +333,7 @@ def test_a_signal_saves_at_a_steps_end_and_the_same_command_goes_on(
     phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks], number: int
 ) -> None:
     """SIGUSR1 to all processes, SIGTERM to the first, thrice each: losses and weights are those of an unbroken run."""
-    steps, base = 12, _train_config(phantom_shards, tmp_path / "whole", steps=12)
+    steps, base = 12, train_config(phantom_shards, tmp_path / "whole", steps=12)
     run = replace(base.run, checkpoint_every=1000, val_every=0, val_batches=1)
     config = replace(base, run=run, data=replace(base.data, workers=1, samples_per_volume=5))
     for name in ("whole", "signalled"):
@@ -405,7 +343,7 @@ def test_a_signal_saves_at_a_steps_end_and_the_same_command_goes_on(
         ranks[number].begin("train", str(tmp_path / "signalled.yaml"))
         _signal_after(ranks[number], tmp_path / "signalled", step, signalled, everyone)
     ranks[number]("train", str(tmp_path / "signalled.yaml"))
-    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
+    first, second = (weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "signalled")]
     assert losses[0] == losses[1] and len(losses[0]) == steps
@@ -414,7 +352,7 @@ def test_a_signal_saves_at_a_steps_end_and_the_same_command_goes_on(
 def test_a_signal_in_a_validation_ends_it_between_two_batches(
     phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = _train_config(phantom_shards, tmp_path / "whole", steps=6)
+    base = train_config(phantom_shards, tmp_path / "whole", steps=6)
     whole = replace(base, run=replace(base.run, val_every=4, val_batches=5, checkpoint_every=1000))
     signalled = replace(whole, run=replace(whole.run, out=str(tmp_path / "signalled")))
     train(whole)
@@ -432,7 +370,7 @@ def test_a_signal_in_a_validation_ends_it_between_two_batches(
             train(signalled)
     assert ended.value.code == SIGNALLED + signal.SIGTERM and seen == [0]
     train(signalled)
-    first, second = (_weights(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
+    first, second = (weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "signalled"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert _losses_so_far(tmp_path / "whole") == _losses_so_far(tmp_path / "signalled")
 
@@ -458,7 +396,7 @@ def _losses_so_far(out: Path) -> list[tuple[int, float]]:
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _train_config(phantom_shards, tmp_path / "run", steps=10_000)
+    config = train_config(phantom_shards, tmp_path / "run", steps=10_000)
     run = replace(config.run, devices=2, checkpoint_every=100_000, val_every=0, val_batches=1, hang_timeout=8.0)
     (tmp_path / "run.yaml").write_text(to_yaml(replace(config, run=run)))
     command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "run.yaml")]
@@ -498,7 +436,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 )
 def test_a_loader_that_hangs_ends_the_run(phantom_shards: Path, tmp_path: Path, where: str, devices: int) -> None:
     """That of a run of one process in training, and that of one rank in the first validation."""
-    config = _train_config(phantom_shards, tmp_path / "run", steps=1000)
+    config = train_config(phantom_shards, tmp_path / "run", steps=1000)
     run = replace(config.run, devices=devices, checkpoint_every=1000, val_every=0, val_batches=1, hang_timeout=6.0)
     config = replace(config, run=run, data=replace(config.data, workers=1, flip=0.1))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
@@ -573,7 +511,7 @@ def test_batches_copied_ahead_change_nothing(
         return lambda: {name: value.clone() for name, value in batch.items()}
 
     def configured(name: str) -> TrainConfig:
-        config = _train_config(phantom_shards, tmp_path / name)
+        config = train_config(phantom_shards, tmp_path / name)
         config = replace(config, data=replace(config.data, workers=workers))
         return replace(config, run=replace(config.run, save_every=3))
 
@@ -593,5 +531,5 @@ def test_batches_copied_ahead_change_nothing(
     resumed = train(configured("resumed"))
     assert following.told == expected[3:]
     for other in (ahead, resumed):
-        first, second = _weights(plain), _weights(other)
+        first, second = weights_of(plain), weights_of(other)
         assert all(torch.equal(first[name], second[name]) for name in first)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_run import MODEL, _pretrain_config, _train_config
+from factories import TINY, pretrain_config, train_config
 
 from segvol_pl.config import PretrainConfig, Recompute
 from segvol_pl.planning import flops
 from segvol_pl.planning.devices import ACCELERATORS, accelerator
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.callbacks import Load, Throughput, peak_rate
-from segvol_pl.training.loggers import read_metrics
 from segvol_pl.training.run import pretrain, train
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.mark.timeout(900)
 def test_compiled_blocks_train_alike_and_are_not_compiled_again(phantom_shards: Path, tmp_path: Path) -> None:
     """After the first steps and the first validation in between, through a second one."""
-    plain = _train_config(phantom_shards, tmp_path / "plain", steps=10)
+    plain = train_config(phantom_shards, tmp_path / "plain", steps=10)
     compiled = replace(plain, run=replace(plain.run, compile=True, out=str(tmp_path / "compiled")))
     train(plain)
     counted: list[int] = []
@@ -47,7 +47,7 @@ def test_compiled_blocks_train_alike_and_are_not_compiled_again(phantom_shards: 
 
 @pytest.mark.parametrize("recompute", [Recompute.cheap, Recompute.blocks])
 def test_computing_again_does_not_change_a_run(phantom_shards: Path, tmp_path: Path, recompute: Recompute) -> None:
-    plain = _pretrain_config(phantom_shards, tmp_path / "plain", steps=3)
+    plain = pretrain_config(phantom_shards, tmp_path / "plain", steps=3)
     again = replace(plain, run=replace(plain.run, recompute=recompute, out=str(tmp_path / "again")))
     pretrain(plain), pretrain(again)
     curves = [read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("plain", "again")]
@@ -55,7 +55,7 @@ def test_computing_again_does_not_change_a_run(phantom_shards: Path, tmp_path: P
 
 
 def test_rates_are_counted_and_what_is_not_known_is_left_out(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _train_config(phantom_shards, tmp_path / "run", steps=4)
+    config = train_config(phantom_shards, tmp_path / "run", steps=4)
     train(replace(config, run=replace(config.run, peak_tflops=0.001, log_every=2)))
     metrics = tmp_path / "run" / "metrics.csv"
     rates = {name: dict(read_metrics(metrics, f"rate/{name}")) for name in ("volumes_per_s", "tflops", "mfu")}
@@ -68,7 +68,7 @@ def test_rates_are_counted_and_what_is_not_known_is_left_out(phantom_shards: Pat
             < dict(read_metrics(metrics, "rate/step_p50_s"))[step]
             <= dict(read_metrics(metrics, "rate/step_p95_s"))[step]
         )
-    pretrain(_pretrain_config(phantom_shards, tmp_path / "pre", steps=1))
+    pretrain(pretrain_config(phantom_shards, tmp_path / "pre", steps=1))
     names = {line.split(",")[1] for line in (tmp_path / "pre" / "metrics.csv").read_text().splitlines()}
     assert "rate/tflops" in names and not names & {"rate/mfu", "rate/pairs_per_s"}
 
@@ -105,13 +105,13 @@ def test_accelerators_are_known_by_the_name_that_torch_gives(given: str, name: s
 
 
 def test_a_cpu_has_no_peak_unless_it_is_stated() -> None:
-    config = PretrainConfig(model=MODEL)
+    config = PretrainConfig(model=TINY)
     assert peak_rate(config.run, CPU) == 0
     assert peak_rate(replace(config.run, peak_tflops=0.2), CPU) == 2e11
 
 
 def test_a_profile_is_a_chrome_trace(phantom_shards: Path, tmp_path: Path) -> None:
-    config = _pretrain_config(phantom_shards, tmp_path / "run", steps=8)
+    config = pretrain_config(phantom_shards, tmp_path / "run", steps=8)
     pretrain(replace(config, run=replace(config.run, profile=1)))
     trace = json.loads((tmp_path / "run" / "profile.json").read_text())
     assert any(event["name"] == "aten::addmm" for event in trace["traceEvents"])

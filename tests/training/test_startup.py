@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import lightning.pytorch as pl
 import pytest
 import torch
-from test_run import _train_config
+from factories import train_config
 from torch.torch_version import TorchVersion
 
 from segvol_pl.config import Precision, RunConfig, Strategy, TrainConfig
@@ -81,7 +81,7 @@ def test_shared_memory_must_hold_the_batches_of_a_nodes_ranks(tmp_path: Path, mo
 
 def test_ranks_started_with_other_arguments_end_in_seconds(phantom_shards: Path, tmp_path: Path) -> None:
     """Two real processes, as on two nodes: one has another seed."""
-    config = _train_config(phantom_shards, tmp_path / "run")
+    config = train_config(phantom_shards, tmp_path / "run")
     run = replace(config.run, devices=1, nodes=2, strategy=Strategy.ddp)
     (tmp_path / "run.yaml").write_text(to_yaml(replace(config, run=run)))
     with socket.socket() as free:

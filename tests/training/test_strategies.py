@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import train_config
 from ranks import Ranks
-from test_run import _train_config
 
 from segvol_pl.config import Strategy
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.training.loggers import read_metrics
+from segvol_pl.run_folder import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -47,7 +47,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     trained = Trained(tmp_path_factory.mktemp("strategies"), ranks)
-    config = _train_config(phantom_shards, trained / "run", steps=STEPS)
+    config = train_config(phantom_shards, trained / "run", steps=STEPS)
     run = replace(config.run, checkpoint_every=HALF, save_every=HALF, val_every=0, val_batches=1)
     data = replace(config.data, samples_per_volume=5)
     (trained / "config.yaml").write_text(to_yaml(replace(config, run=run, data=data)))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from factories import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segvol_pl.config import (
@@ -19,7 +20,6 @@ from segvol_pl.config import (
     PretrainConfig,
     PromptConfig,
     Recompute,
-    SegVolConfig,
     TrainConfig,
 )
 from segvol_pl.data import sampling
@@ -34,16 +34,7 @@ from segvol_pl.training.module import optimizer, schedule
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask, combined, pseudo_questions, supervised_questions
 
-MODEL = SegVolConfig(
-    input_shape=[8, 16, 16],
-    patch_size=[4, 8, 8],
-    hidden_size=32,
-    num_layers=2,
-    num_heads=2,
-    mlp_dim=64,
-    decoder_heads=2,
-    decoder_mlp_dim=64,
-)
+MODEL = tiny_model(hidden_size=32, num_layers=2, mlp_dim=64, decoder_mlp_dim=64)
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
 OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
 

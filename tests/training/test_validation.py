@@ -7,24 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from factories import tiny_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from segvol_pl.config import OptimConfig, PromptConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import OptimConfig, PromptConfig, TrainConfig
 from segvol_pl.model import TextBank
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.validation import ValidationDice
 
-MODEL = SegVolConfig(
-    input_shape=[8, 16, 16],
-    patch_size=[4, 8, 8],
-    hidden_size=32,
-    num_layers=1,
-    num_heads=2,
-    mlp_dim=32,
-    decoder_heads=2,
-    decoder_mlp_dim=32,
-)
+MODEL = tiny_model(hidden_size=32)
 PROMPTS = PromptConfig(categories_per_volume=3, pseudo_per_volume=0, combinations=["text", "box"])
 NAMES = ["one", "two", "three", "four"]
 
