@@ -36,7 +36,7 @@ UNDECIDED = (
     "rank_timeout",
     "pictures",
     "resume",
-    "slice",
+    "part",
     "track",
     "zoom.cache_gb",
     "zoom.device_gb",

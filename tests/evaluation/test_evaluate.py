@@ -324,7 +324,7 @@ def test_a_damaged_case_is_left_out_when_allowed_and_tried_again(tmp_path: Path)
     assert mended.unusable == {} and {row.case for row in mended.rows} == {"case00", "case01"}
 
 
-def test_readings_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None:
+def test_matches_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None:
     summary = evaluated(
         evaluate_config(shards, tmp_path, prompts=["box+text"], categories=["liver"], match_categories=True)
     )
@@ -338,7 +338,7 @@ def test_readings_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None
         )
         # To this oracle every name means all that is bright, so all are equally like.
         assert float(read[0]["soft_dice"]) == pytest.approx(float(read[2]["soft_dice"]), abs=1e-5)
-    told = json.loads((tmp_path / "summary.json").read_text())["readings"]["liver"]
+    told = json.loads((tmp_path / "summary.json").read_text())["matches"]["liver"]
     assert told["n"] == 3 and set(told["soft_dice"]) == set(CATEGORIES) == set(
         summary.matches_by_category["liver"].soft_dice
     )
@@ -444,7 +444,7 @@ def test_wandb_gets_tables_and_pictures_offline(shards: Path, tmp_path: Path) ->
     evaluated(config)
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     tables = {path.name.partition("_")[0]: path for path in run.rglob("*.table.json")}
-    assert set(tables) == {"rows", "categories", "readings"}
+    assert set(tables) == {"rows", "categories", "matches"}
     rows = json.loads(tables["rows"].read_text())
     assert rows["columns"][:4] == ["case", "category", "mode", "prompt"] and len(rows["data"]) == 2
     assert len(list(run.rglob("pictures_*.png"))) == 2
