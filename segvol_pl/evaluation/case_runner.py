@@ -1,9 +1,9 @@
-"""One case before the model: any number of prompts, each answered in one of the three modes.
+"""Segment one case by any number of prompts, in one of three modes.
 
-1. A prompt is drawn from the truth, or several, one for each component; drawing is not part of an prediction's time.
-2. zoom: zoom-out-zoom-in. resize: the zoom-out alone, decoded apart so that its seconds are its own. sliding: windows
-   over the whole volume.
-3. The masks of all components are united.
+1. Sample a prompt from the truth, or one for each connected component. The time of a prediction excludes this.
+2. Segment: `zoom` is zoom-out-zoom-in; `resize` is the zoom-out alone, decoded separately so that its time is its own;
+   `sliding` runs windows over the entire volume.
+3. Unite the masks of all components.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from segvol_pl.config import Convention, EvaluateConfig, Mode, Timing
 from segvol_pl.device import autocast
 from segvol_pl.evaluation.cases import EvalCase
 from segvol_pl.evaluation.cost import CostMeter
-from segvol_pl.evaluation.prompts import Setting, draw, parts_of
+from segvol_pl.evaluation.prompts import Setting, sample_prompt, split_components
 from segvol_pl.imaging.intensity import Normalised
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.transforms import resize_label
@@ -28,105 +28,109 @@ from segvol_pl.inference.sliding import Slider
 from segvol_pl.inference.zoom import Promptable, Zoomer, scale_prompt
 
 ZOOM_STREAM = 1
-"""End of the seeds that a zoom-in draws its windows' points by, see prompting."""
+"""Last element of the seeds for the points that a zoom-in samples in its windows, see `evaluation.prompts`."""
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """One prompt: in voxels of the volume, and of the model's input."""
+class SampledPrompt:
+    """One prompt, in two grids."""
 
     prompt: Prompt
-    shrunk: Prompt
+    """In voxels of the volume."""
+    model_prompt: Prompt
+    """In voxels of the model's input."""
     seeds: list[int]
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The mask that a setting's prompts found on the volume's grid, and what it cost."""
+    """The united mask of a setting's prompts on the volume's grid, with its cost."""
 
     mask_DHW: np.ndarray
     coarse_DHW: np.ndarray | None
-    """The zoom-out's mask; None in other modes."""
+    """Mask of the zoom-out; None in other modes."""
     windows: int
+    """Windows at native resolution that the model decoded."""
     prompts: list[Prompt]
     seconds: float
     memory_mb: float | None
+    """Peak, see `CostMeter`."""
 
 
-Found = tuple[np.ndarray, np.ndarray | None, int]
-"""Mask, coarse mask, windows."""
+Segmented = tuple[np.ndarray, np.ndarray | None, int]
+"""Mask, coarse mask, number of windows."""
 
 
 class CaseRunner:
-    """A case and its encodings, which prompts share unless `config.timing` is alone."""
+    """A case with its image encodings. Prompts share them unless `config.timing` is `cold`."""
 
     def __init__(self, model: Promptable, case: EvalCase, config: EvaluateConfig) -> None:
         self.model, self.case, self.config = model, case, config
         self.device = next(model.parameters()).device
         self.image_DHW = Normalised(case.hu_DHW, case.facts.intensity)
-        self._encode_later()
+        self._drop_encodings()
         if config.timing is Timing.shared:
             self.overview()
 
-    def _encode_later(self) -> None:
+    def _drop_encodings(self) -> None:
         self.zoomer = Zoomer(self.model, self.image_DHW, self.config.zoom)
         self.slider = Slider(self.model, self.image_DHW, self.config.sliding)
 
     def overview(self) -> torch.Tensor:
-        """The overview's tokens (1, T, E)."""
+        """Encode the overview, or return its cached tokens (1, T, E)."""
         with autocast(self.device, self.config.precision):
             return self.zoomer.encode_overview()
 
     def predict(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> Prediction:
-        """Raises SampleError where a prompt cannot be drawn."""
-        asked = self.queries(setting, category, truth_DHW)
+        """Segment a category by the prompts of a setting. Raises SampleError if a prompt cannot be sampled."""
+        sampled = self.sample_prompts(setting, category, truth_DHW)
         if self.config.timing is Timing.cold:
-            self._encode_later()
+            self._drop_encodings()
         with CostMeter(self.device) as meter, torch.inference_mode(), autocast(self.device, self.config.precision):
-            found = [self._find(Mode(setting.mode), one) for one in asked]
+            found = [self._segment(Mode(setting.mode), each) for each in sampled]
         masks, coarse, windows = zip(*found, strict=True)
         return Prediction(
             mask_DHW=np.logical_or.reduce(masks),
             coarse_DHW=np.logical_or.reduce(coarse) if setting.mode == Mode.zoom.value else None,
             windows=sum(windows),
-            prompts=[one.prompt for one in asked],
+            prompts=[each.prompt for each in sampled],
             seconds=meter.seconds,
             memory_mb=meter.memory_mb,
         )
 
-    def queries(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> list[Asked]:
-        """The prompts that a setting asks for a category."""
-        parts = parts_of(truth_DHW, setting, self.config.draw)
-        return [self._asked(setting, category, part_DHW, number) for number, part_DHW in enumerate(parts)]
+    def sample_prompts(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> list[SampledPrompt]:
+        """Sample the prompts of a setting for a category, one for each component of the truth."""
+        parts = split_components(truth_DHW, setting, self.config.draw)
+        return [self._sample(setting, category, part_DHW, number) for number, part_DHW in enumerate(parts)]
 
-    def _asked(self, setting: Setting, category: str, part_DHW: np.ndarray, number: int) -> Asked:
+    def _sample(self, setting: Setting, category: str, part_DHW: np.ndarray, number: int) -> SampledPrompt:
         facts = self.case.facts
         seeds = [self.config.seed, *(zlib.crc32(text.encode()) for text in (facts.key, category))]
         seeds += [number] if number else []
         shape, window = part_DHW.shape, self.zoomer.window
         if self.config.zoom.reflection is Convention.published and setting.mode != Mode.sliding.value:
-            # The published code shrinks the truth and draws from that.
-            shrunk_DHW = resize_label(part_DHW, window)
-            if shrunk_DHW.any():
-                wide = _resized_spacing(facts.spacing, shape, window)
-                shrunk = draw(setting, category, shrunk_DHW, wide, self.config.draw, seeds)
-                return Asked(scale_prompt(shrunk, window, shape), shrunk, seeds)
-        prompt = draw(setting, category, part_DHW, facts.spacing, self.config.draw, seeds)
-        return Asked(prompt, scale_prompt(prompt, shape, window), seeds)
+            # The published code resizes the truth to the model's input and samples from that.
+            resized_DHW = resize_label(part_DHW, window)
+            if resized_DHW.any():
+                spacing = _resized_spacing(facts.spacing, shape, window)
+                model_prompt = sample_prompt(setting, category, resized_DHW, spacing, self.config.draw, seeds)
+                return SampledPrompt(scale_prompt(model_prompt, window, shape), model_prompt, seeds)
+        prompt = sample_prompt(setting, category, part_DHW, facts.spacing, self.config.draw, seeds)
+        return SampledPrompt(prompt, scale_prompt(prompt, shape, window), seeds)
 
-    def _find(self, mode: Mode, asked: Asked) -> Found:
+    def _segment(self, mode: Mode, sampled: SampledPrompt) -> Segmented:
         threshold = self.config.zoom.threshold
         if mode is Mode.zoom:
-            result = self.zoomer.zoom_in(asked.prompt, asked.shrunk, np.random.default_rng([*asked.seeds, ZOOM_STREAM]))
+            rng = np.random.default_rng([*sampled.seeds, ZOOM_STREAM])
+            result = self.zoomer.zoom_in(sampled.prompt, sampled.model_prompt, rng)
             return result.mask(threshold), result.coarse_mask(threshold), result.windows
         if mode is Mode.resize:
-            return self._resized(asked.shrunk).mask(threshold), None, 0
-        slid = self.slider.segment(asked.prompt)
+            return self._zoom_out(sampled.model_prompt).mask(threshold), None, 0
+        slid = self.slider.segment(sampled.prompt)
         return binary(slid.logits_DHW, threshold), None, slid.windows
 
-    def _resized(self, shrunk: Prompt) -> Coarse:
-        """Zooming out alone, by the prompt in voxels of the model's input."""
-        logits_BPDHW = self.model.decode(self.zoomer.encode_overview(), self.model.prompts([[shrunk]]))
+    def _zoom_out(self, model_prompt: Prompt) -> Coarse:
+        logits_BPDHW = self.model.decode(self.zoomer.encode_overview(), self.model.prompts([[model_prompt]]))
         nearest = self.config.zoom.interpolation is Convention.published
         return Coarse(logits_BPDHW[0, 0].float().cpu().numpy(), self.image_DHW.shape, nearest)
 

@@ -1,7 +1,7 @@
-"""The cases of an evaluation, decoded one at a time: from shards, or from CT files prepared as packing does.
+"""Read the cases of an evaluation one at a time: from shards, or from CT files that are prepared as in packing.
 
-1. `find_cases` lists them by key, with a fingerprint that tells whether a case has changed since it was evaluated.
-2. `EvalCases.read` decodes one: CT, label map and facts of the body crop, and the grid that its masks are written on.
+1. `find_cases` lists them by key, each with a fingerprint that changes when the case does.
+2. `EvalCases.read` decodes one: CT, label map and facts of the body crop, and the grid for its masks.
 """
 
 from __future__ import annotations
@@ -33,46 +33,51 @@ class EvalCase:
     hu_DHW: np.ndarray
     label_DHW: np.ndarray
     grid: Volume | None
-    """What its masks are written on: the CT's own file, or the packed crop; None where its place is unknown."""
+    """Grid of its mask files: that of the CT file, or of the packed crop; None if the affine is unknown."""
     body: Box
-    """The crop within `grid`."""
+    """The crop within `grid`, in voxels d0 h0 w0 d1 h1 w1, ends included."""
 
     def truth(self, category: str) -> np.ndarray:
-        """Bool mask of a category; all False where the case does not hold it."""
+        """Return the bool mask of a category; all False if the case does not have it."""
         held = self.facts.categories.get(category)
         return np.isin(self.label_DHW, held.values if held else [])
 
     def save(self, mask_DHW: np.ndarray, path: Path) -> None:
-        """Writes a mask of the crop on the grid. Raises VolumeError where it cannot be written."""
+        """Write a bool mask of the crop on the grid. Raises VolumeError if the file cannot be written."""
         assert self.grid is not None
-        whole_DHW = np.zeros(self.grid.array_DHW.shape, bool)
-        whole_DHW[box_slices(self.body)] = mask_DHW
-        write_mask(whole_DHW, self.grid, path)
+        native_DHW = np.zeros(self.grid.array_DHW.shape, bool)
+        native_DHW[box_slices(self.body)] = mask_DHW
+        write_mask(native_DHW, self.grid, path)
 
 
 class EvalCases(Protocol):
     """The labelled cases, sorted by key."""
 
     fingerprints: dict[str, str]
-    """Key -> what changes when the case does."""
+    """Key -> fingerprint, which changes when the case does."""
     unlabelled: int
-    """Cases left out for want of labels."""
+    """Number of cases without labels, which are left out."""
     source: str
-    """Where they come from, for the reader."""
+    """Folder or list of the cases, for the report."""
     split: str
 
     def read(self, key: str) -> EvalCase:
-        """Raises ShardError, SampleError or VolumeError for a case that cannot be read."""
+        """Decode one case. Raises ShardError, SampleError or VolumeError if it cannot be read."""
         ...
 
 
 def find_cases(data: CasesConfig) -> EvalCases:
-    """Raises EvaluateError where there is no labelled case, ShardError, CaseError or PackError as listing does."""
+    """List the labelled cases of shards or of CT files.
+
+    Raises:
+        EvaluateError: There is no labelled case.
+        ShardError, CaseError, PackError: The shards, the files or their list cannot be used.
+    """
     return FileCases(data) if data.files else ShardCases(data)
 
 
 class ShardCases:
-    """Labelled samples of a split."""
+    """The labelled samples of a split of shards."""
 
     def __init__(self, data: CasesConfig) -> None:
         self.source, self.split = masked(str(data.shards)), data.split
@@ -89,7 +94,7 @@ class ShardCases:
         self._records = {record.key: record for record in labelled}
 
     def read(self, key: str) -> EvalCase:
-        """The packed case, whole. Raises ShardError where it is damaged."""
+        """Decode a packed case. Raises ShardError if it is damaged."""
         record = self._records[key]
         facts = read_facts(self.store, record)
         hu_DHW, label_DHW = (
@@ -101,7 +106,7 @@ class ShardCases:
 
 def _splits(samples: list[SampleRecord]) -> str:
     counts = Counter(record.split for record in samples if record.labelled)
-    return ", ".join(f"{split} ({count})" for split, count in sorted(counts.items())) or "none at all"
+    return ", ".join(f"{split} ({count})" for split, count in sorted(counts.items())) or "none"
 
 
 def _packed_grid(facts: Facts, hu_DHW: np.ndarray) -> Volume | None:
@@ -114,21 +119,23 @@ def _packed_grid(facts: Facts, hu_DHW: np.ndarray) -> Volume | None:
 
 
 class FileCases:
-    """CT files with label maps, listed and prepared as `pack` does; nothing is written."""
+    """CT files with label maps, listed and prepared as by `pack`, without writing anything."""
 
     def __init__(self, data: CasesConfig) -> None:
         self.source, self.split = str(data.cases or data.images), "all"
         jobs = sorted(listed_jobs(_as_packed(data)), key=lambda job: job.key)
         self._jobs = {job.key: job for job in jobs if job.case.label or job.case.masks}
         if not self._jobs:
-            raise EvaluateError(f"data.labels: none of the {len(jobs)} cases of {self.source} has labels: give them")
+            raise EvaluateError(
+                f"data.labels: none of the {len(jobs)} cases of {self.source} has labels: set data.labels"
+            )
         self.unlabelled = len(jobs) - len(self._jobs)
         self.fingerprints = {key: job.fingerprint for key, job in self._jobs.items()}
 
     def read(self, key: str) -> EvalCase:
-        """The case, cropped and measured as packing does. Raises VolumeError or SampleError."""
+        """Read a case, cropped and measured as by `pack`. Raises VolumeError or SampleError if it cannot be read."""
         job: Job = self._jobs[key]
-        # A label map without any structure is a fault in a training set, and a healthy control here.
+        # An empty label map is an error in a training set, but a healthy control here.
         found = prepare_case(job.case, key, job.rules, {"image": job.case.image.name}, blank=True)
         assert found.label_DHW is not None
         if found.volume is not None:

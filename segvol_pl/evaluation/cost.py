@@ -1,4 +1,4 @@
-"""What an prediction costs: seconds, and the peak of memory while it was found."""
+"""Measure the cost of a prediction: its time and its peak memory."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ import torch
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PEAK_RESIDENT = "5"
-"""What Linux takes as the order to measure the peak of resident memory anew."""
+"""Written to `RESET`, this makes Linux reset the peak of resident memory."""
 MEBI = 2**20
 
 
 @dataclass
 class CostMeter:
-    """A `with` block measured. memory_mb (MiB): on a GPU what torch held at most, else what the process held at most.
-
-    None where the system does not tell, which is: without a GPU elsewhere than on Linux.
-    """
+    """Measures a `with` block."""
 
     device: torch.device
     seconds: float = 0.0
     memory_mb: float | None = None
+    """Peak in MiB: on a GPU of torch's memory, else of the process. None without a GPU on systems other than Linux."""
 
     def __enter__(self) -> CostMeter:
         if self.device.type == "cuda":

@@ -1,8 +1,8 @@
-"""Pictures of cases: three planes through a structure with truth, masks and the prompts that were given.
+"""Draw pictures of cases: three planes through a structure with truth, masks and prompts.
 
-1. `cut` takes the three slices that show a structure best.
-2. `plot_picture` makes a PNG of them. Rows and columns are as shown: patient's right on the left, anterior or superior
-   up.
+1. `slice_planes` takes the three slices that show most of a structure.
+2. `plot_picture` draws them as a PNG. Rows and columns are as displayed: the patient's right is on the left, and
+   anterior or superior is up.
 
 Letters: R rows, C columns, N points.
 """
@@ -22,7 +22,7 @@ from matplotlib.patches import Rectangle
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 
 LEVEL, WIDTH = 40.0, 400.0
-"""Soft tissue window, HU."""
+"""Soft-tissue window, in HU."""
 
 TRUTH, COARSE, FINAL, GIVEN, NEUTRAL = "#2e9e5b", "#4f7fd6", "#e0752d", "#f2d13d", "#8a93a0"
 OUTLINE = {"truth": (TRUTH, 2.4), "zoom-out": (COARSE, 0.8), "prediction": (FINAL, 1.0)}
@@ -31,31 +31,30 @@ OUTLINE = {"truth": (TRUTH, 2.4), "zoom-out": (COARSE, 0.8), "prediction": (FINA
 Span = tuple[int, int, int, int]
 """First row and column, last row and column."""
 
-
-WIDEST = 2.0
-"""Of a plane, over its height: beyond it, in slabs of few slices, the other planes would shrink to nothing."""
+MAX_RATIO = 2.0
+"""Width over height of a plane. A volume of few slices would exceed it and leave no room for the other planes."""
 
 
 @dataclass(frozen=True, eq=False)
-class Plane:
-    """One slice through a CT."""
+class SlicePlane:
+    """One slice through a CT, with what is drawn on it."""
 
     name: str
     grey_RC: np.ndarray
-    """float32 in [0, 1], windowed."""
+    """Windowed image, float32 in [0, 1]."""
     masks: dict[str, np.ndarray]
-    """Name -> bool (R,C)."""
+    """Name -> bool mask (R,C)."""
     aspect: float
-    """Height of a pixel over its width, mm."""
+    """Height of a pixel over its width, both in mm."""
     boxes: list[tuple[Span, bool]] = field(default_factory=list)
     """Boxes of the prompts, and whether the slice passes through them."""
     points: list[tuple[int, int, bool, bool]] = field(default_factory=list)
-    """Points of the prompts: row, column, whether given as inside, whether they lie on the slice."""
+    """Points of the prompts: row, column, whether the label is inside, whether the point lies on the slice."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One category of one case, drawn."""
+    """The picture of one category of one case."""
 
     case: str
     category: str
@@ -63,28 +62,36 @@ class Picture:
     png: bytes
 
 
-def cut(
+def slice_planes(
     hu_DHW: np.ndarray,
     spacing: Sequence[float],
     truth_DHW: np.ndarray,
     masks: dict[str, np.ndarray],
     prompts: Sequence[Prompt] = (),
-) -> list[Plane]:
-    """Axial, coronal and sagittal slice, each where the truth is largest. spacing: mm along d, h, w."""
+) -> list[SlicePlane]:
+    """Take the axial, coronal and sagittal slice where the truth is largest.
+
+    Args:
+        hu_DHW: The CT in Hounsfield units.
+        spacing: In mm along d, h, w.
+        truth_DHW: Bool mask.
+        masks: Name -> bool mask (D,H,W), drawn besides the truth.
+        prompts: Drawn as points and rectangles.
+    """
     planes = []
     for axis, name in enumerate(("axial", "coronal", "sagittal")):
         others = tuple(other for other in range(3) if other != axis)
         at = int(truth_DHW.sum(axis=others).argmax())
-        shown = {label: _shown(array_DHW, axis, at) for label, array_DHW in {"truth": truth_DHW, **masks}.items()}
-        windowed = np.clip((_shown(hu_DHW, axis, at).astype(np.float32) - LEVEL) / WIDTH + 0.5, 0, 1)
+        shown = {label: _displayed(array_DHW, axis, at) for label, array_DHW in {"truth": truth_DHW, **masks}.items()}
+        windowed = np.clip((_displayed(hu_DHW, axis, at).astype(np.float32) - LEVEL) / WIDTH + 0.5, 0, 1)
         boxes = [_span(prompt.box, axis, at, hu_DHW.shape) for prompt in prompts if prompt.box is not None]
         points = [point for prompt in prompts for point in _points(prompt, axis, at, hu_DHW.shape)]
-        planes.append(Plane(name, windowed, shown, spacing[others[0]] / spacing[others[1]], boxes, points))
+        planes.append(SlicePlane(name, windowed, shown, spacing[others[0]] / spacing[others[1]], boxes, points))
     return planes
 
 
-def _shown(array_DHW: np.ndarray, axis: int, at: int) -> np.ndarray:
-    # Rows and columns fall as D, H and W grow: superior, anterior up, right on the left. A copy: the case goes.
+def _displayed(array_DHW: np.ndarray, axis: int, at: int) -> np.ndarray:
+    # Flipped, so that superior or anterior is up and right is on the left. Copied, so that the case can be freed.
     return np.flip(array_DHW.take(at, axis=axis), (0, 1)).copy()
 
 
@@ -95,21 +102,20 @@ def _span(box: Sequence[int], axis: int, at: int, shape: Sequence[int]) -> tuple
 
 
 def _points(prompt: Prompt, axis: int, at: int, shape: Sequence[int]) -> list[tuple[int, int, bool, bool]]:
-    """Marks are shown as points inside."""
-    given = [(mark, INSIDE) for landmarks_M3 in prompt.landmarks.values() for mark in landmarks_M3]
+    """Place the points of a prompt on a slice; landmarks are drawn as points inside."""
+    placed = [(landmark, INSIDE) for landmarks_M3 in prompt.landmarks.values() for landmark in landmarks_M3]
     if prompt.points_N3 is not None and prompt.labels_N is not None:
-        given += zip(prompt.points_N3, prompt.labels_N.tolist(), strict=True)
+        placed += zip(prompt.points_N3, prompt.labels_N.tolist(), strict=True)
     row, column = (other for other in range(3) if other != axis)
     return [
         (shape[row] - 1 - int(point[row]), shape[column] - 1 - int(point[column]), label == INSIDE, point[axis] == at)
-        for point, label in given
+        for point, label in placed
     ]
 
 
-def plot_picture(planes: Sequence[Plane]) -> bytes:
-    """The planes side by side, as PNG."""
-    wide = [plane.grey_RC.shape[1] / (plane.grey_RC.shape[0] * plane.aspect) for plane in planes]
-    ratios = [min(ratio, WIDEST) for ratio in wide]
+def plot_picture(planes: Sequence[SlicePlane]) -> bytes:
+    """Draw planes in one row, as PNG."""
+    ratios = [min(w / (h * plane.aspect), MAX_RATIO) for plane in planes for h, w in [plane.grey_RC.shape]]
     figure = Figure(figsize=(max(3.0 * sum(ratios), 4.0), 3.2), layout="constrained", facecolor="black")
     shown = figure.subplots(1, 3, width_ratios=ratios)
     for axes, plane in zip(shown, planes, strict=True):
@@ -117,7 +123,7 @@ def plot_picture(planes: Sequence[Plane]) -> bytes:
     return png_of(figure)
 
 
-def _draw_plane(axes: Axes, plane: Plane) -> None:
+def _draw_plane(axes: Axes, plane: SlicePlane) -> None:
     axes.imshow(plane.grey_RC, cmap="gray", vmin=0, vmax=1, aspect=plane.aspect, interpolation="bilinear")
     for name, mask_RC in plane.masks.items():
         colour, width = OUTLINE[name]
@@ -135,7 +141,7 @@ def _draw_plane(axes: Axes, plane: Plane) -> None:
 
 
 def png_of(figure: Figure) -> bytes:
-    """The bytes of a figure as PNG."""
+    """Render a figure as the bytes of a PNG."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
     return buffer.getvalue()

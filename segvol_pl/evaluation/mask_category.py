@@ -1,9 +1,9 @@
-"""Which category the mask of a spatial prompt looks like (paper Fig. 5: the eight likeliest).
+"""Match the mask of a spatial prompt with the categories that it resembles most (paper Fig. 5: the first eight).
 
-1. On the overview the model decodes the spatial prompt alone, without text: p, a probability a voxel.
-2. It decodes each category of its text bank by text alone: q.
-3. Their soft_dice is the soft Dice of the two, 2 sum(pq) / (sum(p) + sum(q)): what is asked is where the model itself
-   sees a category, so a mask within a larger organ is not read as that organ.
+1. Decode the spatial prompt on the overview, without text: p, a probability for each voxel.
+2. Decode each category of the text bank by its text alone: q.
+3. Compare the two by soft Dice, 2 sum(pq) / (sum(p) + sum(q)). It compares with where the model itself sees a category,
+   so a mask within a larger organ does not match that organ.
 
 Letters: J prompts, K categories, V voxels of the model's input.
 """
@@ -19,45 +19,56 @@ import torch
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.inference.zoom import Promptable
 
-READ = 8
-"""Categories named for each mask, as in the paper's figure."""
-TOGETHER = 8
-"""Prompts decoded together."""
+TOP = 8
+"""Categories listed for each mask, as in the paper's figure."""
+PROMPT_BATCH = 8
+"""Prompts decoded at once."""
 
 
 @dataclass(frozen=True)
 class CategoryMatch:
-    """One category in the match of one mask."""
+    """One category that the mask of a prompt resembles."""
 
     case: str
     category: str
-    """What the prompt was drawn for."""
+    """The category that the prompt was sampled for."""
     prompt: str
-    """Its kind and source."""
+    """Kind and source of the prompt."""
     place: int
-    """1 for the likeliest."""
+    """Rank by soft Dice; 1 is the most similar."""
     named: str
-    """The category at that place."""
+    """The category at that rank."""
     soft_dice: float
 
 
 @torch.inference_mode()
-def soft_dice(model: Promptable, tokens_BTE: torch.Tensor, asked: Sequence[Prompt], names: Sequence[str]) -> np.ndarray:
-    """Soft Dice (J,K) of the masks of `asked`, in voxels of the model's input, with the masks of `names` by text.
+def soft_dice(
+    model: Promptable, tokens_BTE: torch.Tensor, prompts: Sequence[Prompt], names: Sequence[str]
+) -> np.ndarray:
+    """Compute the soft Dice of the masks of J prompts with the masks of K categories by text.
 
-    tokens_BTE: the overview's, B = 1. All J masks are held at once: 8 MB each at the published size.
+    All J masks are in memory at once: 8 MB each at the published size.
+
+    Args:
+        model: Decodes both.
+        tokens_BTE: Tokens of the overview, B = 1.
+        prompts: Spatial prompts in voxels of the model's input.
+        names: Categories of the model's text bank.
+
+    Returns:
+        Soft Dice, float32 of shape (J, K).
     """
-    asked_JV = torch.cat([_masks(model, tokens_BTE, part) for part in _batches(asked)])
-    sizes_J = asked_JV.sum(dim=1)
+    masks_JV = torch.cat([_masks(model, tokens_BTE, batch) for batch in _batches(prompts)])
+    sizes_J = masks_JV.sum(dim=1)
     columns = []
-    for part in _batches([Prompt(text=name) for name in names]):
-        named_KV = _masks(model, tokens_BTE, part)
-        columns.append(2 * (asked_JV @ named_KV.T) / (sizes_J[:, None] + named_KV.sum(dim=1)))
+    for batch in _batches([Prompt(text=name) for name in names]):
+        named_KV = _masks(model, tokens_BTE, batch)
+        columns.append(2 * (masks_JV @ named_KV.T) / (sizes_J[:, None] + named_KV.sum(dim=1)))
     return torch.cat(columns, dim=1).cpu().numpy()
 
 
 def _batches(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    return [list(prompts[first : first + TOGETHER]) for first in range(0, len(prompts), TOGETHER)]
+    return [list(prompts[first : first + PROMPT_BATCH]) for first in range(0, len(prompts), PROMPT_BATCH)]
 
 
 def _masks(model: Promptable, tokens_BTE: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
@@ -68,10 +79,18 @@ def _masks(model: Promptable, tokens_BTE: torch.Tensor, prompts: list[Prompt]) -
 def matches_of(
     case: str, category: str, prompt: str, soft_dice_K: np.ndarray, names: Sequence[str]
 ) -> list[CategoryMatch]:
-    """The first `READ` places, and the place of the category itself where it comes later and is known."""
+    """List the `TOP` most similar categories, and the prompt's own category if it ranks lower.
+
+    Args:
+        case: Key of the case.
+        category: Category that the prompt was sampled for.
+        prompt: Kind and source of the prompt.
+        soft_dice_K: Soft Dice with each category of `names`.
+        names: Categories of the model's text bank.
+    """
     order = np.argsort(-soft_dice_K, kind="stable").tolist()
-    places = [*range(min(READ, len(order)))]
-    if category in names and (own := order.index(list(names).index(category))) >= READ:
+    places = [*range(min(TOP, len(order)))]
+    if category in names and (own := order.index(list(names).index(category))) >= TOP:
         places.append(own)
     return [
         CategoryMatch(case, category, prompt, place + 1, names[order[place]], float(soft_dice_K[order[place]]))

@@ -1,10 +1,11 @@
-"""Prompts drawn from the truth, as well or as badly as users draw them.
+"""Sample prompts from the ground truth, as precisely or as roughly as users place them.
 
-1. `settings` lists what an evaluation asks for: each mode with each prompt kind, box source and point source.
-2. `parts_of` splits a scattered target into the components that each get a prompt of their own.
-3. `draw` makes the prompt of one part.
+1. `settings` lists what an evaluation compares: each mode with each prompt kind, box source and point source.
+2. `split_components` splits a scattered structure into components, each with its own prompt.
+3. `sample_prompt` makes the prompt of one component.
 
-A draw depends on the seeds (evaluation, case, category, part) alone, so that settings are compared, not draws.
+A sample depends only on the seeds (evaluation, case, category, component). So two settings differ by what they are, not
+by chance.
 """
 
 from __future__ import annotations
@@ -21,47 +22,49 @@ from segvol_pl.errors import SampleError
 from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.prompts import INSIDE, Prompt, jitter_box, sample_landmarks, sample_points
 
-POINTS_STREAM, BOX_STREAM, MARKS_STREAM = 0, 2, 3
-"""Ends of the seeds: what is drawn for one does not move the other. 1 is the zoom's."""
+POINTS_STREAM, BOX_STREAM, LANDMARKS_STREAM = 0, 2, 3
+"""Last elements of the seeds, so that points, box and landmarks are independent. 1 is the zoom's."""
 
 NEIGHBOURS = np.ones((3, 3, 3), bool)
+"""26-connectivity of components."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way of asking: what a row of the results is about, beside its case and category."""
+    """One way to prompt the model: the part of a row's identity besides its case and category."""
 
     mode: str
     prompt: str
     """A combination, see config.COMBINATIONS."""
     box: str = ""
-    """Where its box comes from; empty where it has none."""
+    """Source of its box; empty if it has none."""
     points: str = ""
+    """Source of its points; empty if it has none."""
 
     def __str__(self) -> str:
-        """`zoom box(exact)+text`."""
-        drawn, mode = self.named
-        return f"{mode} {drawn}"
+        """As `zoom box(exact)+text`."""
+        prompt, mode = self.named
+        return f"{mode} {prompt}"
 
     @property
     def named(self) -> tuple[str, str]:
-        """The prompt with where it came from, and the mode."""
-        drawn = {"box": f"box({self.box})", "points": f"points({self.points})"}
-        return "+".join(drawn.get(part, part) for part in named_parts(self.prompt)), self.mode
+        """The prompt with its sources, as `box(exact)+text`, and the mode."""
+        sourced = {"box": f"box({self.box})", "points": f"points({self.points})"}
+        return "+".join(sourced.get(part, part) for part in named_parts(self.prompt)), self.mode
 
     @property
     def free_of_truth(self) -> bool:
-        """Whether the prompt knows nothing of the truth."""
+        """Whether the prompt is independent of the truth."""
         return self.prompt == "text"
 
     @property
     def has_text(self) -> bool:
-        """Whether its prompts name the category."""
+        """Whether the prompt names the category."""
         return "text" in named_parts(self.prompt)
 
 
 def settings(config: EvaluateConfig) -> list[Setting]:
-    """All of them, in the order of the configuration."""
+    """List the settings of an evaluation, in the order of the configuration."""
     return [
         Setting(mode.value, prompt, box, points)
         for mode in config.modes
@@ -72,19 +75,24 @@ def settings(config: EvaluateConfig) -> list[Setting]:
 
 
 def check_custom(config: EvaluateConfig) -> None:
-    """Raises ConfigError where a function of the user's own, which is to draw, is not found."""
-    drawing = {
+    """Raise ConfigError if a custom function that samples prompts cannot be imported."""
+    sources = {
         "draw.boxes": config.draw.boxes,
         "draw.points": config.draw.points,
         "prompts": landmarks_in(config.prompts),
     }
-    for key, names in drawing.items():
+    for key, names in sources.items():
         for name in filter(CUSTOM.fullmatch, names):
             custom_function(name, key)
 
 
-def parts_of(truth_DHW: np.ndarray, setting: Setting, config: DrawConfig) -> list[np.ndarray]:
-    """The masks that each get a prompt: the truth, or its components from `component_voxels` on, largest first."""
+def split_components(truth_DHW: np.ndarray, setting: Setting, config: DrawConfig) -> list[np.ndarray]:
+    """Split a bool mask into the masks that each get a prompt.
+
+    Returns:
+        With `config.components`, the connected components of at least `config.component_voxels` voxels, largest first
+        (the largest alone if all are smaller); else the mask itself.
+    """
     if setting.free_of_truth or not config.components:
         return [truth_DHW]
     labels_DHW, count = ndimage.label(truth_DHW, NEIGHBOURS)
@@ -94,7 +102,7 @@ def parts_of(truth_DHW: np.ndarray, setting: Setting, config: DrawConfig) -> lis
     return [labels_DHW == label for label in kept] if count > 1 else [truth_DHW]
 
 
-def draw(
+def sample_prompt(
     setting: Setting,
     category: str,
     truth_DHW: np.ndarray,
@@ -102,28 +110,37 @@ def draw(
     config: DrawConfig,
     seeds: Sequence[int],
 ) -> Prompt:
-    """The prompt of a mask, which a setting free of truth does not look at.
+    """Sample the prompt of one mask.
 
-    spacing: mm along d, h, w. Raises SampleError where `config.depth` needs it and it is None, ValueError for an empty
-    mask.
+    Args:
+        setting: Kind and sources of the prompt.
+        category: Its text, if the setting has one.
+        truth_DHW: Bool mask; not read if the setting is free of truth.
+        spacing: In mm along d, h, w; None if unknown.
+        config: How to sample.
+        seeds: Of the evaluation, case, category and component.
+
+    Raises:
+        SampleError: `config.depth` needs the spacing, which is None.
+        ValueError: The mask is empty.
     """
     points_N3, labels_N, box = None, None, None
     if setting.points:
-        points_N3, labels_N = _points(setting.points, truth_DHW, spacing, config, seeds)
+        points_N3, labels_N = _sample_points(setting.points, truth_DHW, spacing, config, seeds)
     if setting.box:
-        box = _box(setting.box, truth_DHW, spacing, config, seeds)
+        box = _sample_box(setting.box, truth_DHW, spacing, config, seeds)
     landmarks = {
-        name: sample_landmarks(name, truth_DHW, np.random.default_rng([*seeds, MARKS_STREAM]))
+        name: sample_landmarks(name, truth_DHW, np.random.default_rng([*seeds, LANDMARKS_STREAM]))
         for name in landmarks_in([setting.prompt])
     }
     return Prompt(category if setting.has_text else None, points_N3, labels_N, box, landmarks)
 
 
-def _points(
+def _sample_points(
     source: str, truth_DHW: np.ndarray, spacing: Sequence[float] | None, config: DrawConfig, seeds: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     if source == "centre":
-        return deepest(truth_DHW, spacing)[None], np.array([INSIDE])
+        return deepest_voxel(truth_DHW, spacing)[None], np.array([INSIDE])
     rng = np.random.default_rng([*seeds, POINTS_STREAM])
     if not points_drawn(source):
         points_N3, labels_N = custom_function(source, "draw.points")(truth_DHW, spacing, rng)
@@ -131,10 +148,18 @@ def _points(
     return sample_points(truth_DHW, rng, points_drawn(source), config.outside)
 
 
-def deepest(mask_DHW: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
-    """The voxel (d, h, w) of a mask farthest from its surface: unlike the centroid it is inside. Of several the first.
+def deepest_voxel(mask_DHW: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray:
+    """Find the voxel (d, h, w) of a bool mask farthest from its surface; unlike the centroid, it is always inside.
 
-    Without a spacing voxels count as cubes. Raises ValueError for an empty mask.
+    Args:
+        mask_DHW: Not empty.
+        spacing: In mm along d, h, w; None treats voxels as cubes.
+
+    Returns:
+        The voxel, of shape (3,); the first of several.
+
+    Raises:
+        ValueError: The mask is empty.
     """
     box = box_of(mask_DHW)
     padded_DHW = np.pad(mask_DHW[box_slices(box)], 1)
@@ -143,7 +168,7 @@ def deepest(mask_DHW: np.ndarray, spacing: Sequence[float] | None) -> np.ndarray
     return found_3 - 1 + np.array(box[:3])
 
 
-def _box(
+def _sample_box(
     source: str,
     truth_DHW: np.ndarray,
     spacing: Sequence[float] | None,
@@ -162,7 +187,10 @@ def _box(
 
 
 def slice_box(mask_DHW: np.ndarray, spacing: Sequence[float] | None, config: DrawConfig) -> Box:
-    """The box of a mask's extent on one axial slice, as deep as the mask or as `config.depth` says."""
+    """Make a box of a mask's extent on one axial slice, as deep as the mask or as `config.depth` (mm).
+
+    Raises SampleError if `config.depth` needs the spacing, which is None.
+    """
     d0, _, _, d1, _, _ = box_of(mask_DHW)
     areas_D = mask_DHW.reshape(len(mask_DHW), -1).sum(axis=1)
     spanned = np.flatnonzero(areas_D)
@@ -170,7 +198,7 @@ def slice_box(mask_DHW: np.ndarray, spacing: Sequence[float] | None, config: Dra
     _, h0, w0, _, h1, w1 = box_of(mask_DHW[at : at + 1])
     if config.depth:
         if spacing is None:
-            raise SampleError("its spacing is unknown, which draw.depth needs: use draw.depth=0")
+            raise SampleError("draw.depth needs the spacing, which is unknown: set draw.depth=0")
         reach = int(config.depth / spacing[0] / 2)
         d0, d1 = max(at - reach, 0), min(at + reach, len(mask_DHW) - 1)
     return d0, h0, w0, d1, h1, w1

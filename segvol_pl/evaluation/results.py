@@ -1,8 +1,8 @@
-"""The results so far, a file for each case: what a restart goes on from, and what ranks share.
+"""Store the results of an evaluation, one file per case: for restarts, and for ranks to exchange.
 
-1. `ResultStore.open` writes down what decides the figures, or refuses a folder whose results were decided otherwise.
-2. `ResultStore.write` leaves a case's result whole, or not at all, as `cases/KEY.json`.
-3. `Share` says which cases are whose: a function of their number alone, so that each is evaluated once.
+1. `ResultStore.open` records the settings that determine the figures, and refuses a folder with other settings.
+2. `ResultStore.write` writes the result of a case to `cases/KEY.json`, atomically.
+3. `Partition` selects the cases of a process by their position alone, so that each case is evaluated once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Item = TypeVar("Item")
 
 SCHEMA = 1
 CASES, SETTINGS = "cases", "settings.json"
-UNDECIDED = (
+NEUTRAL_KEYS = (
     "checkpoint",
     "data",
     "device",
@@ -41,16 +41,15 @@ UNDECIDED = (
     "zoom.cache_gb",
     "zoom.device_gb",
 )
-"""Keys of the configuration, or sections, that do not decide a case's figures. The checkpoint's content and the cases'
-landmarks do."""
+"""Keys and sections of the configuration that do not change a case's figures. Model and cases have fingerprints."""
 
 RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 """A process's rank and how many there are: torchrun's names, and those that srun (but not sbatch) sets."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """This process's part of the cases: of array task `part` of `parts`, rank `rank` of `ranks`."""
+class Partition:
+    """The cases of one process: rank `rank` of `ranks` within part `part` of `parts`."""
 
     rank: int = 0
     ranks: int = 1
@@ -58,9 +57,12 @@ class Share:
     parts: int = 1
 
     @classmethod
-    def of(cls, slice: str, environment: Mapping[str, str] = os.environ) -> Share:
-        """By `part=K/N` and the launcher's variables. Raises EvaluateError where they contradict each other."""
-        part, parts = parse_part(slice) if slice else (0, 1)
+    def of(cls, key: str, environment: Mapping[str, str] = os.environ) -> Partition:
+        """Make it of the key `part` (K/N or empty) and the launcher's variables.
+
+        Raises EvaluateError if the variables contradict each other.
+        """
+        part, parts = parse_part(key) if key else (0, 1)
         for rank_name, ranks_name in RANK_VARIABLES:
             if rank_name in environment and ranks_name in environment:
                 rank, ranks = int(environment[rank_name]), int(environment[ranks_name])
@@ -71,42 +73,42 @@ class Share:
 
     @property
     def lock(self) -> str:
-        """Name of the lock file of who evaluates this part."""
-        own = f"-{self.part}-{self.rank}-of-{self.parts}-{self.ranks}"
-        return f".lock{own if self.parts * self.ranks > 1 else ''}.json"
+        """Name of the lock file of this process's part."""
+        suffix = f"-{self.part}-{self.rank}-of-{self.parts}-{self.ranks}"
+        return f".lock{suffix if self.parts * self.ranks > 1 else ''}.json"
 
-    def of_list(self, items: Sequence[Item]) -> list[Item]:
-        """This process's items. The shares of all processes hold each item once."""
+    def select(self, items: Sequence[Item]) -> list[Item]:
+        """Select this process's items. Over all processes, each item is selected once."""
         return list(items[self.part * self.ranks + self.rank :: self.parts * self.ranks])
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one case."""
+    """The result of one case."""
 
     key: str
     fingerprint: str
-    """Of the case as it was read, see `EvalCases`."""
+    """Fingerprint of the case when it was read, see `EvalCases`."""
     seconds: float
     rows: list[Row] = field(default_factory=list)
     matches: list[CategoryMatch] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
-    """Categories asked for that it does not hold."""
+    """Configured categories that the case does not have."""
     unknown: list[str] = field(default_factory=list)
-    """Categories that it holds and the model does not know."""
+    """Categories of the case that the model does not know."""
     problem: str = ""
-    """Why it cannot be read; the rest is empty then."""
+    """Why the case cannot be read; the other lists are then empty."""
 
     @classmethod
     def from_json(cls, text: str) -> CaseResult:
-        """What `ResultStore.write` wrote. Raises ValueError, KeyError or TypeError for anything else."""
+        """Parse the text of `ResultStore.write`. Raises ValueError, KeyError or TypeError for any other text."""
         raw = json.loads(text)
         rows, matches = [Row(**row) for row in raw["rows"]], [CategoryMatch(**match) for match in raw["matches"]]
         return cls(**{**raw, "rows": rows, "matches": matches})
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """Yield dotted keys and their values."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -115,42 +117,52 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 class ResultStore:
-    """The results in one folder."""
+    """The results of an evaluation in its folder."""
 
     def __init__(self, out: Path, config: EvaluateConfig, model: str) -> None:
         self.out, self.folder = out, out / CASES
-        decided = {key: value for key, value in _flat(plain(config)) if not key.startswith(UNDECIDED)}
-        self.settings = {"schema": SCHEMA, "model": model, **decided}
+        deciding = {key: value for key, value in _flat(plain(config)) if not key.startswith(NEUTRAL_KEYS)}
+        self.settings = {"schema": SCHEMA, "model": model, **deciding}
 
-    def open(self, anew: bool) -> None:
-        """Raises EvaluateError where the folder holds results of other settings. `anew` removes what it holds."""
-        if anew:
+    def open(self, restart: bool) -> None:
+        """Create the folder, or check that its results have the same settings.
+
+        Args:
+            restart: Remove the results that the folder holds.
+
+        Raises:
+            EvaluateError: The folder holds results of other settings.
+        """
+        if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
             (self.out / SETTINGS).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.out / SETTINGS).exists():
             write_text(self.out / SETTINGS, json.dumps(self.settings, indent=1) + "\n")
-        # Read again: another rank may have been first.
+        # Read back, as another rank may have written it first.
         written = json.loads((self.out / SETTINGS).read_text(encoding="utf-8"))
         others = [key for key in {**self.settings, **written} if self.settings.get(key) != written.get(key)]
         if others:
             raise EvaluateError(
-                f"out: {self.out} holds results of an evaluation with other {', '.join(others)}: give another folder, "
-                "or begin anew with resume=false"
+                f"out: {self.out} holds results of an evaluation with other {', '.join(others)}: set out to another "
+                "folder, or set resume=false to remove them"
             )
 
     def find(self, key: str, fingerprint: str) -> CaseResult | None:
-        """The result of a case; None where there is none, or the case has changed since."""
+        """Return the result of a case; None if there is none or the case has changed since.
+
+        Raises EvaluateError if its file is not a result.
+        """
         try:
             result = CaseResult.from_json(self._path(key).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise EvaluateError(f"{self._path(key)} is no result of a case ({error}): remove it") from error
+            raise EvaluateError(f"{self._path(key)} is not a result of a case ({error}): remove it") from error
         return result if result.fingerprint == fingerprint else None
 
     def write(self, result: CaseResult) -> None:
-        """The case's result, whole: a reader sees all of it or none."""
+        """Write the result of a case, atomically."""
         write_text(self._path(result.key), json.dumps(asdict(result), ensure_ascii=False) + "\n")
 
     def _path(self, key: str) -> Path:

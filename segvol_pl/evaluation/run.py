@@ -1,14 +1,14 @@
-"""Figures of a model over a set of cases: rows, tables, report.
+"""Evaluate a model over a set of cases: rows, tables, report.
 
-1. The labelled cases are listed (`evaluation.cases`) and shared out to the ranks and array tasks.
-2. For each category of a case, prompts are drawn from the truth (`evaluation.prompting`) as well or as badly as
-   configured, and answered in each mode (`evaluation.case_runner`); the scores of an prediction are a `Row`.
-3. A case's rows are written whole (`evaluation.results`); a restart goes on with the cases that have none.
-4. Rank 0, or a run without `part`, waits for all of them and puts them together: rows.csv, category_matches.csv,
-   summary.json, report.html, and wandb where it is configured.
+1. List the labelled cases (`evaluation.cases`) and divide them among the ranks and array tasks.
+2. For each category of a case, sample prompts from the ground truth (`evaluation.prompts`) and segment by them in each
+   mode (`evaluation.case_runner`). The scores of a prediction are a `Row`.
+3. Write the rows of a case atomically (`evaluation.results`). A restart continues with the cases that have no rows.
+4. On rank 0 of a run without `part`, wait for all cases and merge them: rows.csv, category_matches.csv, summary.json,
+   report.html, and wandb if it is configured.
 
-Spatial prompts come from the truth, as in the paper: the figures say how well a prompt is obeyed, not how well a
-structure is found without one. Only `text` is free of the truth.
+Spatial prompts come from the ground truth, as in the paper. So the figures measure how well the model follows a prompt,
+not how well it finds a structure without one. Only `text` does not depend on the truth.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import ConfigError, EvaluateError, SampleError, ShardError, VolumeError
 from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
 from segvol_pl.evaluation.cases import EvalCase, EvalCases, find_cases
-from segvol_pl.evaluation.figures import Picture, cut, plot_picture
+from segvol_pl.evaluation.figures import Picture, plot_picture, slice_planes
 from segvol_pl.evaluation.mask_category import CategoryMatch, matches_of, soft_dice
 from segvol_pl.evaluation.metrics import dice, score
 from segvol_pl.evaluation.prompts import Setting, check_custom, settings
 from segvol_pl.evaluation.report import write_report
-from segvol_pl.evaluation.results import CaseResult, ResultStore, Share
+from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
 from segvol_pl.evaluation.wandb_log import track
 from segvol_pl.folder_lock import FolderLock
@@ -53,25 +53,35 @@ __all__ = ["EvaluateError", "Row", "Summary", "evaluate", "evaluate_model"]
 
 log = logging.getLogger(__name__)
 
-MASKS = "masks"
-LOOK = 0.5
-"""Seconds between two looks for the results of other ranks."""
-LISTED = 5
+MASKS_FOLDER = "masks"
+POLL_SECONDS = 0.5
+"""Time between two checks for the results of other ranks."""
+LISTED_CASES = 5
+"""Unreadable cases that an error names."""
 
 
 class Evaluable(Promptable, Protocol):
-    """What evaluating needs of a model; SegVol satisfies it."""
+    """The interface that evaluation needs of a model; SegVol has it."""
 
     bank: TextBank
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary | None:
-    """Evaluate this process's share of the cases into `config.out`; put all together where it is its turn.
+    """Evaluate this process's part of the cases into `config.out`, and merge all parts on rank 0.
 
-    Returns None from ranks but the first and with `slice`, whose shares others put together. Raises EvaluateError
-    where there is no labelled case or none of the categories, or `out` holds other results; LockedError where another
-    process evaluates the same share into it; UnknownCategory for a category that the model does not know;
-    CheckpointError, ShardError and CaseError for files that cannot be used.
+    Args:
+        config: What to evaluate, and how.
+        console: Where to print the table of means; None prints nothing.
+
+    Returns:
+        The merged figures; None on ranks above 0 and with `config.part`, which merge nothing.
+
+    Raises:
+        EvaluateError: There is no labelled case, no case has any of the categories, or `out` holds the results of other
+            settings.
+        LockedError: Another process evaluates the same part into `out`.
+        UnknownCategory: The model does not know a category of `config.categories`.
+        CheckpointError, ShardError, CaseError: A file cannot be used.
     """
     cases = find_cases(config.data)
     model = load_model(config.checkpoint, own_device(config.device))
@@ -82,19 +92,19 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
 
 
 def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary | None:
-    """`evaluate` with a model at hand (in eval mode); `config.checkpoint` is only its name, `config.device` unused."""
+    """Evaluate a loaded model (in eval mode). `config.checkpoint` is only its name; `config.device` is not used."""
     return _Evaluation(config, find_cases(config.data), model, config.checkpoint).run()
 
 
 def _custom_metrics(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
-    """Column -> function. Raises ConfigError where a function is not found, or a column of rows.csv has its name."""
+    """Map column to function. Raises ConfigError if a function is missing, or rows.csv has a column of its name."""
     taken = {each.name for each in fields(Row)}
     found = {}
     for name in metrics:
         column = name.rpartition(":")[2]
         if column in taken:
             raise ConfigError(
-                f"metrics: {name}: rows.csv has a column {column!r} already: rename the function", "metrics"
+                f"metrics: {name}: rows.csv already has a column {column!r}: rename the function", "metrics"
             )
         found[column] = custom_function(name, "metrics")
     return found
@@ -107,52 +117,53 @@ class _Evaluation:
         self.config, self.cases, self.model = config, cases, model
         self.out = Path(config.out)
         self.keys = list(cases.fingerprints)[: config.limit or None]
-        self.share = Share.of(config.part)
-        if not config.resume and (self.share.ranks > 1 or config.part):
-            raise EvaluateError("resume: false would remove what other ranks have done: give another folder as out")
+        self.partition = Partition.of(config.part)
+        if not config.resume and (self.partition.ranks > 1 or config.part):
+            raise EvaluateError("resume: false would remove the results of other ranks: set out to another folder")
         for category in config.categories:
             model.bank.index(category)
         self.settings = settings(config)
         check_custom(config)
         self.custom = _custom_metrics(config.metrics)
         self.results = ResultStore(self.out, config, identity)
-        self.tried: set[str] = set()
+        self.attempted: set[str] = set()
+        """Cases that this process has evaluated; an unreadable one is not tried twice."""
 
     def run(self) -> Summary | None:
-        # Shares lie side by side in a folder; what removes their results bears no other beside it.
-        with FolderLock(self.out, self.share.lock, against="" if self.config.resume else ".lock*.json"):
+        # Each part has a lock of its own in the folder; a run that removes all results excludes every other.
+        with FolderLock(self.out, self.partition.lock, against="" if self.config.resume else ".lock*.json"):
             return self._run()
 
     def _run(self) -> Summary | None:
-        self.results.open(anew=not self.config.resume)
-        self._evaluate(self.share.of_list(self.keys))
+        self.results.open(restart=not self.config.resume)
+        self._evaluate(self.partition.select(self.keys))
         if self.config.part:
-            log.info("part %s is done: run without part= to put all together", self.config.part)
+            log.info("part %s is done; to merge all parts, run again without part=", self.config.part)
             return None
-        if self.share.rank > 0:
+        if self.partition.rank > 0:
             return None
-        self._await(self.keys)
-        return self._join()
+        self._wait_for(self.keys)
+        return self._merge()
 
     # ---- cases ----
 
     def _evaluate(self, keys: Sequence[str]) -> None:
-        """Those that have no result yet. What cannot be read is written down as that, and tried again by every run."""
-        missing = [key for key in keys if not self._done(key)]
+        """Evaluate the cases without a result. An unreadable case is recorded as such; every run tries it again."""
+        missing = [key for key in keys if not self._has_result(key)]
         if len(missing) < len(keys):
-            log.info("%d of %d cases are done already", len(keys) - len(missing), len(keys))
+            log.info("%d of %d cases are already done", len(keys) - len(missing), len(keys))
         start, prompts = time.perf_counter(), 0
         for count, key in enumerate(missing, start=1):
             result = self._case(key)
             self.results.write(result)
-            self.tried.add(key)
+            self.attempted.add(key)
             prompts += len(result.rows)
             rate = prompts / (time.perf_counter() - start)
             log.info("case %d/%d %s (%.2f prompts/s)", count, len(missing), key, rate)
 
-    def _done(self, key: str) -> bool:
+    def _has_result(self, key: str) -> bool:
         result = self.results.find(key, self.cases.fingerprints[key])
-        return result is not None and (not result.problem or key in self.tried)
+        return result is not None and (not result.problem or key in self.attempted)
 
     def _case(self, key: str) -> CaseResult:
         start, fingerprint = time.perf_counter(), self.cases.fingerprints[key]
@@ -184,7 +195,7 @@ class _Evaluation:
                 yield self._row(case, category, setting, truth_DHW, prediction)
 
     def _settings_for(self, category: str, present: bool) -> list[Setting]:
-        """A category that the model does not know has no text; one that the case does not hold has nothing else."""
+        """Settings that apply: no text for a category unknown to the model, only text for one absent from the case."""
         known = category in self.model.bank.names
         return [
             setting
@@ -214,56 +225,56 @@ class _Evaluation:
             truth_voxels=voxels,
             predicted_voxels=int(np.count_nonzero(prediction.mask_DHW)),
             windows=prediction.windows,
-            mask=self._saved(case, category, setting, prediction) if self.config.masks else "",
+            mask=self._write_mask(case, category, setting, prediction) if self.config.masks else "",
             custom=self._custom(case, truth_DHW, prediction) if voxels else dict.fromkeys(self.custom),
         )
 
     def _custom(self, case: EvalCase, truth_DHW: np.ndarray, prediction: Prediction) -> dict[str, float | None]:
-        """The user's own figures of a truth that is not empty; None where the function says so."""
+        """The user's own metrics; None for a metric that returns None."""
         found = {name: of(prediction.mask_DHW, truth_DHW, case.facts.spacing) for name, of in self.custom.items()}
         return {name: None if value is None else float(value) for name, value in found.items()}
 
-    def _saved(self, case: EvalCase, category: str, setting: Setting, prediction: Prediction) -> str:
-        """The mask's file below `out`; empty where the case's place is unknown."""
+    def _write_mask(self, case: EvalCase, category: str, setting: Setting, prediction: Prediction) -> str:
+        """Write a mask and return its path relative to `out`; empty if the case has no affine."""
         if case.grid is None:
-            log.warning("case %s has no affine: its masks are not written", case.facts.key)
+            log.warning("case %s has no affine: cannot write its masks", case.facts.key)
             return ""
-        folder = self.out / MASKS / case.facts.key
+        folder = self.out / MASKS_FOLDER / case.facts.key
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{file_stem(category)}__{file_stem(str(setting))}.nii.gz"
         case.save(prediction.mask_DHW, path)
         return path.relative_to(self.out).as_posix()
 
     def _matches(self, runner: CaseRunner) -> list[CategoryMatch]:
-        """How the masks of a case's categories are read, each from one spatial prompt without text."""
-        case, setting, names = runner.case, self._read(), self.model.bank.names
+        """Match the masks of the case, each by one spatial prompt without text, with the categories they resemble."""
+        case, setting, names = runner.case, self._match_setting(), self.model.bank.names
         categories = self.config.categories or sorted(case.facts.categories)
         truths = {name: truth for name in categories if (truth := case.truth(name)).any()}
         if not truths or not names:
             return []
-        asked = [runner.queries(setting, name, truth)[0].shrunk for name, truth in truths.items()]
+        prompts = [runner.sample_prompts(setting, name, truth)[0].model_prompt for name, truth in truths.items()]
         tokens_BTE = runner.overview()
         with autocast(runner.device, self.config.precision):
-            table_JK = soft_dice(self.model, tokens_BTE, asked, names)
+            table_JK = soft_dice(self.model, tokens_BTE, prompts, names)
         prompt, _ = setting.named
-        found = (
-            matches_of(case.facts.key, name, prompt, soft_dice_K, names)
+        return [
+            match
             for name, soft_dice_K in zip(truths, table_JK, strict=True)
-        )
-        return [match for matches in found for match in matches]
+            for match in matches_of(case.facts.key, name, prompt, soft_dice_K, names)
+        ]
 
-    def _read(self) -> Setting:
-        """The first spatial prompt configured, its text left out; else an exact box."""
+    def _match_setting(self) -> Setting:
+        """The first configured spatial prompt, without its text; an exact box if there is none."""
         for setting in self.settings:
             parts = [part for part in named_parts(setting.prompt) if part != "text"]
             if parts:
                 return Setting(Mode.resize.value, "+".join(parts), setting.box, setting.points)
         return Setting(Mode.resize.value, "box", "exact")
 
-    # ---- putting together ----
+    # ---- merging ----
 
-    def _await(self, keys: Sequence[str]) -> None:
-        """Wait for every case. Raises EvaluateError where none comes for `config.rank_timeout` s."""
+    def _wait_for(self, keys: Sequence[str]) -> None:
+        """Wait for the result of every case. Raises EvaluateError if none arrives for `config.rank_timeout` seconds."""
         pending, last = list(keys), time.monotonic()
         while pending:
             left = [key for key in pending if self.results.find(key, self.cases.fingerprints[key]) is None]
@@ -272,18 +283,19 @@ class _Evaluation:
             pending = left
             if pending and time.monotonic() - last > self.config.rank_timeout:
                 raise EvaluateError(
-                    f"rank_timeout: no case of another rank in {self.config.rank_timeout:.0f} s, {len(pending)} are "
-                    f"missing, the first is {pending[0]}: see that rank's log, then run again to go on"
+                    f"rank_timeout: no result of another rank in {self.config.rank_timeout:.0f} s; "
+                    f"{len(pending)} cases are missing, the first is {pending[0]}: check that rank's log, then run "
+                    "again to continue"
                 )
             if pending:
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
 
-    def _join(self) -> Summary:
-        # What another rank could not read may be readable here, or by now.
-        failed = [key for key in self.keys if not self._done(key)]
-        if failed:
+    def _merge(self) -> Summary:
+        # A case that another rank could not read may be readable here, or by now.
+        if failed := [key for key in self.keys if not self._has_result(key)]:
             self._evaluate(failed)
-        summary = self._summary(self._results())
+        found = [self.results.find(key, self.cases.fingerprints[key]) for key in self.keys]
+        summary = self._summary([result for result in found if result is not None])
         self._check(summary)
         pictures = self._pictures(summary)
         about = {"config": to_yaml(self.config), **manifest()}
@@ -296,10 +308,6 @@ class _Evaluation:
         if self.config.track.wandb is not Wandb.disabled:
             track(self.out, self.config, summary, pictures)
         return summary
-
-    def _results(self) -> list[CaseResult]:
-        found = [self.results.find(key, self.cases.fingerprints[key]) for key in self.keys]
-        return [result for result in found if result is not None]
 
     def _summary(self, results: Sequence[CaseResult]) -> Summary:
         return Summary(
@@ -320,27 +328,27 @@ class _Evaluation:
     def _check(self, summary: Summary) -> None:
         bad = len(summary.unusable)
         if bad > self.config.max_bad_fraction * len(self.keys):
-            named = "; ".join(f"{case}: {why}" for case, why in list(summary.unusable.items())[:LISTED])
+            named = "; ".join(f"{case}: {why}" for case, why in list(summary.unusable.items())[:LISTED_CASES])
             raise EvaluateError(
-                f"{bad} of {len(self.keys)} cases cannot be read, max_bad_fraction={self.config.max_bad_fraction} "
-                f"allows fewer: mend them and run again, or allow them. {named}"
+                f"{bad} of {len(self.keys)} cases cannot be read, more than max_bad_fraction="
+                f"{self.config.max_bad_fraction} allows: repair them and run again, or raise it. {named}"
             )
         if all(row.empty for row in summary.rows):
-            raise EvaluateError(f"categories: no case of {summary.source} holds any that can be evaluated")
+            raise EvaluateError(f"categories: no case of {summary.source} has a category that can be evaluated")
 
     # ---- pictures ----
 
     def _pictures(self, summary: Summary) -> list[Picture]:
-        """Worst, median and best case of the worst categories, answered once more: no rank keeps all its masks."""
-        chosen = picked(summary, self.config.pictures)
+        """Draw the worst, median and best case of the worst categories; segments them again, as no rank keeps masks."""
+        chosen = select_examples(summary, self.config.pictures)
         drawn = {
             (row.case, row.category): picture
             for case in dict.fromkeys(row.case for _, row in chosen)
-            for row, picture in self._pictured(case, [(label, row) for label, row in chosen if row.case == case])
+            for row, picture in self._draw(case, [(label, row) for label, row in chosen if row.case == case])
         }
         return [drawn[row.case, row.category] for _, row in chosen]
 
-    def _pictured(self, key: str, rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[Row, Picture]]:
+    def _draw(self, key: str, rows: Sequence[tuple[str, Row]]) -> Iterator[tuple[Row, Picture]]:
         case = self.cases.read(key)
         runner = CaseRunner(self.model, case, self.config)
         for label, row in rows:
@@ -348,16 +356,19 @@ class _Evaluation:
             prediction = runner.predict(row.setting, row.category, truth_DHW)
             coarse = {} if prediction.coarse_DHW is None else {"zoom-out": prediction.coarse_DHW}
             masks = {**coarse, "prediction": prediction.mask_DHW}
-            planes = cut(case.hu_DHW, case.facts.spacing or (1, 1, 1), truth_DHW, masks, prediction.prompts)
-            came = "" if row.zoom_out is None else f"{row.zoom_out:.3f} → "
-            caption = f"{row.category}, {label}: {key}, {row.setting}: Dice {came}{number(row.dice)}"
+            planes = slice_planes(case.hu_DHW, case.facts.spacing or (1, 1, 1), truth_DHW, masks, prediction.prompts)
+            before = "" if row.zoom_out is None else f"{row.zoom_out:.3f} → "
+            caption = f"{row.category}, {label}: {key}, {row.setting}: Dice {before}{number(row.dice)}"
             yield row, Picture(key, row.category, caption, plot_picture(planes))
 
 
-def picked(summary: Summary, categories: int) -> list[tuple[str, Row]]:
-    """Worst, median and best row of up to `categories` categories, the lowest median Dice first, with what it is.
+def select_examples(summary: Summary, categories: int) -> list[tuple[str, Row]]:
+    """Select the worst, median and best row of up to `categories` categories, the lowest median Dice first.
 
-    Of one setting: zooming with box and text where that was evaluated, else the first.
+    All rows have one setting: zoom by box and text if that was evaluated, else the first setting.
+
+    Returns:
+        Pairs of a label (`worst`, `median and best`, ...) and a row.
     """
     wanted = [setting for setting in summary.settings if (setting.mode, setting.prompt) == ("zoom", "box+text")]
     setting = [*wanted, *summary.settings][0]
@@ -366,7 +377,7 @@ def picked(summary: Summary, categories: int) -> list[tuple[str, Row]]:
     return [
         found
         for category in worst
-        for found in _extremes([row for row in summary.rows if (row.category, row.setting) == (category, setting)])
+        for found in _ranked([row for row in summary.rows if (row.category, row.setting) == (category, setting)])
     ]
 
 
@@ -376,7 +387,8 @@ def _median(summary: Summary, category: str, setting: Setting) -> float:
     return spread.median
 
 
-def _extremes(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+def _ranked(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """Label the worst, median and best row by Dice; one row may carry several labels."""
     ranked = sorted((row for row in rows if row.dice is not None), key=lambda row: (row.dice, row.case))
     places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
     labels: dict[int, list[str]] = {}
@@ -386,6 +398,6 @@ def _extremes(rows: Sequence[Row]) -> list[tuple[str, Row]]:
 
 
 def file_stem(name: str) -> str:
-    """A name as a file's; one that had to be changed for that carries a number, so that two stay apart."""
+    """Make a file name of a name. A changed one ends with a hash, so that two names never share a file."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.")
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"

@@ -1,8 +1,8 @@
-"""From rows to tables.
+"""Summarise rows in tables.
 
-1. A `Row` is one prompt on one case, scored; rows.csv holds all of them.
-2. A `GroupStats` puts the rows of one category and one setting together over the cases; empty truths are counted apart.
-3. `Summary` holds the cells of an evaluation, the overall figures of each setting, and how masks were read.
+1. A `Row` holds the scores of one prompt on one case; rows.csv lists all rows.
+2. A `GroupStats` summarises the rows of one category and one setting over the cases. It counts empty truths separately.
+3. A `Summary` holds these cells, the overall figures of each setting, and the categories that the masks resemble.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from segvol_pl.evaluation.mask_category import READ, CategoryMatch
+from segvol_pl.evaluation.mask_category import TOP, CategoryMatch
 from segvol_pl.evaluation.metrics import Interval, Stats, macro_interval
 from segvol_pl.evaluation.prompts import Setting
 
@@ -28,41 +28,42 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt on one case. An empty cell in rows.csv is None: the figure does not exist."""
+    """One prompt on one case. None, an empty cell in rows.csv, is a figure that does not exist."""
 
     case: str
     category: str
     mode: str
     prompt: str
     box: str
-    """Where its box came from, see config.DrawConfig; empty where it had none."""
+    """Source of the box, see config.DrawConfig; empty without a box."""
     points: str
+    """Source of the points; empty without points."""
     components: int
-    """Prompts whose masks were united; 0 where the truth is empty."""
+    """Number of prompts whose masks were united; 0 if the truth is empty."""
     dice: float | None
-    """None where the truth is empty."""
+    """None if the truth is empty."""
     zoom_out: float | None
-    """Dice of the coarse mask; None likewise, and in other modes than zoom."""
+    """Dice of the coarse mask. None if the truth is empty, and in modes other than zoom."""
     surface_dice: float | None
-    """Share of surface within the tolerance. None also where the spacing is unknown."""
+    """Fraction of the surface within the tolerance. None if the truth is empty or the spacing unknown."""
     volume_error: float | None
-    """(predicted - true) / true."""
+    """(predicted - true) / true volume. None if the truth is empty."""
     seconds: float
     """From prompt to mask, see config.EvaluateConfig.timing."""
     memory_mb: float | None
-    """Peak meanwhile: of the GPU's memory, else of the process."""
+    """Peak during that time, in MiB: of the GPU's memory, without a GPU of the process."""
     truth_voxels: int
     predicted_voxels: int
     windows: int
-    """Windows at native resolution that were asked."""
+    """Windows at native resolution that the model decoded."""
     mask: str = ""
-    """The mask's file below the folder of the evaluation."""
+    """Path of the mask's file, relative to the folder of the evaluation; empty if not written."""
     custom: dict[str, float | None] = field(default_factory=dict)
-    """The figures of config.EvaluateConfig.metrics, by the functions' names; None where the truth is empty."""
+    """Values of config.EvaluateConfig.metrics by function name; None if the truth is empty."""
 
     @property
     def setting(self) -> Setting:
-        """What was asked for, without the case."""
+        """Mode and prompt of the row."""
         return Setting(self.mode, self.prompt, self.box, self.points)
 
     @property
@@ -73,33 +74,33 @@ class Row:
 
 @dataclass(frozen=True)
 class GroupStats:
-    """One category in one setting. Spreads are over the cases that hold the category; None where there are none."""
+    """One category in one setting. Statistics are over the cases that have the category; None without such cases."""
 
     n: int
-    """Cases that hold the category."""
+    """Cases that have the category."""
     empty: int
-    """Cases asked for it all the same whose truth is empty; in none of the spreads."""
+    """Cases with an empty truth that were prompted for the category; not in the statistics."""
     false_alarms: int
-    """Of those, the ones where something was found."""
+    """Cases with an empty truth in which the model found something."""
     dice: Stats | None
     zoom_out: Stats | None
     surface_dice: Stats | None
     volume_error: Stats | None
     seconds: float
-    """Mean over all its rows."""
+    """Mean over all rows."""
     memory_mb: float | None
-    """Most of all its rows."""
+    """Maximum over all rows."""
     custom: dict[str, Stats | None]
 
 
 @dataclass(frozen=True)
 class Overall:
-    """One setting: means over the categories of their means over cases; seconds are a mean over rows."""
+    """One setting: means over categories of the means over cases; `seconds` is the mean over rows."""
 
     categories: int
     dice: float | None
     dice_interval: Interval | None
-    """95 %, the cases resampled."""
+    """95 % bootstrap interval over the cases."""
     zoom_out: float | None
     surface_dice: float | None
     seconds: float
@@ -109,61 +110,61 @@ class Overall:
 
 @dataclass(frozen=True)
 class MatchSummary:
-    """How the masks of one category's spatial prompts were read."""
+    """The categories that the masks of one category's spatial prompts resemble."""
 
     n: int
     first: float
-    """Share of cases in which the category itself came first."""
+    """Fraction of cases in which the category itself ranks first."""
     soft_dice: dict[str, float]
-    """Category -> mean soft_dice over the cases, the eight largest; a case that names it nowhere counts 0."""
+    """Category -> mean soft Dice over the cases, the eight largest. A case that does not list it counts as 0."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """An evaluation put together; `rows` are its particulars."""
+    """All results of an evaluation."""
 
     checkpoint: str
     source: str
     """Folder of shards, or of files."""
     split: str
     cases: int
-    """Cases that were read."""
+    """Number of readable cases."""
     rows: list[Row]
     absent: dict[str, int] = field(default_factory=dict)
-    """Category asked for -> cases that do not hold it."""
+    """Configured category -> number of cases that do not have it."""
     unknown: dict[str, int] = field(default_factory=dict)
-    """Category that a case holds and the model's text bank does not -> cases; left out of text prompts."""
+    """Category that the model's text bank lacks -> number of cases that have it; not prompted by text."""
     unlabelled: int = 0
-    """Cases without a label map."""
+    """Number of cases without a label map."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """Case that cannot be read -> why."""
+    """Unreadable case -> reason."""
     matches: list[CategoryMatch] = field(default_factory=list)
     seconds: float = 0.0
-    """All cases' together, reading and encoding included; ranks work side by side."""
+    """Sum over the cases, reading and encoding included. Ranks work in parallel, so it exceeds the elapsed time."""
     seed: int = 0
 
     @property
     def settings(self) -> list[Setting]:
-        """Those that have rows, in the order of the rows."""
+        """Settings in the order of the rows."""
         return list(dict.fromkeys(row.setting for row in self.rows))
 
     @property
     def categories(self) -> list[str]:
-        """Those that have rows, by name."""
+        """Categories that have rows, sorted."""
         return sorted({row.category for row in self.rows})
 
     @property
     def custom(self) -> list[str]:
-        """Names of the user's own figures."""
+        """Names of the custom metrics."""
         return list(self.rows[0].custom) if self.rows else []
 
     @cached_property
     def cells(self) -> dict[tuple[str, Setting], GroupStats]:
-        """(category, setting) -> cell, for all that have rows."""
+        """(category, setting) -> statistics, for all pairs that have rows."""
         groups: dict[tuple[str, Setting], list[Row]] = {}
         for row in sorted(self.rows, key=lambda row: row.category):
             groups.setdefault((row.category, row.setting), []).append(row)
-        return {key: _cell(rows, [self.seed, _number(*map(str, key))]) for key, rows in groups.items()}
+        return {key: _group_stats(rows, [self.seed, _seed_of(*map(str, key))]) for key, rows in groups.items()}
 
     @cached_property
     def overall(self) -> dict[Setting, Overall]:
@@ -176,24 +177,24 @@ class Summary:
         return Overall(
             categories=len(cells),
             dice=_mean([cell.dice.mean for cell in cells if cell.dice]),
-            dice_interval=macro_interval(_table(rows), [self.seed, _number(str(setting))]),
+            dice_interval=macro_interval(_dice_table(rows), [self.seed, _seed_of(str(setting))]),
             zoom_out=_mean([cell.zoom_out.mean for cell in cells if cell.zoom_out]),
             surface_dice=_mean([cell.surface_dice.mean for cell in cells if cell.surface_dice]),
             seconds=float(np.mean([row.seconds for row in rows])),
-            memory_mb=_most(rows),
+            memory_mb=_peak_memory(rows),
             custom={name: _mean([mean.mean for cell in cells if (mean := cell.custom[name])]) for name in self.custom},
         )
 
     @cached_property
     def matches_by_category(self) -> dict[str, MatchSummary]:
-        """Category -> how its masks were read."""
+        """Category -> the categories that its masks resemble."""
         groups: dict[str, list[CategoryMatch]] = {}
         for match in sorted(self.matches, key=lambda match: match.category):
             groups.setdefault(match.category, []).append(match)
         return {category: _match_summary(category, found) for category, found in groups.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """summary.json, without the rows and matches."""
+        """Return the content of summary.json, without rows and matches."""
         plain = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("rows", "matches")}
         return {
             **plain,
@@ -203,11 +204,11 @@ class Summary:
                 {"category": category, **asdict(setting), **asdict(cell)}
                 for (category, setting), cell in self.cells.items()
             ],
-            "matches": {category: asdict(read) for category, read in self.matches_by_category.items()},
+            "matches": {category: asdict(match) for category, match in self.matches_by_category.items()},
         }
 
     def table(self) -> Table:
-        """Means by category and setting, then over the categories, for a terminal."""
+        """Make a terminal table of the means by category and setting, then over the categories."""
         table = Table(
             box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"Means over cases: {self.split} split, {self.cases} cases"
         )
@@ -229,17 +230,17 @@ class Summary:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """For tables; empty for a figure that does not exist."""
+    """Format a figure for a table; None is empty."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
 def interval_text(interval: Interval | None) -> str:
-    """`0.712 to 0.798`."""
+    """Format an interval, as `0.712 to 0.798`; None is empty."""
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def _number(*texts: str) -> int:
-    """A seed of its own for each cell, so that a cell's intervals do not depend on the others."""
+def _seed_of(*texts: str) -> int:
+    """Make a seed of a cell's name, so that its intervals do not depend on the other cells."""
     return zlib.crc32("\n".join(texts).encode())
 
 
@@ -247,34 +248,34 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def _most(rows: Sequence[Row]) -> float | None:
+def _peak_memory(rows: Sequence[Row]) -> float | None:
     return max((row.memory_mb for row in rows if row.memory_mb is not None), default=None)
 
 
-def _cell(rows: list[Row], seed: list[int]) -> GroupStats:
-    # In the order of the cases, whichever rank had which.
+def _group_stats(rows: list[Row], seed: list[int]) -> GroupStats:
+    # Sorted, so that the bootstrap does not depend on which rank evaluated which case.
     rows = sorted(rows, key=lambda row: row.case)
-    held, empty = ([row for row in rows if row.empty is flag] for flag in (False, True))
+    present, empty = ([row for row in rows if row.empty is flag] for flag in (False, True))
 
-    def spread(values: Iterable[float | None]) -> Stats | None:
+    def stats(values: Iterable[float | None]) -> Stats | None:
         return Stats.of([value for value in values if value is not None], seed)
 
     return GroupStats(
-        n=len(held),
+        n=len(present),
         empty=len(empty),
         false_alarms=sum(row.predicted_voxels > 0 for row in empty),
-        dice=spread(row.dice for row in held),
-        zoom_out=spread(row.zoom_out for row in held),
-        surface_dice=spread(row.surface_dice for row in held),
-        volume_error=spread(row.volume_error for row in held),
+        dice=stats(row.dice for row in present),
+        zoom_out=stats(row.zoom_out for row in present),
+        surface_dice=stats(row.surface_dice for row in present),
+        volume_error=stats(row.volume_error for row in present),
         seconds=float(np.mean([row.seconds for row in rows])),
-        memory_mb=_most(rows),
-        custom={name: spread(row.custom[name] for row in held) for name in rows[0].custom},
+        memory_mb=_peak_memory(rows),
+        custom={name: stats(row.custom[name] for row in present) for name in rows[0].custom},
     )
 
 
-def _table(rows: Sequence[Row]) -> np.ndarray:
-    """Dice by case and category (N,K), NaN where there is none."""
+def _dice_table(rows: Sequence[Row]) -> np.ndarray:
+    """Make the table of Dice by case and category (N,K); NaN for a missing row."""
     place = {case: number for number, case in enumerate(sorted({row.case for row in rows}))}
     column = {name: number for number, name in enumerate(sorted({row.category for row in rows if not row.empty}))}
     table_NK = np.full((len(place), len(column)), np.nan)
@@ -289,13 +290,13 @@ def _match_summary(category: str, matches: list[CategoryMatch]) -> MatchSummary:
     totals: dict[str, float] = {}
     for match in sorted(matches, key=lambda match: (match.case, match.place)):
         totals[match.named] = totals.get(match.named, 0.0) + match.soft_dice
-    ranked = sorted(totals.items(), key=lambda item: -item[1])[:READ]
+    ranked = sorted(totals.items(), key=lambda item: -item[1])[:TOP]
     first = sum(match.place == 1 and match.named == category for match in matches)
     return MatchSummary(cases, first / cases, {name: total / cases for name, total in ranked})
 
 
 def csv_text(kind: type, items: Sequence[Any]) -> str:
-    """Instances of a dataclass as CSV, see `columns`; floats rounded, None empty."""
+    """Write instances of a dataclass as CSV, see `columns`. Floats are rounded; None is empty."""
     head, records = columns(kind, items)
     stream = io.StringIO(newline="")
     writer = csv.writer(stream)
@@ -305,7 +306,7 @@ def csv_text(kind: type, items: Sequence[Any]) -> str:
 
 
 def columns(kind: type, items: Sequence[Any]) -> tuple[list[str], list[list[Any]]]:
-    """Names and values of the instances of a dataclass; a field that is a dict gives a column for each of its keys."""
+    """Return column names and records of instances of a dataclass. A dict field becomes one column per key."""
     records = [_columns(item) for item in items]
     return list(records[0]) if records else [one.name for one in fields(kind)], [list(one.values()) for one in records]
 

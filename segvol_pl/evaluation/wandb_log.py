@@ -1,4 +1,4 @@
-"""An evaluation at wandb: its tables, figures and pictures."""
+"""Log an evaluation to wandb: tables, figures and pictures."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 
 
 def track(out: Path, config: EvaluateConfig, summary: Summary, pictures: Sequence[Picture]) -> None:
-    """Logs tables `rows`, `categories` and `matches`, the pictures, and each setting's overall figures.
+    """Log the tables `rows`, `categories` and `matches`, the pictures, and the overall figures of each setting.
 
-    Putting an evaluation together again continues its wandb run, unless it was begun anew. Nothing is logged where
-    wandb is not installed, and that is said.
+    A repeated evaluation continues its wandb run, except with `resume=false`. If wandb is not installed, only a warning
+    is logged.
     """
     if not wandb_is_there():
         return
     logger = wandb_logger(out, config.track, new=not config.resume)
-    told = {
+    content = {
         "rows": _records(Row, summary.rows),
         "categories": _cells(summary),
         **({"matches": _records(CategoryMatch, summary.matches)} if summary.matches else {}),
         "pictures": [_image(picture) for picture in pictures],
     }
     logger.attempt(lambda: logger.experiment.config.update(plain(config), allow_val_change=True))
-    logger.attempt(lambda: logger.experiment.log(told))
+    logger.attempt(lambda: logger.experiment.log(content))
     logger.attempt(lambda: logger.experiment.summary.update(_overall(summary)))
     finish([logger])
 
@@ -73,7 +73,7 @@ def _mean(spread: Any) -> float | None:
 
 
 def _overall(summary: Summary) -> dict[str, float]:
-    """`dice/zoom box(exact)+text` and so on: the figures that exist."""
+    """Return the figures that exist, under keys as `dice/zoom box(exact)+text`."""
     names = ("dice", "zoom_out", "surface_dice", "seconds")
     return {
         f"{name}/{setting}": value

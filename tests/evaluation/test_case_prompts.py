@@ -7,7 +7,7 @@ import pytest
 
 from segvol_pl.config import CasesConfig, DrawConfig, EvaluateConfig, Mode, Slice
 from segvol_pl.errors import ConfigError, SampleError
-from segvol_pl.evaluation.prompts import Setting, deepest, draw, parts_of, settings
+from segvol_pl.evaluation.prompts import Setting, deepest_voxel, sample_prompt, settings, split_components
 from segvol_pl.imaging.box import box_of
 
 SHAPE, SPACING, SEEDS = (20, 40, 36), (3.0, 1.0, 1.0), [0, 1, 2]
@@ -41,25 +41,27 @@ def test_settings_are_all_ways_of_asking() -> None:
 
 def test_a_prompt_has_the_parts_of_its_setting() -> None:
     mask_DHW = cone()
-    prompt = draw(Setting("zoom", "points+text", points="random5"), "liver", mask_DHW, SPACING, DrawConfig(), SEEDS)
+    prompt = sample_prompt(
+        Setting("zoom", "points+text", points="random5"), "liver", mask_DHW, SPACING, DrawConfig(), SEEDS
+    )
     assert prompt.text == "liver" and prompt.box is None and prompt.points_N3 is not None
     np.testing.assert_array_equal(prompt.labels_N, [1] * 5 + [0] * 2)
     np.testing.assert_array_equal(mask_DHW[tuple(prompt.points_N3.T)], [True] * 5 + [False] * 2)
-    boxed = draw(Setting("zoom", "box", box="exact"), "liver", mask_DHW, SPACING, DrawConfig(), SEEDS)
+    boxed = sample_prompt(Setting("zoom", "box", box="exact"), "liver", mask_DHW, SPACING, DrawConfig(), SEEDS)
     assert boxed.text is None and boxed.box == box_of(mask_DHW)
-    alone = draw(Setting("zoom", "text"), "liver", np.zeros(SHAPE, bool), SPACING, DrawConfig(), SEEDS)
+    alone = sample_prompt(Setting("zoom", "text"), "liver", np.zeros(SHAPE, bool), SPACING, DrawConfig(), SEEDS)
     assert (alone.text, alone.box, alone.points_N3) == ("liver", None, None)
 
 
 def test_a_jittered_box_is_near_the_exact_one_and_drawn_by_the_seeds() -> None:
     setting, exact = Setting("zoom", "box", box="jittered"), box_of(cone())
-    boxes = [draw(setting, "", cone(), SPACING, DrawConfig(jitter=0.2), [seed]).box for seed in range(20)]
+    boxes = [sample_prompt(setting, "", cone(), SPACING, DrawConfig(jitter=0.2), [seed]).box for seed in range(20)]
     reach = [0.2 * (high - low + 1) + 0.5 for low, high in zip(exact[:3], exact[3:], strict=True)] * 2
     assert len(set(boxes)) > 10
     assert all(
         abs(one - other) <= most for box in boxes if box for one, other, most in zip(box, exact, reach, strict=True)
     )
-    assert boxes[0] == draw(setting, "", cone(), SPACING, DrawConfig(jitter=0.2), [0]).box
+    assert boxes[0] == sample_prompt(setting, "", cone(), SPACING, DrawConfig(jitter=0.2), [0]).box
 
 
 @pytest.mark.parametrize(
@@ -72,21 +74,21 @@ def test_a_jittered_box_is_near_the_exact_one_and_drawn_by_the_seeds() -> None:
     ],
 )
 def test_a_slices_box(config: DrawConfig, expected: tuple[int, ...]) -> None:
-    assert draw(Setting("zoom", "box", box="slice"), "", cone(), SPACING, config, SEEDS).box == expected
+    assert sample_prompt(Setting("zoom", "box", box="slice"), "", cone(), SPACING, config, SEEDS).box == expected
 
 
 def test_a_depth_in_mm_needs_a_spacing() -> None:
     setting = Setting("zoom", "box", box="slice")
     with pytest.raises(SampleError, match=r"draw\.depth"):
-        draw(setting, "", cone(), None, DrawConfig(depth=10.0), SEEDS)
-    assert draw(setting, "", cone(), None, DrawConfig(), SEEDS).box is not None
+        sample_prompt(setting, "", cone(), None, DrawConfig(depth=10.0), SEEDS)
+    assert sample_prompt(setting, "", cone(), None, DrawConfig(), SEEDS).box is not None
 
 
 def test_the_centre_is_inside_and_deepest() -> None:
-    assert deepest(cone(), SPACING)[1:].tolist() == [20, 15]
-    d, h, w = deepest(ring(), SPACING)
+    assert deepest_voxel(cone(), SPACING)[1:].tolist() == [20, 15]
+    d, h, w = deepest_voxel(ring(), SPACING)
     assert ring()[d, h, w] and 8 <= np.hypot(h - 20, w - 17) <= 11
-    prompt = draw(Setting("zoom", "points", points="centre"), "", ring(), SPACING, DrawConfig(), SEEDS)
+    prompt = sample_prompt(Setting("zoom", "points", points="centre"), "", ring(), SPACING, DrawConfig(), SEEDS)
     assert prompt.points_N3 is not None and prompt.points_N3.tolist() == [[d, h, w]] and prompt.labels_N == [1]
 
 
@@ -101,11 +103,14 @@ def scattered() -> np.ndarray:
 
 def test_a_scattered_target_is_split_into_components() -> None:
     setting, config = Setting("zoom", "box", box="exact"), DrawConfig(components=True)
-    parts = parts_of(scattered(), setting, config)
+    parts = split_components(scattered(), setting, config)
     assert [int(part.sum()) for part in parts] == [6**3, 4**3 + 1]
-    assert len(parts_of(scattered(), setting, DrawConfig(components=True, component_voxels=1))) == 3
-    assert len(parts_of(scattered(), setting, DrawConfig(components=True, component_voxels=1000))) == 1
-    whole = [parts_of(scattered(), Setting("zoom", "text"), config), parts_of(scattered(), setting, DrawConfig())]
+    assert len(split_components(scattered(), setting, DrawConfig(components=True, component_voxels=1))) == 3
+    assert len(split_components(scattered(), setting, DrawConfig(components=True, component_voxels=1000))) == 1
+    whole = [
+        split_components(scattered(), Setting("zoom", "text"), config),
+        split_components(scattered(), setting, DrawConfig()),
+    ]
     assert [[int(part.sum()) for part in parts] for parts in whole] == [[6**3 + 4**3 + 4]] * 2
 
 

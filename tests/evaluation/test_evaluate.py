@@ -32,7 +32,7 @@ from segvol_pl.data.schema import Member
 from segvol_pl.data.shards import build_index, write_shard
 from segvol_pl.errors import EvaluateError, LockedError, ShardError, UnknownCategory
 from segvol_pl.evaluation.metrics import dice
-from segvol_pl.evaluation.run import Summary, evaluate, picked
+from segvol_pl.evaluation.run import Summary, evaluate, select_examples
 from segvol_pl.evaluation.summary import Row
 from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.prompts import Prompt
@@ -103,11 +103,11 @@ def table_text(summary: Summary) -> str:
 def test_a_folder_that_another_process_evaluates_into_is_refused(shards: Path, tmp_path: Path) -> None:
     """Shares lie side by side; what would remove their results does not begin."""
     config = evaluate_config(shards, tmp_path, prompts=["text"], categories=["spleen"], limit=1, pictures=0)
-    with holding(tmp_path), pytest.raises(LockedError, match="is being written by"):
+    with holding(tmp_path), pytest.raises(LockedError, match=tmp_path.name):
         evaluated(config)
     with holding(tmp_path, ".lock-0-1-of-1-2.json"):
         rows = evaluated(config).rows
-        with pytest.raises(LockedError, match="is being written by"):
+        with pytest.raises(LockedError, match=tmp_path.name):
             evaluated(replace(config, resume=False))
     assert [row.dice for row in evaluated(config).rows] == [row.dice for row in rows]
 
@@ -163,9 +163,7 @@ def test_a_category_asked_for_that_the_model_does_not_know_is_refused(shards: Pa
 
 def test_a_split_without_cases_is_refused_before_the_model_is_read(shards: Path, tmp_path: Path) -> None:
     config = evaluate_config(shards, tmp_path / "out", split="validation")
-    with pytest.raises(
-        EvaluateError, match=r"no labelled case of split 'validation'; it holds test \(3\), train \(1\)"
-    ):
+    with pytest.raises(EvaluateError, match=r"^data\.split: .*test \(3\), train \(1\)"):
         evaluate(config)
     assert not (tmp_path / "out").exists()
 
@@ -177,7 +175,7 @@ def test_a_folder_without_index_is_refused(tmp_path: Path) -> None:
 
 def test_no_case_with_the_category_leaves_nothing_that_looks_whole(shards: Path, tmp_path: Path) -> None:
     config = evaluate_config(shards, tmp_path, categories=["pancreas"])
-    with pytest.raises(EvaluateError, match="categories"):
+    with pytest.raises(EvaluateError, match=r"^categories:"):
         evaluated(config, NamedOracle(["pancreas"]))
     assert not list(tmp_path.glob("*.csv")) and not (tmp_path / "report.html").exists()
 
@@ -292,7 +290,7 @@ def test_an_unknown_spacing_leaves_the_surface_dice_out_and_says_so(tmp_path: Pa
     assert all(row.surface_dice is None and row.dice == 1.0 and row.mask == "" for row in summary.rows)
     assert "1 cases have no known spacing" in (tmp_path / "out" / "report.html").read_text()
     drawn = DrawConfig(boxes=["slice"], depth=6.0)
-    with pytest.raises(EvaluateError, match=r"1 of 1 cases cannot be read.*case00: .*draw\.depth"):
+    with pytest.raises(EvaluateError, match=r"case00: .*draw\.depth"):
         evaluated(evaluate_config(tmp_path, tmp_path / "deep", prompts=["box"], draw=drawn))
 
 
@@ -313,7 +311,7 @@ def test_a_damaged_case_is_left_out_when_allowed_and_tried_again(tmp_path: Path)
     offset, size = index.samples[1].members[Member.CT.value]
     tar.write_bytes(whole[:offset] + bytes(size) + whole[offset + size :])
     config = evaluate_config(tmp_path, tmp_path / "out", prompts=["box"])
-    with pytest.raises(EvaluateError, match=r"1 of 2 cases cannot be read, max_bad_fraction=0\.0 .*case01: "):
+    with pytest.raises(EvaluateError, match=r"max_bad_fraction=0\.0 .*case01: "):
         evaluated(config)
     assert not (tmp_path / "out" / "report.html").exists()
     allowed = evaluated(replace(config, max_bad_fraction=0.5))
@@ -350,7 +348,7 @@ def test_pictures_are_of_the_worst_median_and_best_case() -> None:
 
     rows = [row(str(n), "liver", value) for n, value in enumerate([0.5, 0.9, 0.1, 0.7, 0.6])]
     rows += [row("0", "spleen", 0.2), row("1", "spleen", 0.3), row("0", "aorta", 0.95), row("0", "aorta", 0.0, "text")]
-    chosen = [(label, each.category, each.dice) for label, each in picked(Summary("m", "s", "t", 5, rows), 2)]
+    chosen = [(label, each.category, each.dice) for label, each in select_examples(Summary("m", "s", "t", 5, rows), 2)]
     assert chosen[0] == ("worst", "spleen", 0.2) and chosen[1] == ("median and best", "spleen", 0.3)
     assert chosen[2:] == [("worst", "liver", 0.1), ("median", "liver", 0.6), ("best", "liver", 0.9)]
 

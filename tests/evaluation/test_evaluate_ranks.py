@@ -103,11 +103,11 @@ def test_slices_are_put_together_by_a_run_without_one(config: EvaluateConfig, wh
 
 
 def test_results_of_other_settings_are_refused(config: EvaluateConfig, whole: Summary, tmp_path: Path) -> None:
-    with pytest.raises(EvaluateError, match=r"other seed, tolerance: give another folder, or begin anew with resume"):
+    with pytest.raises(EvaluateError, match="other seed, tolerance:"):
         evaluate(replace(config, seed=5, tolerance=1.0))
     other = save_untrained(tmp_path / "other.ckpt", [*config.categories, "pancreas"])
     with pytest.raises(EvaluateError, match="other model"):
         evaluate(replace(config, checkpoint=str(other)))
-    with pytest.raises(EvaluateError, match="resume: false would remove"):
+    with pytest.raises(EvaluateError, match=r"^resume:"):
         evaluate(replace(config, resume=False, part="0/2"))
     assert len(results(config.out)) == 6

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from segvol_pl.evaluation.figures import Picture, cut, plot_picture
+from segvol_pl.evaluation.figures import Picture, plot_picture, slice_planes
 from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.report import write_report
 from segvol_pl.evaluation.summary import Row, Summary
@@ -37,7 +37,7 @@ def small_summary() -> Summary:
         for case, value in (("a", 0.6), ("b", 0.7), ("c", 0.9))
     ]
     rows.append(Row("d", "liver", "zoom", "text", "", "", 0, None, None, None, None, 0.25, None, 0, 40, 2))
-    readings = [
+    matches = [
         CategoryMatch("a", "liver", "box(exact)", 1, "liver", 0.8),
         CategoryMatch("a", "liver", "box(exact)", 2, "spleen", 0.1),
     ]
@@ -50,7 +50,7 @@ def small_summary() -> Summary:
         absent={"spleen": 2},
         unlabelled=1,
         unusable={"bad": "shard x.tar is cut"},
-        readings=readings,
+        matches=matches,
         seconds=4.0,
     )
 
@@ -68,14 +68,14 @@ def picture() -> Picture:
     hu_DHW, truth_DHW = case_volume()
     masks = {"zoom-out": np.zeros_like(truth_DHW), "prediction": np.roll(truth_DHW, 2, axis=2)}
     prompt = Prompt(box=(2, 4, 16, 4, 11, 27), points_N3=np.array([[3, 5, 20], [0, 1, 1]]), labels_N=np.array([1, 0]))
-    planes = cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, masks, [prompt])
+    planes = slice_planes(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, masks, [prompt])
     return Picture("a", "liver", "liver, worst: a, zoom box+text: Dice 0.500 → 0.600", plot_picture(planes))
 
 
 def test_planes_are_cut_where_the_truth_is_largest_and_shown_upright() -> None:
     hu_DHW, truth_DHW = case_volume()
     hu_DHW[3, 19, 29] = 3000  # anterior right
-    axial, coronal, sagittal = cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {"prediction": truth_DHW})
+    axial, coronal, sagittal = slice_planes(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {"prediction": truth_DHW})
     assert [plane.grey_RC.shape for plane in (axial, coronal, sagittal)] == [(20, 30), (6, 30), (6, 20)]
     assert [plane.aspect for plane in (axial, coronal, sagittal)] == [2.0, 5.0, 2.5]
     assert axial.masks["truth"].sum() == truth_DHW[3].sum()
@@ -85,7 +85,7 @@ def test_planes_are_cut_where_the_truth_is_largest_and_shown_upright() -> None:
 def test_boxes_and_points_of_a_prompt_lie_where_the_planes_show_them() -> None:
     hu_DHW, truth_DHW = case_volume()
     prompt = Prompt(box=(3, 4, 16, 3, 11, 27), points_N3=np.array([[3, 5, 20], [0, 1, 1]]), labels_N=np.array([1, 0]))
-    axial, coronal, _ = cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {}, [prompt])
+    axial, coronal, _ = slice_planes(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {}, [prompt])
     ((top, left, bottom, right), through) = axial.boxes[0]
     rows, columns = np.nonzero(axial.masks["truth"])
     assert (top, left, bottom, right) == (rows.min(), columns.min(), rows.max(), columns.max()) and through
@@ -97,7 +97,7 @@ def test_boxes_and_points_of_a_prompt_lie_where_the_planes_show_them() -> None:
 
 def test_a_picture_shows_the_prompt() -> None:
     hu_DHW, truth_DHW = case_volume()
-    plain = imread(io.BytesIO(plot_picture(cut(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {}))))
+    plain = imread(io.BytesIO(plot_picture(slice_planes(hu_DHW, (5.0, 2.0, 1.0), truth_DHW, {}))))
     given = imread(io.BytesIO(picture().png))
     yellow = [(image[..., 0] > 0.7) & (image[..., 1] > 0.6) & (image[..., 2] < 0.4) for image in (plain, given)]
     assert not yellow[0].any() and yellow[1].sum() > 50
@@ -105,7 +105,7 @@ def test_a_picture_shows_the_prompt() -> None:
 
 def test_a_slab_of_few_slices_leaves_room_for_its_axial_plane() -> None:
     hu_DHW = np.zeros((4, 90, 120), np.int16)
-    image = imread(io.BytesIO(plot_picture(cut(hu_DHW, (2.0, 1.0, 1.0), hu_DHW == 0, {}))))
+    image = imread(io.BytesIO(plot_picture(slice_planes(hu_DHW, (2.0, 1.0, 1.0), hu_DHW == 0, {}))))
     assert image.shape[1] < 6 * image.shape[0]
 
 
@@ -165,7 +165,7 @@ def test_a_browser_shows_the_report(tmp_path: Path) -> None:
     assert shown.shape[:2] == (2400, 1200)
     dark, orange = shown.sum(axis=2) < 0.3, (shown[..., 0] > 0.8) & (shown[..., 2] < 0.3)
     assert 0.005 < dark.mean() < 0.5, "text and pictures on white"
-    assert orange.sum() > 200, "box plots, readings and outlines"
+    assert orange.sum() > 200, "box plots, matches and outlines"
 
 
 PROBE = """<p id="probe"></p><script>

@@ -278,7 +278,7 @@ def test_runs_that_give_no_point_are_listed_with_the_reason(tmp_path: Path) -> N
         "is failed, not finished",
         "metrics.csv holds no val/loss",
     ]
-    with pytest.raises(PointsError, match="no such folder"):
+    with pytest.raises(PointsError, match="nowhere"):
         gather(FitConfig(runs=[str(tmp_path / "nowhere")]))
 
 
@@ -323,10 +323,12 @@ def test_runs_without_a_partner_are_named() -> None:
     points = paired(-0.03, 0.002)
     kept = [point for point in points.used if point.name != "0.5-scratch-2"]
     assert compare(Points(kept, {}, "", ""), "start").unpaired == ["0.5-simmim-2"]
-    with pytest.raises(ConfigError, match=r"axis: no run has a place on 'size'; there are data, seed, start"):
+    with pytest.raises(ConfigError, match="data, seed, start") as caught:
         compare(points, "size")
-    with pytest.raises(ConfigError, match="baseline: no run is start = x"):
+    assert caught.value.key == "axis"
+    with pytest.raises(ConfigError, match="scratch, simmim") as caught:
         compare(points, "start", "x")
+    assert caught.value.key == "baseline"
 
 
 def test_a_comparison_of_run_folders_is_written(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_evaluation_in_bf16_agrees_with_one_on_the_cpu(trained: Path, phantom_sh
     def dice(device: str, precision: str) -> dict[tuple[str, str], float]:
         out = tmp_path / device
         keys = [f"checkpoint={trained / 'checkpoints' / 'last.ckpt'}", f"data.shards={phantom_shards}", f"out={out}"]
-        more = [f"device={device}", f"precision={precision}", "pictures=0", "readings=false", "modes=[resize]"]
+        more = [f"device={device}", f"precision={precision}", "pictures=0", "match_categories=false", "modes=[resize]"]
         evaluate(load("evaluate", [str(TINY / "evaluate.yaml"), *keys, *more]))
         with (out / "rows.csv").open() as lines:
             return {(row["case"], row["category"] + row["prompt"]): float(row["dice"]) for row in csv.DictReader(lines)}

@@ -99,7 +99,7 @@ def test_a_signal_reaches_the_batch_shell_or_the_tasks(lab: SlurmLab) -> None:
 
 def test_an_unmet_wait_shows_the_job_and_the_daemons(lab: SlurmLab) -> None:
     job = lab.sbatch(script="echo a bad day; exit 3")
-    with pytest.raises(LabError, match=r"is FAILED, not COMPLETED; it said: a bad day") as failure:
+    with pytest.raises(LabError, match=r"FAILED.*a bad day") as failure:
         lab.wait(job, {"COMPLETED"})
     assert "---- controller.log" in str(failure.value) and f"Launching batch job {job}" in str(failure.value)
     with pytest.raises(LabError, match="Invalid job id"):

@@ -64,7 +64,7 @@ def test_bf16_trains_with_clipped_gradients(phantom_shards: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp", *(pytest.param(name, landmarks=pytest.mark.slow) for name in ("fsdp", "zero2", "zero3"))]
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp", "zero2", "zero3"))]
 )
 def test_two_ranks_train_like_one_in_bf16(
     phantom_shards: Path, tmp_path: Path, alone: list[float], strategy: str, ranks: dict[int, Ranks]

@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_named(
 
 @pytest.mark.parametrize(
     ("number", "strategy"),
-    [(1, "auto"), *(pytest.param(2, name, landmarks=pytest.mark.slow) for name in ("ddp", "fsdp", "zero2", "zero3"))],
+    [(1, "auto"), *(pytest.param(2, name, marks=pytest.mark.slow) for name in ("ddp", "fsdp", "zero2", "zero3"))],
 )
 def test_a_skipped_step_leaves_the_weights_of_a_run_without_it(
     phantom_shards: Path, tmp_path: Path, ranks: dict[int, Ranks], left_out: Path, number: int, strategy: str
