@@ -18,6 +18,7 @@ import difflib
 import functools
 import importlib
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +29,6 @@ from typing import Any
 
 import yaml
 
-from segvol_pl import config as schema_module
 from segvol_pl.config import BUNDLED, MAY_CHANGE, MISSING, SCHEMAS, Range
 from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError
@@ -262,15 +262,14 @@ def _walk(schema: type, prefix: str, given: Any = None) -> Iterator[Field]:
             yield from _walk(typing.cast(type, hint), f"{key}.", default)
         else:
             default = default if given is None else getattr(given, item.name)
-            owners = [owner.__name__ for owner in schema.__mro__ if (owner.__name__, item.name) in _docstrings()]
-            text = _docstrings()[owners[0], item.name] if owners else ""
-            yield Field(key, hint, default, text, item.metadata.get("range"))
+            texts = (_docstrings(owner.__module__).get((owner.__name__, item.name)) for owner in schema.__mro__[:-1])
+            yield Field(key, hint, default, next(filter(None, texts), ""), item.metadata.get("range"))
 
 
 @functools.cache
-def _docstrings() -> dict[tuple[str, str], str]:
-    """(class, field) -> the text under the field, which Python itself does not keep."""
-    tree = ast.parse(Path(str(schema_module.__file__)).read_text(encoding="utf-8"))
+def _docstrings(module: str) -> dict[tuple[str, str], str]:
+    """(class, field) -> the text under the field, which Python itself does not keep, of the schemas in a module."""
+    tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
     found = {}
     for schema in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for statement, following in zip(schema.body, schema.body[1:], strict=False):

@@ -327,7 +327,8 @@ def test_every_key_explains_itself(command: str) -> None:
 
 def unread(names: Iterable[str]) -> list[str]:
     """Those of `names` that no code of the package reads as an attribute."""
-    sources = [path for path in (ROOT / "segvol_pl").rglob("*.py") if path.name not in ("config.py", "configure.py")]
+    package = ROOT / "segvol_pl"
+    sources = [path for path in package.rglob("*.py") if not path.is_relative_to(package / "config")]
     nodes = (node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     return [name for name in names if name not in read]

@@ -124,11 +124,11 @@ def stating(exported: Path, target: Path, **changes: Any) -> Path:
 STATED: dict[str, tuple[dict[str, Any], str]] = {
     "no heads": ({"num_heads": 0}, r"states no model .* model\.num_heads: must be at least 1"),
     "no decoder heads": ({"decoder_heads": 0}, r"states no model .* model\.decoder_heads: must be at least 1"),
-    "a flat patch": ({"patch": [4, 0, 8]}, r"states no model .* model\.patch: must be"),
+    "a flat patch": ({"patch_size": [4, 0, 8]}, r"states no model .* model\.patch_size: must be"),
     "no whole number": ({"mlp_dim": 32.5}, r"states no model .*32\.5.* mlp"),
     "heads that do not divide": ({"num_heads": 3}, "states no model .* model.hidden_size: 32 is not a multiple"),
     "an unknown key": ({"depth": 3}, "states no model .*'depth'"),
-    "keys for a list": ({"patch": {"d": 4}}, "states no model"),
+    "keys for a list": ({"patch_size": {"d": 4}}, "states no model"),
     "an unknown rule": ({"coordinates": "own"}, r"states no model .*'own'.* coordinates"),
     "the environment": ({"input_shape": "${oc.env:SECRET}"}, "refers to values outside"),
     "the environment in landmarks": ({"landmarks": ["1*m.${oc.env:SECRET}:x"]}, "refers to values outside"),
