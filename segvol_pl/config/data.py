@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, ranged, require
 
 
-class LastBatch(str, Enum):
+class LastBatch(StrEnum):
     """What becomes of an epoch's last incomplete global batch."""
 
     drop = "drop"
     repeat = "repeat"
 
 
-class StartMethod(str, Enum):
+class StartMethod(StrEnum):
     """How loader processes start."""
 
     auto = "auto"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from segvol_pl.config.data import check_combinations
 from segvol_pl.config.fields import HIGHEST_SEED, MISSING, Keys, check_custom, ranged, require
@@ -13,7 +13,7 @@ from segvol_pl.config.packing import parse_part
 from segvol_pl.config.training import TrackConfig, Wandb
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """How a prompt becomes a mask of the whole volume (paper Table 3)."""
 
     zoom = "zoom"
@@ -21,14 +21,14 @@ class Mode(str, Enum):
     sliding = "sliding"
 
 
-class Timing(str, Enum):
+class Timing(StrEnum):
     """Whether a row's seconds hold what earlier prompts of the case have encoded."""
 
     shared = "shared"
     cold = "cold"
 
 
-class Slice(str, Enum):
+class Slice(StrEnum):
     """The axial slice that a box of one slice is drawn on."""
 
     largest = "largest"

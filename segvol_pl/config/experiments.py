@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from segvol_pl.config.fields import HIGHEST_SEED, MISSING, Keys, ranged, require
 
 
-class DataCount(str, Enum):
+class DataCount(StrEnum):
     """What D of a scaling law counts."""
 
     seen = "seen"
     volumes = "volumes"
 
 
-class MetricPick(str, Enum):
+class MetricPick(StrEnum):
     """Which value of a metric is a run's."""
 
     last = "last"

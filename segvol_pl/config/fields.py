@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
 import math
 import re
+import sys
+import types
+import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from segvol_pl.errors import ConfigError
@@ -89,3 +97,64 @@ def check_custom(key: str, names: Sequence[str], others: Sequence[str] = ()) -> 
 
 def check_triple(key: str, value: list[int]) -> None:
     require(len(value) == 3, key, f"needs 3 numbers (d, h, w), got {len(value)}")
+
+
+# ---- what a schema says of its keys ----
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a schema."""
+
+    key: str
+    type: Any
+    default: Any
+    """MISSING where the key must be given."""
+    help: str
+    """The docstring under the field."""
+    range: Range | None
+    """Of numbers, where they are checked."""
+
+    @property
+    def type_name(self) -> str:
+        """As the help and errors name it; of an enum its values."""
+        return _type_name(self.type)
+
+
+def keys_of(schema: type, prefix: str = "", given: Any = None) -> Iterator[Field]:
+    """`given`: the section's default, where the schema that holds it has one of its own."""
+    hints = typing.get_type_hints(schema)
+    for item in dataclasses.fields(schema):
+        hint, key = hints[item.name], prefix + item.name
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+        if dataclasses.is_dataclass(hint):
+            yield from keys_of(typing.cast(type, hint), f"{key}.", default)
+        else:
+            default = default if given is None else getattr(given, item.name)
+            texts = (_docstrings(owner.__module__).get((owner.__name__, item.name)) for owner in schema.__mro__[:-1])
+            yield Field(key, hint, default, next(filter(None, texts), ""), item.metadata.get("range"))
+
+
+@functools.cache
+def _docstrings(module: str) -> dict[tuple[str, str], str]:
+    """(class, field) -> the text under the field, which Python itself does not keep, of the schemas in a module."""
+    tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
+    found = {}
+    for schema in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for statement, following in zip(schema.body, schema.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                text = typing.cast(ast.Constant, following.value).value
+                found[schema.name, typing.cast(ast.Name, statement.target).id] = " ".join(str(text).split())
+    return found
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "|".join(member.value for member in hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join(_type_name(part) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    if hint is type(None):
+        return "null"
+    return str(hint.__name__)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from segvol_pl.config.fields import HIGHEST_SEED, MISSING, Keys, ranged, require
 from segvol_pl.config.model import Convention, Precision
 
 
-class Coordinates(str, Enum):
+class Coordinates(StrEnum):
     """What numbers of a prompt's box and points are: voxels in canonical axes, or millimetres of RAS or LPS."""
 
     voxel = "voxel"
@@ -17,14 +17,14 @@ class Coordinates(str, Enum):
     lps = "lps"
 
 
-class Overlaps(str, Enum):
+class Overlaps(StrEnum):
     """Whose voxels they are that several categories claim."""
 
     probability = "probability"
     order = "order"
 
 
-class Blend(str, Enum):
+class Blend(StrEnum):
     """How sliding windows count where they overlap."""
 
     constant = "constant"

@@ -1,25 +1,26 @@
-"""From YAML files and `key=value` to one checked configuration.
+"""Load one checked configuration from YAML files and `key=value` arguments.
 
-1. Every source is flattened to `Setting`s: dotted key, value, where it was written. A later one wins.
-   `base: FILE` in a YAML names the file that it builds on; a section given as `FILE.yaml` (`model=small.yaml`) is
-   read from that file. Both are relative to the file that names them; on the command line, to the working folder.
-2. Each key is looked up in the schema as it is read, and its value converted to the field's type.
-3. The dataclasses are built, and their `__post_init__` checks lengths and ranges.
+1. Flatten every source to `Setting`s: dotted key, value, and where it was written. A later source wins.
+   `base: FILE` in a YAML file names the file that it builds on. A section given as `FILE.yaml` (`model=small.yaml`) is
+   read from that file. Both paths are relative to the file that names them; on the command line, to the working folder.
+2. Look each key up in the schema as it is read, and convert its value to the type of the field. A value may refer to
+   the value of another key as `${data.seed}`, also within a text: `run.out=runs/${data.seed}`. Nothing but keys can be
+   referred to. `\\${` stands for the text itself.
+3. OmegaConf puts the settings into the schema, replaces the references and makes the dataclasses. Their
+   `__post_init__` checks lengths and ranges.
 
-Every fault is a ConfigError that names the key, where it was written, and the remedy. All of it is done in well under
-0.1 s, which is why no configuration library is imported.
+Every error is a ConfigError that names the key, where it was written, and the remedy. OmegaConf is imported after
+step 2, so that a wrong key fails at once.
 """
 
 from __future__ import annotations
 
-import ast
+import copy
 import dataclasses
 import difflib
 import functools
 import importlib
 import re
-import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,59 +30,17 @@ from typing import Any
 
 import yaml
 
-from segvol_pl.config import BUNDLED, MAY_CHANGE, MISSING, SCHEMAS, Range
+from segvol_pl.config import BUNDLED, MAY_CHANGE, MISSING, SCHEMAS
+from segvol_pl.config.fields import Field, keys_of
+from segvol_pl.config.yaml_nodes import TEXT, convert, dump, parse
 from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError
 
 COMMAND_LINE = "command line"
-NULL = "tag:yaml.org,2002:null"
 PAIR = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
+REFERENCE = re.compile(r"(\\*)\$\{([^}]*\}?)")
+"""`${KEY}`. An odd number of backslashes before it makes it plain text."""
 SECTION_FILE = (".yaml", ".yml")
-
-
-class _Loader(yaml.SafeLoader):
-    """Only what JSON knows besides text: YAML 1.1 would read `no` as false, 2026-11-01 as a date and 1e-4 as text."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, as PyYAML declares it
-
-
-_Loader.add_implicit_resolver(NULL, re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:[Tt]rue|[Ff]alse|TRUE|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+0123456789."),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """One key a line; a list on its key's line."""
-
-    def represent_in_line(self, items: list[Any]) -> yaml.Node:
-        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-
-
-_Dumper.add_representer(list, _Dumper.represent_in_line)
-
-
-@dataclass(frozen=True)
-class Field:
-    """One key of a schema."""
-
-    key: str
-    type: Any
-    default: Any
-    """MISSING where the key must be given."""
-    help: str
-    """The docstring under the field."""
-    range: Range | None
-    """Of numbers, where they are checked."""
-
-    @property
-    def type_name(self) -> str:
-        """As the help and errors name it; of an enum its values."""
-        return _type_name(self.type)
 
 
 @dataclass(frozen=True)
@@ -116,7 +75,7 @@ class Source:
         if path.resolve() in self.through:
             chain = " -> ".join(step.name for step in (*self.through, path))
             raise ConfigError(
-                f"base ({self.path}): builds on itself: {chain}; take one of these `base` lines out", "base"
+                f"base ({self.path}): builds on itself: {chain}; remove one of these `base` lines", "base"
             )
         return Source(self.command, path, (*self.through, path.resolve()))
 
@@ -140,12 +99,11 @@ def load(command: str, arguments: Sequence[str]) -> Any:
     or range, a file that is missing, unreadable or builds on itself.
     """
     settings = _settings(command, arguments)
-    values = _values(command, settings)
-    missing = [field for field in fields_help(command) if values[field.key] == MISSING]
+    missing = _missing(command, settings)
     if missing:
         pairs = " ".join(f"{field.key}=..." for field in missing)
         raise ConfigError(f"missing {pairs} ({missing[0].key}: {missing[0].help})", missing[0].key)
-    return _built(command, values, settings)
+    return _built(command, settings)
 
 
 def load_run(arguments: Sequence[str]) -> Any:
@@ -185,11 +143,16 @@ def custom_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def resolved(command: str, arguments: Sequence[str]) -> str:
-    """The configuration as YAML. Keys that still must be given stand as `???`. Raises ConfigError as `load` does."""
-    values = _values(command, _settings(command, arguments))
-    if MISSING in values.values():
-        return _dump(_nested(values))
-    return to_yaml(load(command, arguments))
+    """The configuration as YAML. Raises ConfigError as `load` does.
+
+    As long as keys are missing, they stand as `???`, and references as they were written.
+    """
+    settings = _settings(command, arguments)
+    if not _missing(command, settings):
+        return to_yaml(_built(command, settings))
+    from omegaconf import OmegaConf
+
+    return dump(plain(OmegaConf.to_container(_merged(command, settings))))
 
 
 def plain(config: Any) -> Any:
@@ -207,7 +170,16 @@ def plain(config: Any) -> Any:
 
 def to_yaml(config: Any) -> str:
     """The configuration as YAML; `load` of it gives an equal configuration, but for masked credentials."""
-    return _dump(plain(config))
+    return dump(_escaped(plain(config)))
+
+
+def _escaped(value: Any) -> Any:
+    """The value with `${` in its texts written so that it is read as text again."""
+    if isinstance(value, dict):
+        return {name: _escaped(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -234,10 +206,6 @@ def fields_help(command: str) -> list[Field]:
     return list(_fields(command).values())
 
 
-def _dump(container: Any) -> str:
-    return str(yaml.dump(container, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
-
-
 # ---- the schema ----
 
 
@@ -249,84 +217,43 @@ def _schema(command: str) -> type:
 
 @functools.cache
 def _fields(command: str) -> dict[str, Field]:
-    return {field.key: field for field in _walk(_schema(command), "")}
-
-
-def _walk(schema: type, prefix: str, given: Any = None) -> Iterator[Field]:
-    """`given`: the section's default, where the schema that holds it has one of its own."""
-    hints = typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        hint, key = hints[item.name], prefix + item.name
-        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-        if dataclasses.is_dataclass(hint):
-            yield from _walk(typing.cast(type, hint), f"{key}.", default)
-        else:
-            default = default if given is None else getattr(given, item.name)
-            texts = (_docstrings(owner.__module__).get((owner.__name__, item.name)) for owner in schema.__mro__[:-1])
-            yield Field(key, hint, default, next(filter(None, texts), ""), item.metadata.get("range"))
-
-
-@functools.cache
-def _docstrings(module: str) -> dict[tuple[str, str], str]:
-    """(class, field) -> the text under the field, which Python itself does not keep, of the schemas in a module."""
-    tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
-    found = {}
-    for schema in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for statement, following in zip(schema.body, schema.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                text = typing.cast(ast.Constant, following.value).value
-                found[schema.name, typing.cast(ast.Name, statement.target).id] = " ".join(str(text).split())
-    return found
-
-
-def _type_name(hint: Any) -> str:
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "|".join(member.value for member in hint)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join(_type_name(part) for part in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return f"list of {_type_name(typing.get_args(hint)[0])}"
-    if hint is type(None):
-        return "null"
-    return str(hint.__name__)
+    return {field.key: field for field in keys_of(_schema(command))}
 
 
 @functools.cache
 def _sections(command: str) -> set[str]:
-    """The keys that hold keys. The root, which is one too, is the empty key."""
-    return {"", *_inner_keys(command)}
-
-
-def _inner_keys(command: str) -> set[str]:
+    """The keys that hold keys."""
     return {key.rsplit(".", depth)[0] for key in _fields(command) for depth in range(1, key.count(".") + 1)}
 
 
 # ---- sources to settings ----
 
 
-def _settings(command: str, arguments: Sequence[str]) -> list[Setting]:
-    """All sources, flattened, the decisive one of a key last. Raises ConfigError for unknown keys and bad files."""
+def _settings(command: str, arguments: Sequence[str]) -> dict[str, Setting]:
+    """The setting of each given key; a later source replaces an earlier one.
+
+    Raises ConfigError for unknown keys and unreadable files.
+    """
     settings: list[Setting] = []
     for argument in arguments:
         source = Source(command, origin=argument.origin) if isinstance(argument, Written) else Source(command)
         pair = PAIR.fullmatch(argument)
         settings += _from_pair(source, *pair.groups()) if pair else _from_file(source.named(argument), "")
-    return settings
+    return {setting.key: setting for setting in settings}
 
 
 def _from_pair(source: Source, key: str, text: str) -> Iterator[Setting]:
-    field = _fields(source.command).get(key)
-    if field is not None and field.type in (str, str | None) and text != "null":
-        # The shell has taken the quotes: `text=a: b` and `out=[1]` are texts, whatever YAML would read.
-        return iter([Setting(key, text, source.origin)])
-    if field is not None and field.type == list[str] and not text.startswith("["):
-        return iter([Setting(key, [text], source.origin)])  # `text=liver` is a list of one
-    return _flatten(source, key, _parse(text, f"{key} ({source.origin})"))
+    known = _fields(source.command)
+    hint = known[key].type if key in known else None
+    # The shell has taken the quotes: `clip_model=a: b` and `out=[1]` are texts, whatever YAML would read.
+    if (hint in (str, str | None) and text != "null") or (hint == list[str] and not text.startswith("[")):
+        return _flatten(source, key, yaml.ScalarNode(TEXT, text))
+    return _flatten(source, key, parse(text, f"{key} ({source.origin})"))
 
 
 def _from_file(source: Source, key: str) -> Iterator[Setting]:
     """The settings of a YAML file whose root stands at `key`, after those of its base."""
-    node = _parse(_read(source), str(source.path))
+    node = parse(_read(source), str(source.path))
     if isinstance(node, yaml.ScalarNode) and node.value == "":
         return
     if not isinstance(node, yaml.MappingNode):
@@ -342,8 +269,8 @@ def _flatten(source: Source, key: str, node: yaml.Node) -> Iterator[Setting]:
     """The settings in `node`, which stands at `key`. Raises ConfigError for keys that the schema does not know."""
     command, here = source.command, source.line(node)
     if key in _fields(command):
-        yield Setting(key, _read_value(node, _fields(command)[key], here), here)
-    elif key not in _sections(command):
+        yield _setting(command, key, node, here)
+    elif key and key not in _sections(command):
         raise ConfigError(f"unknown key {key} ({here}){did_you_mean(key, _fields(command))}", key)
     elif isinstance(node, yaml.MappingNode):
         _refuse_doubled(source, node)
@@ -364,43 +291,39 @@ def _refuse_doubled(source: Source, node: yaml.MappingNode) -> None:
         seen.add(str(name.value))
 
 
-def _read_value(node: yaml.Node, field: Field, origin: str) -> Any:
+def _setting(command: str, key: str, node: yaml.Node, origin: str) -> Setting:
+    field = _fields(command)[key]
     try:
-        return convert(node, field.type)
+        value = convert(node, field.type, references=True)
     except (ValueError, OverflowError, yaml.YAMLError):
         given = node.value if isinstance(node, yaml.ScalarNode) else yaml.serialize(node).strip()
         wanted = field.type_name.replace("|", ", ")
         problem = f"{given!r} is none of {wanted}" if wanted != field.type_name else f"{given!r} is not {wanted}"
-        raise ConfigError(f"{field.key} ({origin}): {problem}", field.key) from None
+        raise ConfigError(f"{key} ({origin}): {problem}", key) from None
+    for name in _references(value):
+        _check_reference(command, name, f"{key} ({origin})")
+    return Setting(key, value, origin)
 
 
-def convert(node: yaml.Node, hint: Any) -> Any:
-    """The node as a value of type `hint`. Raises ValueError where it is none."""
-    if typing.get_origin(hint) is types.UnionType:
-        inner, _ = typing.get_args(hint)  # `X | None` is the only union in the schema
-        return None if node.tag == NULL else convert(node, inner)
-    if typing.get_origin(hint) is list and isinstance(node, yaml.SequenceNode):
-        return [convert(item, typing.get_args(hint)[0]) for item in node.value]
-    if hint == list[str] and isinstance(node, yaml.ScalarNode) and node.tag != NULL:
-        return [str(node.value)]  # as `text=liver` on the command line
-    if not isinstance(node, yaml.ScalarNode) or node.tag == NULL or typing.get_origin(hint) is list:
-        raise ValueError(node.tag)
-    if hint is str or issubclass(hint, Enum):
-        return hint(node.value)  # as it was written: `007` is no number where a text is wanted
-    return _convert_scalar(_Loader("").construct_document(node), hint)
+def _references(value: Any) -> list[str]:
+    """What stands behind each `${` in a text or in the texts of a list, but for `\\${`."""
+    if isinstance(value, list):
+        return [name for item in value for name in _references(item)]
+    found = REFERENCE.findall(value) if isinstance(value, str) else []
+    return [name for slashes, name in found if len(slashes) % 2 == 0]
 
 
-def _convert_scalar(value: Any, hint: type) -> Any:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if (
-        hint in (int, float)
-        and isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and hint(value) == value
-    ):
-        return hint(value)  # 1e5 steps are a whole number
-    raise ValueError(value)
+def _check_reference(command: str, name: str, place: str) -> None:
+    field = _fields(command).get(name.removesuffix("}"))
+    if ":" in name:
+        problem = "looks outside of the configuration: refer to a key, as ${data.seed}"
+    elif field is None or not name.endswith("}"):
+        problem = f"refers to no key{did_you_mean(name, _fields(command))}"
+    elif "list" in field.type_name:
+        problem = "refers to a list: write the list itself"
+    else:
+        return
+    raise ConfigError(f"{place}: ${{{name} {problem} (write \\${{ for the text)", place.partition(" ")[0])
 
 
 def _read(source: Source) -> str:
@@ -416,19 +339,9 @@ def _read(source: Source) -> str:
         raise ConfigError(f"{path}: cannot be read as a configuration: {reason}") from None
 
 
-def _parse(text: str, origin: str) -> yaml.Node:
-    try:
-        return yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(NULL, "")
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{origin}: not valid YAML{line}: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
 def read_nodes(path: Path) -> yaml.MappingNode:
     """A YAML file's keys with the lines that they stand on. Raises ConfigError where it is none."""
-    node = _parse(_read(Source("", path, (path.resolve(),))), str(path))
+    node = parse(_read(Source("", path, (path.resolve(),))), str(path))
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: holds no keys")
     return node
@@ -436,7 +349,7 @@ def read_nodes(path: Path) -> yaml.MappingNode:
 
 def is_section(command: str, key: str) -> bool:
     """Whether `key` holds keys, so that a file may be given for it."""
-    return key in _inner_keys(command)
+    return key in _sections(command)
 
 
 def _nearest_file(path: Path) -> str:
@@ -458,33 +371,50 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 # ---- settings to a configuration ----
 
 
-def _values(command: str, settings: list[Setting]) -> dict[str, Any]:
-    """Every key's value: the last setting's, else the default."""
-    given = {setting.key: setting.value for setting in settings}
-    return {key: given.get(key, field.default) for key, field in _fields(command).items()}
+def _missing(command: str, settings: dict[str, Setting]) -> list[Field]:
+    """The keys that must still be given."""
+    return [
+        field
+        for key, field in _fields(command).items()
+        if (settings[key].value if key in settings else field.default) == MISSING
+    ]
 
 
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        functools.reduce(lambda inner, section: inner.setdefault(section, {}), sections, root)[name] = plain(value)
-    return root
+@functools.cache
+def _defaults(command: str) -> Any:
+    from omegaconf import OmegaConf  # its import takes longer than reading all sources, and a wrong key needs none
+
+    return OmegaConf.structured(_schema(command))
 
 
-def _built(command: str, values: dict[str, Any], settings: list[Setting]) -> Any:
+def _merged(command: str, settings: dict[str, Setting]) -> Any:
+    """OmegaConf's tree of the schema, with the settings in place of the defaults."""
+    from omegaconf import OmegaConf
+
+    tree = copy.deepcopy(_defaults(command))
+    for setting in settings.values():
+        OmegaConf.update(tree, setting.key, setting.value, merge=False)
+    return tree
+
+
+def _built(command: str, settings: dict[str, Setting]) -> Any:
+    """The configuration. Raises ConfigError for a reference to no fitting value, and for what a schema refuses."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
-        return _build(_schema(command), "", values)
+        tree = _merged(command, settings)
+        for setting in settings.values():
+            for name in _references(setting.value):
+                if setting.value != f"${{{name}" and OmegaConf.select(tree, name[:-1]) is None:
+                    raise ConfigError(f"{setting.key}: ${{{name} is null and cannot be part of a text", setting.key)
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        setting = settings[str(error.full_key).partition("[")[0]]
+        problem = f"{setting.value} gives no {_fields(command)[setting.key].type_name}: {str(error).splitlines()[0]}"
+        raise ConfigError(f"{setting.key} ({setting.origin}): {problem}", setting.key) from None
     except ConfigError as error:
-        origin = next((setting.origin for setting in reversed(settings) if setting.key == error.key), None)
-        if origin is None:
+        if error.key not in settings:
             raise
-        raise ConfigError(f"{error.key} ({origin}){str(error).removeprefix(str(error.key))}", error.key) from None
-
-
-def _build(schema: type, prefix: str, values: dict[str, Any]) -> Any:
-    arguments, hints = {}, typing.get_type_hints(schema)
-    for item in dataclasses.fields(schema):
-        key = prefix + item.name
-        arguments[item.name] = values[key] if key in values else _build(hints[item.name], f"{key}.", values)
-    return schema(**arguments)
+        origin = settings[error.key].origin
+        raise ConfigError(f"{error.key} ({origin}){str(error).removeprefix(error.key)}", error.key) from None

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from segvol_pl.config.fields import CUSTOM, MISSING, Keys, check_triple, ranged, require
 
 
-class Convention(str, Enum):
+class Convention(StrEnum):
     """One of the places where the released weights need what the published code does."""
 
     consistent = "consistent"
     published = "published"
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """What products are computed in."""
 
     auto = "auto"
@@ -24,7 +24,7 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
-class TextSource(str, Enum):
+class TextSource(StrEnum):
     """Where the vectors of category names come from."""
 
     auto = "auto"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from segvol_pl.config.data import DataConfig, PromptConfig, landmarks_in
 from segvol_pl.config.fields import MISSING, Keys, check_custom, ranged, require
 from segvol_pl.config.model import Precision, SegVolConfig, TextConfig
 
 
-class Strategy(str, Enum):
+class Strategy(StrEnum):
     """How weights, gradients and optimizer lie over the ranks."""
 
     auto = "auto"
@@ -21,7 +21,7 @@ class Strategy(str, Enum):
     zero3 = "zero3"
 
 
-class Recompute(str, Enum):
+class Recompute(StrEnum):
     """Which activations the backward pass computes again."""
 
     none = "none"
@@ -29,7 +29,7 @@ class Recompute(str, Enum):
     blocks = "blocks"
 
 
-class Wandb(str, Enum):
+class Wandb(StrEnum):
     """Where a run at wandb is written, if anywhere."""
 
     auto = "auto"

@@ -291,8 +291,8 @@ def _short(axis: str, axes: Axes) -> str:
 
 
 def _filled(pair: Written, labels: dict[str, str]) -> Written:
-    """With `{axis}` replaced. Other braces belong to the value."""
-    return Written(re.sub(r"\{([\w.]+)\}", lambda match: labels.get(match[1], match[0]), pair), pair.origin)
+    """With `{axis}` replaced. Other braces belong to the value, as those of a reference `${key}`."""
+    return Written(re.sub(r"(?<!\$)\{([\w.]+)\}", lambda match: labels.get(match[1], match[0]), pair), pair.origin)
 
 
 # ---- budgets of compute ----

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from segvol_pl.config import MISSING, SCHEMAS, Convention, OptimConfig, Range, RunConfig, SegVolConfig, ZoomConfig
-from segvol_pl.config.loader import Field, fields_help, load, resolved, to_yaml
+from segvol_pl.config.fields import Field
+from segvol_pl.config.loader import fields_help, load, resolved, to_yaml
 from segvol_pl.errors import ConfigError
 from segvol_pl.model import SegVol
 
@@ -313,8 +314,53 @@ def test_a_list_of_texts_may_be_one_text(tmp_path: Path, given: str, want: list[
 
 
 def test_an_incomplete_configuration_can_be_shown() -> None:
-    shown = resolved("train", ["optim.lr=0.5"])
-    assert "lr: 0.5\n" in shown and "shards: ???\n" in shown
+    shown = resolved("train", ["optim.lr=0.5", "run.out=runs/${data.seed}"])
+    assert "lr: 0.5\n" in shown and "shards: ???\n" in shown and "out: runs/${data.seed}\n" in shown
+
+
+# ---- references ----
+
+
+def test_a_reference_stands_for_the_value_of_a_key(tmp_path: Path) -> None:
+    path = written(tmp_path, "optim: {warmup_steps: '${run.log_every}'}\ndata:\n  mix: ['2*${data.shards}/more']\n")
+    references = ["run.out=runs/${run.strategy}-${data.seed}", "optim.lr=${optim.weight_decay}", "data.seed=7"]
+    config = load("train", [*TRAINING, str(path), *references, "run.log_every=20"])
+    assert (config.optim.warmup_steps, config.optim.lr, config.data.mix) == (20, 1e-5, ["2*shards/more"])
+    assert config.run.out == "runs/auto-7" and "out: runs/auto-7\n" in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("pair", "problem"),
+    [
+        ("run.out=${oc.env:HOME}", "${oc.env:HOME} looks outside of the configuration: refer to a key"),
+        ("optim.lr=${optim.decay}", "${optim.decay} refers to no key: did you mean "),
+        ("optim.lr=${data.seed", "${data.seed refers to no key: did you mean data.seed?"),
+        ("run.out=${run.${data.split}}", "${run.${data.split} refers to no key"),
+        ("run.out=runs/${optim.betas}", "${optim.betas} refers to a list"),
+        ("run.out=runs/${track.name}", "${track.name} is null"),
+        ("run.log_every=${optim.lr}", "${optim.lr} gives no int: "),
+        ("run.log_every=${run.log_every}", "${run.log_every} gives no int: Recursive"),
+        ("run.out=runs/${run.out}", "runs/${run.out} gives no str: Recursive"),
+        ("optim.betas=['${data.split}', 0]", "gives no list of float: "),
+        ("data.flip=${run.log_every}", "must be at least 0 and at most 1, got 10.0"),
+    ],
+)
+def test_a_reference_without_a_value_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: str, problem: str
+) -> None:
+    monkeypatch.setenv("HOME", "secret")
+    key, _, value = pair.partition("=")
+    given = str(fault("train", *TRAINING, pair))
+    assert given.startswith(f"{key} (command line): ") and problem in given and "secret" not in given
+    section, _, leaf = key.partition(".")
+    path = written(tmp_path, f"{section}:\n  {leaf}: {value}\n")
+    assert str(fault("train", *TRAINING, path)).startswith(f"{key} ({path}:2): ")
+
+
+@pytest.mark.parametrize("text", ["pipe:cat ${ROOT}/{file}", "\\${a}", "\\\\${data.seed}", "a\\b", "${"])
+def test_a_text_with_a_dollar_survives_being_written(tmp_path: Path, text: str) -> None:
+    config = dataclasses.replace(load("predict", REQUIRED["predict"]), text=[text], clip_model=text)
+    assert load("predict", [str(written(tmp_path, to_yaml(config)))]) == config
 
 
 # ---- the schema ----
