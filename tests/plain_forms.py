@@ -21,6 +21,7 @@ from segvol_pl.kernels.compared import compared
 from segvol_pl.kernels.upscaled import gelu_product, norm_gelu
 from segvol_pl.model import TextBank
 from segvol_pl.training.losses import low_mask_losses
+from segvol_pl.training.module import Sharding
 from segvol_pl.training.segment import SegVolTask
 
 FORWARD, BACKWARD = 1e-5, 1e-4
@@ -203,7 +204,8 @@ def check_step(device: str, patch: pytest.MonkeyPatch, groups: Sequence[tuple[in
     """Loss, its parts and all gradients; groups: prompts at once, and whether this process holds whole weights."""
     task, batch = step_task(device), step_batch(device)
     wanted = step(task, batch, patch, fused=False)
-    for task.config.run.prompts_at_once, task.weights_resident in groups:
+    for task.config.run.prompts_at_once, weights_resident in groups:
+        task.sharding = Sharding(weights_resident)
         found = step(task, batch, patch, fused=True)
         close(found.loss, wanted.loss, FORWARD)
         for name, part in wanted.parts.items():

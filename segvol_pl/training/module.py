@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -64,28 +65,33 @@ def log_validation(module: pl.LightningModule, metrics: dict[str, Tensor], batch
     module.log_dict(named, sync_dist=True, batch_size=len(batch["image_BCDHW"]))
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How the ranks hold a task's weights; a strategy's attribute `sharding`. The default: all of them on each rank."""
+
+    weights_resident: bool = True
+    """Whether each rank holds the complete weights at all times; otherwise only while a block computes."""
+    shard: Callable[[pl.LightningModule], None] = lambda module: None
+    """Splits the weights over the ranks. May be called more than once."""
+    gather: Callable[[], None] = lambda: None
+    """Makes the decoder's weights complete before it computes, where torch does not do so itself."""
+
+
 class Task(pl.LightningModule):
-    """What both tasks share. Subclasses set `optim`."""
+    """What both tasks share. Subclasses set `optim`; `sharding` is that of the run's strategy."""
 
     optim: OptimConfig
 
     def __init__(self) -> None:
         super().__init__()
         self.means = StepMeans()
-        self.shard: Callable[[pl.LightningModule], None] | None = None
-        """Splits the weights over the ranks; set by the strategy that does."""
-        self.weights_resident = True
-        """Whether this process holds them whole at all times; otherwise each only while its module computes."""
-        self.gather: Callable[[], None] = lambda: None
-        """Makes the decoder's weights whole before it computes; set by the strategy where torch may not."""
+        self.sharding = Sharding()
         self.step_norm: Tensor | None = None
         """That of the last step's gradients before clipping, (); DeepSpeed tells its own."""
 
     def configure_model(self) -> None:
-        """Lightning's moment for splitting; may come again."""
-        if self.shard is not None:
-            self.shard(self)
-            self.shard = None
+        """Split the weights. Lightning calls this before each validation, training and test."""
+        self.sharding.shard(self)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None

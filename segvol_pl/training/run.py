@@ -39,6 +39,7 @@ from segvol_pl.training import loggers, strategies
 from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
 from segvol_pl.training.gradients import FiniteSteps, GradientNorm
+from segvol_pl.training.module import Sharding, Task
 from segvol_pl.training.preemption import Preemption, StopSignal
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.resume import Start, set_aside, start_of
@@ -159,7 +160,7 @@ def _seed(config: Config) -> None:
     torch.manual_seed(config.data.seed)
 
 
-def _fit(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path:
+def _fit(config: Config, task: Task, module: VolumeModule) -> Path:
     """Raises LockedError where another process writes to the run folder."""
     # Until there is a trainer, Lightning takes the first rank of every node for rank 0.
     setattr(rank_zero_only, "rank", 1 if rank_named() else 0)  # noqa: B010, it is declared as a function
@@ -168,7 +169,7 @@ def _fit(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path
         return _fitted(config, task, module)
 
 
-def _fitted(config: Config, task: pl.LightningModule, module: VolumeModule) -> Path:
+def _fitted(config: Config, task: Task, module: VolumeModule) -> Path:
     out = Path(config.run.out)
     last = out / "checkpoints" / "last.ckpt"
     start = start_of(config, module)
@@ -184,6 +185,7 @@ def _fitted(config: Config, task: pl.LightningModule, module: VolumeModule) -> P
         strategies.compile_parts(task, config.run)
     with StopSignal() as stop, _quiet():
         trainer = _trainer(config, out, start.step, stop)
+        task.sharding = getattr(trainer.strategy, "sharding", Sharding())
         # DeepSpeed would hook the modules once for validation and again for training.
         if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
             trainer.validate(task, datamodule=module, verbose=False, weights_only=True)

@@ -90,7 +90,7 @@ class SegVolTask(Task):
         """The weighted loss (), and Dice loss and BCE of every prompt, detached, (B,P) each; `answers` as above."""
 
         def term(group: slice, *context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            self.gather()
+            self.sharding.gather()
             low_BPdhw, rows_P = (
                 self.model.decode_from_context(ImageContext(*context), asked.prompts.at(group)),
                 asked.rows_P[group],
@@ -108,7 +108,9 @@ class SegVolTask(Task):
         groups = self.groups(len(asked.rows_P), len(tokens_BTE))
         decoding = (self.model.prompt_encoder, self.model.text_encoder, self.model.mask_decoder)
         weights = [parameter for part in decoding for parameter in part.parameters()]
-        return sum_over_groups(term, groups, self.model.image_context(tokens_BTE), weights, self.weights_resident)
+        return sum_over_groups(
+            term, groups, self.model.image_context(tokens_BTE), weights, self.sharding.weights_resident
+        )
 
     def groups(self, count: int, volumes: int) -> list[slice]:
         """Which of `count` prompts of each of so many volumes are decoded together."""

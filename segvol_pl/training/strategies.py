@@ -1,18 +1,15 @@
-"""Devices, precision, and how the work is spread over processes: the only file that applies parallelism.
+"""Devices, precision, and how the work is spread over processes: parallelism is applied here and in `deepspeed`.
 
 1. `trainer_placement` gives Lightning its accelerator, devices and strategy, by `run.strategy`.
-2. DDP keeps a whole model on each rank. `FullyShard` (FSDP2) splits it block by block, `ZeRO` (DeepSpeed) by stages.
-3. Each also runs on CPU ranks, so that a run can be rehearsed where there is no GPU.
+2. DDP keeps the complete model on each rank. `FullyShard` (FSDP2) splits it block by block, `deepspeed.ZeRO` by stages.
+3. Each also runs on CPU ranks, so that a run can be rehearsed without GPUs.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
-import logging
 import os
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies import Strategy as LightningStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -31,23 +27,19 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.nn import Parameter
-from torch.optim import Optimizer
 
-from segvol_pl.config import DEEPSPEED_BUCKET, RunConfig, Strategy
+from segvol_pl.config import RunConfig, Strategy
 from segvol_pl.config.loader import custom_function
 from segvol_pl.device import resolve_device, uses_bf16
 from segvol_pl.errors import ConfigError
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
 from segvol_pl.model.prompt_encoder import PromptEncoder
-from segvol_pl.training.module import Task
+from segvol_pl.training.module import Sharding
 
 STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's, by its own names."""
 LEAST_TIMEOUT = 120.0
 """Seconds that ranks wait for each other at least: they do not start at the same moment."""
 
@@ -135,7 +127,9 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
         if importlib.util.find_spec("deepspeed") is None:
             name = run.strategy.value
             raise ConfigError(f"run.strategy: {name} needs DeepSpeed: pip install 'segvol_pl[deepspeed]', or use fsdp")
-        return ZeRO(run, backend, timeout)
+        from segvol_pl.training.deepspeed import ZeRO
+
+        return ZeRO(run, STAGES[run.strategy], backend, timeout)
     # torch fails where the first backward pass of a static graph is one without synchronisation.
     static = run.accumulate == 1
     return DDPStrategy(
@@ -149,6 +143,8 @@ class FullyShard(ModelParallelStrategy):
     def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
         self.run = run
+        self.decoding: list[FSDPModule] = []
+        self.sharding = Sharding(weights_resident=False, shard=self._shard, gather=self._gather)
 
     @property
     def offloads(self) -> bool:
@@ -161,9 +157,6 @@ class FullyShard(ModelParallelStrategy):
         self._device_mesh = init_device_mesh(
             self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
         )
-        assert isinstance(self.lightning_module, Task)
-        self.lightning_module.shard = self._shard
-        self.lightning_module.weights_resident = False
 
     def model_to_device(self) -> None:
         """Weights whose shares stay in main memory are brought to the device block by block; the rest lies there."""
@@ -191,6 +184,7 @@ class FullyShard(ModelParallelStrategy):
         return checkpoint
 
     def _shard(self, module: pl.LightningModule) -> None:
+        # Lightning asks for this before validation and again before training.
         if isinstance(module, FSDPModule):
             return
         reduced = torch.bfloat16 if uses_bf16(self.root_device, self.run.precision) else None
@@ -201,30 +195,27 @@ class FullyShard(ModelParallelStrategy):
             "offload_policy": CPUOffloadPolicy() if self.offloads else OffloadPolicy(),
         }
         blocks = sharded_blocks(module)
-        decoding = [block for block in blocks if isinstance(block, TwoWayAttentionBlock)]
         for block in blocks:
             fully_shard(block, **settings)
-        for block in decoding:
+        for block in (each for each in blocks if isinstance(each, TwoWayAttentionBlock)):
             register_fsdp_forward_method(block, "project_image")
+            assert isinstance(block, FSDPModule)
+            self.decoding.append(block)
         fully_shard(module, **settings)
-        assert isinstance(module, Task)
-        module.gather = functools.partial(_gather, decoding)
         # Lightning calls these, not forward, before which FSDP2 gathers.
         for step in ("training_step", "validation_step"):
             register_fsdp_forward_method(module, step)
+
+    def _gather(self) -> None:
+        # Up to torch 2.10 a block that has had its backward pass is not gathered again for a group that is recomputed.
+        for block in self.decoding:
+            block.unshard()
 
 
 def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             setattr(part, name, buffer.to(device))
-
-
-def _gather(blocks: Sequence[torch.nn.Module]) -> None:
-    # Up to torch 2.10 a block that has had its backward pass is not gathered again for a group that is recomputed.
-    for block in blocks:
-        assert isinstance(block, FSDPModule)
-        block.unshard()
 
 
 def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
@@ -245,154 +236,3 @@ def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
     for part in module.modules():
         if isinstance(part, kinds):
             part.forward = torch.compile(part.forward, dynamic=False)
-
-
-class ZeRO(DeepSpeedStrategy):
-    """DeepSpeed's ZeRO, on CPU ranks too: three of Lightning's methods, which expect CUDA, stand against that."""
-
-    def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
-        self.on_cpu, self.stage = backend == "gloo", STAGES[run.strategy]
-        if self.on_cpu:
-            os.environ["DS_ACCELERATOR"] = "cpu"
-        super().__init__(
-            stage=self.stage,
-            offload_optimizer=run.offload,
-            allgather_bucket_size=DEEPSPEED_BUCKET,
-            reduce_bucket_size=DEEPSPEED_BUCKET,
-            logging_level=logging.WARNING,
-            logging_batch_size_per_gpu=1,
-            process_group_backend=backend,
-            timeout=timeout,
-        )
-        assert isinstance(self.config, dict)
-        # Its own CPU optimizer would be compiled at the first start, with a compiler that nodes may lack.
-        self.config["zero_force_ds_cpu_optimizer"] = False
-        # As under the other strategies: float32 weights, autocast in between.
-        mixed = uses_bf16(torch.device("cpu" if self.on_cpu else "cuda"), run.precision)
-        self.config["torch_autocast"] = {"enabled": mixed, "dtype": "bfloat16"}
-
-    def setup_environment(self) -> None:
-        assert isinstance(self.lightning_module, Task)
-        self.lightning_module.weights_resident = self.stage < 3
-        if self.on_cpu:
-            DDPStrategy.setup_environment(self)
-        else:
-            super().setup_environment()
-
-    def setup_distributed(self) -> None:
-        """Lightning's, which would refuse ranks that each see their own device alone, as number 0."""
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
-
-    def _set_node_environment_variables(self) -> None:
-        super()._set_node_environment_variables()
-        if not self.on_cpu:
-            # DeepSpeed takes it for the number of the device.
-            os.environ["LOCAL_RANK"] = str(self.root_device.index)
-
-    @property
-    def root_device(self) -> torch.device:
-        """Where this rank computes: on CPU ranks the CPU."""
-        return torch.device("cpu", 0) if self.on_cpu else super().root_device
-
-    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Any:
-        """Lightning has divided the loss by the micro-batches of a step; DeepSpeed would once more."""
-        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
-
-    # Checkpoints are whole and of one form for all strategies, so that a run may go on under another.
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Whether Lightning hands over the checkpoint's optimizer: it does, as checkpoints have one form."""
-        return True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """On every rank, as all take part in gathering."""
-        assert self.lightning_module is not None
-        state = self.lightning_module.state_dict()
-        parameters = dict(self.lightning_module.named_parameters())
-        return {name: _gathered(parameters[name]) if name in parameters else state[name] for name in state}
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's AdamW states it, the parameters being numbered."""
-        trained = self._trained()
-        groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        groups[0]["params"] = list(range(len(trained)))
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        # Before its first step it has none.
-        for adams in list(self._adam(optimizer).state.values())[:1]:
-            for i, parameter in enumerate(trained):
-                state[i] = {"step": adams["step"].clone(), **{key: _gathered(parameter, key) for key in MOMENTS}}
-        return {"state": state, "param_groups": groups[:1]}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Rank 0 writes the gathered state, as every strategy does, not DeepSpeed's own folders."""
-        LightningStrategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """The whole checkpoint, on every rank."""
-        return LightningStrategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Gives every rank its share of the checkpoint's whole tensors."""
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        assert self.lightning_module is not None
-        tensors = checkpoint["state_dict"]
-        for name, parameter in self.lightning_module.named_parameters():
-            whole = tensors[name].to(self.root_device)
-            # What is computed with, and the optimizer's own copy.
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                parameter.data.copy_(whole)
-            if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, whole)
-        for name, buffer in self.lightning_module.named_buffers():
-            if name in tensors:
-                buffer.copy_(tensors[name])
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Gives every rank its share of the checkpoint's whole moments."""
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        (optimizer,), (saved,) = self.optimizers, checkpoint["optimizer_states"]
-        if saved["state"]:
-            self._start_moments(optimizer, saved["state"][0]["step"])
-        for i, state in saved["state"].items():
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(self._trained()[i], state[key].to(self.root_device), key)
-        for group in optimizer.param_groups:
-            group.update({key: value for key, value in saved["param_groups"][0].items() if key != "params"})
-
-    def _start_moments(self, optimizer: Any, step: torch.Tensor) -> None:
-        """Before its first step AdamW has no state that could be set."""
-        zero = getattr(optimizer, "_optimizer", optimizer)
-        flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
-        for partition in flat:
-            moments = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
-            # A fused AdamW counts where it computes.
-            zero.optimizer.state[partition] = {"step": step.to(partition.device, copy=True), **moments}
-        if self.stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
-
-    def _trained(self) -> list[Parameter]:
-        assert self.lightning_module is not None
-        return [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
-
-    def _adam(self, optimizer: Any) -> Optimizer:
-        """The optimizer within DeepSpeed's."""
-        adam: Optimizer = getattr(optimizer, "_optimizer", optimizer).optimizer
-        return adam
-
-
-def _gathered(parameter: Parameter, moment: str | None = None) -> torch.Tensor:
-    """The whole parameter, or one of its moments, float32 on the CPU. All ranks call together."""
-    import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-    if not parameter.requires_grad:
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            return parameter.detach().float().cpu().clone()
-    whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
-    assert whole is not None, "the optimizer has taken its first step"
-    return whole.detach().float().cpu().clone()

@@ -10,6 +10,7 @@ import torch
 from steps import simmim_batch, simmim_task, supervised_batch, supervised_task
 from torch import Tensor
 
+from segvol_pl.training.module import Sharding
 from segvol_pl.training.segment import SegVolTask
 
 pytestmark = pytest.mark.gpu
@@ -83,7 +84,7 @@ def test_groups_computed_again_give_the_same(weights_resident: bool) -> None:
     """As where weights are split over ranks."""
     wanted = step("supervised", "cuda")
     task = supervised_task(prompts_at_once=4).cuda()
-    task.weights_resident = weights_resident
+    task.sharding = Sharding(weights_resident)
     batch = {name: value.cuda() for name, value in supervised_batch().items()}
     loss, _ = task.losses(batch)
     gradients = torch.autograd.grad(loss, list(task.parameters()))

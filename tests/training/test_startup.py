@@ -24,9 +24,10 @@ from segvol_pl.config import Precision, RunConfig, Strategy, TrainConfig
 from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.errors import ConfigError, StartUpError
 from segvol_pl.planning.plan import sample_bytes
+from segvol_pl.training.deepspeed import ZeRO
 from segvol_pl.training.ranks import host_group
 from segvol_pl.training.startup import check_room, check_shared_memory, compare, compare_clocks, shared_bytes
-from segvol_pl.training.strategies import FullyShard, ZeRO, environments, trainer_placement
+from segvol_pl.training.strategies import FullyShard, environments, trainer_placement
 
 SAME = {"configuration": "1", "packages": "torch 2", "samples": "3"}
 

@@ -30,7 +30,7 @@ from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Draw, Plan, Stream
 from segvol_pl.model import TextBank
 from segvol_pl.planning import memory
-from segvol_pl.training.module import optimizer, schedule
+from segvol_pl.training.module import Sharding, optimizer, schedule
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask, combined, pseudo_questions, supervised_questions
 
@@ -139,7 +139,7 @@ def _plain_loss(task: SegVolTask, batch: Batch) -> torch.Tensor:
 def test_prompts_in_groups_cost_what_prompts_one_by_one_do(segment_batch: Batch, size: int, whole: bool) -> None:
     """Loss and every gradient, whether taken in the forward pass or by computing a group again."""
     task = _segment_task()
-    task.config.run.prompts_at_once, task.weights_resident = size, whole
+    task.config.run.prompts_at_once, task.sharding = size, Sharding(weights_resident=whole)
     trained = list(task.parameters())
     plain = _plain_loss(task, segment_batch)
     expected = torch.autograd.grad(plain, trained)
