@@ -32,7 +32,12 @@ def page() -> str:
     """Return the page as Markdown: first the keys of each command, then the sections that commands share."""
     keys = {command: fields_help(command) for command in SCHEMAS}
     sections = sorted({section(field) for fields in keys.values() for field in fields} - {""})
-    blocks = [HEAD, "## Commands\n", *(section_of(command, fields) for command, fields in keys.items()), "## Sections\n"]
+    blocks = [
+        HEAD,
+        "## Commands\n",
+        *(section_of(command, fields) for command, fields in keys.items()),
+        "## Sections\n",
+    ]
     return "\n".join([*blocks, *(shared(name, keys) for name in sections)])
 
 

@@ -193,7 +193,7 @@ def test_every_signature_is_typed() -> None:
 
 def test_modules_have_telling_names_and_docstrings() -> None:
     assert [module for module in MODULES if FORBIDDEN_NAMES & set(module.with_suffix("").parts)] == []
-    # An empty __init__.py only landmarks a package.
+    # An empty __init__.py only marks a package.
     assert [module for module in MODULES if TREES[module].body and not ast.get_docstring(TREES[module])] == []
 
 

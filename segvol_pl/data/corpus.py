@@ -106,6 +106,11 @@ def open_folders(data: DataConfig) -> list[Folder]:
     return [Folder(store, weight, _opened(store, data)) for store, weight in stores]
 
 
+def category_names(folders: Sequence[Folder]) -> list[str]:
+    """The categories that any of the folders has, sorted by name."""
+    return sorted({name for folder in folders for name in folder.index.categories})
+
+
 def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool) -> Corpus:
     """What an epoch of training sees. Raises ConfigError where nothing is left of a folder."""
     return Corpus([_training_part(folder, data, labelled) for folder in folders])

@@ -9,7 +9,7 @@ import logging
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -22,7 +22,7 @@ from segvol_pl.config import DataConfig, LastBatch, RunConfig, StartMethod
 from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import identity_collate
-from segvol_pl.data.corpus import Corpus, held_out_corpus, open_folders, training_corpus
+from segvol_pl.data.corpus import Corpus, Folder, category_names, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.damage import Health
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.pipe import PipeStream
@@ -41,16 +41,30 @@ class VolumeModule(pl.LightningDataModule):
     `seen` is the position in the data: samples seen so far over all ranks, the whole state of the stream; `drawn` the
     same with the batch that is being trained on.
     `health` counts what this rank found damaged in training.
+
+    Args:
+        data, run: the run's configuration.
+        draw, val_draw: make a sample to train on, and one to validate with.
+        labelled: whether only labelled samples are used.
+        folders: the opened folders of `data`, if they are open already.
     """
 
-    def __init__(self, data: DataConfig, run: RunConfig, draw: Draw, val_draw: Draw, labelled: bool) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        run: RunConfig,
+        draw: Draw,
+        val_draw: Draw,
+        labelled: bool,
+        folders: Sequence[Folder] | None = None,
+    ) -> None:
         super().__init__()
         self.data, self.run = data, run
         self.draw, self.val_draw = draw, val_draw
-        folders = open_folders(data)
+        folders = open_folders(data) if folders is None else folders
         self.train_corpus = training_corpus(folders, data, labelled)
         self.val_corpus = held_out_corpus(folders, data.val_split, labelled)
-        self.categories = sorted({name for folder in folders for name in folder.index.categories})
+        self.categories = category_names(folders)
         self._warn_of_leaks()
         self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
         self.plan = self._train_plan()

@@ -1,8 +1,8 @@
 """A training run: data, task, trainer, run folder.
 
 1. The configuration and the manifest are written to the run folder.
-2. Where the folder holds a checkpoint of the same configuration and data, the run goes on from it, see `resume`.
-3. Validation comes before the first step too, so that every curve has its start (but with DeepSpeed).
+2. If the folder holds a checkpoint of the same configuration and data, the run continues from it, see `resume`.
+3. Validation also runs before the first step, so that every curve has its start (except with DeepSpeed).
 4. `checkpoints/last.ckpt` is the newest state, see `checkpoints`.
 """
 
@@ -13,11 +13,10 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +26,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from segvol_pl.config import Convention, PretrainConfig, Strategy, TextSource, TrainConfig
 from segvol_pl.config.loader import custom_function, plain, to_yaml
 from segvol_pl.data import sampling
+from segvol_pl.data.collate import Arrays
+from segvol_pl.data.corpus import Folder, category_names, open_folders
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
 from segvol_pl.errors import ConfigError
@@ -54,25 +55,47 @@ Config = PretrainConfig | TrainConfig
 
 
 def pretrain(config: PretrainConfig) -> Path:
-    """Runs SimMIM pre-training; returns the last checkpoint. Raises ConfigError, ShardError."""
-    draw = functools.partial(sampling.sample_simmim, model=config.model, mask_ratio=config.mask_ratio)
-    module = _module(config, draw, labelled=False)
+    """Run SimMIM pre-training.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ConfigError: a key does not fit the data or the machine.
+        ShardError: the shards cannot be read, or too many samples are damaged.
+    """
+    folders = open_folders(config.data)
+    sample = functools.partial(sampling.sample_simmim, model=config.model, mask_ratio=config.mask_ratio)
+    module = _module(config, folders, sample, labelled=False)
     _seed(config)
     return _fit(config, SimMIMTask(config), module)
 
 
 def train(config: TrainConfig) -> Path:
-    """Runs supervised training; returns the last checkpoint. Raises ConfigError, ShardError, CheckpointError."""
+    """Run supervised training.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ConfigError: a key does not fit the data, the weights or the machine.
+        ShardError: the shards cannot be read, or too many samples are damaged.
+        CheckpointError: the weights or the checkpoint cannot be read.
+    """
     for name in config.model.landmark_counts:
         custom_function(name, "model.landmarks")
-    rows: dict[str, int] = {}
-    draw = functools.partial(sampling.sample_segmentation, model=config.model, prompts=config.prompts, row_of=rows)
-    module = _module(config, draw, labelled=True)
+    folders = open_folders(config.data)
+    categories = category_names(folders)
+    sample = functools.partial(
+        sampling.sample_segmentation,
+        model=config.model,
+        prompts=config.prompts,
+        row_of={name: row for row, name in enumerate(categories)},
+    )
+    module = _module(config, folders, sample, labelled=True)
     _check_regions(module, config)
-    names = module.categories
-    rows.update({name: row for row, name in enumerate(names)})
     weights = _starting_weights(config)
-    bank = _bank(names, config, weights)
+    bank = _bank(categories, config, weights)
     _seed(config)
     task = SegVolTask(config, bank)
     if weights is not None:
@@ -84,13 +107,13 @@ def train(config: TrainConfig) -> Path:
 
 
 def _freeze(model: torch.nn.Module, patterns: list[str]) -> None:
-    """Raises ConfigError where a pattern names no tensor, or nothing is left to train."""
+    """Freeze the tensors that match. Raises ConfigError if a pattern matches none, or if nothing is left to train."""
     named = dict(model.named_parameters())
     for pattern in patterns:
         frozen = fnmatch.filter(named, pattern)
         if not frozen:
             parts = ", ".join(f"{name}.*" for name, _ in model.named_children())
-            raise ConfigError(f"freeze: {pattern!r} matches no tensor of the model: {parts}")
+            raise ConfigError(f"freeze: {pattern!r} matches no tensor of the model; try {parts}")
         for name in frozen:
             named[name].requires_grad_(False)
     trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
@@ -101,42 +124,43 @@ def _freeze(model: torch.nn.Module, patterns: list[str]) -> None:
 
 
 def _starting_weights(config: TrainConfig) -> Weights | None:
-    """What fine-tuning starts from. Raises ConfigError where it is of an architecture whose tensors look alike."""
+    """The weights to fine-tune. Raises ConfigError if their architecture differs in what tensor shapes do not show."""
     if config.weights is None:
         return None
-    # A released file does not state its architecture; its coordinates alone are known, and its tensors' shapes.
+    # A released file does not state its architecture: only its coordinates and the shapes of its tensors are known.
     weights = read_weights(Path(config.weights), replace(config.model, coordinates=Convention.published))
     for key in ("coordinates", "patch_size", "num_heads", "decoder_heads"):
         theirs, ours = plain(getattr(weights.config, key)), plain(getattr(config.model, key))
         if theirs != ours:
-            raise ConfigError(f"model.{key}: is {ours}, that of {config.weights} is {theirs}: set model.{key}={theirs}")
+            raise ConfigError(f"model.{key}: {ours}, but {config.weights} has {theirs}: set model.{key}={theirs}")
     return weights
 
 
 def _bank(names: list[str], config: TrainConfig, weights: Weights | None) -> TextBank:
-    """By `text.source`: rows of the weights' own bank, or made by their text tower, or else by CLIP or seeds."""
+    """By `text.source`: rows of the weights' text bank, or embeddings of their text tower, of CLIP, or by seed."""
     source = config.text.source
     if weights is None or source in (TextSource.clip, TextSource.seeded):
         if source is TextSource.weights:
             raise ConfigError("text.source: weights needs weights=FILE")
         return TextBank.build(names, config.text, config.model.text_dim)
     if set(names) <= set(weights.bank.names):
-        log.info("text bank: rows of that of %s", weights.path)
+        log.info("text bank: from %s", weights.path)
         return weights.bank.rows(names)
     if weights.tower or source is TextSource.weights:
-        log.info("text bank: made by the text tower of %s", weights.path)
+        log.info("text bank: computed by the text tower of %s", weights.path)
         return TextBank.of_tower(names, weights.tower, config.text, weights.path)
     return TextBank.build(names, config.text, config.model.text_dim)
 
 
-def _module(config: Config, draw: Any, labelled: bool) -> VolumeModule:
-    plain_data = replace(config.data, flip=0.0, intensity=0.0)
+def _module(config: Config, folders: list[Folder], sample: Callable[..., Arrays], labelled: bool) -> VolumeModule:
+    unaugmented = replace(config.data, flip=0.0, intensity=0.0)
     return VolumeModule(
         config.data,
         config.run,
-        draw=functools.partial(draw, data=config.data),
-        val_draw=functools.partial(draw, data=plain_data),
+        draw=functools.partial(sample, data=config.data),
+        val_draw=functools.partial(sample, data=unaugmented),
         labelled=labelled,
+        folders=folders,
     )
 
 
@@ -150,21 +174,21 @@ def _check_regions(module: VolumeModule, config: TrainConfig) -> None:
 
 
 def _seed(config: Config) -> None:
-    """Seeds the initial weights; everything later is drawn from the samples' own rngs."""
-    # Lightning's own lines (devices found, advice) repeat what the configuration says.
+    """Seed the initial weights. All later randomness comes from the random generator of each sample."""
+    # Lightning's own log lines (devices found, advice) repeat the configuration.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if config.run.cpu_threads:
         torch.set_num_threads(config.run.cpu_threads)
-        # Lightning's launcher sets a number of its own where it does not find one here.
+        # If this is not set, Lightning's launcher sets a number of its own.
         os.environ["OMP_NUM_THREADS"] = str(config.run.cpu_threads)
     torch.manual_seed(config.data.seed)
 
 
 def _fit(config: Config, task: Task, module: VolumeModule) -> Path:
-    """Raises LockedError where another process writes to the run folder."""
-    # Until there is a trainer, Lightning takes the first rank of every node for rank 0.
+    """Hold the run folder, and train. Raises LockedError if another process writes to the run folder."""
+    # Until there is a trainer, Lightning assumes that the first rank of every node is rank 0.
     setattr(rank_zero_only, "rank", 1 if rank_named() else 0)  # noqa: B010, it is declared as a function
-    # The other ranks of the job are started by, or beside, the one that holds the folder.
+    # Only rank 0 takes the lock: the other ranks belong to the same job.
     with nullcontext() if rank_named() else FolderLock(Path(config.run.out)):
         return _fitted(config, task, module)
 
@@ -186,7 +210,7 @@ def _fitted(config: Config, task: Task, module: VolumeModule) -> Path:
     with StopSignal() as stop, _quiet():
         trainer = _trainer(config, out, start.step, stop)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
-        # DeepSpeed would hook the modules once for validation and again for training.
+        # DeepSpeed would add its hooks to the modules twice: for validation, and again for training.
         if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
             trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
         trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
@@ -197,15 +221,15 @@ def _fitted(config: Config, task: Task, module: VolumeModule) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what Lightning advises for other programs than this."""
+    """Hide warnings of Lightning that do not apply here."""
     with warnings.catch_warnings():
-        # It advises on loaders of map-style data sets; ours is a stream whose workers are set by config.
+        # The number of loader processes is set by data.workers.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # A resumed run's folder is not empty, and should not be.
+        # The folder of a resumed run is not empty.
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-        # Lightning's own use of torch.
+        # Lightning itself uses the deprecated class.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-        # Outside of a job, on a machine that has SLURM, the ranks are started without srun.
+        # Outside a SLURM job the ranks are started without srun, even if SLURM is installed.
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
         yield
 
@@ -232,11 +256,11 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
         check_val_every_n_epoch=None,
         limit_val_batches=run.val_batches * run.accumulate,
         num_sanity_val_steps=0,
-        # FSDP2 landmarks the weights that it gathers, which tensors of the inference mode do not let it.
+        # FSDP2 sets attributes on the weights that it gathers, which inference mode forbids.
         inference_mode=run.strategy is not Strategy.fsdp,
         log_every_n_steps=run.log_every,
         logger=loggers.loggers(out, config.track, done),
-        callbacks=[StartUp(config), *_callbacks(config, out, stop)],
+        callbacks=_callbacks(config, out, stop),
         plugins=[AtomicCheckpointIO(), *strategies.environments()],
         default_root_dir=str(out),
         use_distributed_sampler=False,
@@ -247,17 +271,30 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
 
 
 def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
+    """All callbacks. Lightning calls them in this order, on which the run's correctness depends."""
     run = config.run
     checkpoints = Checkpoints(out / "checkpoints", run)
-    watching = [Throughput(run.log_every, Load.of(config, strategies.run_device(run))), ValidationLine()]
-    watching += [ValidationDice(), GradientNorm(run.log_every), CorpusSize()]
-    if run.profile:
-        watching.append(Profile(run.profile, out))
-    # Before what saves: a run that ends for NaN saves nothing more.
-    surviving = [
+    return [
+        # First: ranks that differ must end before any other callback communicates.
+        StartUp(config),
+        # Before everything that may save or end the run after a batch: a checkpoint holds this position in the data.
+        StreamPosition(),
+        # Before the loggers: a step on too much damaged data ends the run and is not reported.
+        DataHealth(run.log_every, config.data.max_bad_fraction),
+        # Before the callbacks that communicate or save when a batch starts: that time is not waiting for data.
+        Throughput(run.log_every, Load.of(config, strategies.run_device(run))),
+        # The next ones only log: their place among each other is free.
+        ValidationLine(),
+        ValidationDice(),
+        GradientNorm(run.log_every),
+        CorpusSize(),
+        *([Profile(run.profile, out)] if run.profile else []),
+        # Before Preemption and Checkpoints: a run that ends because of NaN must save nothing more.
         FiniteSteps(run.max_bad_steps),
+        # Before Preemption and Checkpoints: a rank that hangs in them has already reported its batch.
         Watchdog(out / "ranks", run.hang_timeout),
+        # Before Checkpoints: all ranks agree here whether the checkpoint is due that Checkpoints then saves.
         Preemption(stop, checkpoints, run.requeue),
+        # Last: it saves the state after all other callbacks have updated theirs.
         checkpoints,
     ]
-    return [StreamPosition(), DataHealth(run.log_every, config.data.max_bad_fraction), *watching, *surviving]

@@ -162,7 +162,7 @@ def test_fine_tuning_takes_the_released_file_itself(
     keys = [*fine_tuning(pth.parent, phantom_shards), f"weights={pth}"]
     caplog.set_level("INFO", "segvol_pl")
     assert load_model(train(load("train", keys))).bank.names
-    assert "text bank: made by the text tower" in caplog.text and "tensors from" in caplog.text
+    assert "text bank: computed by the text tower" in caplog.text and "tensors from" in caplog.text
 
 
 def test_two_ranks_fine_tune_without_searching_for_unused_parameters(

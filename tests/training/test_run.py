@@ -38,9 +38,10 @@ from segvol_pl.data.store import Store
 from segvol_pl.errors import CheckpointError, ConfigError, ShardError
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.run_folder import read_metrics
+from segvol_pl.training import run as training_run
 from segvol_pl.training.callbacks import StreamPosition
 from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal
-from segvol_pl.training.run import pretrain, train
+from segvol_pl.training.run import _trainer, pretrain, train
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.watchdog import HUNG, suspects
 
@@ -533,3 +534,29 @@ def test_batches_copied_ahead_change_nothing(
     for other in (ahead, resumed):
         first, second = weights_of(plain), weights_of(other)
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- the order of the callbacks ----
+
+AFTER = {
+    "StreamPosition": ["StartUp"],
+    "DataHealth": ["StreamPosition"],
+    "Throughput": ["StreamPosition", "DataHealth"],
+    "FiniteSteps": ["Throughput", "GradientNorm", "Profile"],
+    "Watchdog": ["FiniteSteps"],
+    "Preemption": ["FiniteSteps", "Watchdog", "Throughput"],
+    "Checkpoints": ["Preemption", "FiniteSteps", "ValidationDice", "ValidationLine", "CorpusSize"],
+}
+"""Callback -> those that Lightning must call before it; `_callbacks` says why."""
+
+
+def test_callbacks_are_called_in_the_order_that_correctness_needs(tmp_path: Path) -> None:
+    config = train_config(tmp_path, tmp_path / "run")
+    config = replace(config, run=replace(config.run, profile=1))
+    trainer = _trainer(config, tmp_path / "run", 0, StopSignal())
+    names = [type(each).__name__ for each in trainer.callbacks]  # type: ignore[attr-defined]
+    ours = [name for name in names if hasattr(training_run, name)]
+    assert ours[:2] == ["StartUp", "StreamPosition"] and ours[-1] == "Checkpoints"
+    assert {*AFTER, *(name for earlier in AFTER.values() for name in earlier)} == set(ours)
+    for later, earlier in AFTER.items():
+        assert all(ours.index(name) < ours.index(later) for name in earlier), later
