@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segvol_pl.config import PackConfig
-from segvol_pl.imaging.volume import read_volume
+from segvol_pl.imaging.read import read_volume
 from segvol_pl.packing.pack import pack
 
 COPIES, FEW, NOISE = 40, 10, 10.0

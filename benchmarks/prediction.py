@@ -41,7 +41,7 @@ from segvol_pl.device import autocast
 from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.intensity import Normalised, body_box, intensity_of
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.volume import read_label, read_volume
+from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.inference.coarse import Coarse
 from segvol_pl.inference.predictor import Predictor
 from segvol_pl.inference.zoom import Zoomer, ZoomResult

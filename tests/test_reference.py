@@ -19,8 +19,8 @@ from segvol_pl.config.loader import load
 from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.intensity import body_box, intensity_of, normalise
 from segvol_pl.imaging.prompts import Prompt
+from segvol_pl.imaging.read import read_volume
 from segvol_pl.imaging.transforms import resize_label
-from segvol_pl.imaging.volume import read_volume
 from segvol_pl.inference.zoom import Zoomer, binary
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.checkpoint import BANK

@@ -20,7 +20,8 @@ from segvol_pl.data.shards import SampleRecord, read_array, read_facts, read_ind
 from segvol_pl.data.store import Store
 from segvol_pl.errors import EvaluateError
 from segvol_pl.imaging.box import Box, box_slices
-from segvol_pl.imaging.volume import NativeGrid, Volume, write_mask
+from segvol_pl.imaging.geometry import NativeGrid, Volume
+from segvol_pl.imaging.write import write_mask
 from segvol_pl.packing.pack import Job, listed_jobs
 from segvol_pl.packing.prepare import prepare_case
 

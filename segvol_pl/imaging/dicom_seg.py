@@ -3,7 +3,7 @@
 1. The CT must be a DICOM folder: a segmentation object copies patient, study and geometry from its slices.
 2. Each category becomes one segment; a name is no standard code, so it stands as a local one, "99SEGVOL".
 
-Letters: see data/sample.py.
+Letters: see data/schema.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from segvol_pl import __version__
 from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import VolumeError
-from segvol_pl.imaging.volume import Volume, slice_files, to_native
+from segvol_pl.imaging.dicom import slice_files
+from segvol_pl.imaging.geometry import Volume, to_native
 
 if TYPE_CHECKING:
     from highdicom.seg import SegmentDescription

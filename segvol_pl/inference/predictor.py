@@ -27,9 +27,11 @@ from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import PromptError, SampleError, TextError, UnknownCategory, VolumeError
 from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.dicom_seg import check_dicom_seg, write_dicom_seg
+from segvol_pl.imaging.geometry import Volume, to_native
 from segvol_pl.imaging.intensity import Intensity, Normalised, body_box, intensity_of
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.volume import WRITABLE, Volume, read_label, read_volume, to_native, write_mask
+from segvol_pl.imaging.read import read_label, read_volume
+from segvol_pl.imaging.write import WRITABLE, write_mask
 from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomResult
 from segvol_pl.model.checkpoint import load_model

@@ -18,8 +18,8 @@ import numpy as np
 from segvol_pl.config import Coordinates, PredictConfig
 from segvol_pl.errors import PromptError
 from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.geometry import Volume, voxels_of, world_of
 from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
-from segvol_pl.imaging.volume import Volume, voxels_of, world_of
 from segvol_pl.inference.zoom import clip_box, clip_landmarks
 
 

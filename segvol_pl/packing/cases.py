@@ -21,7 +21,8 @@ from typing import Any
 
 from segvol_pl.config.categories import listed
 from segvol_pl.errors import CaseError
-from segvol_pl.imaging.volume import READABLE, files_of, is_dicom
+from segvol_pl.imaging.dicom import files_of, is_dicom
+from segvol_pl.imaging.read import READABLE
 
 IMAGE_ENDINGS = ("_ct", "_image", "_0000", "_dicom")
 LABEL_ENDINGS = ("_seg", "_label")

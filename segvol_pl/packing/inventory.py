@@ -24,7 +24,8 @@ from rich.table import Table
 from segvol_pl.atomic import write_text
 from segvol_pl.config import InventoryConfig
 from segvol_pl.errors import CaseError, VolumeError
-from segvol_pl.imaging.volume import VolumeHeader, files_of, read_header, source_sha256
+from segvol_pl.imaging.dicom import files_of
+from segvol_pl.imaging.read import VolumeHeader, read_header, source_sha256
 from segvol_pl.packing.cases import LABEL_ENDINGS, case_id, find_volumes, is_volume, read_cases
 
 THREADS = 8

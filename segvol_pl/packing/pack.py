@@ -57,8 +57,9 @@ from segvol_pl.data.shards import (
 from segvol_pl.data.store import Store
 from segvol_pl.errors import PackError, SampleError, VolumeError
 from segvol_pl.folder_lock import FolderLock
+from segvol_pl.imaging.dicom import files_of
 from segvol_pl.imaging.itk import simple_itk, sitk
-from segvol_pl.imaging.volume import files_of, source_sha256
+from segvol_pl.imaging.read import source_sha256
 from segvol_pl.packing.cases import Case, find_cases, read_cases
 from segvol_pl.packing.m3d import is_m3d, m3d_cases
 from segvol_pl.packing.prepare import Rules, pack_case

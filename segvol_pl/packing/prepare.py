@@ -28,9 +28,10 @@ from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member, Split
 from segvol_pl.data.shards import Sample
 from segvol_pl.errors import SampleError
 from segvol_pl.imaging.box import Box, box_slices
+from segvol_pl.imaging.geometry import Volume
 from segvol_pl.imaging.intensity import body_box, intensity_of, normalise
+from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.imaging.transforms import resize_image, resize_label
-from segvol_pl.imaging.volume import Volume, read_label, read_volume
 from segvol_pl.packing.cases import Case
 from segvol_pl.packing.m3d import read_m3d_image, read_m3d_masks
 from segvol_pl.packing.regions import pseudo_regions

@@ -36,8 +36,8 @@ from segvol_pl.evaluation.run import Summary, evaluate, select_examples
 from segvol_pl.evaluation.summary import Row
 from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.prompts import Prompt
+from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.imaging.transforms import resize_label
-from segvol_pl.imaging.volume import read_label, read_volume
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 

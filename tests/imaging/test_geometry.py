@@ -13,7 +13,7 @@ from factories import Oracle, predictor_of
 
 from segvol_pl.config import Coordinates, PredictConfig, ZoomConfig
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.volume import read_label, read_volume
+from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.inference.prompt_coordinates import prompt_of
 
 WINDOW = (8, 16, 16)

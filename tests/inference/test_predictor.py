@@ -22,8 +22,10 @@ from segvol_pl.config import Coordinates, Overlaps, Precision, PredictConfig, Te
 from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, VolumeError
 from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.dicom_seg import write_dicom_seg
+from segvol_pl.imaging.geometry import NativeGrid, Volume
 from segvol_pl.imaging.prompts import Prompt
-from segvol_pl.imaging.volume import WRITABLE, Volume, _native_grid, read_volume
+from segvol_pl.imaging.read import read_volume
+from segvol_pl.imaging.write import WRITABLE
 from segvol_pl.inference.predictor import Predictor, Session, extend_bank, predict
 from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.model import SegVol, TextBank
@@ -547,7 +549,7 @@ def test_an_mr_is_warned_of(predictor: Predictor, ct: Path, caplog: pytest.LogCa
 
 def test_a_ct_smaller_than_one_window_is_padded() -> None:
     hu_DHW = hounsfield()[8:14, 10:24, 16:30]
-    volume = Volume(hu_DHW, np.eye(4), _native_grid(hu_DHW.shape, np.eye(4)), Path("small.nii.gz"))
+    volume = Volume(hu_DHW, np.eye(4), NativeGrid.of(hu_DHW.shape, np.eye(4)), Path("small.nii.gz"))
     mask = predictor_of(Oracle(WINDOW)).open(volume).segment(Prompt(text="organ"))
     np.testing.assert_array_equal(mask, hu_DHW == 200)
 

@@ -15,8 +15,8 @@ from ct_files import phantom, restate, to_image, write_case, write_dicom
 from segvol_pl.__main__ import main
 from segvol_pl.config import InventoryConfig
 from segvol_pl.errors import CaseError
-from segvol_pl.imaging import volume as volumes
-from segvol_pl.imaging.volume import read_header, read_volume
+from segvol_pl.imaging import read as reading
+from segvol_pl.imaging.read import read_header, read_volume
 from segvol_pl.packing.inventory import Entry, Inventory, inventory
 
 
@@ -114,7 +114,7 @@ def test_orientation_is_that_of_the_file(tmp_path: Path) -> None:
 
 
 def test_voxels_are_not_read(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(volumes, "_read_stored", None)
+    monkeypatch.setattr(reading, "_read_stored", None)
     monkeypatch.setattr(sitk.ImageFileReader, "Execute", None)
     assert len(inventory(InventoryConfig(images=str(tree), out="")).entries) == 10
 

@@ -29,7 +29,8 @@ from segvol_pl.data.shards import INDEX, KEY, read_facts, read_index, read_membe
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CaseError, ConfigError, PackError
 from segvol_pl.imaging.box import box_of, box_slices
-from segvol_pl.imaging.volume import read_label, read_volume, write_mask
+from segvol_pl.imaging.read import read_label, read_volume
+from segvol_pl.imaging.write import write_mask
 from segvol_pl.packing import pack as packing
 from segvol_pl.packing.pack import PackReport, pack
 from segvol_pl.packing.prepare import join_masks, split_of

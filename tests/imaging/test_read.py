@@ -23,16 +23,10 @@ from ct_files import (
 )
 
 from segvol_pl.errors import VolumeError
-from segvol_pl.imaging.volume import (
-    read_header,
-    read_label,
-    read_volume,
-    slice_files,
-    source_sha256,
-    to_native,
-    world_of,
-    write_mask,
-)
+from segvol_pl.imaging.dicom import slice_files
+from segvol_pl.imaging.geometry import to_native, world_of
+from segvol_pl.imaging.read import read_header, read_label, read_volume, source_sha256
+from segvol_pl.imaging.write import write_mask
 
 ORIENTATIONS = [
     np.eye(3)[:, list(order)] * signs
@@ -294,26 +288,29 @@ STACKS = {
     ),
     "one slice rotated": (
         _stack(ImageOrientationPatient=[0, 1, 0, -1, 0, 0]),
-        r"_009\.dcm: its ImageOrientationPatient is not that of the other slices",
+        r"_009\.dcm: its ImageOrientationPatient differs",
     ),
-    "one slice finer": (_stack(PixelSpacing=[0.5, 0.75]), r"_009\.dcm: its PixelSpacing is not that of the other"),
-    "half of them finer": (_second_half, r"ct/.*\.dcm: its PixelSpacing is not that of the other slices"),
-    "one slice smaller": (_smaller, r"_009\.dcm: its number of rows and columns is not that of the other slices"),
-    "another patient": (_stack(PatientID="other"), r"_009\.dcm: its PatientID is not that of the other slices"),
-    "another frame": (_stack(FrameOfReferenceUID="1.2.3.8"), r"_009\.dcm: its FrameOfReferenceUID is not that of"),
-    "one MR among them": (_stack(Modality="MR"), r"_009\.dcm: its Modality is not that of the other slices"),
+    "one slice finer": (_stack(PixelSpacing=[0.5, 0.75]), r"_009\.dcm: its PixelSpacing differs"),
+    "half of them finer": (_second_half, r"ct/.*\.dcm: its PixelSpacing differs"),
+    "one slice smaller": (_smaller, r"_009\.dcm: its number of rows and columns differs"),
+    "another patient": (_stack(PatientID="other"), r"_009\.dcm: its PatientID differs"),
+    "another frame": (_stack(FrameOfReferenceUID="1.2.3.8"), r"_009\.dcm: its FrameOfReferenceUID differs"),
+    "one MR among them": (_stack(Modality="MR"), r"_009\.dcm: its Modality differs"),
     "no orientation": (_all(ImageOrientationPatient=None), r"\.dcm: its ImageOrientationPatient is missing, not 6 num"),
     "one without orientation": (_stack(ImageOrientationPatient=None), r"_009\.dcm: its ImageOrientationPatient is mis"),
-    "no right angle": (_all(ImageOrientationPatient=[1, 0, 0, 0.5, 0.5, 0]), "is no two unit vectors at right angles"),
+    "no right angle": (
+        _all(ImageOrientationPatient=[1, 0, 0, 0.5, 0.5, 0]),
+        r"\.dcm: its ImageOrientationP",
+    ),
     "no position": (_all(ImagePositionPatient=None), r"\.dcm: its ImagePositionPatient is missing, not 3 numbers"),
     "no spacing": (_all(PixelSpacing=None), r"\.dcm: its PixelSpacing is missing, not 2 numbers"),
     "spacing of 0": (_all(PixelSpacing=[0, 1]), r"\.dcm: its PixelSpacing is \[0\.0, 1\.0\] mm"),
-    "inverted": (_all(PhotometricInterpretation="MONOCHROME1"), r"\.dcm: MONOCHROME1, its values run from bright"),
+    "inverted": (_all(PhotometricInterpretation="MONOCHROME1"), r"\.dcm: MONOCHROME1"),
     "bent": (_bent, r"ct: slice .* lies \d\.\d\d mm from its place in an even stack"),
     "stretched": (_stretched, r"ct: slice .*_030\.dcm lies 3\.54 mm from its place in an even stack"),
     "staggered": (
         lambda path: write_dicom(path / "ct", phantom()[0], step=np.array([3.0, 0.0, 3.0])),
-        r"ct: its slices are staggered by 45 degrees, further than a gantry tilts \(at most 35\)",
+        r"ct: its slices are staggered by 45 degrees",
     ),
     "multi-frame": (lambda path: write_enhanced(path / "ct", phantom()[0]), r"a multi-frame DICOM file \(24 frames\)"),
 }
@@ -415,7 +412,7 @@ def test_a_qform_that_is_no_rotation_is_refused(tmp_path: Path) -> None:
     image = nibabel.load(path)
     image.header["quatern_b"], image.header["quatern_c"] = 2.0, 2.0
     path.write_bytes(image.header.binaryblock + path.read_bytes()[348:])
-    with pytest.raises(VolumeError, match=r"ct\.nii: its qform is no rotation \(.+\): mend its header"):
+    with pytest.raises(VolumeError, match=r"ct\.nii: its qform is not a rotation \(.+\): repair its header"):
         read_volume(path)
 
 
@@ -495,14 +492,14 @@ BAD = {
         r"huge\.nii: its header promises 30000 x 30000 x",
     ),
     "huge gz": (lambda path: write_promise(path / "huge.nii.gz", 30000), r"huge\.nii\.gz: its header promises 30000 x"),
-    "huge nrrd": (_promising_nrrd, r"huge\.nrrd: its header promises 30000 x 30000 x 30000 voxels, a volume has"),
+    "huge nrrd": (_promising_nrrd, r"huge\.nrrd: its header promises 30000 x 30000 x 30000 voxels; a volume has"),
     "more than a nii holds": (
         lambda path: write_promise(path / "large.nii", 1500),
-        r"large\.nii cannot be read \(its header promises 6750000352 bytes, the file holds 11348 at most\): it",
+        r"large\.nii cannot be read \(its header promises 6750000352 bytes, the file holds at most 11348\): it",
     ),
     "more than a gz can hold": (
         lambda path: write_promise(path / "large.nii.gz", 1500),
-        r"large\.nii\.gz cannot be read \(its header promises 6750000352 bytes, the file holds \d+ at most\): it",
+        r"large\.nii\.gz cannot be read \(its header promises 6750000352 bytes, the file holds at most \d+\): it",
     ),
     "missing": (lambda path: path / "gone.nii.gz", r"gone\.nii\.gz does not exist: check the path"),
     "missing folder": (lambda path: path / "gone", "gone does not exist"),
@@ -519,15 +516,18 @@ BAD = {
     "2-D": (_two_axes, r"two\.nii\.gz: a 2-D image"),
     "one slice": (lambda path: _write(_array(shape=(1, 4, 5)), path / "one.nii"), r"one\.nii: a 2-D image"),
     "4-D": (_four_axes, r"four\.nii\.gz: a 4-D image"),
-    "vector": (_vector, r"vector\.mha: 2 values a voxel"),
+    "vector": (_vector, r"vector\.mha: 2 values per voxel"),
     "no spacing": (lambda path: _mha(path, "0 1 1", "1 0 0 0 1 0 0 0 1"), r"grid\.mha cannot be read \(.*spacing"),
-    "metres": (lambda path: _mha(path, "0.001 0.001 0.002", "1 0 0 0 1 0 0 0 1"), r"0\.001 x 0\.001 x 0\.002 mm apart"),
-    "2 m": (lambda path: _mha(path, "1 1 2000", "1 0 0 0 1 0 0 0 1"), r"1 x 1 x 2000 mm apart: the spacing is in anot"),
+    "metres": (
+        lambda path: _mha(path, "0.001 0.001 0.002", "1 0 0 0 1 0 0 0 1"),
+        r"grid\.mha: spacing 0\.001 x",
+    ),
+    "2 m": (lambda path: _mha(path, "1 1 2000", "1 0 0 0 1 0 0 0 1"), r"grid\.mha: spacing 1 x 1 x 2000 mm"),
     "singular": (lambda path: _mha(path, "1 1 1", "1 0 0 1 0 0 0 0 1"), r"grid\.mha cannot be read \(.*determinant"),
     "empty folder": (lambda path: _folder(path, "empty"), "empty is empty: give a folder with the slices"),
     "no DICOM": (_notes, "notes holds no DICOM series"),
     "two series": (_two_series, r"mixed holds 2 series: 1\.2\.3\.4 \(24 slices\), 1\.2\.3\.5 \(10 slices\)"),
-    "cut slice": (_cut_slice, r"cut: 1\.2\.3\.4_023\.dcm is damaged or no slice"),
+    "cut slice": (_cut_slice, r"cut: 1\.2\.3\.4_023\.dcm is damaged or not a slice"),
     "missing slice": (
         lambda path: write_dicom(path / "holed", phantom()[0], skip=(7,)),
         r"holed: slices 1\.2\.3\.4_006\.dcm and 1\.2\.3\.4_008\.dcm lie 6\.000 mm apart, the others 3\.000 mm",
