@@ -184,11 +184,11 @@ def _inspect(arguments: list[str]) -> int:
 def _overlap(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError("takes DIR ...")
-    groups = imported("segvol_pl.packing.duplicates:overlap")(arguments)
-    leaking = [group for group in groups if imported("segvol_pl.packing.duplicates:leaks")(group)]
+    groups = imported("segvol_pl.packing.duplicates:find_duplicates")(arguments)
+    leaking = [group for group in groups if imported("segvol_pl.packing.duplicates:crosses_splits")(group)]
     for group in groups:
-        places = "  =  ".join(f"{place.folder} {place.key} ({place.split})" for place in group)
-        print(f"{'in two splits: ' if group in leaking else ''}{places}")
+        copies = "  =  ".join(f"{copy.folder} {copy.key} ({copy.split})" for copy in group)
+        print(f"{'in two splits: ' if group in leaking else ''}{copies}")
     print(f"{len(groups)} volumes occur more than once, {len(leaking)} of them in different splits")
     return FAILED if leaking else DONE
 

@@ -6,6 +6,7 @@ names the kind of error for scripts and tests; `status` is the exit status of a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar
 
 from segvol_pl.credentials import masked
@@ -14,6 +15,16 @@ FAILED, MISUSED = 1, 2
 """Exit statuses of a command that failed, and of one that was used wrongly."""
 NOT_FINITE = 65
 """Exit status of a run whose losses or gradients were not finite (EX_DATAERR)."""
+
+LISTED = 10
+"""Most names in one message."""
+
+
+def listed(names: Iterable[str], between: str = ", ") -> str:
+    """Join the first names for a message, and say how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return between.join(names[:LISTED]) + more
 
 
 class SegVolError(ValueError):

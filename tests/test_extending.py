@@ -60,7 +60,7 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
     assert session.segment(Prompt(landmarks=landmarks)).array_DHW.shape == session.volume.array_DHW.shape
     with pytest.raises(PromptError, match="lies outside the CT"):
         session.segment(Prompt(landmarks={EXTREMES: landmarks[EXTREMES] + 100}))
-    with pytest.raises(ConfigError, match=r"model\.landmarks: toys:extremes landmarks 5 voxels, not 6"):
+    with pytest.raises(ConfigError, match=r"model\.landmarks: toys:extremes has 5 voxels, not 6"):
         session.segment(Prompt(landmarks={EXTREMES: landmarks[EXTREMES][:5]}))
     with pytest.raises(ConfigError, match=r"no landmarks toys:other; its model\.landmarks: toys:extremes"):
         session.segment(Prompt(landmarks={"toys:other": landmarks[EXTREMES]}))
@@ -76,7 +76,7 @@ def test_an_error_in_a_loader_process_is_one_line_and_ends_the_run(phantom_shard
         command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True, timeout=100
     )
     said = done.stderr.splitlines()[-1]
-    assert said == "segvol-pl train: error: model.landmarks: toys:extremes landmarks 6 voxels, not 5"
+    assert said == "segvol-pl train: error: model.landmarks: toys:extremes has 6 voxels, not 5"
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 

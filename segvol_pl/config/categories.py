@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from segvol_pl.errors import CaseError
-
-LISTED = 10
-"""Names that an error lists at most."""
-
-
-def listed(names: list[str]) -> str:
-    """The names in a line, the first ten at most."""
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+from segvol_pl.errors import CaseError, listed
 
 
 def load_categories(path: str | Path) -> dict[str, list[int]]:
@@ -60,11 +50,9 @@ def checked_name(name: Any, path: Path) -> str:
 
 def checked_values(name: str, values: Any, path: Path) -> list[int]:
     """The label values, sorted. Raises CaseError for anything but whole numbers from 1 to 65535."""
-    listed: Iterable[Any] = values if isinstance(values, list) else [values]
-    checked = [
-        value for value in listed if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536
-    ]
-    if not checked or len(checked) != len(list(listed)):
+    given: list[Any] = values if isinstance(values, list) else [values]
+    checked = [value for value in given if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536]
+    if not checked or len(checked) != len(given):
         raise CaseError(
             f"categories: {path}: {name}: {values!r} are no label values: give whole numbers from 1 to 65535"
         )

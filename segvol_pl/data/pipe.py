@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Volume:
+class PipedSample:
     """A sample as it came through the pipe."""
 
     row: int
@@ -94,12 +94,12 @@ class PipeStream(Stream):
             else:
                 yield {**sample, "damaged_A2": self._told(), "row": np.array(volume.row)}
 
-    def _copies(self, volume: Volume, rng: np.random.Generator) -> Iterator[Volume]:
+    def _copies(self, volume: PipedSample, rng: np.random.Generator) -> Iterator[PipedSample]:
         """The volume as often as a pass draws from it; of a fraction, by chance."""
         count = int(self.part.times) + int(rng.random() < self.part.times % 1)
-        return (Volume(volume.row, volume.members, copy) for copy in range(count))
+        return (PipedSample(volume.row, volume.members, copy) for copy in range(count))
 
-    def _volumes(self, shard: str) -> Iterator[Volume]:
+    def _volumes(self, shard: str) -> Iterator[PipedSample]:
         """The chosen samples of a shard; those that it should hold and did not give are noted."""
         missing = {record.key for record in self.part.records if record.shard == shard}
         place = self.part.store.place(shard)
@@ -112,10 +112,10 @@ class PipeStream(Stream):
             if sample["__key__"] in missing:
                 missing.discard(sample["__key__"])
                 members = {ending: sample[ending] for ending in sample if not ending.startswith("__")}
-                yield Volume(self.row_of[sample["__key__"]], members)
+                yield PipedSample(self.row_of[sample["__key__"]], members)
         self.damaged.extend((self.row_of[key], Damage.MISSING) for key in sorted(missing))
 
-    def _draw(self, volume: Volume, rng: np.random.Generator) -> Arrays:
+    def _draw(self, volume: PipedSample, rng: np.random.Generator) -> Arrays:
         store, record = self.corpus.located(volume.row)
         place = f"shard {store.place(record.shard)}, sample {record.key}"
 

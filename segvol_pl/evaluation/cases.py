@@ -22,8 +22,9 @@ from segvol_pl.errors import EvaluateError
 from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.geometry import NativeGrid, Volume
 from segvol_pl.imaging.write import write_mask
-from segvol_pl.packing.pack import Job, listed_jobs
+from segvol_pl.packing.pack import list_jobs
 from segvol_pl.packing.prepare import prepare_case
+from segvol_pl.packing.stage import Job
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,7 @@ class FileCases:
 
     def __init__(self, data: CasesConfig) -> None:
         self.source, self.split = str(data.cases or data.images), "all"
-        jobs = sorted(listed_jobs(_as_packed(data)), key=lambda job: job.key)
+        jobs = sorted(list_jobs(_as_packed(data)), key=lambda job: job.key)
         self._jobs = {job.key: job for job in jobs if job.case.label or job.case.masks}
         if not self._jobs:
             raise EvaluateError(
@@ -136,8 +137,8 @@ class FileCases:
     def read(self, key: str) -> EvalCase:
         """Read a case, cropped and measured as by `pack`. Raises VolumeError or SampleError if it cannot be read."""
         job: Job = self._jobs[key]
-        # An empty label map is an error in a training set, but a healthy control here.
-        found = prepare_case(job.case, key, job.rules, {"image": job.case.image.name}, blank=True)
+        # A label map without any structure is a fault in a training set, and a healthy control here.
+        found = prepare_case(job.case, key, job.rules, {"image": job.case.image.name}, allow_empty=True)
         assert found.label_DHW is not None
         if found.volume is not None:
             return EvalCase(found.facts, found.hu_DHW, found.label_DHW, found.volume, found.body)

@@ -1,15 +1,15 @@
-"""Boxes of voxels: `d0 h0 w0 d1 h1 w1` with an inclusive maximum, as in the published model."""
+"""Boxes of voxels, as in the published model: their maximum belongs to them."""
 
 from __future__ import annotations
 
 import numpy as np
 
 Box = tuple[int, int, int, int, int, int]
-"""`d0 h0 w0 d1 h1 w1`, voxel indices, inclusive maximum, as in the published model."""
+"""`d0 h0 w0 d1 h1 w1`: voxel indices, inclusive maximum."""
 
 
 def box_of(mask_DHW: np.ndarray) -> Box:
-    """Inclusive bounding box `d0 h0 w0 d1 h1 w1` of a mask. Raises ValueError for an empty one."""
+    """Return the bounding box of a mask. Raises ValueError for an empty mask."""
     deep = np.flatnonzero(mask_DHW.reshape(len(mask_DHW), -1).any(axis=1))
     if deep.size == 0:
         raise ValueError("an empty mask has no box")
@@ -20,5 +20,5 @@ def box_of(mask_DHW: np.ndarray) -> Box:
 
 
 def box_slices(box: Box) -> tuple[slice, slice, slice]:
-    """The slices that an inclusive box covers."""
+    """Return the slices of an array (D,H,W) that a box covers."""
     return slice(box[0], box[3] + 1), slice(box[1], box[4] + 1), slice(box[2], box[5] + 1)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from segvol_pl.errors import VolumeError
-from segvol_pl.imaging.geometry import RAS_FROM_LPS, ROUNDING, check_voxel_count, resample, straight_grid
+from segvol_pl.imaging.geometry import DIRECTION_TOLERANCE, RAS_FROM_LPS, check_voxel_count, resample, straight_grid
 from segvol_pl.imaging.itk import check_scalar_3d, itk_reason, open_header, sitk
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def _slice_of(path: Path) -> _Slice:
     if _attribute(header, "PhotometricInterpretation") == "MONOCHROME1":
         raise VolumeError(f"{path}: MONOCHROME1, low values are bright: export it as MONOCHROME2")
     orientation = _numbers(header, "ImageOrientationPatient", 6, path).reshape(2, 3)
-    if np.abs(orientation @ orientation.T - np.eye(2)).max() > ROUNDING:
+    if np.abs(orientation @ orientation.T - np.eye(2)).max() > DIRECTION_TOLERANCE:
         raise VolumeError(
             f"{path}: its ImageOrientationPatient is not two unit vectors at right angles: repair its header"
         )

@@ -1,7 +1,8 @@
 """A label map as a DICOM Segmentation object that refers to the slices of its CT. Needs highdicom (extra `dicom`).
 
 1. The CT must be a DICOM folder: a segmentation object copies patient, study and geometry from its slices.
-2. Each category becomes one segment; a name is no standard code, so it stands as a local one, "99SEGVOL".
+2. Each category becomes one segment. Category names are not standard codes, so the coding scheme is a local one,
+   "99SEGVOL".
 
 Letters: see data/schema.py.
 """
@@ -29,26 +30,35 @@ SCHEME = "99SEGVOL"
 """A scheme that begins with 99 is a local one."""
 
 NEEDED = ("FrameOfReferenceUID", "StudyInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "PixelSpacing")
-"""What a segmentation object copies from its slices, and old or hand-made files may lack."""
+"""What a segmentation object copies from the slices, and what old or hand-made files may lack."""
 
 
 def check_dicom_seg(image: Path) -> None:
-    """Raises VolumeError where highdicom is missing, or the CT is no DICOM folder or its slices lack what is needed."""
+    """Raise VolumeError if highdicom is missing, the CT is not a DICOM folder, or its slices lack attributes."""
     if find_spec("highdicom") is None:
         raise VolumeError("out: a DICOM SEG is written by highdicom, which is missing: pip install 'segvol_pl[dicom]'")
     if not image.is_dir():
-        raise VolumeError(f"out: a DICOM SEG refers to the slices of a DICOM folder; {image} is none: write .nii.gz")
+        raise VolumeError(
+            f"out: a DICOM SEG refers to the slices of a DICOM folder, which {image} is not: write .nii.gz"
+        )
     import pydicom
 
     lacking = [name for name in NEEDED if name not in pydicom.dcmread(slice_files(image)[0], stop_before_pixels=True)]
     if lacking:
-        raise VolumeError(f"out: a DICOM SEG cannot refer to slices without {', '.join(lacking)}, as {image} holds")
+        raise VolumeError(f"out: a DICOM SEG needs {', '.join(lacking)} in the slices of {image}: write .nii.gz")
 
 
 def write_dicom_seg(label_DHW: np.ndarray, names: Sequence[str], volume: Volume, path: Path) -> None:
-    """The label map (or a bool mask) as binary segments: value 1 is named by the first of `names`.
+    """Write a label map as binary segments.
 
-    Raises VolumeError as `check_dicom_seg` does, and where the map is empty.
+    Args:
+        label_DHW: Label values, or a bool mask.
+        names: Of the categories; the first belongs to value 1.
+        volume: The CT.
+        path: The file to write.
+
+    Raises:
+        VolumeError: As `check_dicom_seg`, or the map is empty.
     """
     check_dicom_seg(volume.path)
     import highdicom
@@ -56,7 +66,7 @@ def write_dicom_seg(label_DHW: np.ndarray, names: Sequence[str], volume: Volume,
 
     sources = [pydicom.dcmread(file) for file in slice_files(volume.path)]
     for source in sources:
-        # By where the slices lie: what they state of it may be missing or wrong, and readers lay out the frames by it.
+        # From the slices' positions: readers place the frames by this attribute, which may be missing or wrong.
         source.SpacingBetweenSlices = f"{np.linalg.norm(volume.native.affine[:3, 0]):.10g}"
     found = np.unique(label_DHW).astype(np.uint16)
     values = found[found > 0]
@@ -90,7 +100,7 @@ def _segment(number: int, name: str) -> SegmentDescription:
     from pydicom.sr.codedict import codes
     from pydicom.sr.coding import Code
 
-    # A code's value has at most 16 characters, a name may be longer.
+    # The value of a code has at most 16 characters; a name may have more.
     code = Code(hashlib.sha256(name.encode()).hexdigest()[:16], SCHEME, name[:64])
     return SegmentDescription(
         segment_number=number,

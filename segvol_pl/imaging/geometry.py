@@ -31,7 +31,7 @@ SAME_GRID = 1e-2
 """Voxels by which two grids may differ and still count as the same."""
 VOXEL_SPACING = (0.01, 100.0)
 """Least and greatest mm between the voxels of a CT. A spacing beyond these is in another unit."""
-ROUNDING = 1e-3
+DIRECTION_TOLERANCE = 1e-3
 """Error of rounded direction vectors: how far they may be from length 1 or from a right angle."""
 MOST_VOXELS = 2**32
 """Twice the voxels of 2048 slices of 1024 x 1024. A header that promises more than this is wrong."""
@@ -179,7 +179,7 @@ def right_angled(affine: np.ndarray) -> bool:
     if lengths.min() == 0:
         return False
     cosines = affine[:3, :3] / lengths
-    return bool(np.abs(cosines.T @ cosines - np.eye(3)).max() <= ROUNDING)
+    return bool(np.abs(cosines.T @ cosines - np.eye(3)).max() <= DIRECTION_TOLERANCE)
 
 
 def affine_of(header: ItkHeader) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From Hounsfield units to [0, 1]: `intensity_of` measures a whole CT once, `normalise` maps its voxels."""
+"""From Hounsfield units to [0, 1]: `intensity_of` measures a CT once, `normalise` maps its voxels."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from segvol_pl.imaging.box import Box, box_of
 
 @dataclass(frozen=True)
 class Intensity:
-    """HU statistics of the whole CT, before the crop to the body.
+    """HU statistics of a CT before the crop to the body.
 
-    `low` and `high` are the 0.05 and 99.95 percentiles of the foreground, i.e. of the voxels above
-    the mean of the volume: the published foreground normalisation clips to them (field: "ForegroundNorm").
+    `low` and `high` are the 0.05 and 99.95 percentiles of the foreground, the voxels above the volume's mean. The
+    published foreground normalisation ("ForegroundNorm") clips to them.
     """
 
     mean: float
@@ -30,10 +30,7 @@ FOREGROUND_PERCENTILES = (0.05, 99.95)
 
 
 def intensity_of(hu_DHW: np.ndarray) -> Intensity:
-    """HU statistics of a whole CT (published ForegroundNorm: voxels above the mean, percentiles 0.05 and 99.95).
-
-    Raises SampleError for a constant volume.
-    """
+    """Measure a CT before it is cropped. Raises SampleError for a constant volume."""
     minimum, maximum = int(hu_DHW.min()), int(hu_DHW.max())
     if minimum == maximum:
         raise SampleError(f"the volume is constant ({minimum} HU everywhere): it holds no image")
@@ -45,16 +42,16 @@ def intensity_of(hu_DHW: np.ndarray) -> Intensity:
 
 
 def normalise(hu_DHW: np.ndarray, intensity: Intensity) -> np.ndarray:
-    """HU -> float32 in [0, 1]: clipped to the foreground's percentiles, then scaled.
+    """Clip HU to the foreground's percentiles and scale them to float32 in [0, 1].
 
-    The published z-score between the two is undone by its min-max scaling, hence left out.
+    The published code has a z-score between the two steps; the scaling cancels it, so it is left out.
     """
     image_DHW = (hu_DHW.astype(np.float32) - intensity.low) / (intensity.high - intensity.low)
     return np.clip(image_DHW, 0.0, 1.0, out=image_DHW)
 
 
 class Normalised:
-    """`normalise` of a CT, done for the part that is read: the CT stays int16, whatever its size."""
+    """A CT that is normalised when a part of it is read: in memory it stays int16."""
 
     dtype = np.dtype(np.float32)
 
@@ -66,5 +63,5 @@ class Normalised:
 
 
 def body_box(hu_DHW: np.ndarray, intensity: Intensity) -> Box:
-    """Inclusive bounding box of the voxels above the foreground's lower percentile."""
+    """Return the bounding box of the voxels above the foreground's lower percentile."""
     return box_of(hu_DHW > intensity.low)

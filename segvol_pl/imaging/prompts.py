@@ -1,4 +1,4 @@
-"""Prompts: what a user, or the sampler, says about the structure wanted."""
+"""Prompts, which say what to segment, and drawing them from a mask."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ INSIDE, OUTSIDE, PADDING = 1, 0, -1
 """Labels of points, as in the published model."""
 
 ABSENT = -2
-"""Label of a place in a points array that holds none: attention leaves it out. (PADDING is a token, as published.)"""
+"""Label of an unused row in an array of points: attention leaves it out. (PADDING is a token, as published.)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Any of text, points, a box and landmarks, in voxels of the array that the prompt is about.
+    """Any of text, points, a box and landmarks, in voxels of the array that is segmented.
 
-    text: category name, as in the text bank ("liver").
-    points_N3: int, (d, h, w) rows; labels_N: 1 inside, 0 outside.
-    box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
-    landmarks: int, (d, h, w) rows of each of the user's own kinds, by their names in the model's configuration.
-    Raises ValueError where nothing is given, shapes are wrong, or the box is inverted.
+    Args:
+        text: Category name, as in the text bank ("liver").
+        points_N3: int, rows (d, h, w).
+        labels_N: One for each point: 1 inside, 0 outside.
+        box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
+        landmarks: int, rows (d, h, w) for each of the user's own kinds, by their names in the model's configuration.
+
+    Raises:
+        ValueError: Nothing is given, a shape is wrong, or the box is inverted.
     """
 
     text: str | None = None
@@ -59,10 +63,19 @@ class Prompt:
 def sample_points(
     mask_DHW: np.ndarray, rng: np.random.Generator, positive: int, negative: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`positive` voxels inside the mask and `negative` outside, drawn with replacement.
+    """Draw voxels inside and outside a mask, with replacement. A mask without an outside gets no negative points.
 
-    Returns points_N3 (int64) and labels_N (int64: 1 inside, 0 outside). Raises ValueError for an empty mask.
-    A mask without an outside gets no negative points.
+    Args:
+        mask_DHW: bool or labels; everything but 0 is inside.
+        rng: Draws the points.
+        positive: Points inside.
+        negative: Points outside.
+
+    Returns:
+        points_N3 (int64) and labels_N (int64: 1 inside, 0 outside).
+
+    Raises:
+        ValueError: The mask is empty.
     """
     inside = np.flatnonzero(mask_DHW)
     if inside.size == 0:
@@ -76,7 +89,7 @@ def sample_points(
 
 
 def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    # Masks are mostly outside, so rejection is far cheaper than listing every outside voxel.
+    # Most voxels are outside, so rejection is far cheaper than listing every outside voxel.
     flat = mask_DHW.reshape(-1)
     drawn = rng.integers(flat.size, size=8 * count)
     outside = drawn[~flat[drawn].astype(bool)]
@@ -84,37 +97,49 @@ def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) ->
 
 
 def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The voxels (d, h, w) that the user's own function marks for a mask that is not empty: int64, one row each.
+    """Call the user's function on a mask that is not empty and return its voxels: int64, rows (d, h, w).
 
-    Raises ConfigError where there is no such function, or where it gives something else.
+    Args:
+        name: `package.module:function`.
+        mask_DHW: The mask.
+        rng: Passed to the function.
+
+    Raises:
+        ConfigError: There is no such function, or it returns something else.
     """
     landmarks_M3 = np.asarray(custom_function(name, "model.landmarks")(mask_DHW, rng))
     if landmarks_M3.ndim != 2 or landmarks_M3.shape[1] != 3:
         raise ConfigError(
-            f"model.landmarks: {name} gave an array of {list(landmarks_M3.shape)}, not rows of d h w", "model.landmarks"
+            f"model.landmarks: {name} returned an array of shape {list(landmarks_M3.shape)}, not rows of d h w",
+            "model.landmarks",
         )
     return landmarks_M3.astype(np.int64)
 
 
-def gathered_landmarks(landmarks: dict[str, np.ndarray], marked: dict[str, int]) -> np.ndarray:
-    """All kinds of landmarks that a model knows as one array, (M,3), kind after kind; zeros for those that are missing.
+def gathered_landmarks(landmarks: dict[str, np.ndarray], counts: dict[str, int]) -> np.ndarray:
+    """Gather a prompt's landmarks into one array (M,3), kind after kind, with zeros for missing kinds.
 
-    marked: kind -> how many. Raises ConfigError for a kind that the model does not know, or that has another number.
+    Args:
+        landmarks: Kind -> rows (d, h, w).
+        counts: Kind -> number of its landmarks, for all kinds that the model knows.
+
+    Raises:
+        ConfigError: The model does not know a kind, or expects another number of it.
     """
     for name, landmarks_M3 in landmarks.items():
-        if name not in marked:
-            known = ", ".join(marked) or "none"
+        if name not in counts:
+            known = ", ".join(counts) or "none"
             raise ConfigError(f"prompts: the model has no landmarks {name}; its model.landmarks: {known}", "prompts")
-        if len(landmarks_M3) != marked[name]:
+        if len(landmarks_M3) != counts[name]:
             raise ConfigError(
-                f"model.landmarks: {name} marks {len(landmarks_M3)} voxels, not {marked[name]}", "model.landmarks"
+                f"model.landmarks: {name} has {len(landmarks_M3)} voxels, not {counts[name]}", "model.landmarks"
             )
-    rows = [landmarks.get(name, np.zeros((count, 3), np.int64)) for name, count in marked.items()]
+    rows = [landmarks.get(name, np.zeros((count, 3), np.int64)) for name, count in counts.items()]
     return np.concatenate([np.zeros((0, 3), np.int64), *rows])
 
 
 def jitter_box(box: Box, shape: tuple[int, ...], share: float, rng: np.random.Generator) -> Box:
-    """Each face moved by up to `share` of the box's extent, kept inside `shape` (paper Sec. 2.2)."""
+    """Move each face of a box by up to `share` of the box's extent, within a volume of `shape` (paper Sec. 2.2)."""
     low, high = np.array(box[:3]), np.array(box[3:])
     reach = share * (high - low + 1)
     moved = np.rint(rng.uniform(-1, 1, size=(2, 3)) * reach).astype(int)

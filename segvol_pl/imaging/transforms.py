@@ -1,9 +1,8 @@
-"""From Hounsfield units to what the model sees: one set of transforms for packing, training and inference.
+"""Resizing, cropping and augmenting volumes: one set of transforms for packing, training and inference.
 
-1. `intensity_of` measures the whole CT once; `normalise` maps HU to [0, 1] by it.
-2. `body_box` crops the air away.
-3. `resize_image` / `resize_label` make the overview; `window_around` and `crop` make native-resolution windows.
-4. `flip` and `sample_intensity` augment, drawing from the sample's own rng.
+1. `resize_image` and `resize_label` make the overview of a volume.
+2. `window_around` and `crop` make windows at native resolution.
+3. `flip` and `sample_intensity` augment; they draw from the sample's own rng.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 
 
 class Sliceable(Protocol):
-    """A numpy array, or an encoded one that decodes only the slice asked for."""
+    """A numpy array, or an encoded array that decodes only the requested slice."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,11 +30,14 @@ class Sliceable(Protocol):
 
 
 NO_SHIFT = -0.0
-"""Added, it leaves every number as it is; 0.0 would turn -0.0 into 0.0."""
+"""Adding it changes no number at all; adding 0.0 would turn -0.0 into 0.0."""
 
 
 def resize_tensor(image_BCDHW: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Area average along axes that shrink, linear along axes that grow; voxel extents (not centres) coincide."""
+    """Resize (B,C,D,H,W) to (D,H,W) `shape`: area average along axes that shrink, linear along axes that grow.
+
+    The extents of old and new grid coincide, not the centres of their corner voxels.
+    """
     target = tuple(int(size) for size in shape)
     shrunk = tuple(min(old, new) for old, new in zip(image_BCDHW.shape[2:], target, strict=True))
     if shrunk != tuple(image_BCDHW.shape[2:]):
@@ -46,7 +48,7 @@ def resize_tensor(image_BCDHW: torch.Tensor, shape: Sequence[int]) -> torch.Tens
 
 
 def resize_image(array_DHW: Sliceable, shape: Sequence[int]) -> np.ndarray:
-    """Float32 array of `shape`, see `resize_tensor`. Only a few slices of a large volume are held at a time."""
+    """Resize to float32 of `shape`, see `resize_tensor`. Only a few slices of a large volume are in memory at once."""
     deep = min(array_DHW.shape[0], int(shape[0]))
     smaller = [min(old, int(new)) for old, new in zip(array_DHW.shape[1:], shape[1:], strict=True)]
     slabs = [resize_tensor(_tensor(array_DHW[slab]), (1, *smaller)) for slab in _slabs(array_DHW.shape[0], deep)]
@@ -58,24 +60,30 @@ def _tensor(array_DHW: np.ndarray) -> torch.Tensor:
 
 
 def _slabs(source: int, target: int) -> list[slice]:
-    """For each of `target` cells, no more than there are, the source cells that area averaging takes together."""
+    """For each of `target` <= `source` cells, return the source cells whose area average it is."""
     return [slice(cell * source // target, -((cell + 1) * source // -target)) for cell in range(target)]
 
 
 def nearest_index(source: int, target: int) -> np.ndarray:
-    """For each of `target` cells the source cell under its centre ('nearest-exact')."""
+    """Return for each of `target` cells the source cell under its centre ('nearest-exact')."""
     index = np.floor((np.arange(target) + 0.5) * (source / target)).astype(np.int64)
     return np.minimum(index, source - 1)
 
 
 def resize_label(array_DHW: Sliceable, shape: Sequence[int]) -> np.ndarray:
-    """Same dtype, nearest neighbour: no label or region id is ever invented."""
+    """Resize labels or region ids to `shape` by nearest neighbour; the dtype is kept."""
     indices = [nearest_index(old, new) for old, new in zip(array_DHW.shape, shape, strict=True)]
     return np.ascontiguousarray(array_DHW[np.ix_(*indices)])
 
 
 def window_around(centre: Sequence[int], window: Sequence[int], shape: Sequence[int]) -> tuple[int, int, int]:
-    """Start of a window that holds `centre` and lies inside the volume; 0 along axes shorter than the window."""
+    """Return the start of a window around `centre`, inside the volume; 0 along axes shorter than the window.
+
+    Args:
+        centre: Voxel (d, h, w).
+        window: Size of the window.
+        shape: Shape of the volume.
+    """
     starts = [
         int(np.clip(middle - size // 2, 0, max(extent - size, 0)))
         for middle, size, extent in zip(centre, window, shape, strict=True)
@@ -84,7 +92,7 @@ def window_around(centre: Sequence[int], window: Sequence[int], shape: Sequence[
 
 
 def crop(array_DHW: Sliceable, start: Sequence[int], window: Sequence[int], fill: int = 0) -> np.ndarray:
-    """The window at `start`, padded at the far end with `fill` where the volume is shorter."""
+    """Return the window at `start`. Where the volume is shorter, it is padded with `fill` at the far end."""
     slices = tuple(
         slice(first, min(first + size, extent))
         for first, size, extent in zip(start, window, array_DHW.shape, strict=True)
@@ -95,13 +103,13 @@ def crop(array_DHW: Sliceable, start: Sequence[int], window: Sequence[int], fill
 
 
 def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """All arrays flipped alike along each of their last three axes with `probability`."""
+    """Flip all arrays in the same way, along each of their last three axes with `probability`."""
     axes = tuple(axis - 3 for axis in range(3) if rng.random() < probability)
     return {name: np.flip(array, axes) for name, array in arrays.items()} if axes else arrays
 
 
 def sample_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:
-    """A scale of up to +-10 %, a shift of up to +-0.1, each with `probability`, else 1 and `NO_SHIFT` (published)."""
+    """Draw scale and shift as published: up to +-10 % and +-0.1, each with `probability`, else 1 and `NO_SHIFT`."""
     scaled, shifted = rng.random(2) < probability
     scale, shift = rng.uniform(-0.1, 0.1, size=2)
     return 1 + float(scale) if scaled else 1.0, float(shift) if shifted else NO_SHIFT

@@ -12,7 +12,7 @@ stands alone. Training checkpoints hold the same under Lightning's names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import nn
 from segvol_pl.atomic import atomic_path
 from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.config.loader import plain
-from segvol_pl.errors import CheckpointError
+from segvol_pl.errors import CheckpointError, listed
 from segvol_pl.model.released import (
     Contents,
     Tensors,
@@ -46,7 +46,6 @@ __all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_mod
 
 BANK = "text_encoder.bank_KE"
 FORMAT = "segvol_pl/1"
-LISTED = 5
 STACKS = {"num_layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
 """Keys of the model that count blocks -> how the names of the blocks' tensors begin."""
 
@@ -139,13 +138,6 @@ def differences(own: Tensors, given: Tensors) -> dict[str, str]:
         if given[name].shape != own[name].shape:
             problems[name] = f"{name} is {list(given[name].shape)}, the model's is {list(own[name].shape)}"
     return dict(sorted(problems.items()))
-
-
-def listed(items: Iterable[str], between: str = ", ") -> str:
-    """The first of them for a message, and how many more there are."""
-    items = list(items)
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return f"{between.join(items[:LISTED])}{more}"
 
 
 def read_weights(source: Path | Contents, released: SegVolConfig | None = None) -> Weights:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 from segvol_pl.config import Convention, ImportConfig, SegVolConfig
 from segvol_pl.config.categories import load_categories
-from segvol_pl.errors import CheckpointError
+from segvol_pl.errors import CheckpointError, listed
 from segvol_pl.model.checkpoint import (
     BANK,
     Weights,
     differences,
     is_exported,
     is_trained,
-    listed,
     load_exactly,
     read_weights,
     write_safetensors,

@@ -1,10 +1,11 @@
 """Which label map belongs to which CT.
 
-1. `find_cases` expands `images` and `labels` (file, DICOM folder, folder of cases or glob) and pairs them by id;
-   `read_cases` reads the pairs that a CSV or JSON file states.
-2. `load_categories` reads which label values a category name means.
+1. `pair_cases` finds the files of `images` and `labels` (file, DICOM folder, folder of cases or glob) and pairs them by
+   id.
+2. `read_cases` reads the pairs from a CSV or JSON file.
 
-What cannot be paired is an error that lists it: no CT is left out, or left unlabelled, unsaid.
+CTs and label maps that cannot be paired are an error that lists them: no CT is left out, or left without its label,
+without notice.
 """
 
 from __future__ import annotations
@@ -19,44 +20,50 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segvol_pl.config.categories import listed
-from segvol_pl.errors import CaseError
+from segvol_pl.errors import CaseError, listed
 from segvol_pl.imaging.dicom import files_of, is_dicom
 from segvol_pl.imaging.read import READABLE
 
 IMAGE_ENDINGS = ("_ct", "_image", "_0000", "_dicom")
 LABEL_ENDINGS = ("_seg", "_label")
 
-
 COLUMNS = ("id", "image", "label")
-"""Columns of a list of cases; any other names a category and holds files of its own."""
+"""Columns of a list of cases. Any other column is named after a category and holds the files of its masks."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A CT and, where it is labelled, its label map or one file for each of its categories."""
+    """A CT and, if it has labels, its label map or one file for each category."""
 
     id: str
     image: Path
     label: Path | None = None
     masks: dict[str, tuple[Path, ...]] = field(default_factory=dict)
-    """Category name -> the files whose voxels above 0 are it. Categories may overlap."""
+    """Category name -> its mask files; their voxels above 0 belong to it. Categories may overlap."""
     channels: tuple[str, ...] = ()
-    """Names of the channels of a `label` in the processed M3D-Seg form, see data/m3d.py."""
+    """Names of the channels of a `label` in the processed M3D-Seg form, see `m3d.py`."""
     notes: dict[str, str] = field(default_factory=dict)
-    """What else is known of its origin, for `Facts.source`."""
+    """What else is known about its origin, for `Facts.source`."""
 
     @property
     def paths(self) -> list[Path]:
-        """All that the case is made of."""
+        """All files and folders of the case."""
         masks = [path for paths in self.masks.values() for path in paths]
         return [self.image, *([self.label] if self.label else []), *masks]
 
 
-def find_cases(images: str, labels: str | None = None) -> list[Case]:
-    """The cases, sorted by id. One image and one label are paired as given; more are paired by id.
+def pair_cases(images: str, labels: str | None = None) -> list[Case]:
+    """Find CTs and label maps and pair them by id. A single image and a single label are paired as they are.
 
-    Raises CaseError where nothing is found, two files have one id, or an image or label has no partner.
+    Args:
+        images: A CT file, a DICOM folder, a folder of CTs, or a glob.
+        labels: The same, for the label maps. By default the cases have no labels.
+
+    Returns:
+        The cases, sorted by id.
+
+    Raises:
+        CaseError: Nothing is found, two files have one id, or an image or label has no partner.
     """
     found_images = _expand(images, LABEL_ENDINGS, "images")
     if labels is None:
@@ -69,12 +76,12 @@ def find_cases(images: str, labels: str | None = None) -> list[Case]:
 
 
 def find_volumes(pattern: str) -> list[Path]:
-    """The CTs that a file, a DICOM folder or a glob means. Raises CaseError where there is none."""
+    """Return the CTs of a file, a DICOM folder or a glob. Raises CaseError if there is none."""
     return _expand(pattern, (), "images")
 
 
 def case_id(path: Path) -> str:
-    """The name of the file or folder up to an ending such as `_ct` or `_seg` (any case)."""
+    """Return the name of a file or folder without its ending and without `_ct`, `_seg` etc. (any case)."""
     name = _stem(path)
     return _role_ending(IMAGE_ENDINGS + LABEL_ENDINGS).sub("", name) or name
 
@@ -84,7 +91,7 @@ def _role_ending(endings: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def _expand(pattern: str, foreign: tuple[str, ...], key: str) -> list[Path]:
-    """The volumes that `pattern` means; within a folder, names with a `foreign` ending play the other role."""
+    """Return the volumes of `pattern`. In a folder, names with a `foreign` ending belong to the other key."""
     path = Path(pattern)
     if path.is_dir():
         return _expand_folder(path, foreign, key)
@@ -101,7 +108,7 @@ def _expand_folder(folder: Path, foreign: tuple[str, ...], key: str) -> list[Pat
         entries = sorted(entry for entry in folder.iterdir() if is_volume(entry))
     except OSError as error:
         raise CaseError(
-            f"{key}: {error.filename} cannot be read ({error.strerror}): allow it to be read, or move it away"
+            f"{key}: {error.filename} cannot be read ({error.strerror}): give read permission, or move it away"
         ) from error
     own = [entry for entry in entries if not _role_ending(foreign).search(_stem(entry))]
     if own:
@@ -116,12 +123,11 @@ def _stem(path: Path) -> str:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file's ending, or a folder's content, is that of a CT."""
+    """Return whether a file has the ending, or a folder the content, of a CT."""
     return path.name.lower().endswith(READABLE) if path.is_file() else _is_dicom_folder(path)
 
 
 def _is_dicom_folder(path: Path) -> bool:
-    """Whether any file of the folder starts as DICOM files do."""
     return path.is_dir() and any(is_dicom(file) for file in files_of(path))
 
 
@@ -130,7 +136,7 @@ def _by_id(paths: list[Path]) -> dict[str, Path]:
     twice = [str(path) for path in paths if counts[case_id(path)] > 1]
     if twice:
         raise CaseError(
-            f"several files have one case id: {listed(twice)}: rename them, or state the pairs with cases=FILE"
+            f"several files have one case id: {listed(twice)}: rename them, or give the pairs with cases=FILE"
         )
     return {case_id(path): path for path in paths}
 
@@ -138,35 +144,37 @@ def _by_id(paths: list[Path]) -> dict[str, Path]:
 def _check_roles(images: list[Path], labels: list[Path]) -> None:
     both = sorted(str(path) for path in set(images) & set(labels))
     if both:
-        raise CaseError(f"image and label at once: {listed(both)}: name them ..._ct and ..._seg, or use cases=FILE")
+        raise CaseError(f"both image and label: {listed(both)}: name them ..._ct and ..._seg, or use cases=FILE")
 
 
 def _pair(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
     alone = [f"{images[id]} (no label)" for id in sorted(images.keys() - labels.keys())]
     alone += [f"{labels[id]} (no image)" for id in sorted(labels.keys() - images.keys())]
     if alone:
-        raise CaseError(f"cannot be paired: {listed(alone)}: rename them, or state the pairs with cases=FILE")
+        raise CaseError(f"cannot be paired: {listed(alone)}: rename them, or give the pairs with cases=FILE")
     return [Case(id, images[id], labels[id]) for id in sorted(images)]
 
 
-# Stated pairs
+# Lists of cases
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """The cases that a CSV (columns id, image, label) or JSON (a list of such objects) states, sorted by id.
+    """Read a list of cases: CSV with the columns id, image and label, or JSON with a list of such objects.
 
-    Instead of `label`, any further column names a category and holds the file of its voxels. Paths are relative to the
-    file and may be empty or left out, but for id and image. Raises CaseError for anything else.
+    Instead of `label` there may be columns named after categories, which hold the category's mask file. Paths are
+    relative to the list. All but id and image may be empty or left out.
+
+    Returns the cases, sorted by id. Raises CaseError for anything else.
     """
     path = Path(path)
     if not path.is_file():
         raise CaseError(f"cases: {path} does not exist: check the path")
     rows = _read_json(path) if path.suffix.lower() == ".json" else _read_csv(path)
-    cases = [_case_of(row, path, number) for number, row in enumerate(rows, start=1)]
+    cases = [_case_of_row(row, path, number) for number, row in enumerate(rows, start=1)]
     counts = Counter(case.id for case in cases)
     twice = [id for id, count in counts.items() if count > 1]
     if twice or not cases:
-        raise CaseError(f"cases: {path} " + (f"states {listed(twice)} twice" if twice else "states no case"))
+        raise CaseError(f"cases: {path} " + (f"lists {listed(twice)} twice" if twice else "lists no case"))
     return sorted(cases, key=lambda case: case.id)
 
 
@@ -174,9 +182,9 @@ def _read_json(path: Path) -> list[Any]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CaseError(f"cases: {path} is no JSON ({error})") from error
+        raise CaseError(f"cases: {path} is not JSON ({error})") from error
     if not isinstance(rows, list):
-        raise CaseError(f"cases: {path} holds no list: write [{{id, image, label}}, ...]")
+        raise CaseError(f"cases: {path} is not a list: write [{{id, image, label}}, ...]")
     return rows
 
 
@@ -185,7 +193,7 @@ def _read_csv(path: Path) -> list[Any]:
         return list(csv.DictReader(stream))
 
 
-def _case_of(row: Any, path: Path, number: int) -> Case:
+def _case_of_row(row: Any, path: Path, number: int) -> Case:
     place = f"cases: {path}, case {number}"
     if not isinstance(row, dict):
         raise CaseError(f"{place}: is not an object with id, image, label")
@@ -194,7 +202,7 @@ def _case_of(row: Any, path: Path, number: int) -> Case:
     cells = {str(key): value or "" for key, value in row.items()}
     id, image, label = (cells.get(key, "") for key in COLUMNS)
     if not (id and image and all(isinstance(value, str) for value in cells.values())):
-        raise CaseError(f"{place}: needs an id and an image, and labels where it is labelled, as text")
+        raise CaseError(f"{place}: needs an id and an image, both as text; labels, if any, are text too")
     masks: dict[str, tuple[Path, ...]] = {
         name: (path.parent / cells[name],) for name in sorted(cells.keys() - set(COLUMNS)) if cells[name]
     }
@@ -208,7 +216,4 @@ def _check_columns(names: list[str], both: bool, place: str) -> None:
         if meant or not name.strip():
             raise CaseError(f"{place}: unknown column {name!r}: the columns are id, image, label, or category names")
     if both:
-        raise CaseError(f"{place}: has a label map and files of categories: give one of the two")
-
-
-# Categories
+        raise CaseError(f"{place}: has both a label map and category files: give one of the two")

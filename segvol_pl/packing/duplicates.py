@@ -1,7 +1,7 @@
-"""What folders of shards have in common: the same voxels in two data sets, or in two splits (verb `overlap`).
+"""Equal voxels in folders of shards: in two data sets, or in two splits of one (command `overlap`).
 
-Packing names a case by the hash of its voxels in canonical axes, so that copies are found whatever their file's name,
-format or orientation. Only indexes are read.
+Packing stores the hash of a case's voxels in canonical axes, so copies are found whatever their file's name, format or
+orientation. Only indexes are read.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from segvol_pl.errors import ShardError
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a sample lies."""
+class Copy:
+    """A sample whose voxels another sample has too."""
 
     folder: str
     key: str
     split: str
 
 
-def overlap(folders: Sequence[Source]) -> list[list[Place]]:
-    """The groups of samples that hold the same voxels, those in different splits first.
+def find_duplicates(folders: Sequence[Source]) -> list[list[Copy]]:
+    """Return the groups of samples that hold equal voxels, first those in different splits.
 
-    Raises ShardError for a folder that cannot be read, or whose index was written before it held the hashes.
+    Raises ShardError for a folder that cannot be read, or whose index is older than the hashes.
     """
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[Copy]] = {}
     for folder in folders:
         for record in load_index(Store(folder)).samples:
             if not record.content:
                 raise ShardError(f"the index of {folder} holds no content hashes: run segvol-pl index {folder}")
-            found.setdefault(record.content, []).append(Place(masked(str(folder)), record.key, record.split))
+            found.setdefault(record.content, []).append(Copy(masked(str(folder)), record.key, record.split))
     groups = [group for group in found.values() if len(group) > 1]
-    return sorted(groups, key=lambda group: (not leaks(group), group[0].folder, group[0].key))
+    return sorted(groups, key=lambda group: (not crosses_splits(group), group[0].folder, group[0].key))
 
 
-def leaks(group: Sequence[Place]) -> bool:
-    """Whether the same voxels are trained on and tested on."""
-    return len({place.split for place in group}) > 1
+def crosses_splits(group: Sequence[Copy]) -> bool:
+    """Return whether equal voxels are in more than one split: trained on and tested on."""
+    return len({copy.split for copy in group}) > 1

@@ -1,9 +1,9 @@
-"""What lies in a folder tree or a list of cases, by the headers alone (verb `inventory`).
+"""A list of the CTs in a folder tree or a list of cases, by their headers alone (command `inventory`).
 
 1. `inventory` finds every CT file and DICOM folder and reads its header.
-2. What cannot be used is listed with its reason, what can but looks wrong with its doubts.
-3. Files of equal size are hashed: the same content under two names is named. Copies in another format or orientation
-   are found by `pack`, which sees the voxels.
+2. Files that cannot be used are listed with the reason; files that can be used but look wrong, with the doubts.
+3. Files of equal size and shape are hashed, to find copies under other names. Copies in another format or orientation
+   are found by `pack`, which reads the voxels.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from segvol_pl.imaging.read import VolumeHeader, read_header, source_sha256
 from segvol_pl.packing.cases import LABEL_ENDINGS, case_id, find_volumes, is_volume, read_cases
 
 THREADS = 8
-FEW = 8
-"""Voxels along an axis below which a volume is doubtful."""
-SPACING = (0.1, 10.0)
-"""mm between voxels, beyond which a spacing is doubtful."""
-EXTENT = (20.0, 2500.0)
-"""mm along an axis, likewise."""
+FEWEST_VOXELS = 8
+"""Along an axis; a volume with fewer is doubtful."""
+USUAL_SPACING = (0.1, 10.0)
+"""mm between voxels; a spacing outside this range is doubtful."""
+USUAL_EXTENT = (20.0, 2500.0)
+"""mm along an axis; an extent outside this range is doubtful."""
 PERCENTILES = (0, 25, 50, 75, 100)
 SHOWN = 20
 
@@ -48,7 +48,7 @@ class Entry:
     files: int
     header: VolumeHeader | None = None
     problem: str = ""
-    """Why it cannot be used; empty where it can, as far as its header tells."""
+    """Why it cannot be used; empty if its header shows no fault."""
     doubts: list[str] = field(default_factory=list)
 
 
@@ -60,18 +60,18 @@ class Inventory:
     copies: list[list[str]]
     """Files that hold the same bytes."""
     ignored: dict[str, int]
-    """Ending -> files that are no CT."""
+    """Ending -> how many files are not CTs."""
 
     @property
     def usable(self) -> list[tuple[Entry, VolumeHeader]]:
-        """Those whose header could be read."""
+        """The entries whose header could be read, each with its header."""
         return [(entry, entry.header) for entry in self.entries if entry.header]
 
 
 def inventory(config: InventoryConfig) -> Inventory:
-    """Reads every header, prints the summary, and writes all of it to `config.out`.
+    """Read every header, print a summary, and write all entries to `config.out`.
 
-    Raises CaseError where nothing is found.
+    Raises CaseError if nothing is found.
     """
     console = Console()
     paths, ignored = _paths_of(config)
@@ -98,7 +98,7 @@ def _paths_of(config: InventoryConfig) -> tuple[list[Path], Counter[str]]:
 
 
 def _walk(root: Path, ignored: Counter[str]) -> Iterator[Path]:
-    """CT files and DICOM folders below `root`; the endings of other files are counted."""
+    """Yield the CT files and DICOM folders below `root`, and count the endings of other files."""
     for name, _, files in os.walk(root):
         folder = Path(name)
         if is_volume(folder):
@@ -128,15 +128,15 @@ def _doubts(header: VolumeHeader, path: Path) -> Iterator[str]:
         yield "its header states no orientation (qform and sform are 0)"
     if header.missing_bytes:
         yield f"{header.missing_bytes} bytes shorter than its header says"
-    if min(header.shape) < FEW:
+    if min(header.shape) < FEWEST_VOXELS:
         yield f"only {min(header.shape)} voxels along an axis"
-    if min(header.spacing) < SPACING[0] or max(header.spacing) > SPACING[1]:
+    if min(header.spacing) < USUAL_SPACING[0] or max(header.spacing) > USUAL_SPACING[1]:
         yield f"spacing {_triple(header.spacing)} mm"
     extents = [size * step for size, step in zip(header.shape, header.spacing, strict=True)]
-    if min(extents) < EXTENT[0] or max(extents) > EXTENT[1]:
+    if min(extents) < USUAL_EXTENT[0] or max(extents) > USUAL_EXTENT[1]:
         yield f"extent {_triple(extents)} mm"
     if header.dtype.startswith("8-bit") and case_id(path) == path.name.partition(".")[0]:
-        yield f"{header.dtype}: a label map (named none of {', '.join(LABEL_ENDINGS)}) or a windowed picture"
+        yield f"{header.dtype}: a label map (its name has none of {', '.join(LABEL_ENDINGS)}) or a windowed image"
 
 
 def _triple(values: Iterable[float]) -> str:
@@ -144,7 +144,7 @@ def _triple(values: Iterable[float]) -> str:
 
 
 def _copies(entries: list[Entry]) -> list[list[str]]:
-    """Only files of equal size and shape are read and hashed."""
+    """Return the groups of files with equal bytes. Only files of equal size and shape are read."""
     alike: dict[object, list[Entry]] = defaultdict(list)
     for entry in entries:
         if entry.header:
@@ -172,7 +172,7 @@ def _print(found: Inventory, console: Console) -> None:
         console.print("orientation: " + _counts(header.orientation for header in headers))
         console.print("voxels: " + _counts(header.dtype for header in headers))
     if found.ignored:
-        console.print("not looked at: " + ", ".join(f"{count} {ending}" for ending, count in found.ignored.items()))
+        console.print("other files: " + ", ".join(f"{count} {ending}" for ending, count in found.ignored.items()))
     _print_list(problems, "not usable", console)
     _print_list(doubts, "doubtful", console)
     _print_list([(paths[0], ", ".join(paths[1:])) for paths in found.copies], "the same bytes", console)

@@ -1,11 +1,11 @@
-"""The processed M3D-Seg form, as most users hold the paper's 25 data sets, into cases.
+"""Cases from the processed M3D-Seg form, in which most users have the paper's 25 data sets.
 
 1. `m3d_cases` reads `<code>/<code>.json`: the cases, their published split, the names of the mask channels.
 2. `read_m3d_image` reads `<case>/image.npy`, (1, W, H, D), normalised floats.
 3. `read_m3d_masks` reads `<case>/mask_(C, W, H, D).npz`, a sparse matrix with a row for each channel.
 
-The form lost spacing, orientation and Hounsfield units. Axes are read as the published code reads them, the last one as
-D; which way they point is unknown (BAAI-DCAI/M3D#51), and is marked so.
+The form has no spacing, no orientation and no Hounsfield units. Axes are read as the published code reads them, the
+last one as D. Which way they point is unknown (BAAI-DCAI/M3D#51); the sample's facts say so.
 """
 
 from __future__ import annotations
@@ -20,34 +20,44 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from segvol_pl.config.categories import listed
-from segvol_pl.errors import CaseError, VolumeError
+from segvol_pl.errors import CaseError, VolumeError, listed
 from segvol_pl.packing.cases import Case
 from segvol_pl.packing.recipes import DatasetRecipe
 
-PARTS = {"train": "train", "training": "train", "test": "test", "validation": "test"}
+PUBLISHED_SPLIT = {"train": "train", "training": "train", "test": "test", "validation": "test"}
 """Key of the list -> published split."""
 
 
 def is_m3d(path: str | Path) -> bool:
-    """Whether the file lists cases of this form."""
+    """Return whether a file lists cases of this form."""
     path = Path(path)
     return path.suffix.lower() == ".json" and path.is_file() and "labels" in _read(path, quietly=True)
 
 
 def m3d_cases(path: str | Path, recipe: DatasetRecipe | None = None) -> list[Case]:
-    """The cases that `<code>.json` lists, sorted by id, which is the folder's name beside it.
+    """Read the cases of `<code>.json`.
 
-    `recipe` corrects the names of the channels. Raises CaseError for a file that lists none, a case listed twice, or
-    names that occur twice.
+    Args:
+        path: The JSON file. The cases' folders lie in the same folder; their names are the ids.
+        recipe: Corrects the names of the channels.
+
+    Returns:
+        The cases, sorted by id.
+
+    Raises:
+        CaseError: The file lists no case, or a case or a channel's name occurs twice.
     """
     path = Path(path)
     raw = _read(path)
     channels = _channels_of(raw, path, recipe)
     try:
-        cases = [_case_of(row, path, split, channels) for part, split in PARTS.items() for row in raw.get(part, [])]
+        cases = [
+            _m3d_case(row, path, split, channels)
+            for part, split in PUBLISHED_SPLIT.items()
+            for row in raw.get(part, [])
+        ]
     except (KeyError, TypeError) as error:
-        raise CaseError(f"cases: {path}: a case is no object with image and label ({error})") from error
+        raise CaseError(f"cases: {path}: a case is not an object with image and label ({error})") from error
     counts = Counter(case.id for case in cases)
     twice = [id for id, count in counts.items() if count > 1]
     if twice or not cases:
@@ -56,9 +66,10 @@ def m3d_cases(path: str | Path, recipe: DatasetRecipe | None = None) -> list[Cas
 
 
 def read_m3d_image(path: Path) -> tuple[np.ndarray, str]:
-    """int16 (D,H,W) and what its values mean: whole numbers as they are, others spread over the range of int16.
+    """Read an image as int16 (D,H,W), and what its values mean.
 
-    Raises VolumeError for what is no 3-D array of finite, differing numbers.
+    Whole numbers are kept; other numbers are scaled to the range of int16. Raises VolumeError for anything but a 3-D
+    array of finite numbers that are not all equal.
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -69,7 +80,7 @@ def read_m3d_image(path: Path) -> tuple[np.ndarray, str]:
     if array.ndim != 3 or not np.issubdtype(array.dtype, np.number):
         raise VolumeError(f"{path}: {array.dtype} of shape {array.shape}: image.npy holds numbers, (1, W, H, D)")
     if not np.isfinite(array).all():
-        raise VolumeError(f"{path}: holds NaN or infinite voxels: mend or leave it out")
+        raise VolumeError(f"{path}: holds NaN or infinite voxels: repair it or leave it out")
     low, high = float(array.min()), float(array.max())
     if low == high:
         raise VolumeError(f"{path}: every voxel is {low}: it holds no image, leave it out")
@@ -78,9 +89,18 @@ def read_m3d_image(path: Path) -> tuple[np.ndarray, str]:
 
 
 def read_m3d_masks(path: Path, channels: Sequence[str], shape: tuple[int, ...]) -> Iterator[tuple[str, np.ndarray]]:
-    """Name and mask, bool (D,H,W) of `shape`, of each channel that is not empty, one at a time.
+    """Read the masks of all channels that are not empty, one at a time.
 
-    Raises VolumeError for a file that is no such matrix, or of other channels or voxels.
+    Args:
+        path: The sparse matrix.
+        channels: Names of its rows.
+        shape: (D,H,W) of the image.
+
+    Yields:
+        A channel's name and its mask, bool (D,H,W).
+
+    Raises:
+        VolumeError: The file is not such a matrix, or has another number of channels or voxels.
     """
     try:
         matrix = sparse.load_npz(path)
@@ -104,13 +124,13 @@ def read_m3d_masks(path: Path, channels: Sequence[str], shape: tuple[int, ...]) 
 
 
 def _read(path: Path, quietly: bool = False) -> dict[str, Any]:
-    """The object that the JSON file holds; empty for anything else if `quietly`."""
+    """Return the object in a JSON file. If `quietly`, anything else gives an empty one, not an error."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         if quietly:
             return {}
-        raise CaseError(f"cases: {path} is no JSON ({error})") from error
+        raise CaseError(f"cases: {path} is not JSON ({error})") from error
     return raw if isinstance(raw, dict) else {}
 
 
@@ -122,19 +142,21 @@ def _channels_of(raw: dict[str, Any], path: Path, recipe: DatasetRecipe | None) 
     if recipe is not None and recipe.m3d_labels:
         if len(recipe.m3d_labels) != len(names):
             count = len(recipe.m3d_labels)
-            raise CaseError(f"cases: {path} has {len(names)} labels, the recipe {recipe.name} {count}: give its own")
+            raise CaseError(
+                f"cases: {path} has {len(names)} labels, the recipe {recipe.name} {count}: use this data set's recipe"
+            )
         return tuple(recipe.m3d_labels)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise CaseError(f"cases: {path}: labels name {listed(twice)} twice: give recipe=FILE, which corrects it")
+        raise CaseError(f"cases: {path}: labels name {listed(twice)} twice: give recipe=FILE, which corrects that")
     return names
 
 
-def _case_of(row: dict[str, str], path: Path, split: str, channels: tuple[str, ...]) -> Case:
-    # Paths in the list start wherever it was made: the case's folder lies beside the list.
+def _m3d_case(row: dict[str, str], path: Path, split: str, channels: tuple[str, ...]) -> Case:
+    # Paths in the list are those of the machine where it was made: only the last folder and the name are used.
     image, label = PurePosixPath(row["image"]), PurePosixPath(row["label"])
     if {"", ".."} & {image.parent.name, image.name, label.name}:
-        raise CaseError(f"cases: {path}: {image}, {label}: are no files of a folder beside the list")
+        raise CaseError(f"cases: {path}: {image}, {label}: are not files in a folder next to the list")
     folder = path.parent / image.parent.name
     notes = {"form": "M3D-Seg", "published_split": split}
     return Case(image.parent.name, folder / image.name, folder / label.name, channels=channels, notes=notes)

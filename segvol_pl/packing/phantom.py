@@ -5,8 +5,8 @@
    shifted and bent by a smooth random field: every organ is a simple solid in that frame.
 3. The body wall, distractors without a label (heart, stomach, bowel, ribs, vena cava) and the organs are painted,
    later ones over earlier ones.
-4. Partial volume, table and correlated noise make it a CT.
-5. `write_phantoms` writes NIfTI files in many orientations, so that reading by array index goes wrong.
+4. Partial volume, a table and correlated noise make it a CT.
+5. `write_phantoms` writes NIfTI files in many orientations, so that a reader that ignores the affine fails.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ CATEGORIES: dict[str, list[int]] = {
 FIELD_OF_VIEW = (320.0, 260.0, 340.0)
 """mm along d, h, w."""
 
-AIR = -1000.0
+AIR_HU = -1000.0
 VOXEL_MM3 = 25.0
-"""Smallest voxel at scale 1: keeps a phantom under 1.2 million voxels."""
+"""Smallest voxel at scale 1: a phantom stays under 1.2 million voxels."""
 
-Triple = tuple[float, float, float]
+PerAxis = tuple[float, float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ class Phantom:
 
     hu_DHW: np.ndarray
     label_DHW: np.ndarray
-    spacing: Triple
+    spacing: PerAxis
 
     @property
     def affine(self) -> np.ndarray:
@@ -72,20 +72,20 @@ class Phantom:
 class _Solid:
     """An ellipsoid in the patient frame: centre and radii in mm, order (z, y, x); a radius may be infinite."""
 
-    centre: Triple
-    radii: Triple
+    centre: PerAxis
+    radii: PerAxis
 
     @classmethod
     def draw(
-        cls, rng: np.random.Generator, centre: Triple, radii: Triple, shift: float = 5, size: float = 0.1
+        cls, rng: np.random.Generator, centre: PerAxis, radii: PerAxis, shift: float = 5, size: float = 0.1
     ) -> _Solid:
-        """Centre moved by up to `shift` mm, radii changed by up to the share `size`."""
+        """Draw a solid: the centre moved by up to `shift` mm, the radii changed by up to the share `size`."""
         moved = np.array(centre) + rng.uniform(-shift, shift, 3)
         scaled = np.array(radii) * rng.uniform(1 - size, 1 + size, 3)
         return cls((moved[0], moved[1], moved[2]), (scaled[0], scaled[1], scaled[2]))
 
     def within(self, rng: np.random.Generator, reach: float, radius: float) -> _Solid:
-        """A solid of about `radius` mm around a random place inside this one, at most `reach` radii off its centre."""
+        """Draw a solid of about `radius` mm around a random point at most `reach` radii from this one's centre."""
         direction = rng.standard_normal(3)
         offset = direction / np.linalg.norm(direction) * rng.uniform(0, reach) * np.array(self.radii)
         centre = np.array(self.centre) + offset
@@ -93,19 +93,19 @@ class _Solid:
 
 
 class _Canvas:
-    """Voxels under paint, and the patient frame over them."""
+    """The voxels that are painted, and the patient frame over them."""
 
-    def __init__(self, shape: tuple[int, int, int], spacing: Triple, rng: np.random.Generator) -> None:
+    def __init__(self, shape: tuple[int, int, int], spacing: PerAxis, rng: np.random.Generator) -> None:
         self.shape = shape
         self.lines = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
         self.frame = _patient_frame(self.lines, rng)
         grids = np.meshgrid(*self.lines, indexing="ij", sparse=True)
         self.margin = [float(np.abs(bent - grid).max()) for bent, grid in zip(self.frame, grids, strict=True)]
-        self.hu_DHW = np.full(shape, AIR, dtype=np.float32)
+        self.hu_DHW = np.full(shape, AIR_HU, dtype=np.float32)
         self.label_DHW = np.zeros(shape, dtype=np.uint8)
 
     def distance(self, solid: _Solid) -> tuple[tuple[slice, ...], np.ndarray]:
-        """Squared distance in radii from the solid's centre, within the window that can hold the solid."""
+        """Return a window that holds the solid, and in it the squared distance from the solid's centre, in radii."""
         window = tuple(
             slice(*np.searchsorted(line, (middle - radius - margin, middle + radius + margin)))
             for line, middle, radius, margin in zip(self.lines, solid.centre, solid.radii, self.margin, strict=True)
@@ -117,7 +117,7 @@ class _Canvas:
         return window, total
 
     def paint(self, solid: _Solid, hu: float, label: int = 0, where: np.ndarray | None = None) -> None:
-        """The solid, or its part that lies in the mask `where`."""
+        """Paint the solid, or its part in the mask `where`."""
         window, distance = self.distance(solid)
         inside = distance <= 1
         if where is not None:
@@ -126,7 +126,7 @@ class _Canvas:
         self.label_DHW[window][inside] = label
 
     def inside(self, solid: _Solid) -> np.ndarray:
-        """Mask of the solid over the whole volume."""
+        """Return the mask of the solid over the volume."""
         mask_DHW = np.zeros(self.shape, dtype=bool)
         window, distance = self.distance(solid)
         mask_DHW[window] = distance <= 1
@@ -134,9 +134,14 @@ class _Canvas:
 
 
 def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
-    """A synthetic CT of trunk size, 320 x 260 x 340 mm, with the organs of `CATEGORIES`.
+    """Make a synthetic CT of a trunk, 320 x 260 x 340 mm, with the organs of `CATEGORIES`.
 
-    `scale` multiplies the voxels along each axis (and divides the spacing). Raises ValueError unless it is positive.
+    Args:
+        seed: Determines the CT.
+        scale: Multiplies the voxels along each axis, and divides the spacing.
+
+    Raises:
+        ValueError: `scale` is not positive.
     """
     if scale <= 0:
         raise ValueError(f"scale is {scale}, must be positive")
@@ -153,14 +158,14 @@ def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
     return Phantom(_scan(canvas, rng), canvas.label_DHW, spacing)
 
 
-def _draw_spacing(rng: np.random.Generator, scale: float) -> Triple:
+def _draw_spacing(rng: np.random.Generator, scale: float) -> PerAxis:
     slices = rng.uniform(4.0, 6.0)
     plane = rng.uniform(max(2.2, np.sqrt(VOXEL_MM3 / slices)), 3.0)
     return float(slices / scale), float(plane / scale), float(plane / scale)
 
 
 def _spline_basis(size: int, cells: int) -> np.ndarray:
-    """float32 (size, cells + 3): the uniform cubic B-spline weights of each control point at `size` places."""
+    """Return float32 (size, cells + 3): the uniform cubic B-spline weight of each control point at `size` points."""
     place = np.linspace(0, cells, size)
     cell = np.minimum(place.astype(int), cells - 1)
     t = place - cell
@@ -170,8 +175,8 @@ def _spline_basis(size: int, cells: int) -> np.ndarray:
     return basis
 
 
-def _smooth_field(rng: np.random.Generator, shape: tuple[int, int, int], cells: Triple) -> np.ndarray:
-    """float32 (D,H,W) random field of mean about 0 and standard deviation 1, smooth over 1/cells of each axis."""
+def _smooth_field(rng: np.random.Generator, shape: tuple[int, int, int], cells: PerAxis) -> np.ndarray:
+    """Draw a float32 (D,H,W) field of mean about 0 and standard deviation 1, smooth over 1/cells of each axis."""
     counts = [max(1, round(cell)) for cell in cells]
     control = rng.standard_normal([count + 3 for count in counts], dtype=np.float32)
     rows, columns, bars = (_spline_basis(size, count) for size, count in zip(shape, counts, strict=True))
@@ -180,7 +185,7 @@ def _smooth_field(rng: np.random.Generator, shape: tuple[int, int, int], cells: 
 
 
 def _patient_frame(lines: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """z, y, x of the patient (mm) at each voxel: tilted by a few degrees, shifted, and bent smoothly."""
+    """Draw z, y, x of the patient (mm) at each voxel: tilted by a few degrees, shifted, and bent smoothly."""
     shape = (len(lines[0]), len(lines[1]), len(lines[2]))
     tilt = np.deg2rad(rng.uniform(-4, 4, 3))
     rotation = np.eye(3) + np.array([[0, -tilt[0], tilt[1]], [tilt[0], 0, -tilt[2]], [-tilt[1], tilt[2], 0]])
@@ -197,7 +202,7 @@ def _patient_frame(lines: list[np.ndarray], rng: np.random.Generator) -> list[np
 
 
 def _paint_wall(canvas: _Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Skin, fat, muscle and ribs. Returns the mask of the cavity inside them, filled with fat."""
+    """Paint skin, fat, muscle and ribs. Return the mask of the cavity inside them, which is filled with fat."""
     outer = np.array([rng.uniform(95, 108), rng.uniform(138, 154)])
     fat, muscle = rng.uniform(6, 18), rng.uniform(9, 14)
     for inset, hu in ((0.0, 20.0), (3.0, rng.uniform(-110, -95)), (3 + fat, rng.uniform(45, 60))):
@@ -217,7 +222,7 @@ def _paint_ribs(canvas: _Canvas, rng: np.random.Generator, wall: np.ndarray, thi
 
 
 def _paint_chest(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    """Mediastinum, lungs with vessels, heart."""
+    """Paint mediastinum, lungs with vessels, and heart."""
     above_DHW = cavity_DHW & (canvas.frame[0] > 40)
     canvas.paint(_Solid((170, 0, 0), (140, 90, 60)), 30, where=above_DHW)
     hu = rng.uniform(-870, -820)
@@ -229,7 +234,7 @@ def _paint_chest(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarr
 
 
 def _paint_lung_vessels(canvas: _Canvas, rng: np.random.Generator) -> None:
-    # The places where two smooth fields vanish together are curves: a tree-like texture at no cost.
+    # Where two smooth fields are both 0 there are curves: a cheap texture like a tree of vessels.
     cells = (FIELD_OF_VIEW[0] / 30, FIELD_OF_VIEW[1] / 26, FIELD_OF_VIEW[2] / 26)
     first_DHW, second_DHW = (_smooth_field(rng, canvas.shape, cells) for _ in range(2))
     lungs_DHW = (canvas.label_DHW == LUNG_LEFT) | (canvas.label_DHW == LUNG_RIGHT)
@@ -237,7 +242,7 @@ def _paint_lung_vessels(canvas: _Canvas, rng: np.random.Generator) -> None:
 
 
 def _paint_distractors(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    """Psoas, bowel and stomach: tissue of organ-like density that no label names."""
+    """Paint psoas, bowel and stomach: tissue with the density of organs but without a label."""
     for side in (-1.0, 1.0):
         canvas.paint(_Solid((-150, -42, 38 * side), (110, 18, 18)), 55, where=cavity_DHW)
     loops_DHW = np.abs(_smooth_field(rng, canvas.shape, (8, 8, 10))) < 0.55
@@ -249,7 +254,7 @@ def _paint_distractors(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np
 
 
 def _paint_abdomen(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    """Liver with its tumour, spleen, kidneys."""
+    """Paint liver with tumour, spleen and kidneys."""
     hu = rng.uniform(78, 102)
     liver = _Solid.draw(rng, (-2, 4, 74), (62, 68, 58))
     left_lobe = _Solid.draw(rng, (12, 38, 18), (32, 32, 62))
@@ -275,7 +280,7 @@ def _paint_vessels(canvas: _Canvas, rng: np.random.Generator) -> None:
 
 
 def _paint_spine(canvas: _Canvas, rng: np.random.Generator) -> None:
-    """Vertebral bodies with a dense shell and softer discs, arches around the canal, spinous processes."""
+    """Paint vertebral bodies with a dense shell and softer discs, arches around the canal, spinous processes."""
     period, phase, marrow = rng.uniform(30, 38), rng.uniform(), rng.uniform(300, 400)
     place_DHW = canvas.frame[0] / np.float32(period) + np.float32(phase)
     place_DHW -= np.floor(place_DHW)
@@ -293,7 +298,7 @@ def _paint_spine(canvas: _Canvas, rng: np.random.Generator) -> None:
 
 
 def _scan(canvas: _Canvas, rng: np.random.Generator) -> np.ndarray:
-    """int16: what a scanner makes of the canvas."""
+    """Return the canvas as a scanner shows it, int16."""
     hu_DHW = ndimage.gaussian_filter(canvas.hu_DHW, (0.4, 0.6, 0.6), truncate=3)
     if rng.random() < 0.5:
         _add_table(hu_DHW, canvas)
@@ -304,7 +309,7 @@ def _scan(canvas: _Canvas, rng: np.random.Generator) -> np.ndarray:
 
 
 def _add_table(hu_DHW: np.ndarray, canvas: _Canvas) -> None:
-    """A curved couch under the patient, straight through all slices: it does not follow the patient's shape."""
+    """Add a curved couch under the patient, straight through all slices: it does not follow the patient's shape."""
     _, y_H, x_W = canvas.lines
     height_HW = y_H[:, None] + 120 - np.square(x_W)[None, :] / 1500
     table_HW = (np.abs(height_HW) < 4) & (np.abs(x_W) < 150)[None, :]
@@ -313,11 +318,18 @@ def _add_table(hu_DHW: np.ndarray, canvas: _Canvas) -> None:
 
 
 def write_phantoms(folder: Path, count: int, seed: int, unlabelled: int = 0, scale: float = 1.0) -> Path:
-    """`count` labelled and `unlabelled` more phantoms as NIfTI files; returns `folder`.
+    """Write phantoms as NIfTI files and return `folder`.
 
-    folder/images/phantom_000_ct.nii.gz, folder/labels/phantom_000_seg.nii.gz, folder/unlabelled/phantom_000_ct.nii.gz
-    (numbered on from the labelled ones) and folder/categories.yaml. Each file, label files too, has its own random
-    orientation on disk, which its affine states. Files appear whole or not at all.
+    It will hold images/phantom_000_ct.nii.gz, labels/phantom_000_seg.nii.gz, unlabelled/phantom_001_ct.nii.gz (numbers
+    continue after the labelled ones) and categories.yaml. Each file, also a label file, has its own random orientation
+    on disk, given by its affine. A file is complete or not there.
+
+    Args:
+        folder: Where to write.
+        count: Phantoms with a label map.
+        seed: Determines all of them.
+        unlabelled: Phantoms without a label map.
+        scale: As for `make_phantom`.
     """
     for index in range(count + unlabelled):
         case = np.random.SeedSequence([seed, index])
@@ -334,7 +346,7 @@ def write_phantoms(folder: Path, count: int, seed: int, unlabelled: int = 0, sca
 
 
 def _write_nifti(path: Path, array_DHW: np.ndarray, affine: np.ndarray, rng: np.random.Generator) -> None:
-    """The array with its axes permuted and flipped at random, and the affine that undoes it."""
+    """Write the array with its axes permuted and flipped at random, and an affine that says so."""
     orientation = np.stack([rng.permutation(3), rng.choice([-1, 1], 3)], axis=1)
     image = nib.Nifti1Image(array_DHW, affine).as_reoriented(orientation)
     # A fixed time stamp: the same phantom is the same bytes.

@@ -1,10 +1,11 @@
 """One CT and its label map as a sample: cropped to the body, measured, encoded.
 
-1. `pack_case` reads a CT and its label map, or the files or channels of its categories, which `join_masks` joins.
-2. It crops to the body, makes the overview and the pseudo-label regions, and writes down the facts that training needs.
-3. The split is decided by the hash of the voxels alone.
+1. `prepare_case` reads a CT and its label map, or the files or channels of its categories, which `merge_masks` merges
+   into one. It crops them to the body and measures what training needs to know: the intensity, and each category's
+   box, voxels and anchors. The split follows from the hash of the voxels alone.
+2. `pack_case` adds the overview and the pseudo-label regions, and encodes all arrays.
 
-The `Rules` and the files decide every byte.
+The `Rules` and the files determine every byte.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Rules:
-    """Everything beside the files themselves that decides a packed sample's bytes."""
+    """All that determines a packed sample's bytes, apart from the files."""
 
     dataset: str
     modality: str
@@ -52,14 +53,14 @@ class Rules:
     categories: dict[str, list[int]]
 
     def fingerprint(self, *parts: Any) -> str:
-        """Hex sha256 of the rules and `parts`, which must be JSON."""
+        """Return the hex sha256 of the rules and of `parts`, which must be JSON."""
         text = json.dumps([SCHEMA, blosc2.__version__, asdict(self), parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """What a case's files hold, in canonical axes. Spacing and affine are None where their form lost them."""
+    """The content of a case's files, in canonical axes. Spacing and affine are None if the file format has none."""
 
     array_DHW: np.ndarray
     spacing: tuple[float, float, float] | None
@@ -67,13 +68,13 @@ class Scan:
     label_DHW: np.ndarray | None
     categories: dict[str, list[int]]
     notes: dict[str, str]
-    """What was found out about the values, for `Facts.source`."""
+    """What is known about the values, for `Facts.source`."""
     volume: Volume | None = None
-    """The CT as read from a file; None where the form is none that masks are written in."""
+    """The CT as read from its file; None if masks cannot be written in its format."""
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class PreparedCase:
     """A case cropped to the body and measured, not yet encoded: `facts` lack the members' hashes."""
 
     facts: Facts
@@ -86,17 +87,24 @@ class Prepared:
 
 
 def pack_case(case: Case, key: str, rules: Rules, source: dict[str, str]) -> Sample:
-    """Reads, crops, measures and encodes one case. `source` names and hashes its files, see `Facts.source`.
+    """Read, crop, measure and encode one case.
 
-    Raises VolumeError or SampleError for a CT or label map that cannot be used.
+    Args:
+        case: Its files.
+        key: Of the sample.
+        rules: How to pack.
+        source: Names and hashes of the files, see `Facts.source`.
+
+    Raises:
+        VolumeError, SampleError: The CT or its label map cannot be used.
     """
     prepared = prepare_case(case, key, rules, source)
     return _encode(prepared.facts, _arrays_of(prepared, rules))
 
 
-def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], blank: bool = False) -> Prepared:
-    """Reads, crops and measures one case. `blank`: whether its label map may be empty. Raises as `pack_case`."""
-    scan = _scan_of(case, rules, blank)
+def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], allow_empty: bool = False) -> PreparedCase:
+    """Read, crop and measure one case, as `pack_case` does. `allow_empty`: whether its label map may be all 0."""
+    scan = _scan_of(case, rules, allow_empty)
     content = _content_sha256(scan.array_DHW)
     intensity = intensity_of(scan.array_DHW)
     box = body_box(scan.array_DHW, intensity)
@@ -112,15 +120,15 @@ def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], bla
         split=split_of(content, rules.test_fraction).value,
         modality=rules.modality,
         intensity=intensity,
-        categories=_held(label_DHW, scan.categories, rules, content, case, blank),
+        categories=_categories_of(label_DHW, scan.categories, rules, content, case, allow_empty),
         labelled=label_DHW is not None,
         overview_shape=list(rules.overview_shape),
     )
-    return Prepared(facts, hu_DHW, label_DHW, box, scan.volume)
+    return PreparedCase(facts, hu_DHW, label_DHW, box, scan.volume)
 
 
 def split_of(content_sha256: str, test_fraction: float) -> Split:
-    """The split of a case, by its content alone: it stays in it however often and with whatever the set is repacked."""
+    """Return the split of a case, by its content alone: it does not change when the data set is packed again."""
     return Split.TEST if int(content_sha256[:8], 16) < test_fraction * 16**8 else Split.TRAIN
 
 
@@ -130,9 +138,9 @@ def _content_sha256(hu_DHW: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _scan_of(case: Case, rules: Rules, blank: bool) -> Scan:
+def _scan_of(case: Case, rules: Rules, allow_empty: bool) -> Scan:
     scan = _m3d_scan(case) if case.channels else _file_scan(case, rules)
-    if scan.label_DHW is not None and not scan.label_DHW.any() and not blank:
+    if scan.label_DHW is not None and not scan.label_DHW.any() and not allow_empty:
         place = case.label or f"{case.image}: its {len(case.masks)} categories' files"
         raise SampleError(f"{place}: the label map is empty (all 0): leave the case out or give its label map")
     return scan
@@ -145,7 +153,7 @@ def _file_scan(case: Case, rules: Rules) -> Scan:
         label_DHW = read_label(case.label, volume)
     elif case.masks:
         masks = ((name, _union(paths, volume)) for name, paths in sorted(case.masks.items()))
-        label_DHW, categories = join_masks(volume.array_DHW.shape, masks)
+        label_DHW, categories = merge_masks(volume.array_DHW.shape, masks)
     return Scan(volume.array_DHW, volume.spacing, volume.affine, label_DHW, categories, {}, volume)
 
 
@@ -157,16 +165,23 @@ def _m3d_scan(case: Case) -> Scan:
     array_DHW, meaning = read_m3d_image(case.image)
     notes = {"values": meaning, "axes": "D is the published array's last axis; directions unknown"}
     masks = read_m3d_masks(Path(str(case.label)), case.channels, array_DHW.shape)
-    label_DHW, categories = join_masks(array_DHW.shape, masks)
+    label_DHW, categories = merge_masks(array_DHW.shape, masks)
     return Scan(array_DHW, None, None, label_DHW, categories, notes)
 
 
-def join_masks(
+def merge_masks(
     shape: tuple[int, ...], masks: Iterable[tuple[str, np.ndarray]]
 ) -> tuple[np.ndarray, dict[str, list[int]]]:
-    """One label map (D,H,W) of masks that may overlap, one at a time, and category -> its values.
+    """Merge masks that may overlap into one label map (D,H,W).
 
-    Each set of categories that meet in a voxel gets a value of its own, in the order of the sets' names.
+    Each set of categories that occurs in a voxel gets a value of its own, in the order of the sets' names.
+
+    Args:
+        shape: (D,H,W).
+        masks: Category and mask, one at a time.
+
+    Returns:
+        The label map, and category -> its values.
     """
     groups: list[tuple[str, ...]] = [()]
     codes_DHW = np.zeros(shape, dtype=np.int32)
@@ -184,8 +199,8 @@ def join_masks(
     return values[codes_DHW], {name: [value_of[group] for group in present if name in group] for name in names}
 
 
-def _arrays_of(prepared: Prepared, rules: Rules) -> dict[Member, np.ndarray]:
-    """The arrays to store. The regions see what the model sees: HU as stored, normalised."""
+def _arrays_of(prepared: PreparedCase, rules: Rules) -> dict[Member, np.ndarray]:
+    """Make the arrays to store. Regions are found in what the model sees: the stored HU, normalised."""
     hu_DHW, label_DHW, intensity = prepared.hu_DHW, prepared.label_DHW, prepared.facts.intensity
     overview_DHW = np.rint(resize_image(hu_DHW, rules.overview_shape)).astype(np.int16)
     arrays = {Member.CT: hu_DHW, Member.OVERVIEW: overview_DHW}
@@ -212,26 +227,21 @@ def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
     return Sample(facts.key, {Member.FACTS: text.encode(), **members})
 
 
-def _held(
+def _categories_of(
     label_DHW: np.ndarray | None,
     categories: dict[str, list[int]],
     rules: Rules,
     content: str,
     case: Case,
-    blank: bool,
+    allow_empty: bool,
 ) -> dict[str, CategoryFacts]:
-    """The categories present; none without a label map, or where it may be `blank` and is."""
-    if label_DHW is None or (blank and not label_DHW.any()):
+    """Measure the categories present. Raises SampleError if no value of the label map is in a category."""
+    if label_DHW is None:
         return {}
-    return _categories_of(label_DHW, categories, rules, content, case)
-
-
-def _categories_of(
-    label_DHW: np.ndarray, categories: dict[str, list[int]], rules: Rules, content: str, case: Case
-) -> dict[str, CategoryFacts]:
-    """The categories present, measured. Raises SampleError where no value of the label map is any category's."""
-    places = dict(enumerate(ndimage.find_objects(label_DHW), start=1))
-    present = {value: place for value, place in places.items() if place is not None}
+    bounds = dict(enumerate(ndimage.find_objects(label_DHW), start=1))
+    present = {value: slices for value, slices in bounds.items() if slices is not None}
+    if allow_empty and not present:
+        return {}
     rng = np.random.default_rng(int(content[:16], 16))
     found = {
         name: _measure(label_DHW, values, [present[value] for value in values if value in present], rules.anchors, rng)
@@ -240,7 +250,7 @@ def _categories_of(
     }
     if not found:
         values = ", ".join(str(value) for value in sorted(present)[:10])
-        raise SampleError(f"{case.label}: none of its values ({values}) is any category's: check categories=FILE")
+        raise SampleError(f"{case.label}: none of its values ({values}) is in a category: check categories=FILE")
     unnamed = sorted(present.keys() - {value for values in categories.values() for value in values})
     if unnamed:
         log.debug("%s: %d label values that no category names: %s", case.label, len(unnamed), unnamed)
@@ -248,11 +258,11 @@ def _categories_of(
 
 
 def _measure(
-    label_DHW: np.ndarray, values: list[int], places: list[Any], anchors: int, rng: np.random.Generator
+    label_DHW: np.ndarray, values: list[int], bounds: list[Any], anchors: int, rng: np.random.Generator
 ) -> CategoryFacts:
-    """`places` are the slices that bound each value present."""
-    low = [min(place[axis].start for place in places) for axis in range(3)]
-    high = [max(place[axis].stop - 1 for place in places) for axis in range(3)]
+    """Measure one category. `bounds`: the slices around each of its values that is present."""
+    low = [min(slices[axis].start for slices in bounds) for axis in range(3)]
+    high = [max(slices[axis].stop - 1 for slices in bounds) for axis in range(3)]
     within = box_slices((low[0], low[1], low[2], high[0], high[1], high[2]))
     inside_N3 = np.argwhere(np.isin(label_DHW[within], values)) + low
     drawn = np.sort(rng.choice(len(inside_N3), size=min(anchors, len(inside_N3)), replace=False))

@@ -1,9 +1,9 @@
-"""What is known of a public data set: where its files lie as distributed, and what its labels mean.
+"""Recipes of public data sets: where a set's files lie as distributed, and what its labels mean.
 
 1. `read_recipe` reads and checks a recipe, a YAML file such as those in shards/datasets/.
 2. `recipe_cases` finds the cases that it describes under the folder where the set was unpacked.
 
-A recipe is data, not code: another set is another file.
+A recipe is data, not code: a further data set is a further file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from segvol_pl.config.categories import UniqueKeys, checked_name, checked_values, listed
-from segvol_pl.errors import CaseError
+from segvol_pl.config.categories import UniqueKeys, checked_name, checked_values
+from segvol_pl.errors import CaseError, listed
 from segvol_pl.packing.cases import Case
 
 WILDCARDS = {"{id}": r"(?P<id>[^/]+?)", "**/": r"(?:.*/)?", "*": r"[^/]*"}
@@ -42,62 +42,72 @@ class DatasetRecipe:
     """Where to get it, in words."""
     licence: str
     certain: bool
-    """Whether label table and paths are known for sure; else `doubts` says what is not."""
+    """Whether label table and paths are known for sure. If not, `doubts` says what is uncertain."""
     labels: str = ""
     """A case's label map; `categories` says what its values mean."""
     masks: str = ""
-    """A case's files of single categories; `files` says which `{file}` make which."""
+    """A case's files of single categories; `files` says which `{file}` belong to which category."""
     categories: dict[str, list[int]] = field(default_factory=dict)
     files: dict[str, list[str]] = field(default_factory=dict)
-    """Category -> the files whose union it is."""
+    """Category -> its files; the category is their union."""
     modality: str = "CT"
     m3d_code: str = ""
     """Folder of the set in the processed M3D-Seg form."""
     m3d_labels: list[str] = field(default_factory=list)
     """Names of that form's mask channels, known faults corrected."""
     exclude: str = ""
-    """Regular expression; ids that match it as a whole are left out."""
+    """Regular expression; ids that match it in full are left out."""
     exclude_reason: str = ""
     doubts: str = ""
     faults: str = ""
-    """Known faults of the labels, and what is done about them."""
+    """Known errors of the labels, and what is done about them."""
     prepare: str = ""
     """What must be done by hand first."""
 
     def excludes(self, id: str) -> bool:
-        """Whether the case is left out by the recipe."""
+        """Return whether the recipe leaves this case out."""
         return bool(self.exclude) and re.fullmatch(self.exclude, id) is not None
 
 
 def read_recipe(path: str | Path) -> DatasetRecipe:
-    """The recipe in a YAML file. Raises CaseError for a key, a type or a pattern that it cannot hold."""
+    """Read a recipe from a YAML file. Raises CaseError for an unknown key, a wrong type or a wrong pattern."""
     path = Path(path)
     if not path.is_file():
         raise CaseError(
-            f"recipe: {path} does not exist: give a file such as shards/datasets/btcv.yaml (segvol-pl init DIR lays "
-            "them out)"
+            f"recipe: {path} does not exist: give a file such as shards/datasets/btcv.yaml (segvol-pl init DIR copies "
+            "them)"
         )
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CaseError(f"recipe: {path} is no YAML ({' '.join(str(error).split())})") from error
+        raise CaseError(f"recipe: {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(raw, dict):
-        raise CaseError(f"recipe: {path} is no mapping: see shards/README.md")
+        raise CaseError(f"recipe: {path} is not a mapping: see shards/README.md")
     _check_keys(raw, path)
     _check_meanings(raw, path)
     return DatasetRecipe(**raw)
 
 
 def recipe_cases(recipe: DatasetRecipe, root: str | Path) -> list[Case]:
-    """The set's cases under `root`, sorted by id, those that it excludes among them.
+    """Find the cases of a data set, including those that the recipe excludes.
 
-    Raises CaseError where no CT matches, two have one id, or a CT has no label.
+    Args:
+        recipe: The recipe.
+        root: The folder where the data set was unpacked.
+
+    Returns:
+        The cases, sorted by id.
+
+    Raises:
+        CaseError: No CT matches, two have one id, or a CT has no label.
     """
     root = Path(root)
     if not root.is_dir():
-        raise CaseError(f"images: {root} is no folder: with a recipe it is where {recipe.name} was unpacked")
+        raise CaseError(
+            f"images: {root} is not a folder: with a recipe, give the folder where {recipe.name} was unpacked"
+        )
     found = _find_images(recipe, root)
-    cases = [_case_of(recipe, root, id, image) for id, image in sorted(found.items())]
+    cases = [_recipe_case(recipe, root, id, image) for id, image in sorted(found.items())]
     bare = [str(case.image) for case in cases if not case.label and not case.masks and not recipe.excludes(case.id)]
     if bare:
         wanted = recipe.labels or recipe.masks
@@ -114,14 +124,11 @@ def _check_keys(raw: dict[Any, Any], path: Path) -> None:
         kind = str(fields[key].type).partition("[")[0]
         if type(value).__name__ != kind:
             raise CaseError(f"recipe: {path}: {key} must be a {kind}, not {value!r}")
-    required = [name for name, field in fields.items() if _is_required(field)]
+    unset = dataclasses.MISSING
+    required = [name for name, field in fields.items() if field.default is field.default_factory is unset]
     missing = [name for name in required if name not in raw]
     if missing:
         raise CaseError(f"recipe: {path}: lacks {listed(missing)}")
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _check_meanings(raw: dict[str, Any], path: Path) -> None:
@@ -129,21 +136,21 @@ def _check_meanings(raw: dict[str, Any], path: Path) -> None:
         checked_values(checked_name(name, path), values, path)
     for pattern in (raw["images"], raw.get("labels") or raw.get("masks", "")):
         if "{id}" not in pattern:
-            raise CaseError(f"recipe: {path}: pattern {pattern!r} says not where the {{id}} is")
+            raise CaseError(f"recipe: {path}: pattern {pattern!r} does not contain {{id}}")
     parts = [file for files in raw.get("files", {}).values() for file in files]
     for pattern in (raw["images"], raw.get("labels", ""), raw.get("masks", ""), *parts):
         if pattern.startswith("/") or ".." in pattern.split("/"):
-            raise CaseError(f"recipe: {path}: pattern {pattern!r} leads out of the set's folder")
+            raise CaseError(f"recipe: {path}: pattern {pattern!r} leads out of the data set's folder")
     if bool(raw.get("labels")) == bool(raw.get("masks")):
         raise CaseError(f"recipe: {path}: give one of labels (with categories) and masks (with files)")
     if bool(raw.get("labels")) != bool(raw.get("categories")) or bool(raw.get("masks")) != bool(raw.get("files")):
         raise CaseError(f"recipe: {path}: labels go with categories, masks with files")
     if not raw["certain"] and not raw.get("doubts"):
-        raise CaseError(f"recipe: {path}: is not certain: say in doubts what is not")
+        raise CaseError(f"recipe: {path}: certain is false: say in doubts what is uncertain")
     try:
         re.compile(raw.get("exclude", ""))
     except re.error as error:
-        raise CaseError(f"recipe: {path}: exclude is no regular expression ({error})") from error
+        raise CaseError(f"recipe: {path}: exclude is not a regular expression ({error})") from error
 
 
 def _find_images(recipe: DatasetRecipe, root: Path) -> dict[str, Path]:
@@ -173,7 +180,7 @@ def _hint(recipe: DatasetRecipe) -> str:
     return f" ({recipe.prepare})" if recipe.prepare else ""
 
 
-def _case_of(recipe: DatasetRecipe, root: Path, id: str, image: Path) -> Case:
+def _recipe_case(recipe: DatasetRecipe, root: Path, id: str, image: Path) -> Case:
     place = glob.escape(id)
     if recipe.labels:
         matches = sorted(root.glob(recipe.labels.replace("{id}", place)))

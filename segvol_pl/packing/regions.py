@@ -1,15 +1,15 @@
 """Pseudo-label regions: 3-D Felzenszwalb-Huttenlocher (FH) and its cleaning (paper Sec. 2.2, "pseudo mask").
 
-1. The volume is smoothed; neighbouring voxels are joined by edges that cost the absolute difference.
-2. Every edge cheaper than the 25th percentile of the non-zero costs joins its two regions.
-3. The other edges, cheapest first, join their two regions where one of them is under `min_size` voxels.
-4. `pseudo_regions` lays the ground truth over the regions, drops small ones, and smooths the others.
+1. The volume is smoothed. Edges between neighbouring voxels cost the absolute difference of the two.
+2. Every edge that costs less than the 25th percentile of the non-zero costs joins its two regions.
+3. The other edges, cheapest first, join their two regions if one of them has fewer than `min_size` voxels.
+4. `pseudo_regions` puts the ground truth over the regions, drops small regions, and smooths the others.
 
-Step 3 is Kruskal's algorithm with an early end. It is run by intervals of cost: only edges that still have a small
-region at one end are written out and sorted, so that no list of all five edges a voxel is ever held.
+Step 3 is Kruskal's algorithm, stopped early. It runs over intervals of cost: only edges that still have a small region
+at one end are listed and sorted, so the full list of five edges per voxel is never in memory.
 
 Order of ties: edges of equal cost are taken family by family in the order of `FAMILIES`, within a family by the
-index of the voxel. The published code sorts without a stated order of ties.
+index of the voxel. The published code does not define the order of ties.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ FAMILIES = np.array([(0, 1, 0), (1, 0, 0), (1, 1, 0), (1, -1, 0), (0, 0, 1)], dt
 """Steps along the first, second and third axis from one end of an edge to the other: four in the plane, one across."""
 
 JOINED_SHARE = 0.25
-"""Share of the edges of non-zero cost that join their voxels outright."""
+"""Share of the edges of non-zero cost that join their voxels in step 2."""
 
 REFERENCE_VOXELS = 32 * 256 * 256
-"""The volume for which `RegionsConfig.min_size` is stated."""
+"""Voxels of the volume that `RegionsConfig.min_size` refers to."""
 
 # Costs are binned by the upper 16 bits of their float32 pattern, which orders as non-negative floats do.
 # Bin 0 holds exact zeros; bin b > 0 the patterns above (b - 1) << 16 up to and including b << 16.
@@ -37,22 +37,29 @@ BINS = (1 << (31 - BIN_BITS)) + 1
 EDGE_BITS = np.uint64(32)
 EDGE_MASK = np.uint64((1 << 32) - 1)
 
-Triple = tuple[int, int, int]
+Shape = tuple[int, int, int]
 
 
 def felzenszwalb(
-    volume_DHW: np.ndarray, sigma: float = 0.8, min_size: int = 1000, axes: Triple = (0, 1, 2)
+    volume_DHW: np.ndarray, sigma: float = 0.8, min_size: int = 1000, axes: tuple[int, int, int] = (0, 1, 2)
 ) -> np.ndarray:
-    """The published FH partition of a volume: int32 regions of the volume's shape, numbered 0..n-1.
+    """Compute the published FH partition of a volume. Deterministic; needs under 40 bytes per voxel of memory.
 
-    `sigma` smooths, in voxels. Regions under `min_size` voxels are merged into a neighbour. The algorithm has diagonal
-    neighbours in one plane only, so its axes matter: `axes` says which axes of the volume play the first and second
-    of the plane and the third across it. The default takes the array as the published code takes it; that code's
-    volumes have their slices last, so (2, 1, 0) is its meaning for arrays in D,H,W order.
+    The algorithm has diagonal neighbours in one plane only, so the order of the axes matters. The published code's
+    volumes have their slices last: (2, 1, 0) gives its result for an array in D,H,W order.
 
-    Regions are numbered by their first voxel in the order of `axes`. A constant volume is one region.
-    Deterministic: ties are broken as the module states. Needs under 40 bytes a voxel beside the volume.
-    Raises ValueError for a volume that is not 3-D, not finite, or of 2**32 / 5 voxels or more.
+    Args:
+        volume_DHW: Finite numbers.
+        sigma: Standard deviation of the smoothing, in voxels.
+        min_size: Regions with fewer voxels are merged into a neighbour.
+        axes: The axes of the volume that are the first and second of the plane, and the one across it.
+
+    Returns:
+        int32 regions of the volume's shape, 0..n-1, numbered by their first voxel in the order of `axes`. A constant
+        volume is one region.
+
+    Raises:
+        ValueError: The volume is not 3-D, not finite, or has 2**32 / 5 voxels or more.
     """
     if volume_DHW.ndim != 3:
         raise ValueError(f"volume has shape {volume_DHW.shape}, expected three axes")
@@ -66,7 +73,7 @@ def felzenszwalb(
 
 
 def _partition(smooth: np.ndarray, min_size: int) -> np.ndarray:
-    """Region of each voxel (flat, int32) of the smoothed volume, whose axes are the published ones."""
+    """Return the region of each voxel (flat, int32) of the smoothed volume, whose axes are in the published order."""
     shape, flat = smooth.shape, smooth.ravel()
     counts = _histogram(flat, shape)
     if counts[1:].sum() == 0:
@@ -78,8 +85,8 @@ def _partition(smooth: np.ndarray, min_size: int) -> np.ndarray:
     return _numbered(parent)
 
 
-def _threshold(flat: np.ndarray, shape: Triple, counts: np.ndarray) -> tuple[int, float]:
-    """The percentile of the non-zero costs, interpolated in float64 as numpy does, and the bin that it starts in."""
+def _threshold(flat: np.ndarray, shape: Shape, counts: np.ndarray) -> tuple[int, float]:
+    """Return the bin of the percentile of the non-zero costs, and the percentile, interpolated as numpy does."""
     ends = np.cumsum(counts)
     rank = JOINED_SHARE * (ends[-1] - ends[0] - 1)
     below = int(ends[0]) + int(rank)
@@ -93,14 +100,14 @@ def _threshold(flat: np.ndarray, shape: Triple, counts: np.ndarray) -> tuple[int
 
 def _merge_small(
     flat: np.ndarray,
-    shape: Triple,
+    shape: Shape,
     parent: np.ndarray,
     size: np.ndarray,
     min_size: int,
     counts: np.ndarray,
     first_bin: int,
 ) -> None:
-    """Step 3, in place, by intervals of cost that hold at most one edge a voxel (or one bin, where that has more)."""
+    """Step 3, in place, over intervals of cost with at most one edge per voxel (or one bin, if that has more)."""
     ends = np.cumsum(counts)
     while first_bin < BINS and ends[first_bin - 1] < ends[-1]:
         room = ends[first_bin - 1] + flat.size
@@ -114,7 +121,7 @@ def _merge_small(
 
 
 def _numbered(parent: np.ndarray) -> np.ndarray:
-    """Regions 0..n-1 in the order of their roots, which are their first voxels."""
+    """Number the regions 0..n-1 in the order of their roots, which are their first voxels."""
     roots = np.flatnonzero(parent == np.arange(parent.size, dtype=parent.dtype))
     number = np.zeros(parent.size, dtype=np.int32)
     number[roots] = np.arange(roots.size, dtype=np.int32)
@@ -122,8 +129,8 @@ def _numbered(parent: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def _row(family: int, x: int, y: int, shape: Triple) -> tuple[int, int, int]:
-    """Edges of one family along one row: first far end, one past the last, and the step back to the near end."""
+def _row(family: int, x: int, y: int, shape: Shape) -> tuple[int, int, int]:
+    """Return a family's edges along a row: first far end, one past the last far end, and the step to the near end."""
     dx, dy, dz = FAMILIES[family]
     back = (dx * shape[1] + dy) * shape[2] + dz
     if x < dx or y < dy or y - dy >= shape[1]:
@@ -138,8 +145,8 @@ def _cost_bits(flat: np.ndarray, far: int, near: int) -> np.int32:
 
 
 @njit(cache=True)
-def _histogram(flat: np.ndarray, shape: Triple) -> np.ndarray:
-    """int64 (BINS,): edges by cost."""
+def _histogram(flat: np.ndarray, shape: Shape) -> np.ndarray:
+    """Count the edges by cost: int64 (BINS,)."""
     counts = np.zeros(BINS, dtype=np.int64)
     for x in range(shape[0]):
         for y in range(shape[1]):
@@ -151,8 +158,8 @@ def _histogram(flat: np.ndarray, shape: Triple) -> np.ndarray:
 
 
 @njit(cache=True)
-def _costs_between(flat: np.ndarray, shape: Triple, first: int, last: int, count: int) -> np.ndarray:
-    """float32 (count,): the costs in bins `first` to `last`, in no order."""
+def _costs_between(flat: np.ndarray, shape: Shape, first: int, last: int, count: int) -> np.ndarray:
+    """Return the `count` costs in bins `first` to `last`, unordered, float32."""
     costs = np.empty(count, dtype=np.float32)
     found = 0
     for x in range(shape[0]):
@@ -176,8 +183,8 @@ def _root(parent: np.ndarray, voxel: np.integer | int) -> np.integer | int:
 
 
 @njit(cache=True)
-def _join_cheap(flat: np.ndarray, shape: Triple, threshold: float) -> np.ndarray:
-    """Step 2: int32 parent of each voxel. The order of the edges is of no account here."""
+def _join_cheap(flat: np.ndarray, shape: Shape, threshold: float) -> np.ndarray:
+    """Step 2: return the parent of each voxel, int32. The order of the edges does not matter here."""
     parent = np.arange(flat.size).astype(np.int32)
     for x in range(shape[0]):
         for y in range(shape[1]):
@@ -199,7 +206,7 @@ def _flatten(parent: np.ndarray) -> None:
 
 @njit(cache=True)
 def _sizes(parent: np.ndarray) -> np.ndarray:
-    """int32: voxels of the region, at its root."""
+    """Count the voxels of each region, int32, at its root."""
     size = np.zeros(parent.size, dtype=np.int32)
     for voxel in range(parent.size):
         size[parent[voxel]] += 1
@@ -209,7 +216,7 @@ def _sizes(parent: np.ndarray) -> np.ndarray:
 @njit(cache=True)
 def _edges_between(
     flat: np.ndarray,
-    shape: Triple,
+    shape: Shape,
     parent: np.ndarray,
     size: np.ndarray,
     min_size: int,
@@ -217,7 +224,7 @@ def _edges_between(
     last: int,
     capacity: int,
 ) -> np.ndarray:
-    """uint64 keys, cost above edge number, of the edges in these bins that may still join two regions."""
+    """Return the edges in these bins that may still join regions, uint64: cost in the upper half, edge number below."""
     keys = np.empty(capacity, dtype=np.uint64)
     found = 0
     for x in range(shape[0]):
@@ -237,8 +244,8 @@ def _edges_between(
 
 
 @njit(cache=True)
-def _merge(keys: np.ndarray, shape: Triple, parent: np.ndarray, size: np.ndarray, min_size: int) -> None:
-    """Joins, in the order of the keys, the regions at the ends of each edge where one of them is small."""
+def _merge(keys: np.ndarray, shape: Shape, parent: np.ndarray, size: np.ndarray, min_size: int) -> None:
+    """Join, in the order of the keys, the regions at the ends of each edge if one of them is small."""
     for key in keys:
         edge = np.int64(key & EDGE_MASK)
         family = edge // parent.size
@@ -253,34 +260,42 @@ def _merge(keys: np.ndarray, shape: Triple, parent: np.ndarray, size: np.ndarray
 
 
 def pseudo_regions(overview_DHW: np.ndarray, label_DHW: np.ndarray | None, config: RegionsConfig) -> np.ndarray:
-    """Cleaned pseudo-label regions of a volume at the model's input size: uint16 (D,H,W), 1..n, 0 = none.
+    """Make the cleaned pseudo-label regions of a volume at the model's input size.
 
-    overview_DHW: float32 in [0, 1], axes superior, anterior, right. label_DHW: label values of the same shape, or None;
-    each value but 0 becomes a region of its own and takes its voxels from the others, as published.
-    `config.min_size` is scaled to the volume's voxels, so that a smaller overview keeps regions of the same extent.
-    No id is invented: every region is part of one FH region or label value, up to what its closing fills.
-    Raises ValueError where the shapes differ or `felzenszwalb` refuses the volume.
+    Every region is part of one FH region or of one label value, plus what its closing fills.
+
+    Args:
+        overview_DHW: float32 in [0, 1], axes superior, anterior, right.
+        label_DHW: Label values, or None. Each value but 0 becomes a region and takes its voxels from the others, as
+            published.
+        config: Its `min_size` is scaled to the volume's voxels: a smaller overview keeps regions of the same extent.
+
+    Returns:
+        uint16 (D,H,W): regions 1..n, 0 = none.
+
+    Raises:
+        ValueError: The shapes differ, or `felzenszwalb` refuses the volume.
     """
     min_size = max(1, round(config.min_size * overview_DHW.size / REFERENCE_VOXELS))
     regions_DHW = felzenszwalb(overview_DHW, config.sigma, min_size, axes=(2, 1, 0)) + np.int32(1)
     if label_DHW is not None:
         regions_DHW = overlay(regions_DHW, label_DHW)
     cleaned_DHW = clean(regions_DHW, config.min_fraction)
-    # 16 bits suffice: the config's least min_fraction leaves room for no more than 50,000 regions.
+    # 16 bits are enough: with the least min_fraction that the configuration allows, there are at most 50,000 regions.
     return _consecutive(cleaned_DHW).astype(np.uint16)[cleaned_DHW]
 
 
 def _consecutive(ids_DHW: np.ndarray) -> np.ndarray:
-    """Table from id to 1..n in the order of the ids present; 0 stays 0."""
+    """Return a table from id to 1..n in the order of the ids present; 0 stays 0."""
     present = np.bincount(ids_DHW.ravel()) > 0
     present[0] = False
     return np.where(present, np.cumsum(present), 0)
 
 
 def overlay(regions_DHW: np.ndarray, label_DHW: np.ndarray) -> np.ndarray:
-    """A copy of the regions in which each label value but 0 has taken its voxels, under new ids after the highest.
+    """Return a copy of the regions in which each label value but 0 is a region with a new id above the highest.
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     if regions_DHW.shape != label_DHW.shape:
         raise ValueError(f"label has shape {label_DHW.shape}, the regions {regions_DHW.shape}")
@@ -289,11 +304,12 @@ def overlay(regions_DHW: np.ndarray, label_DHW: np.ndarray) -> np.ndarray:
 
 
 def clean(regions_DHW: np.ndarray, min_fraction: float) -> np.ndarray:
-    """The published cleaning: a copy in which small regions, rough edges and small parts are 0.
+    """Clean the regions as published: return a copy in which small regions, rough edges and small parts are 0.
 
-    Regions (ids > 0) under `min_fraction` of the voxels are dropped. Then each in ascending order of id is opened and
-    closed by the 3-D cross, and connected parts under `min_fraction` dropped; what its closing fills, it takes from
-    its neighbours. As published, outside the volume counts as empty, so regions lose the voxels on the volume's faces.
+    Regions (ids > 0) with less than `min_fraction` of the voxels are dropped. Then each region, in ascending order of
+    id, is opened and closed by the 3-D cross, and its connected parts below `min_fraction` are dropped; a region takes
+    what its closing fills from its neighbours. As published, voxels outside the volume count as empty, so regions lose
+    their voxels on the volume's faces.
     """
     least = min_fraction * regions_DHW.size
     counts = np.bincount(regions_DHW.ravel())
@@ -307,12 +323,12 @@ def clean(regions_DHW: np.ndarray, min_fraction: float) -> np.ndarray:
 
 
 def _widened(box: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The box and the voxels that a dilation can reach from it, within the volume."""
+    """Return the box and one voxel around it, as far as a dilation reaches, within the volume."""
     return tuple(slice(max(s.start - 1, 0), min(s.stop + 1, size)) for s, size in zip(box, shape, strict=True))
 
 
 def _clean_region(regions_DHW: np.ndarray, region: int, least: float) -> None:
-    """Cleans one region in place, in a window that holds it."""
+    """Clean one region in place, in a window that holds it."""
     before_DHW = regions_DHW == region
     after_DHW = _erode(_dilate(_dilate(_erode(before_DHW))))
     parts_DHW, count = ndimage.label(after_DHW)
@@ -325,7 +341,7 @@ def _clean_region(regions_DHW: np.ndarray, region: int, least: float) -> None:
 
 
 def _erode(mask_DHW: np.ndarray) -> np.ndarray:
-    """By the 3-D cross; outside the array counts as empty. Ten times as fast as ndimage.binary_erosion."""
+    """Erode by the 3-D cross; voxels outside the array count as empty. Faster than ndimage.binary_erosion."""
     return ~_dilate(~mask_DHW, outside=True)
 
 

@@ -10,7 +10,7 @@ from ct_files import phantom, write_case, write_dicom
 
 from segvol_pl.config.categories import load_categories
 from segvol_pl.errors import CaseError
-from segvol_pl.packing.cases import Case, case_id, find_cases, read_cases
+from segvol_pl.packing.cases import Case, case_id, pair_cases, read_cases
 
 
 def _touch(folder: Path, *names: str) -> None:
@@ -41,14 +41,14 @@ def test_case_id(name: str, expected: str) -> None:
 def test_one_image_and_one_label_are_paired_as_given(tmp_path: Path) -> None:
     _touch(tmp_path, "scan.nii.gz", "truth.nii.gz")
     image, label = tmp_path / "scan.nii.gz", tmp_path / "truth.nii.gz"
-    assert find_cases(str(image), str(label)) == [Case("scan", image, label)]
+    assert pair_cases(str(image), str(label)) == [Case("scan", image, label)]
 
 
 def test_folders_are_paired_by_id_with_dicom_among_them(tmp_path: Path) -> None:
     _touch(tmp_path / "images", "b_0000.nii.gz", "notes.txt")
     write_dicom(tmp_path / "images" / "a", phantom()[0][:3])
     _touch(tmp_path / "labels", "a.nii.gz", "b.nii.gz")
-    cases = find_cases(str(tmp_path / "images"), str(tmp_path / "labels"))
+    cases = pair_cases(str(tmp_path / "images"), str(tmp_path / "labels"))
     assert [(case.id, case.image.name, case.label.name) for case in cases if case.label] == [
         ("a", "a", "a.nii.gz"),
         ("b", "b_0000.nii.gz", "b.nii.gz"),
@@ -58,33 +58,33 @@ def test_folders_are_paired_by_id_with_dicom_among_them(tmp_path: Path) -> None:
 def test_one_folder_may_hold_both_told_apart_by_their_endings(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     write_case(tmp_path, "b")
-    cases = find_cases(str(tmp_path), str(tmp_path))
+    cases = pair_cases(str(tmp_path), str(tmp_path))
     assert [(case.image.name, case.label and case.label.name) for case in cases] == [
         ("a_ct.nii.gz", "a_seg.nii.gz"),
         ("b_ct.nii.gz", "b_seg.nii.gz"),
     ]
-    assert [case.image.name for case in find_cases(str(tmp_path / "*_ct.nii.gz"))] == ["a_ct.nii.gz", "b_ct.nii.gz"]
+    assert [case.image.name for case in pair_cases(str(tmp_path / "*_ct.nii.gz"))] == ["a_ct.nii.gz", "b_ct.nii.gz"]
 
 
 def test_a_dicom_folder_is_one_case(tmp_path: Path) -> None:
     folder = write_dicom(tmp_path / "scan_dicom", phantom()[0][:3])
-    assert find_cases(str(folder)) == [Case("scan", folder)]
+    assert pair_cases(str(folder)) == [Case("scan", folder)]
 
 
 def test_what_cannot_be_paired_is_listed(tmp_path: Path) -> None:
     _touch(tmp_path / "images", "a.nii", "b.nii", "c.nii")
     _touch(tmp_path / "labels", "b.nii", "c.nii", "d.nii")
     with pytest.raises(CaseError, match=r"a\.nii \(no label\), .*d\.nii \(no image\)"):
-        find_cases(str(tmp_path / "images"), str(tmp_path / "labels"))
+        pair_cases(str(tmp_path / "images"), str(tmp_path / "labels"))
 
 
 def test_ambiguous_names_are_refused(tmp_path: Path) -> None:
     _touch(tmp_path / "twice", "a_ct.nii", "a_image.nii")
     with pytest.raises(CaseError, match=r"several files have one case id: .*a_ct\.nii, .*a_image\.nii"):
-        find_cases(str(tmp_path / "twice"))
+        pair_cases(str(tmp_path / "twice"))
     _touch(tmp_path / "plain", "a.nii", "b.nii")
-    with pytest.raises(CaseError, match="image and label at once"):
-        find_cases(str(tmp_path / "plain"), str(tmp_path / "plain"))
+    with pytest.raises(CaseError, match="both image and label"):
+        pair_cases(str(tmp_path / "plain"), str(tmp_path / "plain"))
 
 
 @pytest.mark.parametrize("pattern", ["gone", "gone/*.nii.gz", "empty", "notes"])
@@ -92,7 +92,7 @@ def test_nothing_found_is_an_error_that_names_the_path(tmp_path: Path, pattern: 
     _touch(tmp_path / "empty")
     _touch(tmp_path / "notes", "notes.txt")
     with pytest.raises(CaseError, match=f"images: .*{pattern.partition('/')[0]}.*check the path"):
-        find_cases(str(tmp_path / pattern))
+        pair_cases(str(tmp_path / pattern))
 
 
 def test_stated_pairs_are_relative_to_their_file(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_stated_pairs_are_relative_to_their_file(tmp_path: Path) -> None:
     [
         ("c.csv", "id,image,lable\na,b,c\n", "case 1: unknown column 'lable'"),
         ("c.csv", "id,image\na,\n", "case 1: needs an id and an image"),
-        ("c.csv", "id,image\na,b\na,c\n", "states a twice"),
-        ("c.csv", "id,image\n", "states no case"),
+        ("c.csv", "id,image\na,b\na,c\n", "lists a twice"),
+        ("c.csv", "id,image\n", "lists no case"),
         ("c.csv", "id,image\na,b,c\n", "case 1: has more cells than the file has columns"),
-        ("c.json", "{}", "holds no list"),
+        ("c.json", "{}", "is not a list"),
         ("c.json", "[1]", "case 1: is not an object"),
-        ("c.json", "[", "is no JSON"),
+        ("c.json", "[", "is not JSON"),
         ("c.json", '[{"id": 1, "image": "b"}]', "case 1: needs an id"),
     ],
 )

@@ -15,7 +15,7 @@ from segvol_pl.config import DataConfig, RunConfig
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.shards import INDEX
 from segvol_pl.errors import ShardError
-from segvol_pl.packing.duplicates import Place, leaks, overlap
+from segvol_pl.packing.duplicates import Copy, crosses_splits, find_duplicates
 
 
 @pytest.fixture
@@ -31,14 +31,14 @@ def two(phantom_shards: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_copies_are_found_and_leaks_come_first(two: tuple[Path, Path]) -> None:
-    groups = overlap(two)
-    assert [leaks(group) for group in groups] == [True, False]
+    groups = find_duplicates(two)
+    assert [crosses_splits(group) for group in groups] == [True, False]
     assert [place.folder for place in groups[1]] == [str(two[0]), str(two[1])]
-    assert groups[1][1].key == "renamed" and isinstance(groups[1][1], Place)
-    assert overlap(two[:1]) == []
+    assert groups[1][1].key == "renamed" and isinstance(groups[1][1], Copy)
+    assert find_duplicates(two[:1]) == []
 
 
-def test_the_verb_fails_where_a_split_leaks(two: tuple[Path, Path]) -> None:
+def test_the_command_fails_if_a_split_leaks(two: tuple[Path, Path]) -> None:
     command = [sys.executable, "-m", "segvol_pl", "overlap"]
     done = subprocess.run([*command, *two], capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout.count("in two splits: ") == 1
@@ -53,7 +53,7 @@ def test_an_index_without_hashes_is_refused(two: tuple[Path, Path]) -> None:
     index["samples"][0]["content"] = ""
     (two[1] / INDEX).write_text(json.dumps(index))
     with pytest.raises(ShardError, match="holds no content hashes: run segvol-pl index"):
-        overlap(two)
+        find_duplicates(two)
 
 
 def test_training_says_what_it_tests_on_too(two: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:

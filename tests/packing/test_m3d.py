@@ -141,7 +141,7 @@ def test_a_mask_of_another_image_is_refused(listed: Path) -> None:
     [
         ({"train": [], "test": []}, "lists no case"),
         ({"labels": {"1": "liver", "7": "lung"}}, "labels must be"),
-        ({"train": [{"image": "9999/a/image.npy"}]}, "no object with image and label"),
+        ({"train": [{"image": "9999/a/image.npy"}]}, "is not an object with image and label"),
         ({"train": [{"image": "9999/a/i.npy", "label": "9999/a/l.npz"}] * 2}, "lists a twice"),
     ],
 )

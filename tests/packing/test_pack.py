@@ -32,8 +32,12 @@ from segvol_pl.imaging.box import box_of, box_slices
 from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.imaging.write import write_mask
 from segvol_pl.packing import pack as packing
-from segvol_pl.packing.pack import PackReport, pack
-from segvol_pl.packing.prepare import join_masks, split_of
+from segvol_pl.packing import stage as staging
+from segvol_pl.packing.join import drop_duplicates
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.prepare import merge_masks, split_of
+from segvol_pl.packing.report import PackReport
+from segvol_pl.packing.stage import KEY_LENGTH, STAGING, Staged, key_of, stage
 
 CATEGORIES = "liver: [1]\nlung: [2]\nboth: [1, 2]\nspleen: [3]\n"
 
@@ -172,8 +176,8 @@ def test_what_slices_staged_is_not_packed_again(source: Path, tmp_path: Path, mo
     out = tmp_path / "shards"
     for number in range(3):
         pack(_config(source, out, part=f"{number}/3"))
-    monkeypatch.setattr(packing, "pack_case", None)
-    monkeypatch.setattr(packing, "source_sha256", None)
+    monkeypatch.setattr(staging, "pack_case", None)
+    monkeypatch.setattr(staging, "source_sha256", None)
     assert pack(_config(source, out)).packed == 6
 
 
@@ -185,11 +189,11 @@ def test_cases_that_are_added_later_join_the_others(source: Path, tmp_path: Path
     pack(_config(folder, out, **settings))
     for number in (4, 5):
         write_case(folder, f"case{number}", number)
-    with pytest.raises(PackError, match="is complete and cases were added since: pack them without slice"):
+    with pytest.raises(PackError, match="is complete and cases were added since: pack them without part="):
         pack(_config(folder, out, **settings, part="0/2"))
     assert pack(_config(folder, out, **settings)).packed == 6
-    pack(_config(folder, tmp_path / "anew", **settings))
-    assert _shards(out) == _shards(tmp_path / "anew") and verify(out) == []
+    pack(_config(folder, tmp_path / "again", **settings))
+    assert _shards(out) == _shards(tmp_path / "again") and verify(out) == []
     write_case(folder, "case0", 9)
     before = _shards(out)
     with pytest.raises(PackError, match=r"packed from other files .*case0"):
@@ -198,8 +202,8 @@ def test_cases_that_are_added_later_join_the_others(source: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("text", ["3/3", "1", "a/b", "-1/3", "1/0"])
-def test_a_slice_that_is_none(source: Path, tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"slice: .* is not K/N"):
+def test_a_part_that_does_not_exist(source: Path, tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"part: .* is not K/N"):
         _config(source, tmp_path, part=text)
 
 
@@ -229,7 +233,7 @@ def test_masks_that_overlap_are_kept(source: Path, tmp_path: Path) -> None:
 def test_joined_masks_can_be_told_apart_again(bits: list[int], count: int) -> None:
     codes = np.array(bits).reshape(2, 2, 2)
     masks = {f"m{number}": (codes >> number) & 1 for number in range(count)}
-    label_DHW, categories = join_masks(codes.shape, sorted(masks.items()))
+    label_DHW, categories = merge_masks(codes.shape, sorted(masks.items()))
     for name, mask in masks.items():
         assert np.array_equal(np.isin(label_DHW, categories.get(name, [])), mask > 0)
     assert sorted(np.unique(label_DHW[label_DHW > 0])) == list(range(1, label_DHW.max() + 1))
@@ -252,7 +256,7 @@ def test_another_configuration_is_refused(source: Path, packed: Path, change: di
 
 def test_a_folder_of_someone_else_is_not_touched(source: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.tar").write_bytes(b"x")
-    with pytest.raises(PackError, match="holds tars that an unfinished pack did not leave"):
+    with pytest.raises(PackError, match="holds tars that are not from an unfinished pack"):
         pack(_config(source, tmp_path))
     (tmp_path / INDEX).write_text("{}")
     with pytest.raises(PackError, match="holds an index that pack did not write"):
@@ -297,7 +301,7 @@ def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_pack_goes_on_to_the_same_bytes(source: Path, packed: Path, tmp_path: Path, workers: int) -> None:
     config = _config(source, tmp_path / "out", workers=workers)
-    staging = tmp_path / "out" / packing.STAGING
+    staging = tmp_path / "out" / STAGING
     process = _start(config)
     _wait(lambda: len(list(staging.glob("case*.tar"))) >= 2, process)
     os.kill(process.pid, signal.SIGKILL)
@@ -336,12 +340,12 @@ def test_what_is_staged_is_used_again_but_not_if_stale(source: Path, packed: Pat
     cases = packing._cases_of(config, None, Console(quiet=True))
     jobs = packing._jobs_of(cases, packing._rules_of(config, None), packing._open_staging(out))
     for job in jobs[:3]:
-        packing._stage(job)
-    first, second, _ = sorted((out / packing.STAGING).glob("case*.tar"))
+        stage(job)
+    first, second, _ = sorted((out / STAGING).glob("case*.tar"))
     second.rename(second.with_name("case1.0123456789abcdef.tar"))
     kept = first.stat().st_ino
-    outcomes = [packing._stage(job) for job in jobs[:2]]
-    assert all(isinstance(outcome, packing.Staged) for outcome in outcomes)
+    outcomes = [stage(job) for job in jobs[:2]]
+    assert all(isinstance(outcome, Staged) for outcome in outcomes)
     assert first.stat().st_ino == kept
     assert second.exists(), "a staged file of another fingerprint is not taken for this one"
     pack(config)
@@ -401,7 +405,7 @@ SPOILERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "unknown categories": (
         lambda folder: sitk.WriteImage(to_image(phantom()[1] * 9), str(folder / "case2_seg.nii.gz")),
-        "case2_seg.nii.gz: none of its values (9, 18) is any category's",
+        "case2_seg.nii.gz: none of its values (9, 18) is in a category",
     ),
     "another grid": (_spoil_grid, "label on another grid that cannot be aligned"),
     "4-D": (_spoil_axes, "a 4-D image"),
@@ -426,7 +430,7 @@ def test_a_bad_case_is_listed_and_left_out(source: Path, tmp_path: Path, name: s
     assert "case2" not in [record.key for record in read_index(Store(out)).samples]
 
 
-def test_the_verb_says_what_it_packed_and_left_out(source: Path, tmp_path: Path) -> None:
+def test_the_command_reports_what_it_packed_and_left_out(source: Path, tmp_path: Path) -> None:
     folder = _bad_source(source, tmp_path / "source")
     _spoil_nan(folder)
     keys = {"images": folder, "labels": folder, "categories": folder / "categories.yaml", "out": tmp_path / "out"}
@@ -480,10 +484,10 @@ def test_identical_cases_are_packed_once(source: Path, tmp_path: Path) -> None:
 
 def test_leaving_out_copies_compares_no_case_with_all_others(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record = read_index(Store(packed)).samples[0]
-    cases = [packing.Staged(f"case{number}", record, f"{number % 290}", "mark") for number in range(300)]
+    cases = [Staged(f"case{number}", record, f"{number % 290}", "fingerprint") for number in range(300)]
     compared: list[object] = []
-    monkeypatch.setattr(packing.Staged, "__eq__", lambda case, other: (compared.append(other), case is other)[1])
-    kept, doubles = packing._drop_duplicates(cases)
+    monkeypatch.setattr(Staged, "__eq__", lambda case, other: (compared.append(other), case is other)[1])
+    kept, doubles = drop_duplicates(cases)
     assert len(compared) <= len(cases)
     assert [case.id for case in kept] == [f"case{number}" for number in range(290)]
     assert doubles == {f"case{number}": f"case{number - 290}" for number in range(290, 300)}
@@ -506,9 +510,9 @@ def test_ids_that_make_one_key(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("id", ["case0", "a.b c-1_X", "CT (2)", "1.2.840", "x" * 80])
 def test_the_key_of_an_ascii_id_has_no_hash(id: str) -> None:
-    assert packing._key_of(id) == "".join(
-        letter if letter.isalnum() or letter in "_-" else "_" for letter in id
-    ).replace("__", "_")
+    assert key_of(id) == "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in id).replace(
+        "__", "_"
+    )
 
 
 def test_ids_beyond_ascii_have_keys_of_their_own() -> None:
@@ -525,11 +529,11 @@ def test_ids_beyond_ascii_have_keys_of_their_own() -> None:
         "broken \udcff",
         "broken \udcfe",
     ]
-    keys = [packing._key_of(id) for id in ids]
+    keys = [key_of(id) for id in ids]
     assert len(set(keys)) == len(ids)
-    assert all(KEY.fullmatch(key) and len(key) <= packing.KEY_LENGTH for key in keys)
+    assert all(KEY.fullmatch(key) and len(key) <= KEY_LENGTH for key in keys)
     assert keys[4].startswith("na_ve-") and keys[5:7] == ["naive", "na_ve"]
-    assert packing._key_of("e\N{COMBINING ACUTE ACCENT}") == keys[1], "both spellings are one name"
+    assert key_of("e\N{COMBINING ACUTE ACCENT}") == keys[1], "both spellings are one name"
 
 
 def test_a_folder_of_names_beyond_ascii_is_packed(source: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.shards import INDEX, read_index, verify
 from segvol_pl.data.store import Store
 from segvol_pl.errors import PackError
-from segvol_pl.packing import pack as packing
+from segvol_pl.packing import stage as staging
 from segvol_pl.packing.pack import pack
 
 SHAPE = (10, 14, 12)
@@ -176,7 +176,7 @@ def test_a_broken_corpus_is_packed_and_repaired(
     assert {case["id"] for case in listed} == set(broken)
 
     packed = list[str]()
-    monkeypatch.setattr(packing, "pack_case", lambda case, *rest: (packed.append(case.id), kept(case, *rest))[1])
+    monkeypatch.setattr(staging, "pack_case", lambda case, *rest: (packed.append(case.id), kept(case, *rest))[1])
     assert pack(config_of(folder, out, 0.5)).packed == len(keys) and not packed
     for name in broken:
         shutil.rmtree(folder / name)
@@ -191,4 +191,4 @@ def test_a_broken_corpus_is_packed_and_repaired(
     }
 
 
-kept = packing.pack_case
+kept = staging.pack_case

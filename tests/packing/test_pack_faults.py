@@ -26,8 +26,11 @@ from holders import holding
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.shards import INDEX, verify
 from segvol_pl.errors import CaseError, LockedError, PackError
-from segvol_pl.packing.cases import find_cases
-from segvol_pl.packing.pack import PATIENCE, REPORT, STAGING, pack
+from segvol_pl.packing.cases import pair_cases
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.pool import KILLS_PER_WORKER
+from segvol_pl.packing.report import REPORT
+from segvol_pl.packing.stage import STAGING
 
 CASES = [f"case{number}" for number in range(4)]
 FIRST = "case0"
@@ -163,7 +166,7 @@ def test_a_case_over_which_a_worker_was_killed_once_is_tried_again(source: Path,
 def test_packing_gives_up_where_every_worker_is_killed(source: Path, tmp_path: Path) -> None:
     rows = json.loads((source / "cases.json").read_text())
     pipe = block(source, FIRST)
-    rows = [{**rows[0], "id": f"twin{number}"} for number in range(PATIENCE * 2 + 2)]
+    rows = [{**rows[0], "id": f"twin{number}"} for number in range(KILLS_PER_WORKER * 2 + 2)]
     (source / "cases.json").write_text(json.dumps(rows))
     enough = threading.Event()
 
@@ -176,7 +179,7 @@ def test_packing_gives_up_where_every_worker_is_killed(source: Path, tmp_path: P
     killer = in_background(kill_all)
     try:
         with pytest.raises(
-            PackError, match=r"6 workers were killed and none finished a case, in hand were twin\d, twin"
+            PackError, match=r"6 workers were killed and none finished a case; they were working on twin\d, twin"
         ):
             pack(config_of(source, tmp_path / "out", workers=2))
     finally:
@@ -335,7 +338,7 @@ def test_a_folder_among_the_cases_that_may_not_be_read(open_source: Path) -> Non
     (open_source / "closed").mkdir(mode=0)
     reason = f"images: {open_source}/closed cannot be read .Permission denied.: allow it"
     with as_anybody(), pytest.raises(CaseError, match=reason):
-        find_cases(str(open_source))
+        pair_cases(str(open_source))
     (open_source / "closed").chmod(0o700)
 
 

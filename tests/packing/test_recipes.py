@@ -138,12 +138,12 @@ def test_a_case_without_its_label_is_named_but_for_excluded_ones(root: Path, tmp
         ({"labelz": "x"}, "unknown key labelz: did you mean labels"),
         ({"volumes": "many"}, "volumes must be a int"),
         ({"title": ""}, "lacks title"),
-        ({"images": "imagesTr"}, "says not where the {id} is"),
+        ({"images": "imagesTr"}, "does not contain {id}"),
         ({"masks": "'{id}'"}, "give one of labels"),
         ({"categories": "{liver: [0]}"}, "no label values"),
         ({"certain": "false"}, "say in doubts"),
-        ({"exclude": "'('"}, "no regular expression"),
-        ({"name": "{"}, "is no YAML"),
+        ({"exclude": "'('"}, "exclude is not a regular"),
+        ({"name": "{"}, "is not YAML"),
     ],
 )
 def test_a_recipe_that_cannot_hold_says_why(tmp_path: Path, changes: dict[str, str], message: str) -> None:
@@ -153,7 +153,7 @@ def test_a_recipe_that_cannot_hold_says_why(tmp_path: Path, changes: dict[str, s
 
 def test_the_root_must_be_there_and_hold_the_set(tmp_path: Path) -> None:
     recipe: DatasetRecipe = read_recipe(_recipe(tmp_path))
-    with pytest.raises(CaseError, match="is no folder"):
+    with pytest.raises(CaseError, match="is not a folder"):
         recipe_cases(recipe, tmp_path / "gone")
     with pytest.raises(CaseError, match="matches nothing: give the set's root"):
         recipe_cases(recipe, tmp_path)

@@ -12,7 +12,8 @@ from slurm.lab import SlurmLab
 
 from segvol_pl.config import PackConfig
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.packing.pack import STAGING, pack
+from segvol_pl.packing.pack import pack
+from segvol_pl.packing.stage import STAGING
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
