@@ -44,6 +44,12 @@ def to_image(array: np.ndarray, direction: np.ndarray | None = None) -> sitk.Ima
     return image
 
 
+def write_image(array: np.ndarray, path: Path, direction: np.ndarray | None = None) -> Path:
+    """The array as a file of the path's format, with a direction as for `to_image`."""
+    sitk.WriteImage(to_image(array, direction), str(path))
+    return path
+
+
 def write_case(folder: Path, name: str, seed: int = 0) -> tuple[Path, Path]:
     """`<name>_ct.nii.gz` and `<name>_seg.nii.gz` of a phantom."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -301,15 +301,15 @@ def _wait(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_pack_goes_on_to_the_same_bytes(source: Path, packed: Path, tmp_path: Path, workers: int) -> None:
     config = _config(source, tmp_path / "out", workers=workers)
-    staging = tmp_path / "out" / STAGING
+    staged = tmp_path / "out" / STAGING
     process = _start(config)
-    _wait(lambda: len(list(staging.glob("case*.tar"))) >= 2, process)
+    _wait(lambda: len(list(staged.glob("case*.tar"))) >= 2, process)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     _wait_for_end(process.pid)
     # Workers may finish what they hold before they see their parent gone, but the index is the parent's.
     assert not (tmp_path / "out" / INDEX).exists()
-    assert len(list(staging.glob("case*.tar"))) >= 2
+    assert len(list(staged.glob("case*.tar"))) >= 2
     assert _start(config).wait() == 0
     assert _shards(tmp_path / "out") == _shards(packed)
     assert (tmp_path / "out" / INDEX).read_bytes() == (packed / INDEX).read_bytes()

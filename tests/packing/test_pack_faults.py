@@ -336,7 +336,7 @@ def test_a_case_in_a_folder_that_may_not_be_entered(open_source: Path) -> None:
 
 def test_a_folder_among_the_cases_that_may_not_be_read(open_source: Path) -> None:
     (open_source / "closed").mkdir(mode=0)
-    reason = f"images: {open_source}/closed cannot be read .Permission denied.: allow it"
+    reason = f"images: {open_source}/closed cannot be read .Permission denied.: give read permission"
     with as_anybody(), pytest.raises(CaseError, match=reason):
         pair_cases(str(open_source))
     (open_source / "closed").chmod(0o700)
