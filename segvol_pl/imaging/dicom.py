@@ -1,9 +1,9 @@
-"""A folder of DICOM slices as one array: which files make the series, where its slices lie, what a tilted gantry needs.
+"""A folder of DICOM slices as one array with an affine.
 
 1. `_series_files` finds the files of the one series in a folder; `_slice_of` reads the header of each.
-2. `_series_of` checks that the slices are of one scan and lie evenly along one line, and gives the stack's affine.
+2. `read_series` checks that the slices are of one scan and lie evenly along one line, and gives the stack's affine.
    Where the gantry was tilted, that line is not the normal of the slices: the affine is sheared.
-3. `read_folder` reads the voxels. A tilted stack is resampled to a straight grid, which no mask format can do without.
+3. `read_folder` reads the voxels. A tilted stack is resampled to a straight grid: ITK has no sheared images.
 
 Letters: N slices; 3 a point or direction in LPS millimetres.
 """

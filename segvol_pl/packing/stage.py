@@ -1,7 +1,7 @@
 """One case as a tar of its own in the staging folder, from which `join.py` makes shards.
 
-1. A `Job` is a case, the key of its sample and the `Rules`. `fingerprint_of` hashes the names, sizes and times of the
-   case's files with the rules.
+1. A `Job` is a case, the key of its sample, the `Rules`, and a fingerprint: the hash of the rules and of the names,
+   sizes and times of the case's files (`stat_of`).
 2. `stage` reads, crops, measures and encodes the case (`prepare.pack_case`) and writes it to `<key>.<fingerprint>.tar`.
    If that file exists, nothing is done: an interrupted run continues, and a case with a changed file is packed again.
 3. A case that cannot be used becomes a `BadCase` with the reason, whatever is wrong with it.
