@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, SegVolConfig
-from segvol_pl.data import sampling, shards, stream
+from segvol_pl.data import sampling, shard_reader, stream
 from segvol_pl.data.corpus import open_folders, training_corpus
 from segvol_pl.data.frames import PartialFrame
 from segvol_pl.data.store import Store
@@ -86,7 +86,7 @@ def timed(spent: Counter[str]) -> Iterator[None]:
 
     parts = {
         "read": (Store, "member"),
-        "check members": (shards, "_is_sound"),
+        "check members": (shard_reader, "_is_sound"),
         "check chunks": (PartialFrame, "_sound"),
         "draw prompts": (sampling, "segment_sample"),
         "augment": (sampling, "augment"),

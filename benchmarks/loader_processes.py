@@ -34,7 +34,7 @@ from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
-from segvol_pl.data.shards import SampleRecord
+from segvol_pl.data.shard_index import SampleRecord
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan, Stream, World
 from segvol_pl.packing.pack import pack

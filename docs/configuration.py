@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from segvol_pl.config import MISSING, SCHEMAS, Range
-from segvol_pl.config.loader import Field, fields_help, plain
+from segvol_pl.config.fields import Field
+from segvol_pl.config.loader import fields_help, plain
 
 MARKUP = re.compile(r"`[^`]*`|[*<\[]")
 """A piece of code, or a character that Markdown would interpret."""

@@ -21,7 +21,8 @@ from segvol_pl.atomic import write_text
 from segvol_pl.config import DemoConfig
 from segvol_pl.config.loader import load
 from segvol_pl.device import resolve_device
-from segvol_pl.evaluation.run import Summary, evaluate
+from segvol_pl.evaluation.run import evaluate
+from segvol_pl.evaluation.summary import Summary
 from segvol_pl.model.convert import export
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms

@@ -9,9 +9,11 @@ from factories import Oracle
 
 from segvol_pl.config import EvaluateConfig
 from segvol_pl.data.frames import encode_array
-from segvol_pl.data.schema import CategoryFacts, Facts, Member
-from segvol_pl.data.shards import Sample, build_index, write_shard
-from segvol_pl.evaluation.run import Summary, evaluate_model
+from segvol_pl.data.index_builder import build_index
+from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
+from segvol_pl.data.shard_writer import write_shard
+from segvol_pl.evaluation.run import evaluate_model
+from segvol_pl.evaluation.summary import Summary
 from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.intensity import intensity_of
 from segvol_pl.model.text_encoder import TextBank

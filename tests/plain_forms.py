@@ -16,7 +16,7 @@ from factories import tiny_model
 from torch import Tensor
 
 from segvol_pl.config import OptimConfig, PromptConfig, SegVolConfig, TrainConfig
-from segvol_pl.data.stream import Batch
+from segvol_pl.data.batch import Batch
 from segvol_pl.kernels.compared import compared
 from segvol_pl.kernels.upscaled import gelu_product, norm_gelu
 from segvol_pl.model import TextBank

@@ -162,9 +162,9 @@ def test_data_knows_neither_the_trainer_nor_monai() -> None:
 
 def test_the_import_guard_sees_every_spelling() -> None:
     source = (
-        "import segvol_pl.training.run\nfrom segvol_pl import demo\ndef f():\n  from segvol_pl.data import shards\n"
+        "import segvol_pl.training.run\nfrom segvol_pl import demo\ndef f():\n  from segvol_pl.data import stream\n"
     )
-    assert ours(ast.parse(source)) == {"training.run", "demo", "data.shards"}
+    assert ours(ast.parse(source)) == {"training.run", "demo", "data.stream"}
 
 
 # ---- functions and names ----

@@ -21,7 +21,8 @@ from segvol_pl.imaging.intensity import body_box, intensity_of, normalise
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_volume
 from segvol_pl.imaging.transforms import resize_label
-from segvol_pl.inference.zoom import Zoomer, binary
+from segvol_pl.inference.coarse import binary
+from segvol_pl.inference.zoom import Zoomer
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors

@@ -26,9 +26,10 @@ from segvol_pl.__main__ import main
 from segvol_pl.config import CasesConfig
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.frames import decode_array
+from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.pipe import PipeStream
-from segvol_pl.data.shards import INDEX, build_index, read_index
-from segvol_pl.data.store import Store
+from segvol_pl.data.shard_index import read_index
+from segvol_pl.data.store import INDEX, Store
 from segvol_pl.data.stream import Plan
 from segvol_pl.errors import CaseError, SampleError, ShardError, StoreError, VolumeError
 from segvol_pl.evaluation.cases import find_cases

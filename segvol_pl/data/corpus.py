@@ -21,7 +21,7 @@ import numpy as np
 from segvol_pl.config import DataConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
-from segvol_pl.data.shards import Index, SampleRecord, load_index, size_problems
+from segvol_pl.data.shard_index import Index, SampleRecord, load_index, size_problems
 from segvol_pl.data.store import Source, Store
 from segvol_pl.errors import ConfigError, ShardError
 

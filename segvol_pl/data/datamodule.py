@@ -23,7 +23,7 @@ from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Folder, category_names, held_out_corpus, open_folders, training_corpus
-from segvol_pl.data.damage import Health
+from segvol_pl.data.damage_tally import Health
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.stream import Draw, Plan, Stream, World

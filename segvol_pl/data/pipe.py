@@ -25,8 +25,9 @@ import webdataset
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, rng_of
+from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import Damage, DamagedSample, array_of, arrays_of, facts_of
+from segvol_pl.data.shard_reader import array_of, arrays_of, facts_of
 from segvol_pl.data.stream import ATTEMPTS, DAMAGES, Draw, Plan, Stream, World, collate
 from segvol_pl.errors import ShardError
 from segvol_pl.imaging.transforms import Sliceable

@@ -115,3 +115,11 @@ class Facts:
             return cls(**{**raw, "intensity": intensity, "categories": categories, "chunks": chunks})
         except (KeyError, TypeError, AttributeError) as error:
             raise SampleError(f"sample {raw.get('key', '?')}: facts are incomplete ({error}): pack it again") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, encoded: what `write_shard` writes."""
+
+    key: str
+    members: dict[Member, bytes]

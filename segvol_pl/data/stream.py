@@ -22,9 +22,10 @@ from segvol_pl.config import LastBatch
 from segvol_pl.data.batch import Batch, order_of
 from segvol_pl.data.collate import Arrays, stacked
 from segvol_pl.data.corpus import Corpus, rng_of
+from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.sampling import Read, lettered
 from segvol_pl.data.schema import Facts
-from segvol_pl.data.shards import Damage, DamagedSample, read_array, read_facts
+from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.errors import ShardError
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]

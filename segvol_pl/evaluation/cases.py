@@ -16,7 +16,8 @@ import numpy as np
 from segvol_pl.config import CasesConfig, PackConfig, RegionsConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shards import SampleRecord, read_array, read_facts, read_index
+from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
 from segvol_pl.errors import EvaluateError
 from segvol_pl.imaging.box import Box, box_slices

@@ -30,7 +30,7 @@ from rich.console import Console
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, Mode, Wandb, named_parts
 from segvol_pl.config.loader import custom_function, to_yaml
-from segvol_pl.data.shards import sha256_of
+from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import ConfigError, EvaluateError, SampleError, ShardError, VolumeError
 from segvol_pl.evaluation.case_runner import CaseRunner, Prediction

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from segvol_pl.credentials import masked
-from segvol_pl.data.shards import load_index
+from segvol_pl.data.shard_index import load_index
 from segvol_pl.data.store import Source, Store
 from segvol_pl.errors import ShardError
 

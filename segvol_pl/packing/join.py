@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from segvol_pl.data.schema import Split
-from segvol_pl.data.shards import INDEX, SampleRecord, read_index, read_sample, write_shard
-from segvol_pl.data.store import Store
+from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_reader import read_sample
+from segvol_pl.data.shard_writer import write_shard
+from segvol_pl.data.store import INDEX, Store
 from segvol_pl.packing.stage import KEY_LENGTH, STAGING, Job, Staged, in_ascii, writing
 
 SHARDS_AT_ONCE = 8

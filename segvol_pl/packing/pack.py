@@ -24,7 +24,8 @@ from rich.console import Console
 
 from segvol_pl.config import PackConfig, parse_part
 from segvol_pl.config.categories import load_categories
-from segvol_pl.data.shards import INDEX, build_index
+from segvol_pl.data.index_builder import build_index
+from segvol_pl.data.store import INDEX
 from segvol_pl.errors import PackError
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.imaging.itk import simple_itk

@@ -25,8 +25,7 @@ from scipy import ndimage
 
 from segvol_pl.config import RegionsConfig
 from segvol_pl.data.frames import chunk_table, encode_array
-from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member, Split
-from segvol_pl.data.shards import Sample
+from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member, Sample, Split
 from segvol_pl.errors import SampleError
 from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.geometry import Volume

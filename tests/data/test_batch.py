@@ -19,7 +19,8 @@ from segvol_pl.data.ahead import Ahead
 from segvol_pl.data.batch import Batch, masks_of, packed, shade_of, shaded, unpacked
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.shards import read_array, read_facts, read_index
+from segvol_pl.data.shard_index import read_index
+from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Plan, Stream, collate
 from segvol_pl.imaging import transforms

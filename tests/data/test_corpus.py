@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from segvol_pl.config import DataConfig, RunConfig
 from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
 from segvol_pl.data.datamodule import VolumeModule
-from segvol_pl.data.shards import INDEX, SampleRecord, build_index
-from segvol_pl.data.store import Store
+from segvol_pl.data.index_builder import build_index
+from segvol_pl.data.shard_index import SampleRecord
+from segvol_pl.data.store import INDEX, Store
 from segvol_pl.errors import ConfigError, ShardError, StoreError
 
 

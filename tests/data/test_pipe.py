@@ -22,7 +22,7 @@ from segvol_pl.data import sampling
 from segvol_pl.data.batch import unpacked
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, open_folders, rng_of
-from segvol_pl.data.damage import Health
+from segvol_pl.data.damage_tally import Health
 from segvol_pl.data.pipe import PipeStream, shards_of
 from segvol_pl.data.sampling import Read
 from segvol_pl.data.schema import Facts, Member

@@ -23,27 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
+from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
-from segvol_pl.data.schema import CategoryFacts, Facts, Member
-from segvol_pl.data.shards import (
-    INDEX,
-    Damage,
-    DamagedSample,
-    Index,
-    Sample,
-    SampleRecord,
-    _sample_faults,
-    build_index,
-    describe,
-    read_array,
-    read_facts,
-    read_index,
-    read_member,
-    verify,
-    walk_shard,
-    write_shard,
-)
-from segvol_pl.data.store import Store
+from segvol_pl.data.index_builder import build_index, walk_shard
+from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
+from segvol_pl.data.shard_index import Index, SampleRecord, describe, read_index
+from segvol_pl.data.shard_reader import read_array, read_facts, read_member
+from segvol_pl.data.shard_writer import write_shard
+from segvol_pl.data.store import INDEX, Store
+from segvol_pl.data.verify import _sample_faults, verify
 from segvol_pl.errors import SampleError, ShardError, StoreError
 from segvol_pl.imaging.intensity import Intensity
 

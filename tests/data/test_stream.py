@@ -30,11 +30,15 @@ from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.damage import Health
+from segvol_pl.data.damage import Damage
+from segvol_pl.data.damage_tally import Health
 from segvol_pl.data.datamodule import VolumeModule
+from segvol_pl.data.index_builder import build_index, walk_shard
 from segvol_pl.data.sampling import Read
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shards import Damage, build_index, read_index, read_sample, walk_shard, write_shard
+from segvol_pl.data.shard_index import read_index
+from segvol_pl.data.shard_reader import read_sample
+from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
 from segvol_pl.errors import ShardError, StoreError

@@ -28,12 +28,13 @@ from segvol_pl.config import (
     ZoomConfig,
 )
 from segvol_pl.config.categories import load_categories
+from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import build_index, write_shard
+from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.errors import EvaluateError, LockedError, ShardError, UnknownCategory
 from segvol_pl.evaluation.metrics import dice
-from segvol_pl.evaluation.run import Summary, evaluate, select_examples
-from segvol_pl.evaluation.summary import Row
+from segvol_pl.evaluation.run import evaluate, select_examples
+from segvol_pl.evaluation.summary import Row, Summary
 from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume

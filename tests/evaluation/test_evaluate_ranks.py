@@ -18,7 +18,8 @@ from factories import phantom_evaluation, save_untrained
 from segvol_pl.config import EvaluateConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.errors import EvaluateError
-from segvol_pl.evaluation.run import Summary, evaluate
+from segvol_pl.evaluation.run import evaluate
+from segvol_pl.evaluation.summary import Summary
 
 MEASURED = ("seconds", "memory_mb")
 

@@ -15,12 +15,11 @@ from segvol_pl.config import Convention, ZoomConfig
 from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt
 from segvol_pl.imaging.transforms import resize_label, resize_tensor
-from segvol_pl.inference.coarse import Certain, Coarse, enlarge
+from segvol_pl.inference.coarse import Certain, Coarse, binary, enlarge
 from segvol_pl.inference.token_cache import TokenStore
 from segvol_pl.inference.zoom import (
     Zoomer,
     _Plan,
-    binary,
     clip_box,
     cut_off_region,
     reflect,

@@ -13,7 +13,7 @@ import pytest
 
 from segvol_pl.config import DataConfig, RunConfig
 from segvol_pl.data.datamodule import VolumeModule
-from segvol_pl.data.shards import INDEX
+from segvol_pl.data.store import INDEX
 from segvol_pl.errors import ShardError
 from segvol_pl.packing.duplicates import Copy, crosses_splits, find_duplicates
 

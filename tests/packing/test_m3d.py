@@ -15,7 +15,8 @@ from scipy import sparse
 from segvol_pl.__main__ import main
 from segvol_pl.config import PackConfig
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import describe, read_array, read_facts, read_index
+from segvol_pl.data.shard_index import describe, read_index
+from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CaseError, VolumeError
 from segvol_pl.packing.m3d import is_m3d, m3d_cases, read_m3d_image, read_m3d_masks

@@ -25,8 +25,10 @@ from rich.console import Console
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.frames import decode_array
 from segvol_pl.data.schema import Facts, Member, Split
-from segvol_pl.data.shards import INDEX, KEY, read_facts, read_index, read_member, verify
-from segvol_pl.data.store import Store
+from segvol_pl.data.shard_index import KEY, read_index
+from segvol_pl.data.shard_reader import read_facts, read_member
+from segvol_pl.data.store import INDEX, Store
+from segvol_pl.data.verify import verify
 from segvol_pl.errors import CaseError, ConfigError, PackError
 from segvol_pl.imaging.box import box_of, box_slices
 from segvol_pl.imaging.read import read_label, read_volume

@@ -16,8 +16,9 @@ import SimpleITK as sitk
 from ct_files import phantom, to_image, write_dicom
 
 from segvol_pl.config import PackConfig, RegionsConfig
-from segvol_pl.data.shards import INDEX, read_index, verify
-from segvol_pl.data.store import Store
+from segvol_pl.data.shard_index import read_index
+from segvol_pl.data.store import INDEX, Store
+from segvol_pl.data.verify import verify
 from segvol_pl.errors import PackError
 from segvol_pl.packing import stage as staging
 from segvol_pl.packing.pack import pack

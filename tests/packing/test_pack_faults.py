@@ -24,7 +24,8 @@ from ct_files import cube_header, write_case
 from holders import holding
 
 from segvol_pl.config import PackConfig, RegionsConfig
-from segvol_pl.data.shards import INDEX, verify
+from segvol_pl.data.store import INDEX
+from segvol_pl.data.verify import verify
 from segvol_pl.errors import CaseError, LockedError, PackError
 from segvol_pl.packing.cases import pair_cases
 from segvol_pl.packing.pack import pack

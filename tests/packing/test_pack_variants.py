@@ -13,7 +13,8 @@ import SimpleITK as sitk
 
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import SampleRecord, read_facts, read_index, read_member
+from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_reader import read_facts, read_member
 from segvol_pl.data.store import Store
 from segvol_pl.packing.pack import pack
 

@@ -9,7 +9,7 @@ from ct_files import write_case
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import PackConfig
-from segvol_pl.data.shards import read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CaseError, ConfigError
 from segvol_pl.packing.pack import pack

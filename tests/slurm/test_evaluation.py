@@ -13,7 +13,8 @@ from slurm.lab import SlurmLab
 
 from segvol_pl.config import EvaluateConfig
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.evaluation.run import Summary, evaluate
+from segvol_pl.evaluation.run import evaluate
+from segvol_pl.evaluation.summary import Summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

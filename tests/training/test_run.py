@@ -33,7 +33,7 @@ from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shards import SampleRecord, read_index
+from segvol_pl.data.shard_index import SampleRecord, read_index
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CheckpointError, ConfigError, ShardError
 from segvol_pl.model.checkpoint import load_model

@@ -25,7 +25,7 @@ from segvol_pl.config import (
 from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.shards import read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import Draw, Plan, Stream
 from segvol_pl.model import TextBank

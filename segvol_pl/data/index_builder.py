@@ -1,0 +1,151 @@
+"""Build the index of a folder of shards (command `index`): walk its tars once, write `index.json`; see `shard_index`.
+
+1. `walk_shard` reads the facts of every sample of one tar, and where its members lie.
+2. `build_index` walks all tars of a folder in parallel, checks that their samples fit together, and writes the index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from segvol_pl.atomic import write_text
+from segvol_pl.data.schema import CategoryFacts, Facts, Member
+from segvol_pl.data.shard_index import (
+    Category,
+    Index,
+    SampleRecord,
+    Shard,
+    check_key,
+    check_keys,
+)
+from segvol_pl.data.shard_reader import parse_facts
+from segvol_pl.data.store import INDEX, Source
+from segvol_pl.errors import ShardError
+
+TAR_END = 1024
+"""A tar ends in two empty records of 512 bytes; without them it was cut off."""
+
+
+def build_index(folder: Source) -> Index:
+    """Walks every tar of a local folder, writes `index.json` there and returns it (verb `index`).
+
+    Raises ShardError where there is no tar, a tar is truncated, a sample lacks a member, or two samples share a key.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ShardError(f"{root} is no folder: give the folder that holds the shards")
+    paths = sorted(root.glob("*.tar"))
+    if not paths:
+        raise ShardError(f"{root} holds no *.tar: pack data into it with segvol-pl pack")
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        found = list(zip(paths, threads.map(walk_shard, paths), strict=True))
+        hashes = list(threads.map(sha256_of, paths))
+    index = _summarise(found, hashes)
+    write_text(root / INDEX, index.to_json() + "\n")
+    return index
+
+
+def walk_shard(path: Path) -> list[tuple[SampleRecord, Facts]]:
+    """Record and facts of every sample of a tar, in its order. Raises ShardError for a damaged tar."""
+    _check_end(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return [_read_record(path, tar, key, members) for key, members in _group_members(tar)]
+    except (tarfile.TarError, EOFError) as error:
+        raise ShardError(f"shard {path} cannot be read ({error}): copy or pack it again") from error
+
+
+def _check_end(path: Path) -> None:
+    with path.open("rb") as stream:
+        stream.seek(max(path.stat().st_size - TAR_END, 0))
+        if stream.read() != b"\0" * TAR_END:
+            raise ShardError(f"shard {path} is truncated (it does not end as a tar does): copy or pack it again")
+
+
+def _group_members(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    key, members = "", dict[str, tarfile.TarInfo]()
+    for entry in tar:
+        if not entry.isreg():
+            raise tarfile.ReadError(f"{entry.name!r} is no file")
+        stem, _, ending = entry.name.partition(".")
+        if stem != key and members:
+            yield key, members
+            members = {}
+        key = stem
+        members[ending] = entry
+    if members:
+        yield key, members
+
+
+def _read_record(
+    path: Path, tar: tarfile.TarFile, key: str, members: dict[str, tarfile.TarInfo]
+) -> tuple[SampleRecord, Facts]:
+    check_key(key, f"shard {path}")
+    stream = tar.extractfile(members[Member.FACTS.value]) if Member.FACTS.value in members else None
+    if stream is None:
+        raise ShardError(f"shard {path}, sample {key}: has no {Member.FACTS.value}: pack it again")
+    text = stream.read()
+    facts = parse_facts(text, f"shard {path}, sample {key}")
+    missing = sorted(set(facts.members) - set(members))
+    if missing:
+        raise ShardError(f"shard {path}, sample {key}: lacks {', '.join(missing)}: copy or pack it again")
+    record = SampleRecord(
+        key=key,
+        shard=path.name,
+        split=facts.split,
+        labelled=facts.labelled,
+        shape=facts.shape,
+        spacing=facts.spacing,
+        categories=sorted(facts.categories),
+        members={ending: [entry.offset_data, entry.size] for ending, entry in members.items()},
+        content=facts.source.get("content_sha256", ""),
+        facts_sha256=hashlib.sha256(text).hexdigest(),
+    )
+    return record, facts
+
+
+def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]], hashes: list[str]) -> Index:
+    pairs = [pair for _, samples in found for pair in samples]
+    records, facts = [record for record, _ in pairs], [fact for _, fact in pairs]
+    check_keys(records, str(found[0][0].parent))
+    shapes = sorted({tuple(fact.overview_shape) for fact in facts})
+    if len(shapes) != 1:
+        raise ShardError(f"{found[0][0].parent} mixes overviews of shape {shapes}: pack them into folders of their own")
+    splits = [record.split for record in records]
+    return Index(
+        dataset="+".join(sorted({fact.dataset for fact in facts})),
+        overview_shape=list(shapes[0]),
+        shards=[
+            Shard(path.name, path.stat().st_size, sha256, len(samples))
+            for (path, samples), sha256 in zip(found, hashes, strict=True)
+        ],
+        splits={split: splits.count(split) for split in sorted(set(splits))},
+        categories=_count_categories(facts),
+        samples=records,
+    )
+
+
+def _count_categories(facts: list[Facts]) -> dict[str, Category]:
+    by_name: dict[str, list[CategoryFacts]] = {}
+    for fact in facts:
+        for name, category in fact.categories.items():
+            by_name.setdefault(name, []).append(category)
+    return {
+        name: Category(
+            values=sorted({value for category in found for value in category.values}),
+            cases=len(found),
+            voxels=sum(category.voxels for category in found),
+        )
+        for name, found in sorted(by_name.items())
+    }
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

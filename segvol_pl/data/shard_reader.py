@@ -1,0 +1,232 @@
+"""Read samples from shards by byte range, and check them against the hashes taken at packing.
+
+1. `read_facts` reads what is known of a sample; `read_array` opens one of its arrays. Of a large array only the chunks
+   that a slice touches are read. `read_member` and `read_sample` give the bytes as they are.
+2. `facts_of` and `array_of` do the same with bytes that are already here (`pipe`).
+3. Bytes that are missing, too few, altered or undecodable raise `DamagedSample`, which names shard, sample and member.
+
+Nothing in a shard is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from segvol_pl.data.damage import Damage, DamagedSample
+from segvol_pl.data.frames import Form, PartialFrame, Span, WholeFrame
+from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
+from segvol_pl.data.shard_index import (
+    SampleRecord,
+    remedy,
+    require_kind,
+    require_shape,
+)
+from segvol_pl.data.store import Store
+from segvol_pl.errors import SampleError
+from segvol_pl.imaging.transforms import Sliceable
+
+DTYPES = {
+    Member.CT: ("int16",),
+    Member.LABEL: ("uint8", "uint16"),
+    Member.OVERVIEW: ("int16",),
+    Member.OVERVIEW_LABEL: ("uint8", "uint16"),
+    Member.REGIONS: ("uint16",),
+}
+"""What the arrays of a sample hold."""
+
+
+ON_OVERVIEW = {Member.OVERVIEW, Member.OVERVIEW_LABEL, Member.REGIONS}
+"""Arrays on the overview's grid; the others are on the volume's."""
+
+
+def parse_facts(text: bytes, place: str) -> Facts:
+    try:
+        facts = Facts.from_dict(json.loads(text))
+        require_shape(facts.shape, "shape")
+        require_shape(facts.overview_shape, "overview_shape")
+        for ending, sha256 in facts.members.items():
+            require_kind(sha256, str, f"hash of {Member(ending).value}")
+        for name, held in facts.categories.items():
+            _require_voxels(held, facts.shape, name)
+        return facts
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
+
+
+def _require_voxels(held: CategoryFacts, shape: list[int], name: str) -> None:
+    anchors_N3 = np.array(held.anchors)
+    voxels = anchors_N3.ndim == 2 and anchors_N3.shape[1] == 3 and anchors_N3.dtype.kind == "i"
+    if not voxels or (anchors_N3 < 0).any() or (anchors_N3 >= shape).any():
+        raise TypeError(f"anchors of {name} are no voxels of {shape}")
+    if not isinstance(held.values, list) or not all(type(value) is int for value in held.values):
+        raise TypeError(f"values of {name} are no list of whole numbers")
+
+
+def read_member(store: Store, record: SampleRecord, member: Member, sha256: str = "") -> bytes:
+    """The bytes of one member, by one ranged read, held against their `sha256` where it is given.
+
+    Raises DamagedSample, naming shard and key, where they are not whole; StoreError, see `store`.
+    """
+    size = record.members.get(member.value, (0, 0))[1]
+    return _read_parts(store, record, member, [(0, size)], lambda parts: _is_sound(parts[0], sha256), sha256)[0]
+
+
+def _read_parts(
+    store: Store,
+    record: SampleRecord,
+    member: Member,
+    spans: list[Span],
+    sound: Callable[[list[bytes]], bool],
+    sha256: str,
+) -> list[bytes]:
+    """The spans of a member; what a cache holds damaged is fetched anew, once."""
+    parts = _read_spans(store, record, member, spans, sha256)
+    if sound(parts):
+        return parts
+    if store.cache is not None:
+        store.cache.forget(sha256)
+        # Past the cache: one that cannot be written has forgotten nothing.
+        parts = _read_spans(replace(store, cache=None), record, member, spans, sha256)
+        if sound(parts):
+            return parts
+    raise _altered(_name(store, record, member))
+
+
+def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[Span], sha256: str) -> list[bytes]:
+    place = _name(store, record, member)
+    if member.value not in record.members:
+        raise DamagedSample(f"{place} is not there", Damage.MISSING)
+    offset, size = record.members[member.value]
+    try:
+        parts = store.member(record.shard, offset, size, spans, sha256)
+    except FileNotFoundError as error:
+        raise DamagedSample(f"{place} cannot be read ({error})", Damage.MISSING) from error
+    got, asked = sum(map(len, parts)), sum(last - first for first, last in spans)
+    if got != asked:
+        raise DamagedSample(f"{place} gave {got} of {asked} bytes: the shard is truncated, copy it again", Damage.SHORT)
+    return parts
+
+
+def read_sample(store: Store, record: SampleRecord) -> Sample:
+    """All members of one sample, checked. Raises as `read_member`."""
+    hashes = {**read_facts(store, record).members, Member.FACTS.value: record.facts_sha256}
+    members = [member for member in Member if member.value in record.members]
+    return Sample(record.key, {one: read_member(store, record, one, hashes.get(one.value, "")) for one in members})
+
+
+def read_facts(store: Store, record: SampleRecord) -> Facts:
+    """The facts of one sample. Raises DamagedSample for bytes that are not this sample's."""
+    text = read_member(store, record, Member.FACTS, record.facts_sha256)
+    return facts_of(text, record, store.place(record.shard))
+
+
+def facts_of(text: bytes, record: SampleRecord, place: str) -> Facts:
+    """The facts in a member's bytes. Raises DamagedSample for those of another sample, or for none."""
+    facts = parse_facts(text, f"shard {place}, sample {record.key}")
+    if facts.key != record.key:
+        raise DamagedSample(
+            f"shard {place}, sample {record.key}: holds the facts of {facts.key}: {remedy(place)}",
+            Damage.ALTERED,
+        )
+    if facts.shape != record.shape:
+        raise DamagedSample(
+            f"shard {place}, sample {record.key}: is of {facts.shape}, the index says {record.shape}: {remedy(place)}",
+            Damage.ALTERED,
+        )
+    return facts
+
+
+def read_array(store: Store, record: SampleRecord, facts: Facts, member: Member) -> Sliceable:
+    """One member as an array, still encoded, its bytes being those that were packed.
+
+    Raises DamagedSample, here or where it is sliced.
+    """
+    sha256, table = facts.members.get(member.value, ""), facts.chunks.get(member.value)
+    place = _name(store, record, member)
+    if table is None:
+        return _opened(read_member(store, record, member, sha256), facts, member, place)
+    if record.members.get(member.value, (0, 0))[1] != table.bytes:
+        raise _altered(place)
+    with _blamed(place):
+        partial = PartialFrame(
+            table,
+            lambda spans, sound: _read_parts(store, record, member, spans, sound, sha256),
+            _form(facts, member),
+        )
+    return _Blamed(partial, place)
+
+
+def array_of(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
+    """The array in a member's bytes, still encoded.
+
+    Raises DamagedSample where they are not what was packed, here or where it is sliced.
+    """
+    if not _is_sound(content, facts.members.get(member.value, "")):
+        raise _altered(place)
+    return _opened(content, facts, member, place)
+
+
+def arrays_of(facts: Facts, stored: Collection[str]) -> list[Member]:
+    """The arrays that a sample has: those that its facts name, and others among the endings of what is `stored`."""
+    return [member for member in DTYPES if member.value in facts.members or member.value in stored]
+
+
+def _opened(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
+    with _blamed(place):
+        return _Blamed(WholeFrame(content, _form(facts, member)), place)
+
+
+def _form(facts: Facts, member: Member) -> Form:
+    return Form(tuple(facts.overview_shape if member in ON_OVERVIEW else facts.shape), DTYPES[member])
+
+
+class _Blamed:
+    """An array of which what cannot be decoded is damage of its sample."""
+
+    def __init__(self, array: Sliceable, place: str) -> None:
+        self._array, self._place = array, place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._array.shape
+
+    @property
+    def dtype(self) -> Any:
+        with _blamed(self._place):
+            return self._array.dtype
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        with _blamed(self._place):
+            return self._array[key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # Without it numpy takes the whole for one object.
+        return np.array(self[:], dtype)
+
+
+@contextmanager
+def _blamed(place: str) -> Iterator[None]:
+    try:
+        yield
+    except SampleError as error:
+        raise DamagedSample(f"{place}: {error}", Damage.UNREADABLE) from error
+
+
+def _is_sound(content: bytes, sha256: str) -> bool:
+    """`sha256` is empty where a tar was not packed here: then there is nothing to compare with."""
+    return not sha256 or hashlib.sha256(content).hexdigest() == sha256
+
+
+def _altered(place: str) -> DamagedSample:
+    return DamagedSample(f"{place} is not what was packed: copy or pack the shard again", Damage.ALTERED)
+
+
+def _name(store: Store, record: SampleRecord, member: Member) -> str:
+    return f"shard {store.place(record.shard)}, sample {record.key}: {member.value}"

@@ -1,0 +1,83 @@
+"""Check a folder of shards (command `verify`): compare every hash, decode every array."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from segvol_pl.data.damage import DamagedSample
+from segvol_pl.data.frames import CHUNK, decode_alone
+from segvol_pl.data.index_builder import sha256_of
+from segvol_pl.data.schema import Facts, Member
+from segvol_pl.data.shard_index import (
+    SampleRecord,
+    Shard,
+    load_index,
+    size_problem,
+)
+from segvol_pl.data.shard_reader import arrays_of, read_array, read_facts, read_member
+from segvol_pl.data.store import Source, Store
+from segvol_pl.errors import ShardError, StoreError
+
+
+def verify(folder: Source) -> list[str]:
+    """The faults of a local folder of shards, one line each: sizes, the sha256 of shards and of members, decoding.
+
+    Each line names the shard, the sample and the byte at which the member starts. Shards are read in parallel. An
+    empty list means that every byte is as it was packed, or, of shards without hashes, that every array can be decoded
+    and is of the stated shape and dtype. Raises ShardError where there is no index.
+    """
+    # A check does not wait for a disk that fails: it says where.
+    store = Store(folder, retry_seconds=0.0)
+    if not store.local:
+        raise ShardError(f"{folder} is no local folder: run segvol-pl verify where the shards lie")
+    index = load_index(store)
+    records: dict[str, list[SampleRecord]] = {shard.name: [] for shard in index.shards}
+    for record in index.samples:
+        records[record.shard].append(record)
+    decode_alone()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        found = threads.map(lambda shard: _faults_of(store, shard, records[shard.name]), index.shards)
+        return [fault for faults in found for fault in faults]
+
+
+def _faults_of(store: Store, shard: Shard, records: list[SampleRecord]) -> list[str]:
+    path = Path(store.place(shard.name))
+    if problem := size_problem(path, shard):
+        return [problem]
+    faults = [fault for record in records for fault in _sample_faults(store, record)]
+    if not faults and sha256_of(path) != shard.sha256:
+        return [f"shard {path}: its sha256 is not the indexed one, though all samples are sound: copy it again"]
+    return faults
+
+
+def _sample_faults(store: Store, record: SampleRecord) -> list[str]:
+    """Faults that a re-indexed shard would hide: the facts hold the hashes taken at packing."""
+    try:
+        facts = read_facts(store, record)
+    except (DamagedSample, StoreError) as error:
+        return [_at(error, record, Member.FACTS)]
+    faults = []
+    for member in arrays_of(facts, record.members):
+        try:
+            _decode_all(store, record, facts, member)
+        except (DamagedSample, StoreError) as error:
+            faults.append(_at(error, record, member))
+    return faults
+
+
+def _decode_all(store: Store, record: SampleRecord, facts: Facts, member: Member) -> None:
+    """Decodes every chunk of an array as a loader does, a few at a time. Raises DamagedSample, StoreError."""
+    if member.value in facts.chunks:
+        # Read in parts, it is held against the hashes of its chunks alone.
+        read_member(store, record, member, facts.members.get(member.value, ""))
+    array = read_array(store, record, facts, member)
+    for start in range(0, array.shape[0], CHUNK[0]):
+        array[start : start + CHUNK[0]]
+
+
+def _at(error: DamagedSample | StoreError, record: SampleRecord, member: Member) -> str:
+    offset, size = record.members.get(member.value, (0, 0))
+    cause = error.damage.value if isinstance(error, DamagedSample) else "not read"
+    return f"{error} [{cause}, bytes {offset} to {offset + size} of {record.shard}]"
