@@ -75,7 +75,7 @@ def test_an_array_that_loses_a_node_packs_the_bytes_of_one_process(
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was staged is not packed again"
     assert lab.record(f"{array}_{lost[0] + 1}")["Restarts"] == "1"
     said = "".join((tmp_path / f"task-{task}.log").read_text() for task in range(1, TASKS + 1))
-    assert BROKEN in said and f"slice {int(BROKEN[4:]) % TASKS}/{TASKS}: {share - 1} of {share} cases staged" in said
+    assert BROKEN in said and f"part {int(BROKEN[4:]) % TASKS}/{TASKS}: {share - 1} of {share} cases staged" in said
 
     joining = lab.sbatch(*SIZE, f"--output={tmp_path}/join.log", **call)
     lab.wait(joining, {"COMPLETED"}, timeout=120)
