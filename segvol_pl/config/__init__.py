@@ -1,12 +1,12 @@
-"""The configuration of every command: its schema. `segvol_pl.config.loader` fills it from files and `key=value`.
+"""The configuration of every command: `SCHEMAS` names its schema, `segvol_pl.config.loader` loads it.
 
-1. A command's schema is a dataclass below; the docstring under each field is its help.
+1. A schema is a dataclass in the module of its room; the docstring under each field is the help for that key.
 2. `MISSING` marks a key that has no default and must be given.
-3. A number's range stands at its field, as `ranged(default, least=1)`. `__post_init__` checks lengths, and keys against
-   each other.
-4. Loading checks names and types; building checks the rest.
+3. The range of a number is declared at its field: `ranged(default, least=1)`. `__post_init__` checks lengths, and keys
+   against each other.
+4. Loading checks names and types; creating the dataclass checks the rest.
 
-Imports neither torch nor lightning: a wrong key must fail at once.
+This package imports neither torch nor lightning, so that a wrong key fails at once.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ __all__ = [
 ]
 
 BUNDLED = ("configs", "slurm", "shards/datasets")
-"""Folders of the repository that a wheel carries too, and that `segvol-pl init DIR` lays out."""
+"""Folders of the repository that are also in the wheel, and that `segvol-pl init DIR` copies."""
 
 
 SCHEMAS: dict[str, type] = {

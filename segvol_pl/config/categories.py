@@ -1,4 +1,4 @@
-"""The categories file: which label values a category name means."""
+"""The categories file: the label values of each category name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from segvol_pl.errors import CaseError, listed
 
 
 def load_categories(path: str | Path) -> dict[str, list[int]]:
-    """Category name -> its label values, from YAML: `categories: {name: [values]}` or the mapping alone.
+    """Read category name -> label values from YAML: `categories: {name: [values]}`, or only the mapping.
 
-    Raises CaseError for a file that is no such mapping, a name given twice, or values that are no labels above 0.
+    Raises CaseError for any other content, a name given twice, or a label value outside of 1 to 65535.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,10 +30,10 @@ def load_categories(path: str | Path) -> dict[str, list[int]]:
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that is given twice. YAML's own loader lets a second key silently replace the first."""
+    """Refuse a key that is given twice. YAML's own loader silently replaces the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Raises ConstructorError, with the place, for a key that is given twice."""
+        """Construct a mapping. Raises ConstructorError, with the place, for a key that is given twice."""
         counts = Counter(key.value for key, _ in node.value)
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
@@ -42,14 +42,14 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 def checked_name(name: Any, path: Path) -> str:
-    """The name. Raises CaseError for what is no text."""
+    """Return the name. Raises CaseError unless it is text."""
     if not isinstance(name, str) or not name.strip():
-        raise CaseError(f"categories: {path}: {name!r} is no name: write it as text")
+        raise CaseError(f"categories: {path}: {name!r} is no name: quote it to make it text")
     return name
 
 
 def checked_values(name: str, values: Any, path: Path) -> list[int]:
-    """The label values, sorted. Raises CaseError for anything but whole numbers from 1 to 65535."""
+    """Sort the label values. Raises CaseError for anything but whole numbers from 1 to 65535."""
     given: list[Any] = values if isinstance(values, list) else [values]
     checked = [value for value in given if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 65536]
     if not checked or len(checked) != len(given):

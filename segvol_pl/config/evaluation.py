@@ -1,4 +1,4 @@
-"""Evaluation: its cases, the prompts that are drawn from their label maps, and what is measured."""
+"""The schemas of evaluation: cases, how to draw prompts, what to measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from segvol_pl.config.training import TrackConfig, Wandb
 
 
 class Mode(StrEnum):
-    """How a prompt becomes a mask of the whole volume (paper Table 3)."""
+    """How to get from a prompt to a mask of the full volume (paper Table 3)."""
 
     zoom = "zoom"
     resize = "resize"
@@ -22,81 +22,85 @@ class Mode(StrEnum):
 
 
 class Timing(StrEnum):
-    """Whether a row's seconds hold what earlier prompts of the case have encoded."""
+    """Whether the time of a prompt includes encoding that earlier prompts of the case have already done."""
 
     shared = "shared"
     cold = "cold"
 
 
 class Slice(StrEnum):
-    """The axial slice that a box of one slice is drawn on."""
+    """Which axial slice a single-slice box is drawn on."""
 
     largest = "largest"
     middle = "middle"
 
 
 BOX_SOURCES = ("exact", "jittered", "slice")
-"""How well an evaluation draws a box from the truth."""
+"""The built-in ways to draw a box from the ground truth."""
 
 
 @dataclass
 class CasesConfig(Keys):
-    """The cases that an evaluation reads: packed ones, or CT files with their label maps."""
+    """Cases to evaluate: packed shards, or CT files with their label maps."""
 
     section = "data."
 
     shards: str | None = None
-    """Folder of packed shards (holds index.json)."""
+    """Folder of packed shards (with index.json)."""
     split: str = "test"
-    """Split of the shards to evaluate; `all` for every sample. Files have none: all of them are evaluated."""
+    """Split of the shards to evaluate, or `all` for every sample. CT files have no split: all are evaluated."""
     images: str | None = None
-    """Instead of shards: a CT file, a DICOM folder, a folder of cases or a glob; prepared as `pack` does."""
+    """CT files instead of shards: a CT file, a DICOM folder, a folder of cases or a glob. Prepared as by `pack`."""
     labels: str | None = None
-    """Label maps, given likewise; paired by case id."""
+    """Label maps: a file, a folder or a glob. Paired with the images by case id."""
     cases: str | None = None
-    """CSV or JSON that states the pairs, as for `pack`."""
+    """CSV or JSON file that lists images and labels, as for `pack`."""
     recipe: str | None = None
-    """YAML of a public data set, as for `pack`: names its files below images=ROOT and its categories."""
+    """YAML file of a public data set, as for `pack`. It names the files below images=ROOT and the categories."""
     categories: str | None = None
-    """YAML: category name -> label values of the label maps. Needed where there are label maps."""
+    """YAML file that maps category names to label values. Required with label maps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(not (self.shards and self.files), "data.shards", "and data.images or data.cases: give one of them")
+        require(
+            not (self.shards and self.files),
+            "data.shards",
+            "excludes data.images and data.cases: give one of them",
+        )
         labelled = self.labels is None or self.categories is not None
-        require(labelled, "data.categories", "labels need data.categories=FILE (YAML: name -> label values)")
+        require(labelled, "data.categories", "label maps need data.categories=FILE (YAML: name -> label values)")
 
     @property
     def files(self) -> bool:
-        """Whether CT files are evaluated, not shards."""
+        """Whether to evaluate CT files instead of shards."""
         return self.images is not None or self.cases is not None
 
 
 @dataclass
 class DrawConfig(Keys):
-    """How spatial prompts are drawn from the truth. Users draw none as well as `exact`."""
+    """How to draw boxes and points from the ground truth. Real users are less precise than `exact`."""
 
     section = "draw."
 
     boxes: list[str] = field(default_factory=lambda: ["exact"])
-    """Boxes that every prompt with a box is tried with. exact: the structure's own; jittered: each face moved; slice:
-    its extent on one axial slice alone, as a user draws it; package.module:function: your own drawing."""
+    """Boxes to try for every prompt with a box. exact: the structure's own box. jittered: each face moved. slice: the
+    structure's extent on one axial slice, as a user draws it. package.module:function: your own."""
     jitter: float = ranged(0.1, least=0, below=0.5)
-    """A face of a jittered box moves by up to this share of the box's extent."""
+    """Maximum shift of each face of a jittered box, as a fraction of the box's extent."""
     slice: Slice = Slice.largest
-    """The axial slice of a slice's box: where the structure is largest, or the middle one of those that it spans."""
+    """Axial slice for a slice box. largest: where the structure is largest. middle: the middle one of its slices."""
     depth: float = ranged(0.0, least=0)
-    """mm that a slice's box spans, its slice in the middle; 0: as deep as the structure."""
+    """Depth of a slice box (mm), centred on its slice. 0: as deep as the structure."""
     points: list[str] = field(default_factory=lambda: ["random5"])
-    """Points that every prompt with points is tried with. randomN: N drawn inside; centre: the one deepest inside;
-    package.module:function: your own drawing."""
+    """Points to try for every prompt with points. randomN: N points drawn inside. centre: the point deepest inside.
+    package.module:function: your own."""
     outside: int = ranged(2, least=0)
-    """Points outside that randomN gets beside."""
+    """Background points added to randomN."""
     components: bool = False
-    """One prompt for each connected component (26 neighbours) of a scattered target, their masks united; text alone
-    stays one prompt."""
+    """Prompt each connected component (26 neighbours) of a target separately and unite the masks. Text alone stays one
+    prompt."""
     component_voxels: int = ranged(10, least=1)
-    """Components of fewer voxels get no prompt, unless all are so small: then the largest gets one."""
+    """Skip components smaller than this (voxels). If all are smaller, only the largest is prompted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,62 +111,63 @@ class DrawConfig(Keys):
 
 
 def points_drawn(name: str) -> int:
-    """Points inside that one of `draw.points` means; 0 where it means nothing."""
+    """How many points inside a structure an entry of `draw.points` stands for; 0 for an unknown entry."""
     number = name.removeprefix("random")
     return 1 if name == "centre" else int(number) if name.startswith("random") and number.isdecimal() else 0
 
 
 @dataclass
 class EvaluateConfig(Keys):
-    """Figures of a model over a set of cases: rows, tables, report. A run that was stopped goes on where it was."""
+    """Evaluate a model on a set of cases and write a report. Resumes if interrupted."""
 
     checkpoint: str = MISSING
     """Checkpoint (.ckpt) or exported model (.safetensors)."""
     data: CasesConfig = field(default_factory=CasesConfig)
     out: str = MISSING
-    """Folder of rows.csv, summary.json and report.html, and of cases/, the results so far."""
+    """Folder for rows.csv, summary.json, report.html, and cases/ with the results so far."""
     modes: list[Mode] = field(default_factory=lambda: [Mode.zoom])
-    """zoom: zoom-out-zoom-in; resize: the zoom-out alone; sliding: windows over the whole volume (paper Table 3)."""
+    """zoom: zoom-out-zoom-in. resize: zooming out only. sliding: windows over the full volume (paper Table 3)."""
     prompts: list[str] = field(default_factory=lambda: ["text", "box+text", "points+text"])
-    """Prompt combinations to evaluate; spatial prompts are drawn from the truth, and the report says so."""
+    """Prompt combinations to evaluate. Boxes and points are drawn from the ground truth, as the report states."""
     draw: DrawConfig = field(default_factory=DrawConfig)
     categories: list[str] = field(default_factory=list)
-    """Categories to evaluate; none: all that a case holds. Those named are asked for by text where they are absent
-    too, to count what is found all the same."""
+    """Categories to evaluate. Empty: all that a case contains. Categories named here are also prompted by text where
+    they are absent, to count false positives."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
-    """Seeds the drawn prompts and the bootstrap."""
+    """Seed for drawing prompts and for the bootstrap."""
     limit: int = ranged(0, least=0)
-    """Cases at most; 0 for all."""
+    """Maximum number of cases. 0: all."""
     tolerance: float = ranged(2.0, above=0)
-    """mm by which surfaces may be apart for the surface Dice."""
+    """Tolerance of the surface Dice (mm)."""
     timing: Timing = Timing.shared
-    """What a row's seconds hold. shared: what the case's earlier prompts encoded comes free; cold: everything is
-    encoded anew, as for a single prompt on a new volume (paper Table 3)."""
+    """What the seconds of a row include. shared: encoding is reused from earlier prompts of the case. cold: everything
+    is encoded again, as for one prompt on a new volume (paper Table 3)."""
     metrics: list[str] = field(default_factory=list)
-    """Further figures, each a package.module:function of your own of (predicted mask, truth, spacing in mm); a column
-    of the function's name in rows.csv, summary.json and the report."""
+    """Custom metrics, each as package.module:function of (predicted mask, true mask, spacing in mm). Each adds a
+    column, named after the function, to rows.csv, summary.json and the report."""
     match_categories: bool = False
-    """Also read each spatial prompt's mask: which of all categories it looks like (paper Fig. 5)."""
+    """Also find out which category the mask of each spatial prompt matches best (paper Fig. 5)."""
     masks: bool = False
-    """Write every mask as NIfTI into masks/."""
+    """Write every mask as NIfTI to masks/."""
     pictures: int = ranged(6, least=0)
-    """Categories pictured in the report, the worst first: each with its worst, median and best case."""
+    """Categories to picture in the report, worst first, each with its worst, median and best case. 0: no pictures."""
     max_bad_fraction: float = ranged(0.0, least=0, most=1)
-    """Share of cases that may turn out unreadable; they are listed. Beyond it there is no report."""
+    """Fraction of cases that may be unreadable. They are listed in the report; above this fraction no report is
+    written."""
     part: str = ""
-    """K/N: evaluate the K-th (from 0) of N parts of the cases alone, e.g. as a task of a SLURM array; a run without it
-    puts the parts together."""
+    """K/N: evaluate only part K (from 0) of N parts of the cases, e.g. as one task of a SLURM array. A run without it
+    combines the parts."""
     resume: bool = True
-    """Go on with the results in `out`; false: begin anew."""
+    """Continue from the results in `out`. false: start over."""
     rank_timeout: float = ranged(3600.0, above=0)
-    """Seconds for which rank 0 waits for the next case of another rank before it gives up."""
+    """How long rank 0 waits for the next case of another rank (s) before aborting."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)
     sliding: SlidingConfig = field(default_factory=SlidingConfig)
     track: TrackConfig = field(default_factory=lambda: TrackConfig(wandb=Wandb.disabled))
     device: str = "auto"
-    """auto, cuda, cuda:1 or cpu. With auto and cuda each rank of a node takes a GPU of its own."""
+    """auto, cuda, cuda:1 or cpu. With auto and cuda, each rank of a node takes its own GPU."""
     precision: Precision = Precision.auto
-    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, otherwise fp32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

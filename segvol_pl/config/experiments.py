@@ -1,4 +1,4 @@
-"""The demo, and scaling laws over many runs."""
+"""The schemas of the demo and of scaling laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class DataCount(StrEnum):
 
 
 class MetricPick(StrEnum):
-    """Which value of a metric is a run's."""
+    """Which value of a run's metric to use."""
 
     last = "last"
     best = "best"
@@ -24,20 +24,20 @@ class MetricPick(StrEnum):
 
 @dataclass
 class DemoConfig(Keys):
-    """The main job on phantoms: pack, pre-train, train, evaluate, report."""
+    """Run the full job on synthetic CTs: pack, pre-train, train, evaluate, report."""
 
     out: str = "runs/demo"
-    """Folder of everything that the demo writes."""
+    """Folder for everything that the demo writes."""
     volumes: int = ranged(48, least=1)
-    """Phantoms to make."""
+    """Synthetic CTs to make."""
     pretrain_steps: int = ranged(200, least=1)
-    """SimMIM steps."""
+    """Pre-training steps (SimMIM)."""
     train_steps: int = ranged(1500, least=1)
-    """Supervised steps."""
+    """Training steps (supervised)."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
-    """Seeds phantoms and training."""
+    """Seed for the synthetic CTs and for training."""
     device: str = "auto"
-    """cpu, cuda or auto: the GPU where there is one. It computes in float32 on either."""
+    """cpu, cuda or auto: the GPU if there is one. Computes in float32 on both."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,27 +46,27 @@ class DemoConfig(Keys):
 
 @dataclass
 class PointsConfig(Keys):
-    """Runs as points: size, data, loss."""
+    """Runs as points of a scaling law: size, data, loss."""
 
     runs: list[str] = field(default_factory=list)
-    """Run folders, folders of run folders, or wandb:ENTITY/PROJECT/GROUP: RUNS on the command line."""
+    """Run folders, folders of run folders, or wandb:ENTITY/PROJECT/GROUP. RUNS on the command line."""
     table: str | None = None
-    """CSV with the columns params, samples, loss, and flops if known."""
+    """CSV file with the columns params, samples and loss, and flops if known."""
     metric: str | None = None
-    """What the loss is: a metric of metrics.csv, FILE.json:KEY of a run folder, a column of the table. None: val/loss,
-    of a table loss."""
+    """Metric to use as loss: a metric in metrics.csv, FILE.json:KEY in a run folder, or a column of the table. null:
+    val/loss for runs, loss for a table."""
     one_minus: bool | None = None
-    """Whether 1 - metric is the loss. None: where the metric's name says dice and not loss."""
+    """Use 1 - metric as the loss. null: yes if the metric's name contains dice but not loss."""
     take: MetricPick = MetricPick.last
-    """The metric's last value, or its best."""
+    """last: the metric's last value. best: its best value."""
     samples: DataCount = DataCount.seen
-    """What D counts: samples seen, or the volumes trained on."""
+    """What D counts. seen: samples seen. volumes: distinct volumes trained on."""
     out: str = "scaling"
-    """Folder of the results."""
+    """Folder for the results."""
     bootstraps: int = ranged(400, least=100)
-    """Bootstrap samples behind each interval; one of 95 % needs at least 100."""
+    """Bootstrap samples per interval. A 95 % interval needs at least 100."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
-    """Seeds the bootstrap."""
+    """Seed for the bootstrap."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,19 +75,21 @@ class PointsConfig(Keys):
 
 @dataclass
 class FitConfig(PointsConfig):
-    """Fit scaling laws to runs: intervals, held-out extrapolation, frontier, verdict; JSON, CSV, figures, a page."""
+    """Fit scaling laws to runs: intervals, held-out extrapolation, frontier and verdict, as JSON, CSV, figures and a
+    page."""
 
     held_out: float = ranged(0.1, above=0, below=0.5)
-    """Share of the settings, the largest, that are predicted from the others."""
+    """Fraction of the settings (the largest ones) to hold out and predict from the others."""
     flops_per: float = ranged(6.0, above=0)
-    """Training FLOPs per parameter and sample, where neither run nor table states them (6 where samples are tokens)."""
+    """Training FLOPs per parameter and sample, used if neither run nor table states FLOPs. The default is correct if
+    samples are tokens."""
 
 
 @dataclass
 class CompareConfig(PointsConfig):
-    """Compare the points of one axis of a grid by pairs of runs that are equal in all else, seed included."""
+    """Compare the points of one grid axis by pairs of runs that are equal in everything else, including the seed."""
 
     axis: str = MISSING
-    """The axis, as the grid names it."""
+    """Axis to compare, as named in the grid."""
     baseline: str | None = None
-    """The point that others are compared with; none: the first run's."""
+    """Point to compare the others with. null: the point of the first run."""

@@ -1,4 +1,4 @@
-"""What every schema is made of: keys with their ranges, and the checks that several schemas share."""
+"""What every schema consists of: keys with their ranges, shared checks, and what the help says about a key."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from typing import Any, ClassVar
 from segvol_pl.errors import ConfigError
 
 MISSING: Any = "???"
-"""Stands for a value that must be given."""
+"""Default of a key that the user must give. OmegaConf uses the same text."""
 
 CUSTOM = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""A function of the user's own, as `package.module:function`; `loader.custom_function` finds it."""
+"""A user's function, `package.module:function`; `loader.custom_function` imports it."""
 
 HIGHEST_SEED = 2**63 - 1
-"""Of what numpy and torch both take."""
+"""The largest seed that numpy and torch both accept."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key takes: finite ones within the bounds that are given."""
+    """The numbers that a key accepts: finite and within the given bounds."""
 
     least: float | None = None
     above: float | None = None
@@ -54,7 +54,7 @@ class Range:
 
 
 def ranged(default: Any, **bounds: float) -> Any:
-    """A key that holds a number, or a list of numbers, within bounds: see `Range`."""
+    """Declare a key that holds a number, or a list of numbers, within a `Range`."""
     metadata = {"range": Range(**bounds)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -63,10 +63,10 @@ def ranged(default: Any, **bounds: float) -> Any:
 
 @dataclass
 class Keys:
-    """A schema, or a section of one. Its numbers lie within their ranges (ConfigError)."""
+    """A schema or a section of one. Raises ConfigError for a number outside of its range."""
 
     section: ClassVar[str] = ""
-    """What stands before its keys."""
+    """Prefix of its keys."""
 
     def __post_init__(self) -> None:
         for key in fields(self):
@@ -76,7 +76,7 @@ class Keys:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Those of a key's value; none where there is none yet."""
+    """Iterate over the numbers in a key's value, if it has been given."""
     if isinstance(value, (list, tuple)):
         for item in value:
             yield from _numbers(item)
@@ -85,21 +85,24 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def require(condition: bool, key: str, problem: str) -> None:
+    """Raise ConfigError for a key unless the condition holds."""
     if not condition:
         raise ConfigError(f"{key}: {problem}", key)
 
 
 def check_custom(key: str, names: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise ConfigError for a name that is no `package.module:function`. `others` are the built-in alternatives."""
     known = f"none of {', '.join(others)} nor" if others else "not"
     for name in names:
         require(CUSTOM.fullmatch(name) is not None, key, f"{name!r} is {known} a function as package.module:function")
 
 
 def check_triple(key: str, value: list[int]) -> None:
+    """Raise ConfigError unless the value has three numbers (d, h, w)."""
     require(len(value) == 3, key, f"needs 3 numbers (d, h, w), got {len(value)}")
 
 
-# ---- what a schema says of its keys ----
+# ---- the keys of a schema, for loading and for the help ----
 
 
 @dataclass(frozen=True)
@@ -113,16 +116,22 @@ class Field:
     help: str
     """The docstring under the field."""
     range: Range | None
-    """Of numbers, where they are checked."""
+    """None unless the key holds numbers."""
 
     @property
     def type_name(self) -> str:
-        """As the help and errors name it; of an enum its values."""
+        """The type as help and errors show it; for an enum, its values."""
         return _type_name(self.type)
 
 
 def keys_of(schema: type, prefix: str = "", given: Any = None) -> Iterator[Field]:
-    """`given`: the section's default, where the schema that holds it has one of its own."""
+    """Iterate over the keys of a schema and its sections, in order.
+
+    Args:
+        schema: A dataclass.
+        prefix: Prefix of its keys, such as `optim.`.
+        given: An instance that holds the defaults, instead of the class itself.
+    """
     hints = typing.get_type_hints(schema)
     for item in dataclasses.fields(schema):
         hint, key = hints[item.name], prefix + item.name
@@ -137,7 +146,7 @@ def keys_of(schema: type, prefix: str = "", given: Any = None) -> Iterator[Field
 
 @functools.cache
 def _docstrings(module: str) -> dict[tuple[str, str], str]:
-    """(class, field) -> the text under the field, which Python itself does not keep, of the schemas in a module."""
+    """Read (class, field) -> the text under the field from a module's source; Python does not keep these texts."""
     tree = ast.parse(Path(str(sys.modules[module].__file__)).read_text(encoding="utf-8"))
     found = {}
     for schema in (node for node in tree.body if isinstance(node, ast.ClassDef)):

@@ -45,7 +45,7 @@ SECTION_FILE = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Setting:
-    """One key's value, as one source gives it."""
+    """The value of one key in one source."""
 
     key: str
     value: Any
@@ -55,22 +55,22 @@ class Setting:
 
 @dataclass(frozen=True)
 class Source:
-    """What is being read: a YAML file, or the command line."""
+    """A YAML file or the command line."""
 
     command: str
     path: Path | None = None
-    """None: the command line."""
+    """None for the command line."""
     through: tuple[Path, ...] = ()
-    """The files that led here, this one last."""
+    """The chain of files that led to this one, which is the last."""
     origin: str = COMMAND_LINE
-    """Where it was written, if it is no file."""
+    """Where its settings were written, unless it is a file."""
 
     def line(self, node: yaml.Node) -> str:
-        """`FILE:LINE` of a node, or the origin of what is no file."""
+        """Name the place of a node: `FILE:LINE`, or the origin of a source that is no file."""
         return self.origin if self.path is None else f"{self.path}:{node.start_mark.line + 1}"
 
     def named(self, name: str) -> Source:
-        """The file `name`, as this source names it. Raises ConfigError where it is among those that led here."""
+        """Make the source of a file that this one names. Raises ConfigError if files build on each other."""
         path = (self.path.parent if self.path else Path()) / name
         if path.resolve() in self.through:
             chain = " -> ".join(step.name for step in (*self.through, path))
@@ -81,7 +81,7 @@ class Source:
 
 
 class Written(str):
-    """An argument that was not given on the command line: text, and `FILE:LINE` as its origin."""
+    """An argument from a file instead of the command line, with `FILE:LINE` as its origin."""
 
     origin: str
 
@@ -92,11 +92,18 @@ class Written(str):
 
 
 def load(command: str, arguments: Sequence[str]) -> Any:
-    """The checked configuration of `command`: an instance of `SCHEMAS[command]`.
+    """Load and check the configuration of a command.
 
-    arguments: YAML files and `key=value` pairs; the rightmost wins, a file's own keys over its base's.
-    Raises ConfigError, naming key, origin and remedy, for an unknown or missing key, a value of the wrong type, length
-    or range, a file that is missing, unreadable or builds on itself.
+    Args:
+        command: A key of `SCHEMAS`.
+        arguments: YAML files and `key=value` pairs. The rightmost wins; a file's own keys win over its base's.
+
+    Returns:
+        An instance of `SCHEMAS[command]`.
+
+    Raises:
+        ConfigError: An unknown or missing key, a value of the wrong type, length or range, or a file that is missing,
+            unreadable or builds on itself. The message names key, origin and remedy.
     """
     settings = _settings(command, arguments)
     missing = _missing(command, settings)
@@ -107,9 +114,9 @@ def load(command: str, arguments: Sequence[str]) -> Any:
 
 
 def load_run(arguments: Sequence[str]) -> Any:
-    """The configuration of a training run: of train or of pretrain, whichever has its keys.
+    """Load the configuration of a training run as `train`, or else as `pretrain`, whichever has its keys.
 
-    Raises ConfigError, as `load` does for train, where it is neither's.
+    Raises ConfigError as `load` does for train, if neither has.
     """
     try:
         return load("train", arguments)
@@ -121,13 +128,13 @@ def load_run(arguments: Sequence[str]) -> Any:
 
 
 def imported(name: str) -> Any:
-    """What `package.module:name` names. Raises ImportError or AttributeError where there is none."""
+    """Import `package.module:name`. Raises ImportError or AttributeError."""
     module, _, inner = name.partition(":")
     return getattr(importlib.import_module(module), inner)
 
 
 def custom_function(name: str, key: str) -> Callable[..., Any]:
-    """The user's function `package.module:function` that a key names. Raises ConfigError where it is not found."""
+    """Import the user's function `package.module:function` for a key. Raises ConfigError if it is not found."""
     module, _, function = name.partition(":")
     try:
         found = imported(name)
@@ -143,9 +150,9 @@ def custom_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def resolved(command: str, arguments: Sequence[str]) -> str:
-    """The configuration as YAML. Raises ConfigError as `load` does.
+    """Load a configuration and write it as YAML. Raises ConfigError as `load` does.
 
-    As long as keys are missing, they stand as `???`, and references as they were written.
+    If keys are missing, they are written as `???`, and references are not replaced.
     """
     settings = _settings(command, arguments)
     if not _missing(command, settings):
@@ -156,7 +163,7 @@ def resolved(command: str, arguments: Sequence[str]) -> str:
 
 
 def plain(config: Any) -> Any:
-    """A configuration as dicts, lists, numbers and text alone: what a checkpoint may hold. Credentials are masked."""
+    """Convert a configuration to dicts, lists, numbers and text, as checkpoints hold it. Credentials are masked."""
     if dataclasses.is_dataclass(config):
         return {field.name: plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
     if isinstance(config, Enum):
@@ -169,12 +176,12 @@ def plain(config: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The configuration as YAML; `load` of it gives an equal configuration, but for masked credentials."""
+    """Write a configuration as YAML. `load` reads an equal configuration from it, except for masked credentials."""
     return dump(_escaped(plain(config)))
 
 
 def _escaped(value: Any) -> Any:
-    """The value with `${` in its texts written so that it is read as text again."""
+    """Escape `${` in all texts, so that it is not read as a reference."""
     if isinstance(value, dict):
         return {name: _escaped(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -183,13 +190,13 @@ def _escaped(value: Any) -> Any:
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Key -> (before, now) of what differs between two plain configurations."""
+    """Compare two plain configurations: key -> (before, now) for each difference."""
     old, new = _flat(plain(before)), _flat(plain(now))  # an older run's may hold credentials
     return {key: (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """`key before -> now` of two plain configurations, but for the keys that a run may go on with changed."""
+    """List `key before -> now` for each difference that a resumed run may not have (see `MAY_CHANGE`)."""
     changed = changes(before, now).items()
     return [f"{key} {old} -> {new}" for key, (old, new) in changed if not key.startswith(MAY_CHANGE)]
 
@@ -202,7 +209,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def fields_help(command: str) -> list[Field]:
-    """The keys of `command` in the schema's order. Raises ConfigError for an unknown command."""
+    """List the keys of a command in the schema's order. Raises ConfigError for an unknown command."""
     return list(_fields(command).values())
 
 
@@ -222,7 +229,7 @@ def _fields(command: str) -> dict[str, Field]:
 
 @functools.cache
 def _sections(command: str) -> set[str]:
-    """The keys that hold keys."""
+    """The keys that contain keys."""
     return {key.rsplit(".", depth)[0] for key in _fields(command) for depth in range(1, key.count(".") + 1)}
 
 
@@ -230,10 +237,7 @@ def _sections(command: str) -> set[str]:
 
 
 def _settings(command: str, arguments: Sequence[str]) -> dict[str, Setting]:
-    """The setting of each given key; a later source replaces an earlier one.
-
-    Raises ConfigError for unknown keys and unreadable files.
-    """
+    """Read all sources into one setting per given key; a later source replaces an earlier one."""
     settings: list[Setting] = []
     for argument in arguments:
         source = Source(command, origin=argument.origin) if isinstance(argument, Written) else Source(command)
@@ -252,12 +256,12 @@ def _from_pair(source: Source, key: str, text: str) -> Iterator[Setting]:
 
 
 def _from_file(source: Source, key: str) -> Iterator[Setting]:
-    """The settings of a YAML file whose root stands at `key`, after those of its base."""
+    """Read the settings of a YAML file whose root belongs at `key`, after those of its base."""
     node = parse(_read(source), str(source.path))
     if isinstance(node, yaml.ScalarNode) and node.value == "":
         return
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{source.path}: holds no keys; a configuration is lines of `key: value`")
+        raise ConfigError(f"{source.path}: holds no keys; a configuration is lines of the form `key: value`")
     bases = [value for name, value in node.value if name.value == "base"]
     node.value = [(name, value) for name, value in node.value if name.value != "base"]
     for base in bases:
@@ -266,7 +270,7 @@ def _from_file(source: Source, key: str) -> Iterator[Setting]:
 
 
 def _flatten(source: Source, key: str, node: yaml.Node) -> Iterator[Setting]:
-    """The settings in `node`, which stands at `key`. Raises ConfigError for keys that the schema does not know."""
+    """Read the settings in a node that belongs at `key`."""
     command, here = source.command, source.line(node)
     if key in _fields(command):
         yield _setting(command, key, node, here)
@@ -287,7 +291,7 @@ def _refuse_doubled(source: Source, node: yaml.MappingNode) -> None:
     seen: set[str] = set()
     for name, _ in node.value:
         if str(name.value) in seen:
-            raise ConfigError(f"{name.value} ({source.line(name)}): is given twice: keep one", str(name.value))
+            raise ConfigError(f"{name.value} ({source.line(name)}): is given twice: keep only one", str(name.value))
         seen.add(str(name.value))
 
 
@@ -306,7 +310,7 @@ def _setting(command: str, key: str, node: yaml.Node, origin: str) -> Setting:
 
 
 def _references(value: Any) -> list[str]:
-    """What stands behind each `${` in a text or in the texts of a list, but for `\\${`."""
+    """Find what follows each `${` in a text, or in the texts of a list, except for `\\${`."""
     if isinstance(value, list):
         return [name for item in value for name in _references(item)]
     found = REFERENCE.findall(value) if isinstance(value, str) else []
@@ -340,7 +344,7 @@ def _read(source: Source) -> str:
 
 
 def read_nodes(path: Path) -> yaml.MappingNode:
-    """A YAML file's keys with the lines that they stand on. Raises ConfigError where it is none."""
+    """Read the keys of a YAML file as nodes, which know their lines. Raises ConfigError."""
     node = parse(_read(Source("", path, (path.resolve(),))), str(path))
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: holds no keys")
@@ -348,7 +352,7 @@ def read_nodes(path: Path) -> yaml.MappingNode:
 
 
 def is_section(command: str, key: str) -> bool:
-    """Whether `key` holds keys, so that a file may be given for it."""
+    """Whether a key contains keys, so that a file may be given for it."""
     return key in _sections(command)
 
 
@@ -360,7 +364,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """`: did you mean KEY?`, or nothing. A key of the right name in another section comes before a similar one."""
+    """Suggest a known key: the same name in another section before a similar name. Otherwise name --help."""
     known = list(known)
     leaf = wrong.rpartition(".")[2]
     same_name = [key for key in known if key.rpartition(".")[2] == leaf]
@@ -372,7 +376,7 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 
 
 def _missing(command: str, settings: dict[str, Setting]) -> list[Field]:
-    """The keys that must still be given."""
+    """The keys that are required and not given."""
     return [
         field
         for key, field in _fields(command).items()
@@ -388,7 +392,7 @@ def _defaults(command: str) -> Any:
 
 
 def _merged(command: str, settings: dict[str, Setting]) -> Any:
-    """OmegaConf's tree of the schema, with the settings in place of the defaults."""
+    """Merge the settings into the schema's defaults."""
     from omegaconf import OmegaConf
 
     tree = copy.deepcopy(_defaults(command))
@@ -398,7 +402,7 @@ def _merged(command: str, settings: dict[str, Setting]) -> Any:
 
 
 def _built(command: str, settings: dict[str, Setting]) -> Any:
-    """The configuration. Raises ConfigError for a reference to no fitting value, and for what a schema refuses."""
+    """Replace the references and create the dataclasses, which check themselves."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -1,4 +1,4 @@
-"""The model, the vectors of its category names, and how it is computed and imported."""
+"""The schemas of the model, its text vectors and its import."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from segvol_pl.config.fields import CUSTOM, MISSING, Keys, check_triple, ranged,
 
 
 class Convention(StrEnum):
-    """One of the places where the released weights need what the published code does."""
+    """Which of two conventions to follow: our own, or the one that the released weights were trained with."""
 
     consistent = "consistent"
     published = "published"
 
 
 class Precision(StrEnum):
-    """What products are computed in."""
+    """Number format of matrix products."""
 
     auto = "auto"
     fp32 = "fp32"
@@ -25,7 +25,7 @@ class Precision(StrEnum):
 
 
 class TextSource(StrEnum):
-    """Where the vectors of category names come from."""
+    """Where to get the vectors of category names."""
 
     auto = "auto"
     weights = "weights"
@@ -34,44 +34,44 @@ class TextSource(StrEnum):
 
 
 LANDMARKS = re.compile(rf"([1-9]\d*)\*({CUSTOM.pattern})")
-"""A kind of prompt of the user's own, as `N*package.module:function`: the function marks N voxels of a structure."""
+"""A custom prompt type, `N*package.module:function`: the function marks N voxels of a structure."""
 
 MASK_TOKENS = 4
-"""Of the mask decoder, as in SAM; SegVol reads its mask off the first one alone."""
+"""Mask tokens of the decoder, as in SAM; SegVol uses only the mask of the first."""
 
 
 @dataclass
 class SegVolConfig(Keys):
-    """The architecture. The defaults are the published ViT-B (paper Sec. 2.1)."""
+    """The model architecture. The defaults are the published ViT-B (paper Sec. 2.1)."""
 
     section = "model."
 
     input_shape: list[int] = ranged([32, 256, 256], least=1)
-    """Voxels (d, h, w) that the encoder sees."""
+    """Input size of the encoder (voxels: d, h, w)."""
     patch_size: list[int] = ranged([4, 16, 16], least=1)
-    """Voxels (d, h, w) of one token."""
+    """Size of one token (voxels: d, h, w)."""
     hidden_size: int = ranged(768, least=1)
-    """Width of the encoder and of the decoder."""
+    """Width of the encoder and the decoder."""
     num_layers: int = ranged(12, least=1)
-    """Transformer blocks of the encoder."""
+    """Transformer blocks in the encoder."""
     num_heads: int = ranged(12, least=1)
-    """Attention heads of the encoder."""
+    """Attention heads in the encoder."""
     mlp_dim: int = ranged(3072, least=1)
-    """Hidden width of the encoder's MLP."""
+    """Hidden width of the encoder's MLPs."""
     decoder_layers: int = ranged(2, least=1)
-    """Two-way attention blocks of the mask decoder."""
+    """Two-way attention blocks in the mask decoder."""
     decoder_heads: int = ranged(8, least=1)
-    """Attention heads of the mask decoder."""
+    """Attention heads in the mask decoder."""
     decoder_mlp_dim: int = ranged(2048, least=1)
-    """Hidden width of the mask decoder's MLP."""
+    """Hidden width of the mask decoder's MLPs."""
     text_dim: int = ranged(512, least=1)
-    """Width of the text bank's vectors (CLIP ViT-B/32: 512)."""
+    """Width of the text vectors (CLIP ViT-B/32: 512)."""
     coordinates: Convention = Convention.consistent
-    """Positional encoding of prompts and tokens. `published`: d and h are divided by each other's extent, and the
-    tokens' axes are ordered h, d, w, because the released weights were trained so."""
+    """Positional encoding of prompts and tokens. published: reproduce the released weights' training, which divided d
+    and h by each other's extent and ordered the axes of the tokens h, d, w."""
     landmarks: list[str] = field(default_factory=list)
-    """Kinds of prompts of one's own, each `N*package.module:function`: N voxels that the function marks, with an
-    embedding each, as a box has for its corners. Combinations name them without `N*`."""
+    """Custom prompt types, each as `N*package.module:function`. The function marks N voxels, and each of them gets its
+    own embedding, like the corners of a box. Prompt combinations name the function without `N*`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,38 +107,43 @@ class SegVolConfig(Keys):
 
     @property
     def landmark_counts(self) -> dict[str, int]:
-        """`package.module:function` -> the number of voxels that it marks, of all kinds of `landmarks`."""
+        """`package.module:function` -> the number of voxels that it marks, for each of `landmarks`."""
         found = (LANDMARKS.fullmatch(entry) for entry in self.landmarks)
         return {match[2]: int(match[1]) for match in found if match}
 
 
 @dataclass
 class TextConfig(Keys):
-    """Where the vectors of category names come from."""
+    """Where to get the vectors of category names."""
 
     section = "text."
 
     source: TextSource = TextSource.auto
-    """clip: CLIP's text tower; weights: the bank or the text tower of the weights that training starts from; auto:
-    weights where they can, else clip; seeded: fixed random vectors by name, where CLIP cannot be had."""
+    """clip: CLIP's text tower. weights: the text bank or text tower of the weights that training starts from. auto:
+    weights if they have one, otherwise clip. seeded: fixed random vectors derived from the names, for use without
+    CLIP."""
     clip_model: str = "openai/clip-vit-base-patch32"
-    """Local folder or hub name of the CLIP model; of its tokenizer alone where the text tower is that of weights."""
+    """Local folder or hub name of the CLIP model. Only its tokenizer is used if the weights bring their own text
+    tower."""
     template: str = "A computerized tomography of a {}."
-    """Sentence around a category name (paper Sec. 2.1)."""
+    """Sentence that surrounds a category name (paper Sec. 2.1)."""
 
 
 @dataclass
 class ImportConfig(Keys):
-    """Convert released weights (.pth, .bin, .safetensors, the ViT's .ckpt) to a .safetensors for every command."""
+    """Convert released weights (.pth, .bin, .safetensors, or the ViT's .ckpt) to a .safetensors file that every command
+    reads."""
 
     source: str = MISSING
-    """Released file: SRC on the command line."""
+    """Released file. SRC on the command line."""
     out: str = MISSING
-    """File to write, .safetensors: DST on the command line."""
+    """File to write (.safetensors). DST on the command line."""
     categories: str | None = None
-    """YAML whose category names the text bank gets, through the text tower in the file; none: no text prompts."""
+    """YAML file of category names to put into the text bank, encoded with the text tower in the released file. null: no
+    text prompts."""
     model: SegVolConfig = field(default_factory=lambda: SegVolConfig(coordinates=Convention.published))
-    """The architecture that the file must have."""
+    """Architecture that the file must have."""
     text: TextConfig = field(default_factory=TextConfig)
     allow: list[str] = field(default_factory=list)
-    """Patterns of tensor names that may be missing, unknown or of another shape; otherwise any such is refused."""
+    """Patterns of tensor names that may be missing, unknown, or of a different shape. All other mismatches are
+    errors."""

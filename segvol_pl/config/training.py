@@ -1,4 +1,4 @@
-"""Pre-training and training: optimizer, run folder, ranks, tracking."""
+"""The schemas of pre-training and training: optimizer, run, tracking."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from segvol_pl.config.model import Precision, SegVolConfig, TextConfig
 
 
 class Strategy(StrEnum):
-    """How weights, gradients and optimizer lie over the ranks."""
+    """How to distribute weights, gradients and optimizer state over the ranks."""
 
     auto = "auto"
     ddp = "ddp"
@@ -22,7 +22,7 @@ class Strategy(StrEnum):
 
 
 class Recompute(StrEnum):
-    """Which activations the backward pass computes again."""
+    """Which activations to recompute in the backward pass."""
 
     none = "none"
     cheap = "cheap"
@@ -30,7 +30,7 @@ class Recompute(StrEnum):
 
 
 class Wandb(StrEnum):
-    """Where a run at wandb is written, if anywhere."""
+    """How to log to wandb."""
 
     auto = "auto"
     online = "online"
@@ -39,7 +39,7 @@ class Wandb(StrEnum):
 
 
 DEEPSPEED_BUCKET = 50_000_000
-"""Elements that DeepSpeed sends at once: a quarter of the model; its default of 5e8 would reserve 2 GB."""
+"""Elements per DeepSpeed bucket: a quarter of the model. DeepSpeed's default of 5e8 would reserve 2 GB."""
 
 MAY_CHANGE = (
     "run",
@@ -57,28 +57,28 @@ MAY_CHANGE = (
     "weights",
     "allow",
 )
-"""Keys that may differ between a run and its resumption: they change no batch and no weight. What `data.shards` and
-`data.mix` hold may not change, see `run.resume`."""
+"""Keys that may change when a run is resumed: they affect neither batches nor weights. The content of `data.shards` and
+`data.mix` must stay the same, see `training.resume`."""
 
 
 @dataclass
 class OptimConfig(Keys):
-    """AdamW with linear warm-up and cosine decay, by steps."""
+    """AdamW with linear warm-up and cosine decay per step."""
 
     section = "optim."
 
     lr: float = ranged(1e-4, least=0)
     """Peak learning rate."""
     weight_decay: float = ranged(1e-5, least=0)
-    """Weight decay of AdamW."""
+    """AdamW weight decay."""
     betas: list[float] = ranged([0.9, 0.999], least=0, below=1)
-    """Moment decay rates of AdamW."""
+    """AdamW decay rates of the moments."""
     warmup_steps: int = ranged(1000, least=0)
-    """Steps of linear warm-up."""
+    """Length of the linear warm-up (steps)."""
     max_steps: int = ranged(MISSING, least=1)
-    """Optimizer steps; the cosine ends here."""
+    """Optimizer steps to train for. The cosine decay ends here."""
     clip_norm: float = ranged(1.0, least=0)
-    """Gradient norm limit; 0 for none."""
+    """Maximum gradient norm. 0 disables clipping."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,93 +87,94 @@ class OptimConfig(Keys):
 
 @dataclass
 class RunConfig(Keys):
-    """Where and how a training run goes."""
+    """Where and how to run training."""
 
     section = "run."
 
     out: str = MISSING
-    """Run folder: checkpoints, metrics.csv, config.yaml, manifest.json."""
+    """Run folder for checkpoints, metrics.csv, config.yaml and manifest.json."""
     resume: bool = True
-    """Go on from `out`'s last checkpoint where there is one."""
+    """Resume from the last checkpoint in `out`, if there is one."""
     strategy: Strategy = Strategy.auto
-    """auto: one process, or ddp; ddp: whole model on each; fsdp: FSDP2, weights, gradients and optimizer split block by
-    block; zero1, zero2, zero3: DeepSpeed, optimizer, also gradients, also weights split."""
+    """auto: one process, or ddp. ddp: full model on each device. fsdp: FSDP2, which shards weights, gradients and
+    optimizer state block by block. zero1, zero2, zero3: DeepSpeed, which shards the optimizer state, then also
+    gradients, then also weights."""
     custom_strategy: str = ""
-    """package.module:function of your own in place of `strategy`: it makes Lightning's strategy of these settings."""
+    """package.module:function of your own that makes a Lightning strategy from these settings, instead of
+    `strategy`."""
     offload: bool = False
-    """fsdp, zero: keep what is split in main memory."""
+    """Keep the sharded state in main memory (fsdp, zero1 to zero3)."""
     devices: int = ranged(1, least=1)
-    """Processes (GPUs, or CPU ranks) per node."""
+    """Processes per node: GPUs, or ranks on CPUs."""
     nodes: int = ranged(1, least=1)
     """Nodes of the job."""
     accelerator: str = "auto"
     """cpu, cuda or auto."""
     precision: Precision = Precision.auto
-    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, else fp32."""
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, otherwise fp32."""
     tf32: bool = False
-    """Let GPUs multiply float32 matrices as TF32, of 10 bits, where bf16 is not taken: with precision=fp32 all of them.
-    The trilinear weights of upsampling are exact in it."""
+    """Let GPUs multiply float32 matrices as TF32 (10-bit mantissa) where bf16 is not used; with precision=fp32 this
+    means all of them. The trilinear weights of upsampling are exact in TF32."""
     deterministic: bool = False
-    """Let torch take only operations that it holds for deterministic, on GPUs too, where they are slower. On the GPU
-    that was tried this made losses equal to the bit, not every weight; CPUs need no such key."""
+    """Use only operations that torch considers deterministic. This is slower on GPUs. On the GPU tested, losses were
+    bit-identical, but not every weight. CPUs do not need this key."""
     accumulate: int = ranged(1, least=1)
-    """Micro-batches per optimizer step; the global batch stays as stated."""
+    """Micro-batches per optimizer step. The global batch does not change."""
     prompts_at_once: int = ranged(0, least=0)
-    """Prompts of each volume that are decoded together: bounds memory, whatever their number. The losses are the
-    same. 0: on a GPU as many as its memory allows, on a CPU 6."""
+    """Prompts of each volume to decode together, which limits memory. The losses do not change. 0: as many as fit in
+    memory on a GPU, 6 on a CPU."""
     recompute: Recompute = Recompute.none
-    """Activations of the encoder's blocks that are computed again in the backward pass in place of being held. cheap:
-    all but the results of matrix products and attention (not with zero3); blocks: everything within a block, at a third
-    more time."""
+    """Activations of the encoder blocks to recompute in the backward pass to save memory. cheap: all but the results of
+    matrix products and attention (not with zero3). blocks: everything inside a block, which takes a third more time."""
     compile: bool = False
-    """Compile the encoder's blocks and the decoder with torch.compile: the first steps take up to minutes longer, the
-    others less time. Under fsdp the encoder's blocks alone; not with zero3."""
+    """Compile the encoder blocks and the decoder with torch.compile. The first steps take up to minutes longer, the
+    others are faster. With fsdp only the encoder blocks are compiled. Not with zero3."""
     peak_tflops: float = ranged(0.0, least=0)
-    """Peak of one device's matrix products in TFLOP/s, against which MFU is stated; 0: that of the table in
-    segvol_pl/planning/devices.py for bf16, and no MFU where it is not known."""
+    """Peak matrix throughput of one device (TFLOP/s), used to compute MFU. 0: the bf16 value from
+    segvol_pl/planning/devices.py; no MFU if the device is not listed."""
     profile: int = ranged(0, least=0)
-    """Steps to profile, from the sixth on: a chrome trace of rank 0 in the run folder. 0 for none."""
+    """Steps to profile, starting with the sixth. Writes a Chrome trace of rank 0 to the run folder. 0 disables."""
     log_every: int = ranged(10, least=1)
-    """Steps between logged metrics."""
+    """Log metrics every N steps."""
     val_every: int = ranged(500, least=0)
-    """Steps between validations; 0 for only one at the end."""
+    """Validate every N steps. 0: only at the end."""
     val_batches: int = ranged(8, least=0)
-    """Batches per validation; 0 for no validation."""
+    """Batches per validation. 0 disables validation."""
     checkpoint_every: int = ranged(500, least=1)
-    """Steps between checkpoints that a run goes on from; each replaces the one before."""
+    """Write a checkpoint to resume from every N steps. Each replaces the previous one."""
     checkpoint_minutes: float = ranged(0.0, least=0)
-    """Minutes after which such a checkpoint is written even so, by the clock of rank 0; 0: by steps alone."""
+    """Also write that checkpoint after this time (minutes, on rank 0's clock). 0: only by steps."""
     save_every: int = ranged(0, least=0)
-    """Steps between checkpoints that are kept beside; 0 for none."""
+    """Also keep a checkpoint every N steps; 0 disables."""
     keep_last: int = ranged(3, least=1)
-    """Of those, how many of the newest stay."""
+    """How many of the newest `save_every` checkpoints to keep."""
     max_bad_steps: int = ranged(0, least=0)
-    """Steps in a row whose loss or gradients are NaN or infinite that are skipped; one more ends the run."""
+    """Consecutive steps with NaN or infinite loss or gradients to skip. One more aborts the run."""
     cpu_threads: int = ranged(0, least=0)
-    """CPU threads of the math library; 0 leaves its choice."""
+    """CPU threads of the math library. 0: its own default."""
     requeue: bool = True
-    """Ask SLURM to queue the job again when it is signalled (SIGUSR1, SIGTERM)."""
+    """Requeue the SLURM job when it receives SIGUSR1 or SIGTERM."""
     hang_timeout: float = ranged(1800.0, above=0, most=10**9)
-    """Seconds without any progress after which a rank that hangs is named and the job ends. First steps that compile,
-    and saving, must fit in."""
+    """Abort and name the stalled rank after this long without progress (s). Must exceed the time of compiling the first
+    steps and of saving a checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
             self.strategy is not Strategy.zero1 or self.accumulate == 1,
             "run.accumulate",
-            "is 1 with zero1, under which micro-batches gave other gradients: take zero2",
+            "must be 1 with zero1, which gives wrong gradients for micro-batches: use zero2",
         )
         check_custom("run.custom_strategy", [self.custom_strategy] if self.custom_strategy else [])
         alone = self.strategy is Strategy.auto or not self.custom_strategy
-        require(alone, "run.custom_strategy", f"stands in place of run.strategy={self.strategy.value}: leave one out")
+        require(alone, "run.custom_strategy", f"replaces run.strategy={self.strategy.value}: give only one of them")
         kept = self.recompute is not Recompute.cheap or self.strategy is not Strategy.zero3
         require(kept, "run.recompute", "cheap would give wrong gradients with zero3: use blocks")
         # DeepSpeed gathers weights by hooks within the blocks.
         hooked = self.strategy is Strategy.zero3
-        require(not (hooked and self.compile), "run.compile", "does not go with zero3: use fsdp, ddp, zero1 or zero2")
+        require(not (hooked and self.compile), "run.compile", "does not work with zero3: use fsdp, ddp, zero1 or zero2")
         splits = self.strategy not in (Strategy.auto, Strategy.ddp)
-        require(splits or not self.offload, "run.offload", "needs a strategy that splits: fsdp, zero1, zero2, zero3")
+        require(splits or not self.offload, "run.offload", "needs a strategy that shards: fsdp, zero1, zero2 or zero3")
 
 
 @dataclass
@@ -183,18 +184,18 @@ class TrackConfig(Keys):
     section = "track."
 
     wandb: Wandb = Wandb.auto
-    """auto: online with a key, else offline."""
+    """auto: online if an API key is found, otherwise offline."""
     project: str = "segvol_pl"
     """wandb project."""
     name: str | None = None
-    """Run name; none: the run folder's."""
+    """wandb run name. null: the name of the run folder."""
     group: str | None = None
     """wandb group."""
 
 
 @dataclass
 class PretrainConfig(Keys):
-    """SimMIM pre-training of the image encoder (paper Eq. 1)."""
+    """Pre-train the image encoder with SimMIM (paper Eq. 1)."""
 
     model: SegVolConfig = field(default_factory=SegVolConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -202,12 +203,12 @@ class PretrainConfig(Keys):
     run: RunConfig = field(default_factory=RunConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     mask_ratio: float = ranged(0.6, above=0, below=1)
-    """Share of tokens hidden from the encoder."""
+    """Fraction of tokens hidden from the encoder."""
 
 
 @dataclass
 class TrainConfig(Keys):
-    """Supervised training with prompts and pseudo-labels (paper Algorithm 1)."""
+    """Train the model on prompts and pseudo-labels (paper Algorithm 1)."""
 
     model: SegVolConfig = field(default_factory=SegVolConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -217,19 +218,25 @@ class TrainConfig(Keys):
     run: RunConfig = field(default_factory=RunConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     pretrained: str | None = None
-    """Checkpoint whose image encoder training starts from: of a pre-training run, or the released ViT."""
+    """Checkpoint to take the image encoder from: of a pre-training run, or the released ViT."""
     weights: str | None = None
-    """Whole model that training starts from (fine-tuning): own checkpoint, export, import or released file."""
+    """Full model to start from (fine-tuning): a checkpoint, an exported or imported model, or a released file."""
     allow: list[str] = field(default_factory=list)
-    """Patterns of tensor names that `weights` may lack, have beside, or have in another shape: the model's own stay."""
+    """Patterns of tensor names that may be missing from `weights`, unknown, or of a different shape. The model keeps
+    its own values for them."""
     freeze: list[str] = field(default_factory=list)
-    """Patterns of tensor names that do not train, as `image_encoder.*`: they cost neither gradients nor moments."""
+    """Patterns of tensor names to freeze, such as `image_encoder.*`. Frozen tensors need no memory for gradients and
+    optimizer state."""
     pseudo_weight: float = ranged(0.1, least=0)
     """Weight of the pseudo-label loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.pretrained is None or self.weights is None, "pretrained", "weights=FILE brings its own encoder")
+        require(
+            self.pretrained is None or self.weights is None,
+            "pretrained",
+            "weights=FILE contains one too: give one of them",
+        )
         for name in landmarks_in(self.prompts.combinations):
             require(
                 name in self.model.landmark_counts,

@@ -1,4 +1,4 @@
-"""The YAML that configurations are written in: parse it with its lines, convert its nodes, write it."""
+"""The YAML of configurations: parse it to nodes that know their lines, convert a node to a type, write YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NULL, TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 
 
 class _Loader(yaml.SafeLoader):
-    """Only what JSON knows besides text: YAML 1.1 would read `no` as false, 2026-11-01 as a date and 1e-4 as text."""
+    """Know only text and the types of JSON. YAML 1.1 reads `no` as false, 2026-11-01 as a date and 1e-4 as text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012, as PyYAML declares it
 
@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """One key a line; a list on its key's line."""
+    """Write one key per line, with a list on the line of its key."""
 
     def represent_in_line(self, items: list[Any]) -> yaml.Node:
         return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
@@ -42,6 +42,7 @@ _Dumper.add_representer(list, _Dumper.represent_in_line)
 
 
 def parse(text: str, origin: str) -> yaml.Node:
+    """Parse YAML; empty text gives a null node. Raises ConfigError that starts with `origin`."""
     try:
         return yaml.compose(text, Loader=_Loader) or yaml.ScalarNode(NULL, "")
     except yaml.MarkedYAMLError as error:
@@ -52,7 +53,16 @@ def parse(text: str, origin: str) -> yaml.Node:
 
 
 def convert(node: yaml.Node, hint: Any, references: bool = False) -> Any:
-    """Convert a node to type `hint`; a text with `${` is kept, if references are allowed. Raises ValueError."""
+    """Convert a node to a type.
+
+    Args:
+        node: A scalar or a sequence.
+        hint: str, int, float, bool, an enum, a list of these, or `X | None`.
+        references: Keep text that contains `${` as it is, whatever the type.
+
+    Raises:
+        ValueError, OverflowError, yaml.YAMLError: The node does not have this type.
+    """
     if typing.get_origin(hint) is types.UnionType:
         inner, _ = typing.get_args(hint)  # `X | None` is the only union in the schema
         return None if node.tag == NULL else convert(node, inner, references)
@@ -65,14 +75,15 @@ def convert(node: yaml.Node, hint: Any, references: bool = False) -> Any:
     if references and "${" in node.value:
         return node.value
     if hint is str or issubclass(hint, Enum):
-        return hint(node.value)  # as it was written: `007` is no number where a text is wanted
+        return hint(node.value)  # as it was written: text may be `007`
     value = _Loader("").construct_document(node)
     if hint is bool and isinstance(value, bool):
         return value
     if hint in (int, float) and type(value) in (int, float) and hint(value) == value:
-        return hint(value)  # 1e5 steps are a whole number
+        return hint(value)  # 1e5 is an int
     raise ValueError(value)
 
 
 def dump(container: Any) -> str:
+    """Write dicts, lists, numbers and text as YAML."""
     return str(yaml.dump(container, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
