@@ -4,11 +4,13 @@
 # make docs: the pages, into site/.  make wheel: into dist/.
 # make wheelhouse PYTHON=3.12 PLATFORM=manylinux_2_28_x86_64: what a machine without a package index lacks, see docs/how-to/air-gapped.md.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
+# make newest: the fast tests with the newest versions that pyproject.toml allows.
 # make image PYTHON=python3.12: the fast tests with what images for GPUs hold.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
+NEWEST := build/newest
 IMAGE := build/image
 # Where images for GPUs differ from constraints.txt.
 IMAGE_HAS := huggingface_hub==1.33.0 numpy==2.5.2 torch==2.11.0 transformers==5.17.0 triton==3.6.0
@@ -29,7 +31,7 @@ FAST := -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
-.PHONY: coverage demo docs env format gpu image lint lowest slow test wheel wheelhouse
+.PHONY: coverage demo docs env format gpu image lint lowest newest slow test wheel wheelhouse
 
 demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
@@ -48,6 +50,9 @@ gpu: env
 
 lowest: $(LOWEST)/.installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python $(FAST)
+
+newest: $(NEWEST)/.installed
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(FAST)
 
 image: $(IMAGE)/.installed
 	OMP_NUM_THREADS=1 $(IMAGE)/bin/python $(FAST)
@@ -101,6 +106,12 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip $(INSTALL) --constraint constraints-lowest.txt --editable ".[dev]"
 	$(call compile,$(LOWEST))
+	touch $@
+
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip $(INSTALL) --editable ".[dev]"
+	$(call compile,$(NEWEST))
 	touch $@
 
 $(IMAGE)/.installed: pyproject.toml constraints.txt

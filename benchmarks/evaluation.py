@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.metrics import compute_surface_dice
+from results import record
 
 from segvol_pl.config import CasesConfig, EvaluateConfig, Mode, Precision, Timing
 from segvol_pl.config.loader import load
@@ -96,6 +97,7 @@ def modes(size: str, precision: Precision) -> None:
         seconds[setting.prompt, setting.mode] = prediction.seconds
         cost = f"{prediction.seconds:8.2f} s  {prediction.windows:3} windows  {prediction.memory_mb or 0:6.0f} MiB"
         print(f"{setting.prompt:8} {setting.mode:8} {cost}", flush=True)
+    record("evaluation", {f"{size} {precision.value} {mode} {prompt}, s": s for (prompt, mode), s in seconds.items()})
     for prompt in config.prompts:
         zoom, resize, sliding = (seconds[prompt, mode.value] for mode in Mode)
         print(f"{prompt}: sliding / zoom {sliding / zoom:.1f}, zoom / resize {zoom / resize:.1f}")

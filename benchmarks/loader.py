@@ -23,6 +23,7 @@ import nibabel
 import numpy as np
 import torch
 import yaml
+from results import record
 from rich.console import Console
 from rich.table import Table
 
@@ -143,6 +144,7 @@ def report(seconds: np.ndarray, spent: Counter[str], stored: int, shape: list[in
     median = float(np.median(seconds))
     table.add_row("whole sample, mean", f"{1000 * total / count:.1f}", "100 %")
     table.add_row("whole sample, median", f"{1000 * median:.1f}", "")
+    record("loader", {"sample_median_s": median, "read_mb": spent["bytes"] / count / 1e6, "stored_mb": stored / 1e6})
     console = Console()
     console.print(table)
     console.print(

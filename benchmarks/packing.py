@@ -30,6 +30,7 @@ import numpy as np
 import yaml
 from loader import double
 from resident import resident
+from results import record
 from rich.console import Console
 from rich.table import Table
 
@@ -163,6 +164,8 @@ def main(source: Path) -> None:
         given = sum((folder / f"cases/c0_{role}.nii.gz").stat().st_size for role in ("ct", "seg"))
         console.print(f"{stored / 1e6:.1f} MB packed, {given / 1e6:.1f} MB as NIfTI (gzip)")
         slow, much = large(config, source, folder)
+        sizes = {"packed_mb": stored / 1e6, "nifti_mb": given / 1e6}
+        record("packing", {"case_s": alone, "peak_gib": peak, **sizes, "large_s": slow, "large_peak_gib": much})
         console.print(f"{' x '.join(map(str, LARGE))}: {slow:.1f} s, peak {much:.2f} GiB")
         few, every = (processes(config, folder, name) for name in ("few", "all"))
         console.print(compared(f"{COPIES} volumes", *every))

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from results import record
 
 from segvol_pl.config import SegVolConfig
 from segvol_pl.model import SegVol
@@ -25,7 +26,7 @@ REPEATS = 3
 
 def state(hidden: int) -> dict[str, torch.Tensor]:
     """The weights, and twice their number for the moments."""
-    weights = SegVol(SegVolConfig(hidden=hidden)).state_dict()
+    weights = SegVol(SegVolConfig(hidden_size=hidden)).state_dict()
     moments = {f"{name}.{which}": value.clone() for name, value in weights.items() for which in ("first", "second")}
     return {**weights, **moments}
 
@@ -48,6 +49,7 @@ def main() -> None:
     stall, write = statistics.median(stalls), statistics.median(writes)
     print(f"{size / 1e9:.2f} GB: the step waits {stall:.2f} s, writing takes {write:.2f} s beside it")
     print(f"{stall / (stall + write):.2f} of the time of a save that waits for the disk")
+    record("saving", {"hidden_size": arguments.hidden, "checkpoint_gb": size / 1e9, "stall_s": stall, "write_s": write})
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import time
 
+from results import record
+
 PROGRAM = [sys.executable, "-m", "segvol_pl"]
 CALLS = {
     "python -c pass": [sys.executable, "-c", "pass"],
@@ -48,6 +50,7 @@ def main(runs: int) -> None:
             taken[call].append(seconds(command))
             imports[call].append(import_seconds(command))
     alone, *_ = CALLS
+    record("startup", {f"{call}, ms": 1000 * min(times) for call, times in taken.items()})
     print(f"{'':34}     ms   ratio   imports, ms")
     for call in CALLS:
         ratio, own = min(taken[call]) / min(taken[alone]), min(imports[call]) - min(imports[alone])

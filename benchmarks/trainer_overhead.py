@@ -20,6 +20,7 @@ from unittest import mock
 
 import lightning.pytorch as pl
 import torch
+from results import record
 from rich.console import Console
 from torch import nn
 
@@ -132,6 +133,7 @@ def main(steps: int) -> None:
             bare.append(by_bare_loop(config))
             ours.append(by_trainer(replace(config, run=replace(config.run, out=f"{name}/run{turn}"))))
     step, looking = min(ours)
+    record("trainer_overhead", {"bare_ms": 1e3 * min(bare), "trainer_ms": 1e3 * step, "nan_check_ms": 1e3 * looking})
     console = Console()
     console.print(f"bare loop: {1000 * min(bare):.1f} ms a step; trainer with callbacks: {1000 * step:.1f} ms")
     console.print(f"overhead: {100 * (step / min(bare) - 1):.1f} % (lightning {pl.__version__})")
