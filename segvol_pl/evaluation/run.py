@@ -372,22 +372,20 @@ def select_examples(summary: Summary, categories: int) -> list[tuple[str, Row]]:
     """
     wanted = [setting for setting in summary.settings if (setting.mode, setting.prompt) == ("zoom", "box+text")]
     setting = [*wanted, *summary.settings][0]
-    cells = {category: cell for (category, where), cell in summary.cells.items() if where == setting and cell.dice}
-    worst = sorted(cells, key=lambda category: (_median(summary, category, setting), category))[:categories]
+    medians = {
+        category: cell.dice.median
+        for (category, where), cell in summary.cells.items()
+        if where == setting and cell.dice
+    }
+    worst = sorted(medians, key=lambda category: (medians[category], category))[:categories]
     return [
         found
         for category in worst
-        for found in _ranked([row for row in summary.rows if (row.category, row.setting) == (category, setting)])
+        for found in _extremes([row for row in summary.rows if (row.category, row.setting) == (category, setting)])
     ]
 
 
-def _median(summary: Summary, category: str, setting: Setting) -> float:
-    spread = summary.cells[category, setting].dice
-    assert spread is not None
-    return spread.median
-
-
-def _ranked(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+def _extremes(rows: Sequence[Row]) -> list[tuple[str, Row]]:
     """Label the worst, median and best row by Dice; one row may carry several labels."""
     ranked = sorted((row for row in rows if row.dice is not None), key=lambda row: (row.dice, row.case))
     places = {"worst": 0, "median": len(ranked) // 2, "best": len(ranked) - 1}
