@@ -1,4 +1,4 @@
-"""A file is whole or not there: it is written under another name in its folder, then renamed."""
+"""Writes files atomically: under a temporary name in the same folder, then renamed. A file is complete or absent."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 
 class NoRoomError(OSError):
-    """A disk or quota that is full. The message names the file, what it needs where that is known, and what is left."""
+    """A full disk or quota. The message names the file, the space it needs (if known) and the free space."""
 
 
 @contextmanager
 def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
-    """The name to write to; it becomes `path` when the block ends, and is removed when the block fails.
+    """Yield a temporary path; it is renamed to `path` when the block ends, and removed if the block fails.
 
-    `ending`: for writers that tell the format by the name. Raises NoRoomError where the disk is full.
+    ending: suffix for writers that derive the format from the name. Raises NoRoomError if the disk is full.
     """
-    # Containers and hosts that share a folder have equal process numbers.
+    # Processes of different hosts or containers that share a folder may have the same pid.
     own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     part = path.with_name(f".{path.name}.{own}.part{ending}")
     try:
@@ -37,15 +37,15 @@ def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
 
 
 def no_room(path: Path, needed: int = 0) -> NoRoomError:
-    """That `path` could not be written for want of room; `needed` in bytes, 0 where it is not known."""
+    """The error for `path` on a full disk; `needed` in bytes, 0 if unknown."""
     wants = f"it needs {needed / 1e6:.0f} MB, " if needed else ""
     free = shutil.disk_usage(path.parent).free / 1e6
     return NoRoomError(
-        f"{path}: no space left on its disk, or in its quota ({wants}{free:.0f} MB free): make room, then start again"
+        f"{path}: no space left on the disk or in the quota ({wants}{free:.0f} MB free): make room, then start again"
     )
 
 
 def write_text(path: Path, text: str) -> None:
-    """`text` as UTF-8."""
+    """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")

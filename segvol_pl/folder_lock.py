@@ -1,10 +1,10 @@
-"""One writer for each folder: a second one is refused within seconds, and told who holds it.
+"""One writer per folder: a second one is refused within seconds, with the name of the holder.
 
-1. The holder writes its lock file (user, host, process, SLURM job, a token of its own) and counts on in it.
-2. Who finds a lock asks whether its holder lives. On the same machine its process tells; elsewhere its count, which
-   goes on every few seconds. A job that SLURM has queued again takes over from its earlier start without asking.
-3. A lock whose holder is gone is taken over. Should the holder have been unreachable only, it finds another's token
-   in the file, and ends before it writes any further.
+1. The holder writes a lock file (user, host, process, SLURM job, a random token) and increments a count in it.
+2. A process that finds a lock checks whether its holder is alive: on the same machine by its process, elsewhere by its
+   count, which changes every few seconds. A requeued SLURM job takes over from its earlier start without a check.
+3. A lock whose holder is gone is taken over. If the holder was only unreachable, it finds another token in the file and
+   exits before it writes anything else.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from segvol_pl.errors import LockedError
 log = logging.getLogger(__name__)
 
 LOST = 75
-"""Exit status of a process whose folder another one has taken over (EX_TEMPFAIL)."""
+"""Exit status of a process whose folder was taken over (EX_TEMPFAIL)."""
 BEAT = 4.0
-"""Seconds between two counts."""
+"""Seconds between two increments of the count."""
 SILENCE = 3 * BEAT
-"""Seconds without a count after which a holder elsewhere is taken for gone."""
+"""Seconds without a new count after which a holder on another machine counts as gone."""
 SETTLE = 0.3
-"""Seconds after which one of several that take over at once has the last word."""
+"""Seconds to wait after a takeover: if several take over at once, the last writer has won by then."""
 
 
 held: set[Path] = set()
@@ -45,23 +45,23 @@ held: set[Path] = set()
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder."""
+    """The holder of a folder."""
 
     token: str
     user: str
     host: str
     pid: int
     process: str
-    """Start of the process, and its machine's boot and process table: equal for one process alone."""
+    """Start time of the process, boot id and pid namespace of its machine: unique to one process."""
     job: str
     restarts: int
-    """How often SLURM has queued the job again."""
+    """How often SLURM has requeued the job."""
     since: str
     count: int = 0
 
     @classmethod
     def this_process(cls) -> Holder:
-        """This one, with a token of its own."""
+        """This process, with a new token."""
         return cls(
             token=secrets.token_hex(8),
             user=_user(),
@@ -79,11 +79,15 @@ class Holder:
 
 
 class FolderLock:
-    """Holds `folder` for this process while its block runs; within such a block a second one changes nothing.
+    """Hold `folder` for this process while the block runs. Nested locks of the same folder have no effect.
 
-    name: of the lock file; processes that may share a folder (slices, ranks) have one each.
-    against: pattern of further lock files in the folder that nobody else may hold.
-    Raises LockedError where another process holds it, or it cannot be written.
+    Args:
+        folder: the folder, which is created if it does not exist.
+        name: name of the lock file; processes that may share a folder (parts, ranks) have one each.
+        against: pattern of further lock files in the folder that no other process may hold.
+
+    Raises:
+        LockedError: another process holds the folder, or it cannot be written.
     """
 
     def __init__(self, folder: Path, name: str = ".lock.json", against: str = "") -> None:
@@ -101,7 +105,7 @@ class FolderLock:
             created = self._created()
         except OSError as error:
             raise LockedError(
-                f"{self.folder} cannot be written ({error.strerror}): mend that, or give another folder"
+                f"{self.folder} cannot be written ({error.strerror}): fix that, or choose another folder"
             ) from error
         if not created:
             self._take_over()
@@ -141,14 +145,14 @@ class FolderLock:
 
     def _take_over(self) -> None:
         if read_holder(self.path) is None:
-            time.sleep(SETTLE)  # its holder may be about to write it
+            time.sleep(SETTLE)  # its holder may not have written it yet
         holder = read_holder(self.path)
         self._refuse([self.path])
-        log.warning("%s: taken over from %s, which is gone", self.folder, holder or "a start that was cut short")
+        log.warning("%s: taken over from %s, which is gone", self.folder, holder or "a process that died at its start")
         self.path.write_text(_text(self.own), encoding="utf-8")
         time.sleep(SETTLE)
         if (other := read_holder(self.path)) is None or other.token != self.own.token:
-            raise LockedError(f"{self.folder} was taken at the same moment by {other}: wait for it")
+            raise LockedError(f"{self.folder} was taken by {other} at the same moment: wait for it")
 
     def _refuse(self, paths: list[Path]) -> None:
         if found := living(paths, self.own):
@@ -162,16 +166,16 @@ class FolderLock:
         count = 0
         while not self.released.wait(BEAT):
             count += 1
-            with contextlib.suppress(OSError):  # a disk that is away or full: training itself says so
+            with contextlib.suppress(OSError):  # an unreachable or full disk: training reports it
                 holder = read_holder(self.path)
                 if holder is None or holder.token != self.own.token:
                     self._lost(holder)
-                # In place: over NFS others see a file's new content sooner than its new name.
+                # In place: over NFS new content becomes visible sooner than a rename.
                 with self.path.open("r+", encoding="utf-8") as file:
                     file.write(_text(Holder(**{**asdict(self.own), "count": count})))
 
     def _lost(self, holder: Holder | None) -> None:
-        log.error("%s is now held by %s: this process ends", self.folder, holder or "nobody: its lock was removed")
+        log.error("%s is now held by %s: exiting", self.folder, holder or "nobody: its lock was removed")
         for child in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 child.kill()
@@ -179,7 +183,7 @@ class FolderLock:
 
 
 def living(paths: list[Path], own: Holder) -> tuple[Path, Holder] | None:
-    """The first of the locks whose holder is still at work; takes seconds where it may be on another machine."""
+    """The first lock whose holder is alive; takes seconds if the holder is on another machine."""
     elsewhere: dict[Path, Holder] = {}
     for path in paths:
         if (holder := read_holder(path)) is None or (holder.job == own.job != "" and holder.restarts < own.restarts):
@@ -187,7 +191,7 @@ def living(paths: list[Path], own: Holder) -> tuple[Path, Holder] | None:
         start, _, machine = holder.process.partition(" ")
         if machine != _machine():
             elsewhere[path] = holder
-        elif _started(holder.pid) == start:
+        elif is_running(holder.pid, float(start)):
             return path, holder
     deadline = time.monotonic() + SILENCE
     while elsewhere and time.monotonic() < deadline:
@@ -198,15 +202,17 @@ def living(paths: list[Path], own: Holder) -> tuple[Path, Holder] | None:
     return None
 
 
-def _started(pid: int) -> str:
+def is_running(pid: int, started: float) -> bool:
+    """Whether the process `pid` of this machine that started at `started` (s since the epoch) is running."""
     try:
-        return str(psutil.Process(pid).create_time())
+        # Pids are reused; a start within the clock's resolution of the recorded one is the same process.
+        return bool(abs(psutil.Process(pid).create_time() - started) < 1)
     except psutil.NoSuchProcess:
-        return ""
+        return False
 
 
 def read_holder(path: Path) -> Holder | None:
-    """Who holds the lock; none where it is not there, or not written yet."""
+    """The holder of a lock; None if there is no lock file, or if it is not written yet."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError, TypeError):
@@ -214,20 +220,20 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def _text(holder: Holder) -> str:
-    """Of one length whatever the count, so that it can be written over."""
+    """The holder as JSON, of the same length for any count, so that it can be overwritten in place."""
     return json.dumps({**asdict(holder), "count": 0}).replace('"count": 0', f'"count": {holder.count:<9d}')
 
 
 def _machine() -> str:
-    """This kernel's boot, and the table that process numbers belong to, which containers have of their own."""
+    """Boot id of this kernel, and the pid namespace, which differs between containers."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     table = Path("/proc/self/ns/pid")
-    told = boot.read_text(encoding="utf-8").strip() if boot.exists() else socket.gethostname()
-    return f"{told} {table.readlink() if table.exists() else ''}"
+    booted = boot.read_text(encoding="utf-8").strip() if boot.exists() else socket.gethostname()
+    return f"{booted} {table.readlink() if table.exists() else ''}"
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container that does not know its user's name
+    except (KeyError, OSError):  # a container without a name for its user
         return f"user {os.getuid()}"

@@ -1,25 +1,27 @@
-"""Which process of its job this one is, as whoever started it says: known before torch is."""
+"""The rank of this process, from the variables that launchers set; needs no torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 
-RANKS = ("SLURM_PROCID", "RANK")
-"""Its number among all: SLURM's name, torchrun's."""
+TORCHRUN, SRUN = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+"""Variables with the rank of a process and the number of ranks; sbatch alone sets the second of srun's not."""
+RANKS = (SRUN[0], TORCHRUN[0])
+"""Variables with the rank."""
 NODES = ("NODE_RANK", "GROUP_RANK")
-"""Its node's number, where ranks are started by hand or by Lightning's launcher."""
+"""Variables with the number of its node, if ranks are started by hand or by Lightning's launcher."""
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
-"""Its number on its node: torchrun's and Lightning's name, SLURM's."""
+"""Variables with the rank within its node: torchrun's and Lightning's, SLURM's."""
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """The process's number on its node; 0 for one that is alone."""
+    """The rank of this process within its node; 0 for a single process."""
     return next((int(environment[name]) for name in LOCAL_RANKS if name in environment), 0)
 
 
 def rank_named(environment: Mapping[str, str] = os.environ) -> str:
-    """As log lines name the process: `rank 3`, `rank 1 of node 2`. Empty for rank 0 and who will start the others."""
+    """The name of this process in log lines: `rank 3`, `rank 1 of node 2`; empty for rank 0 and for a launcher."""
     rank = next((environment[name] for name in RANKS if name in environment), None)
     if rank is not None:
         return f"rank {rank}" if rank != "0" else ""

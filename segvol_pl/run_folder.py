@@ -1,4 +1,4 @@
-"""What a run folder tells without torch: the rows of `metrics.csv`, and its places in its grid."""
+"""Reads and writes the records of a run folder without torch: metrics, place in a grid, manifest."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from segvol_pl.atomic import write_text
 GRID_ENTRY = "grid.json"
 HEADER = ["step", "metric", "value"]
 VOLUMES, HELD_OUT = "data/volumes", "data/held_out"
-"""Metrics that state how many volumes a run trains on, and is held against."""
+"""Metrics: the number of volumes that a run trains on, and of held-out ones."""
 
 
 def read_metrics(path: Path, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of one metric, in the order written."""
+    """Read (step, value) of one metric, in the order written."""
     with path.open(newline="", encoding="utf-8") as stream:
         return [(int(row["step"]), float(row["value"])) for row in csv.DictReader(stream) if row["metric"] == metric]
 
 
 def read_grid_entry(out: Path) -> dict[str, Any] | None:
-    """What the grid wrote of the run, see `launch`; none for a run of no grid."""
+    """The record that `experiments.launch` wrote; None for a run that belongs to no grid."""
     path = out / GRID_ENTRY
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
@@ -46,9 +46,13 @@ PACKAGES = ("segvol-pl", "torch", "lightning", "monai", "webdataset", "blosc2", 
 
 @rank_zero_only
 def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str] = ()) -> None:
-    """config.yaml (running it again reproduces the run) and manifest.json (git commit, versions, and every start).
+    """Write config.yaml, which reproduces the run, and manifest.json: git commit, versions, and all starts.
 
-    step: where this start goes on, 0 for the first; changed: what its configuration has other than the start before.
+    Args:
+        out: the run folder.
+        config_yaml: the configuration as YAML.
+        step: the step that this start resumes from; 0 for the first start.
+        changed: how its configuration differs from that of the previous start.
     """
     path, made = out / "manifest.json", manifest()
     started = {"at": datetime.now(UTC).isoformat(timespec="seconds"), "host": socket.gethostname(), "step": step}
@@ -59,7 +63,7 @@ def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str
 
 
 def manifest() -> dict[str, Any]:
-    """Git commit (with `+changes` where the tree differs), Python and package versions."""
+    """Git commit (with `+changes` if the working tree differs), Python and package versions."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),

@@ -25,7 +25,7 @@ def test_writers_with_one_process_number_do_not_meet(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_the_file_before_stays(tmp_path: Path, full: int) -> None:
     path = tmp_path / "file"
     path.write_text("before")
-    with pytest.raises(NoRoomError, match=rf"^{path}: no space left on its disk.* MB free"), atomic_path(path) as part:
+    with pytest.raises(NoRoomError, match=rf"^{path}: no space left on the disk.* MB free"), atomic_path(path) as part:
         part.write_text("half")
         raise OSError(full, "full")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]

@@ -315,7 +315,7 @@ def test_training_goes_without_optional_packages(bare: Path, phantom_shards: Pat
     """wandb among them, though it is asked for: that is said once."""
     done = run([bare / "python", "-m", "segvol_pl", *training(phantom_shards, tmp_path), "track.wandb=auto"], ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("wandb is not installed: the run goes on without it") == 1
+    assert done.stderr.count("wandb is not installed: the run continues without it") == 1
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()
 
 

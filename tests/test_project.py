@@ -59,6 +59,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "html_page",
         "imaging",
         "inference",
+        "launched",
         "model",
         "packing",
         "run_folder",

@@ -184,7 +184,7 @@ class VolumeModule(pl.LightningDataModule):
     @functools.cached_property
     def samples(self) -> dict[str, dict[str, Any]]:
         """What is trained on and what is held out: how many samples, and a digest of them in their order."""
-        return {"train": statement_of(self.train_corpus), "held_out": statement_of(self.val_corpus)}
+        return {"train": corpus_summary(self.train_corpus), "held_out": corpus_summary(self.val_corpus)}
 
     def differs(self, state: dict[str, Any]) -> str:
         """What of the samples is not as it was when `state` was saved; nothing where they are the same.
@@ -214,7 +214,7 @@ class VolumeModule(pl.LightningDataModule):
         self.health.load_state_dict(state_dict["damaged"])
 
 
-def statement_of(corpus: Corpus) -> dict[str, Any]:
+def corpus_summary(corpus: Corpus) -> dict[str, Any]:
     """How many samples the corpus holds, and the sha256 of what they are, in order, and how often each is seen.
 
     Where the folders lie and how they are cut into shards is left out: that may change.

@@ -191,7 +191,8 @@ class PartialFrame:
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the array, read off the frame's ends."""
-        return self._array().dtype
+        dtype: np.dtype[Any] = self._array().dtype
+        return dtype
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:
         slices = self._full(key)

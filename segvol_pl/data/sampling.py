@@ -203,7 +203,8 @@ def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
         return functools.reduce(np.logical_or, [label_DHW == value for value in values])
     table = np.zeros(int(np.iinfo(label_DHW.dtype).max) + 1, dtype=bool)
     table[list(values)] = True
-    return table[label_DHW]
+    rows_DHW: np.ndarray = table[label_DHW]
+    return rows_DHW
 
 
 def _draw_prompt(

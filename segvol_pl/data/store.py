@@ -254,7 +254,8 @@ def _status(error: Exception) -> int | None:
     """The HTTP status that an error tells: aiohttp's own, or botocore's, which s3fs gives as its cause."""
     response = getattr(error.__cause__, "response", None)
     if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        status: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status
     return getattr(error, "status", None)
 
 

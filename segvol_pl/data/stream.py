@@ -121,7 +121,8 @@ class Stream(IterableDataset[Batch]):
     def rows(self, epoch: int) -> np.ndarray:
         """The corpus's rows in the epoch's order; positions are places in it."""
         dealt = self.corpus.rows(self.plan.seed, epoch)
-        return dealt[epoch_order(self.plan.num_samples, self.plan.seed, epoch) % len(dealt)]
+        rows: np.ndarray = dealt[epoch_order(self.plan.num_samples, self.plan.seed, epoch) % len(dealt)]
+        return rows
 
     def sample(self, epoch: int, position: int, rows: np.ndarray) -> Arrays:
         """The sample at `position` of the epoch, drawn with its own rng.

@@ -92,7 +92,8 @@ def slice_planes(
 
 def _displayed(array_DHW: np.ndarray, axis: int, at: int) -> np.ndarray:
     # Flipped, so that superior or anterior is up and right is on the left. Copied, so that the case can be freed.
-    return np.flip(array_DHW.take(at, axis=axis), (0, 1)).copy()
+    plane: np.ndarray = np.flip(array_DHW.take(at, axis=axis), (0, 1)).copy()
+    return plane
 
 
 def _span(box: Sequence[int], axis: int, at: int, shape: Sequence[int]) -> tuple[Span, bool]:

@@ -84,7 +84,8 @@ def surface_dice(predicted_DHW: np.ndarray, truth_DHW: np.ndarray, spacing: Sequ
 
 def _surface(mask_DHW: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Positions in mm of the voxels that have a neighbour (of 6) outside the mask, N x 3."""
-    return np.argwhere(mask_DHW & ~ndimage.binary_erosion(mask_DHW)) * np.asarray(spacing)
+    surface_N3: np.ndarray = np.argwhere(mask_DHW & ~ndimage.binary_erosion(mask_DHW)) * np.asarray(spacing)
+    return surface_N3
 
 
 def _near(from_N3: np.ndarray, to_N3: np.ndarray, tolerance: float) -> int:

@@ -165,7 +165,8 @@ def deepest_voxel(mask_DHW: np.ndarray, spacing: Sequence[float] | None) -> np.n
     padded_DHW = np.pad(mask_DHW[box_slices(box)], 1)
     depth_DHW = ndimage.distance_transform_edt(padded_DHW, sampling=spacing)
     found_3 = np.array(np.unravel_index(int(depth_DHW.argmax()), depth_DHW.shape))
-    return found_3 - 1 + np.array(box[:3])
+    place_3: np.ndarray = found_3 - 1 + np.array(box[:3])
+    return place_3
 
 
 def _sample_box(

@@ -21,6 +21,7 @@ from segvol_pl.config.loader import plain
 from segvol_pl.errors import EvaluateError
 from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.summary import Row
+from segvol_pl.launched import SRUN, TORCHRUN
 
 Item = TypeVar("Item")
 
@@ -43,9 +44,6 @@ NEUTRAL_KEYS = (
 )
 """Keys and sections of the configuration that do not change a case's figures. Model and cases have fingerprints."""
 
-RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
-"""A process's rank and how many there are: torchrun's names, and those that srun (but not sbatch) sets."""
-
 
 @dataclass(frozen=True)
 class Partition:
@@ -63,7 +61,7 @@ class Partition:
         Raises EvaluateError if the variables contradict each other.
         """
         part, parts = parse_part(key) if key else (0, 1)
-        for rank_name, ranks_name in RANK_VARIABLES:
+        for rank_name, ranks_name in (TORCHRUN, SRUN):
             if rank_name in environment and ranks_name in environment:
                 rank, ranks = int(environment[rank_name]), int(environment[ranks_name])
                 if not 0 <= rank < ranks:

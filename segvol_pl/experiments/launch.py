@@ -28,7 +28,7 @@ from segvol_pl.config import loader
 from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError, RunError
 from segvol_pl.experiments.grid import Grid, Run, parameters, volume_flops
-from segvol_pl.folder_lock import FolderLock
+from segvol_pl.folder_lock import FolderLock, is_running
 from segvol_pl.run_folder import GRID_ENTRY, read_grid_entry
 
 log = logging.getLogger(__name__)
@@ -145,11 +145,7 @@ def _lives(out: Path, record: dict[str, Any]) -> bool:
         metrics = out / "metrics.csv"
         last = max(record["at"], metrics.stat().st_mtime if metrics.exists() else 0)
         return bool(time.time() - last < SILENCE)
-    try:
-        # Process ids are used again; a start within the clock's grain of the recorded one is the same process.
-        return abs(psutil.Process(record["pid"]).create_time() - record["started"]) < 1
-    except psutil.NoSuchProcess:
-        return False
+    return is_running(record["pid"], record["started"])
 
 
 def _last_step(metrics: Path) -> int:

@@ -53,7 +53,8 @@ class Law:
 
     def log_loss(self, theta_P: np.ndarray, logs_RT: np.ndarray) -> np.ndarray:
         """log L of each run."""
-        return np.logaddexp.reduce(self._parts(theta_P, logs_RT), axis=1)
+        mixed_RT: np.ndarray = np.logaddexp.reduce(self._parts(theta_P, logs_RT), axis=1)
+        return mixed_RT
 
     def slopes(self, theta_P: np.ndarray, logs_RT: np.ndarray) -> np.ndarray:
         """(R,P): derivative of log L by each parameter. A part's share of the loss is all there is to it."""
@@ -110,7 +111,8 @@ class Fit:
     def predict(self, logs_RT: np.ndarray, theta_P: np.ndarray | None = None) -> np.ndarray:
         """Losses where the variables' logs are as given."""
         theta = self.theta_P if theta_P is None else theta_P
-        return np.exp(self.law.log_loss(theta, np.atleast_2d(logs_RT) - self.centre_T))
+        loss_RT: np.ndarray = np.exp(self.law.log_loss(theta, np.atleast_2d(logs_RT) - self.centre_T))
+        return loss_RT
 
     def widened(self, estimate: float | np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Samples around an estimate, spread as Student's t instead of a Gaussian."""
@@ -181,7 +183,8 @@ def _descend(
 
     def slopes(theta_P: np.ndarray) -> np.ndarray:
         _, slope = _bend(y_R - law.log_loss(theta_P, x_RT), width)
-        return -slope[:, None] * law.slopes(theta_P, x_RT)
+        slopes: np.ndarray = -slope[:, None] * law.slopes(theta_P, x_RT)
+        return slopes
 
     with np.errstate(all="ignore"), warnings.catch_warnings():
         # A term that vanishes runs off to minus infinity, which `_bounded` takes back.
@@ -196,7 +199,8 @@ def _bounded(law: Law, theta_P: np.ndarray, y_R: np.ndarray) -> np.ndarray:
     lower = np.full(law.size, y_R.min() - SMALLEST)
     upper = np.full(law.size, y_R.max() + SMALLEST)
     lower[int(law.floor) + 1 :: 2], upper[int(law.floor) + 1 :: 2] = -STEEPEST, STEEPEST
-    return np.clip(np.nan_to_num(theta_P, nan=0.0), lower, upper)
+    within_P: np.ndarray = np.clip(np.nan_to_num(theta_P, nan=0.0), lower, upper)
+    return within_P
 
 
 def _bend(residuals_R: np.ndarray, width: float) -> tuple[np.ndarray, np.ndarray]:

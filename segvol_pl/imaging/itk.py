@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from segvol_pl.errors import ConfigError, VolumeError
 
+__all__ = ["simple_itk", "sitk"]
+
 
 @functools.cache
 def simple_itk() -> ModuleType:

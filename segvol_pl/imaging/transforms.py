@@ -67,7 +67,8 @@ def _slabs(source: int, target: int) -> list[slice]:
 def nearest_index(source: int, target: int) -> np.ndarray:
     """Return for each of `target` cells the source cell under its centre ('nearest-exact')."""
     index = np.floor((np.arange(target) + 0.5) * (source / target)).astype(np.int64)
-    return np.minimum(index, source - 1)
+    places: np.ndarray = np.minimum(index, source - 1)
+    return places
 
 
 def resize_label(array_DHW: Sliceable, shape: Sequence[int]) -> np.ndarray:

@@ -70,7 +70,8 @@ class _Taps:
     def mix(self, array: np.ndarray, axis: int) -> np.ndarray:
         first = array.take(self.first, axis)
         share = self.share.reshape([-1 if at == axis else 1 for at in range(array.ndim)])
-        return first + (array.take(self.second, axis) - first) * share
+        between: np.ndarray = first + (array.take(self.second, axis) - first) * share
+        return between
 
 
 def _linear(old: int, new: int) -> _Taps:
@@ -93,7 +94,8 @@ def _nearest(old: int, new: int) -> _Taps:
 def enlarge(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """By the published nearest neighbour, see `_nearest`."""
     taps = [_nearest(old, new) for old, new in zip(array_DHW.shape, shape, strict=True)]
-    return array_DHW[np.ix_(*(axis.first for axis in taps))]
+    taken_DHW: np.ndarray = array_DHW[np.ix_(*(axis.first for axis in taps))]
+    return taken_DHW
 
 
 class Coarse:

@@ -49,7 +49,7 @@ def _points(given_N3: np.ndarray, coordinates: Coordinates, volume: Volume) -> n
     if coordinates is Coordinates.voxel:
         return given_N3.astype(np.int64)
     lps = coordinates is Coordinates.lps
-    voxels_N3 = np.rint(voxels_of(given_N3, volume, lps)).astype(np.int64)
+    voxels_N3: np.ndarray = np.rint(voxels_of(given_N3, volume, lps)).astype(np.int64)
     outside_N = ((voxels_N3 < 0) | (voxels_N3 >= volume.array_DHW.shape)).any(axis=1)
     if outside_N.any():
         point = given_N3[outside_N][0].tolist()

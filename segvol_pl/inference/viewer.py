@@ -83,7 +83,8 @@ class Plane:
 
     def cut(self, array_DHW: np.ndarray, place: int) -> np.ndarray:
         """The slice (Y,X) at `place`."""
-        return array_DHW.take(place, axis=self.across)
+        plane: np.ndarray = array_DHW.take(place, axis=self.across)
+        return plane
 
     def voxel(self, x: float, y: float, place: int, spacing: Sequence[float]) -> tuple[int, int, int]:
         """(d, h, w) of a place on the slice, given in millimetres from its corner."""

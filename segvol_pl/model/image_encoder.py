@@ -127,4 +127,5 @@ def _kept_products() -> tuple[Any, Any]:
     ]
     products = [aten.mm, aten.addmm, aten.bmm, *attention]
     kept: list[Any] = [operation.default for operation in products]
-    return create_selective_checkpoint_contexts(kept)
+    contexts: tuple[Any, Any] = create_selective_checkpoint_contexts(kept)
+    return contexts

@@ -70,7 +70,8 @@ class Attention(nn.Module):
         return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        split_heads: Tensor = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return split_heads
 
 
 def _spread(x_BTE: Tensor, count: int) -> Tensor:
@@ -89,7 +90,8 @@ def _projections(
     products = F.linear(image_ATE, torch.cat([*(layer.weight for layer in placed), plain.weight]))
     assert plain.bias is not None
     offset_T = torch.cat([*(layer(place_TE) for layer in placed), plain.bias.expand(len(place_TE), -1)], dim=-1)
-    return (products + offset_T.to(products.dtype)).split(plain.out_features, dim=-1)
+    parts: tuple[Tensor, ...] = (products + offset_T.to(products.dtype)).split(plain.out_features, dim=-1)
+    return parts
 
 
 def _renewed(image_BTE: Tensor, found_ATE: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -181,7 +183,8 @@ class TwoWayAttentionBlock(nn.Module):
             out: Tensor = self.self_attn(tokens_ASE, tokens_ASE, tokens_ASE, keep_AS)
             return out
         q = tokens_ASE + prompt_ASE
-        return tokens_ASE + self.self_attn(q, q, tokens_ASE, keep_AS)
+        attended_ASE: Tensor = tokens_ASE + self.self_attn(q, q, tokens_ASE, keep_AS)
+        return attended_ASE
 
 
 class TwoWayTransformer(nn.Module):
@@ -285,7 +288,8 @@ class Upscaling(nn.Sequential):
         """(..., E) -> (..., 8, out): the eight voxels of each input voxel."""
         assert conv.bias is not None
         weight = conv.weight.flatten(2).permute(2, 1, 0).flatten(0, 1)
-        return F.linear(x, weight, conv.bias.repeat(8)).unflatten(-1, (8, -1))
+        upscaled: Tensor = F.linear(x, weight, conv.bias.repeat(8)).unflatten(-1, (8, -1))
+        return upscaled
 
     def _activated(self, fine_AT8E: Tensor) -> Tensor:
         """Norm and GELU."""
@@ -303,7 +307,7 @@ class Upscaling(nn.Sequential):
         if fused(finest_AVE):
             return gelu_product(finest_AVE, weights_AE)
         activated = F.gelu(finest_AVE)
-        logits_AV: Tensor = _Weighed.apply(activated, weights_AE.to(activated.dtype))
+        logits_AV: Tensor = _Weighed.apply(activated, weights_AE.to(activated.dtype))  # type: ignore[no-untyped-call]
         return logits_AV
 
     def _in_token_order(self, x_EDHW: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def narrowed(*weights: Tensor) -> tuple[Tensor, ...]:
     kind = weights[0].device.type
     if not (fused(weights[0]) and torch.is_autocast_enabled(kind)) or weights[0].dtype is not torch.float32:
         return weights
-    found: tuple[Tensor, ...] = _Cast.apply(torch.get_autocast_dtype(kind), *weights)
+    found: tuple[Tensor, ...] = _Cast.apply(torch.get_autocast_dtype(kind), *weights)  # type: ignore[no-untyped-call]
     return found
 
 

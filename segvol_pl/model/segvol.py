@@ -48,7 +48,8 @@ class Trilinear(nn.Module):
         if not self.deepens:
             return high
         deep = self.matrix_d @ high.flatten(-2)
-        return deep.unflatten(-1, high.shape[-2:])
+        upsampled: Tensor = deep.unflatten(-1, high.shape[-2:])
+        return upsampled
 
 
 class SegVol(nn.Module):

@@ -305,7 +305,8 @@ def _scan(canvas: _Canvas, rng: np.random.Generator) -> np.ndarray:
     noise_DHW = rng.standard_normal(canvas.shape, dtype=np.float32)
     noise_DHW = ndimage.gaussian_filter(noise_DHW, (0.0, 0.8, 0.8), truncate=3)
     hu_DHW += noise_DHW * np.float32(rng.uniform(8, 16) / noise_DHW.std())
-    return np.clip(np.rint(hu_DHW), -1024, 3071).astype(np.int16)
+    stored_DHW: np.ndarray = np.clip(np.rint(hu_DHW), -1024, 3071).astype(np.int16)
+    return stored_DHW
 
 
 def _add_table(hu_DHW: np.ndarray, canvas: _Canvas) -> None:

@@ -125,7 +125,8 @@ def _numbered(parent: np.ndarray) -> np.ndarray:
     roots = np.flatnonzero(parent == np.arange(parent.size, dtype=parent.dtype))
     number = np.zeros(parent.size, dtype=np.int32)
     number[roots] = np.arange(roots.size, dtype=np.int32)
-    return number[parent]
+    numbers: np.ndarray = number[parent]
+    return numbers
 
 
 @njit(cache=True)
@@ -282,7 +283,8 @@ def pseudo_regions(overview_DHW: np.ndarray, label_DHW: np.ndarray | None, confi
         regions_DHW = overlay(regions_DHW, label_DHW)
     cleaned_DHW = clean(regions_DHW, config.min_fraction)
     # 16 bits are enough: with the least min_fraction that the configuration allows, there are at most 50,000 regions.
-    return _consecutive(cleaned_DHW).astype(np.uint16)[cleaned_DHW]
+    labels: np.ndarray = _consecutive(cleaned_DHW).astype(np.uint16)[cleaned_DHW]
+    return labels
 
 
 def _consecutive(ids_DHW: np.ndarray) -> np.ndarray:

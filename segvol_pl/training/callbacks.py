@@ -1,4 +1,4 @@
-"""What is watched while a run goes: the position in the data, and the rate."""
+"""Callbacks that follow a run: position in the data, damaged samples, throughput, profile, validation loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class StreamPosition(pl.Callback):
-    """Tells the DataModule how many samples have been used, so that checkpoints hold the position in the data."""
+    """Advance the DataModule's position in the data after each batch, so that checkpoints hold it."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
@@ -34,7 +34,7 @@ class StreamPosition(pl.Callback):
         trainer.datamodule.seen = trainer.datamodule.drawn  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # Lightning counts micro-batches to tell where a step ends; this run may have another number of them a step.
+        # Lightning derives the end of a step from its count of micro-batches, whose number per step may have changed.
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         done = checkpoint["global_step"] * trainer.accumulate_grad_batches
         for part in ("total", "current"):
@@ -42,10 +42,11 @@ class StreamPosition(pl.Callback):
 
 
 class DataHealth(pl.Callback):
-    """Every `every` steps (each step of a single rank): damaged samples over all ranks, logged and held to the bound.
+    """Log damaged samples every `every` steps, and end the run if they exceed `bound`, a share of the corpus.
 
-    Logs `data/damaged`, samples of the corpus that any rank has met since the run's first start, and `data/replaced`,
-    draws since this start. All ranks ask together, so that all of them end together. Raises ShardError beyond `bound`.
+    Metrics: `data/damaged`, damaged samples that any rank has met since the run's first start, and `data/replaced`,
+    how often one was replaced since this start. All ranks check together, so that all end together; a single rank
+    checks at every step. Raises ShardError.
     """
 
     def __init__(self, every: int, bound: float) -> None:
@@ -56,16 +57,16 @@ class DataHealth(pl.Callback):
     ) -> None:
         due = trainer.global_step % self.every == 0 and (index + 1) % trainer.accumulate_grad_batches == 0
         if due or trainer.world_size == 1:
-            self._ask(trainer, module, due)
+            self._check(trainer, module, due)
 
-    def _ask(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
+    def _check(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
         health = trainer.datamodule.health  # type: ignore[attr-defined]
-        untold, replaced = len(health.untold), health.replaced
-        # A single rank asks at every step, and nobody else: a GPU need not be stopped for it.
+        unshared, replaced = len(health.untold), health.replaced
+        # A single rank has nobody to ask, so that checking at every step does not synchronise with the GPU.
         if trainer.world_size > 1:
-            counts = torch.tensor([untold, replaced], dtype=torch.float64, device=module.device)
-            untold, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
-        if untold:
+            counts = torch.tensor([unshared, replaced], dtype=torch.float64, device=module.device)
+            unshared, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if unshared:
             for found in gathered(health.told(), trainer.world_size):
                 health.hear(found)
         if due:
@@ -77,30 +78,30 @@ class DataHealth(pl.Callback):
 
 @dataclass(frozen=True)
 class Load:
-    """What a step amounts to."""
+    """The work of one training step."""
 
     volumes: int
-    """Over all ranks."""
+    """Volumes of a step, over all ranks."""
     pairs: int = 0
     """(volume, category) pairs of one volume; 0 in pre-training."""
     operations: int = 0
-    """Floating-point operations for one volume, see `flops`; 0: not known."""
+    """Floating-point operations per volume, see `flops`; 0 if unknown."""
     peak: float = 0.0
-    """Operations a second of one device at its best; 0: not known."""
+    """Peak operations per second of one device; 0 if unknown."""
 
     @classmethod
     def of(cls, config: PretrainConfig | TrainConfig, device: torch.device) -> Load:
-        """Of a run on devices of one kind. Operations are 0, and no FLOP/s stated, where parts are frozen."""
+        """The load of a run. Operations are 0 (unknown) if parts are frozen."""
         operations, pairs = flops.total(flops.volume_work(config)).total, 0
         if isinstance(config, TrainConfig):
             pairs = config.prompts.categories_per_volume
-            # What a frozen part saves depends on where it lies; no figure then.
+            # What a frozen part saves depends on its place in the model.
             operations = 0 if config.freeze else operations
         return cls(config.data.global_batch, pairs, operations, peak_rate(config.run, device))
 
 
 def peak_rate(run: RunConfig, device: torch.device) -> float:
-    """Operations a second: as stated, or of a known accelerator in bf16; 0 where there is nothing to hold on to."""
+    """Peak operations per second: `run.peak_tflops`, or that of a known accelerator in bf16; 0 if unknown."""
     if run.peak_tflops or device.type != "cuda" or not uses_bf16(device, run.precision):
         return run.peak_tflops * 1e12
     known = accelerator(torch.cuda.get_device_name(device))
@@ -108,14 +109,14 @@ def peak_rate(run: RunConfig, device: torch.device) -> float:
 
 
 class Clock:
-    """Moments between which steps lie. On a GPU they are its own, taken without stopping it."""
+    """Times between marks. On a GPU measured by CUDA events, without synchronising."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.moments: list[Any] = []
 
     def mark(self) -> None:
-        """Notes the moment; on a GPU when it gets there, without waiting for it."""
+        """Record the current time; on a GPU the time at which its stream gets here."""
         if self.device.type != "cuda":
             self.moments.append(time.perf_counter())
             return
@@ -124,7 +125,7 @@ class Clock:
         self.moments.append(event)
 
     def seconds(self) -> list[float]:
-        """Between each moment and the next; waits for the last one."""
+        """Seconds between successive marks; waits for the last one."""
         if self.device.type != "cuda":
             return [after - before for before, after in pairwise(self.moments)]
         self.moments[-1].synchronize()
@@ -132,11 +133,11 @@ class Clock:
 
 
 class Throughput(pl.Callback):
-    """Every `every` steps: rates, what they are held against, peak memory; one progress line.
+    """Log throughput and memory every `every` steps, and write one progress line.
 
-    Logs under `rate/`: volumes_per_s and pairs_per_s ((volume, category) pairs) over all ranks; data_wait, the share
-    of time that the step waited for data (0 to 1); step_p50_s and step_p95_s; tflops, achieved by one device; mfu, its
-    share of the peak; memory_gib. What is not known, see `Load`, is left out.
+    Metrics under `rate/`: volumes_per_s and pairs_per_s ((volume, category) pairs) over all ranks; data_wait, the share
+    of time spent waiting for data (0 to 1); step_p50_s and step_p95_s; tflops, achieved by one device; mfu, its share
+    of the peak; memory_gib. Unknown ones, see `Load`, are left out.
     """
 
     def __init__(self, every: int, load: Load) -> None:
@@ -166,7 +167,7 @@ class Throughput(pl.Callback):
             self._report(trainer, module)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Validation is not training time: the rate starts anew behind it.
+        # Validation is not training time.
         self._restart(module.device)
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -184,7 +185,13 @@ class Throughput(pl.Callback):
         self._restart(module.device)
 
     def rates(self, seconds: list[float], elapsed: float, ranks: int) -> dict[str, float]:
-        """The metrics of the last steps, whose times are `seconds`."""
+        """Compute the metrics of the last steps.
+
+        Args:
+            seconds: duration of each step, s.
+            elapsed: duration of all of them, including waiting for data, s.
+            ranks: number of ranks.
+        """
         volumes = len(seconds) * self.load.volumes / elapsed
         achieved = volumes * self.load.operations / ranks
         low, high = (float(np.percentile(seconds, share)) for share in (50, 95))
@@ -203,7 +210,7 @@ class Throughput(pl.Callback):
 
 
 def progress(rates: dict[str, float]) -> str:
-    """The rates as a part of the progress line."""
+    """Format the rates for the progress line."""
     parts = [f"{rates['volumes_per_s']:.1f} volumes/s", f"data wait {100 * rates['data_wait']:.0f} %"]
     if "mfu" in rates:
         parts.append(f"MFU {100 * rates['mfu']:.1f} %")
@@ -211,7 +218,7 @@ def progress(rates: dict[str, float]) -> str:
 
 
 class Profile(pl.Callback):
-    """torch's profiler over some steps, once the first ones are done: `folder`/profile.json, a chrome trace."""
+    """Profile `steps` steps after a warm-up with torch's profiler, into the Chrome trace `folder`/profile.json."""
 
     WARM_UP = 5
 
@@ -242,14 +249,14 @@ class Profile(pl.Callback):
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: the most that torch held on the GPU, or what this process holds now on the CPU."""
+    """Peak memory of torch on the GPU, or the current resident memory of this process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return float(psutil.Process().memory_info().rss) / 2**30
 
 
 class ValidationLine(pl.Callback):
-    """One line per validation."""
+    """Write one log line per validation."""
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero and "val/loss" in trainer.callback_metrics:

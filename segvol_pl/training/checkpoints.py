@@ -1,10 +1,10 @@
-"""When a run saves, and where: whole, in one form for every strategy, under another name first, while training goes on.
+"""When and how a run saves checkpoints: complete, in one form for every strategy, atomically, in the background.
 
-1. Between two steps all ranks gather the state; rank 0 copies it to main memory, and training goes on.
-2. A thread writes the copy. The next save waits for it, and so does whatever ends the run.
+1. Between two steps all ranks gather the state; rank 0 copies it to main memory, and training continues.
+2. A thread writes the copy. The next save waits for it, and so does the end of the run.
 
     checkpoints/last.ckpt      every `run.checkpoint_every` steps and `run.checkpoint_minutes` minutes, at a signal, and
-                               at the end: what a run goes on from
+                               at the end; a run resumes from it
     checkpoints/best.ckpt      after the validation of the lowest loss
     checkpoints/step-N.ckpt    every `run.save_every` steps, the newest `run.keep_last` of them
 """
@@ -34,17 +34,17 @@ from segvol_pl.model.released import is_finite
 
 
 class HostCopies:
-    """Copies of a checkpoint's tensors in main memory. Those of a GPU's lie in pinned memory that is kept for the next.
+    """Copies of a checkpoint's tensors in main memory. GPU tensors are copied to pinned memory, which is reused.
 
-    Pageable memory is copied to at a fraction of the rate, and pinning it anew each time takes longer than that.
+    Copying to pageable memory is several times slower, and pinning memory at every save takes longer still.
     """
 
     def __init__(self) -> None:
         self.held: list[torch.Tensor] = []
-        """What a GPU's tensors are copied to, in the checkpoint's order."""
+        """Pinned buffers, one per GPU tensor, in the order of the checkpoint."""
 
     def of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """The copies, there when it returns, and whole until it is called again."""
+        """Copy the checkpoint. The copies are complete on return, and valid until the next call."""
         place = itertools.count()
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,15 +60,15 @@ class HostCopies:
     def _held(self, place: int, like: torch.Tensor) -> torch.Tensor:
         fits = place < len(self.held) and (self.held[place].shape, self.held[place].dtype) == (like.shape, like.dtype)
         if not fits:
-            # Another state than the one before: what follows differs too.
+            # The state has changed: the buffers that follow do not fit either.
             self.held[place:] = [torch.empty(like.shape, dtype=like.dtype, pin_memory=True)]
         return self.held[place]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes to another name, then renames: a kill or a full disk while saving leaves the previous checkpoint whole.
+    """Writes checkpoints atomically: a kill or a full disk while saving leaves the previous checkpoint intact.
 
-    Writes in a thread, one checkpoint after the other, from a copy taken when it is told to.
+    A thread writes one checkpoint after the other, from copies taken when saving was requested.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.copies = HostCopies()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Returns when the state is copied. Raises what writing an earlier one raised."""
+        """Copy the state, and write it in the background. Raises what writing an earlier one raised."""
         # Two copies at once would need the memory of both.
         self.wait()
         copy = self.copies.of(checkpoint)
@@ -88,29 +88,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def _write(checkpoint: dict[str, Any], path: Path) -> None:
         check_finite(checkpoint, path)
         with atomic_path(path) as part:
-            # Given a name, torch writes without the interpreter's lock; Lightning would first write to memory.
+            # Given a path, torch writes without holding the GIL; Lightning would first serialise to memory.
             try:
                 torch.save(checkpoint, part)
             except RuntimeError as error:
-                # Of a full disk torch says neither the path nor the cause.
+                # torch reports neither the path nor the cause of a full disk.
                 needed = bytes_of(checkpoint)
                 raise no_room(path, needed) if shutil.disk_usage(path.parent).free < needed else error from error
             with part.open("rb") as file:
-                os.fsync(file.fileno())  # the name must not be there before the content, should the power fail
+                os.fsync(file.fileno())  # after a power failure the name must not exist without the content
 
     def afterwards(self, work: Callable[[], None]) -> None:
-        """Does `work` when all that was saved so far lies on the disk."""
+        """Call `work` in the background, after all earlier saves."""
         self.pending.append(self.thread.submit(work))
 
     def check(self) -> None:
-        """Raises what writing raised, as soon as that is known."""
+        """Raise what background writing has raised so far."""
         done = [future for future in self.pending if future.done()]
         self.pending = [future for future in self.pending if future not in done]
         for future in done:
             future.result()
 
     def wait(self) -> None:
-        """Until all that was saved lies on the disk. Raises what writing raised."""
+        """Wait until everything is written. Raises what writing raised."""
         wait(self.pending)
         self.check()
 
@@ -119,15 +119,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def bytes_of(checkpoint: dict[str, Any]) -> int:
-    """Of its tensors."""
+    """Size of its tensors in bytes."""
     return sum(tensor.nbytes for _, tensor in _tensors(checkpoint))
 
 
 def check_finite(checkpoint: dict[str, Any], path: Path) -> None:
-    """Raises NonFiniteError where a weight or a moment is not: such a checkpoint never replaces a good one."""
+    """Raise NonFiniteError if a weight or moment is not finite: such a checkpoint must not replace a good one."""
     for name, tensor in _tensors(checkpoint):
         if not is_finite(tensor):
-            raise NonFiniteError(f"{path}: not saved, as {name} is not finite; the checkpoint before is as it was")
+            raise NonFiniteError(f"{path}: not saved, because {name} is not finite; the previous one is unchanged")
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -140,45 +140,45 @@ def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def remove_parts(folder: Path) -> None:
-    """What runs that were killed had half written: with every kill one more whole checkpoint's bytes would be lost."""
+    """Remove partial files of killed runs, each of which may be as large as a checkpoint."""
     for part in folder.glob(".*.ckpt.*.part"):
         part.unlink()
 
 
 def writer(trainer: pl.Trainer) -> AtomicCheckpointIO:
-    """The trainer's writer of checkpoints."""
+    """The trainer's AtomicCheckpointIO."""
     io = trainer.strategy.checkpoint_io
     assert isinstance(io, AtomicCheckpointIO)
     return io
 
 
 class Checkpoints(pl.Callback):
-    """Saves between two steps, when the metrics of the step before are logged."""
+    """Save checkpoints between two steps, after the metrics of the previous step are logged."""
 
     def __init__(self, folder: Path, run: RunConfig) -> None:
         self.folder, self.run = folder, run
         self.best = math.inf
         self.saved = -1
         self.written = time.monotonic()
-        """When `last` was, or the run began."""
+        """Time when `last` was saved, or when training began."""
         self.wanted = False
-        """Whether all ranks have agreed to save before the next step, whichever it is."""
+        """Whether all ranks have agreed (`Preemption`) to save before the next step."""
         self.kept: list[int] = []
-        """Steps of the checkpoints that are kept beside."""
+        """Steps of the existing step-N.ckpt, oldest first."""
 
     @property
     def last(self) -> Path:
-        """The checkpoint that a run goes on from."""
+        """The checkpoint that a run resumes from."""
         return self.folder / "last.ckpt"
 
     def overdue(self) -> bool:
-        """Whether by this rank's clock the last checkpoint is older than `run.checkpoint_minutes`."""
+        """Whether the last checkpoint is older than `run.checkpoint_minutes`, by this rank's clock."""
         minutes = self.run.checkpoint_minutes
         return minutes > 0 and time.monotonic() - self.written >= 60 * minutes
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved, self.written = trainer.global_step, time.monotonic()
-        # Those of steps that this run has yet to do were found damaged, or are another run's.
+        # Checkpoints of later steps were found damaged, or belong to another run.
         self.kept = [step for step in sorted(map(_step, self.folder.glob("step-*.ckpt"))) if step <= self.saved]
         if trainer.is_global_zero:
             remove_parts(self.folder)
@@ -196,7 +196,7 @@ class Checkpoints(pl.Callback):
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
             self.kept.append(step)
             if trainer.is_global_zero:
-                writer(trainer).afterwards(self._leave_newest)
+                writer(trainer).afterwards(self._remove_oldest)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
@@ -205,10 +205,10 @@ class Checkpoints(pl.Callback):
             trainer.save_checkpoint(self.folder / "best.ckpt")
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Not after fit: its teardown brings the weights to main memory, from where NCCL gathers nothing.
+        # Not after fit: its teardown moves the weights to main memory, from which NCCL cannot gather.
         trainer.save_checkpoint(self.last)
 
-    def _leave_newest(self) -> None:
+    def _remove_oldest(self) -> None:
         while len(self.kept) > self.run.keep_last:
             (self.folder / f"step-{self.kept.pop(0)}.ckpt").unlink(missing_ok=True)
 

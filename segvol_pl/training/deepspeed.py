@@ -181,4 +181,5 @@ def _gathered(parameter: Parameter, moment: str | None = None) -> torch.Tensor:
             return parameter.detach().float().cpu().clone()
     whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
     assert whole is not None, "a moment exists only after the first step"
-    return whole.detach().float().cpu().clone()
+    copied: torch.Tensor = whole.detach().float().cpu().clone()
+    return copied

@@ -1,11 +1,11 @@
-"""What a step's gradients came to: their norm, logged, and steps that were not finite, skipped.
+"""The norm of each step's gradients: logged, and steps whose norm is not finite are skipped.
 
 1. A loss that is not finite makes every gradient NaN (`module.poisoned`), so that all ranks see it in the norm.
-2. The task hands the norm's finiteness to the optimizer, which leaves weights and moments as they are; nobody waits
-   for a GPU. DeepSpeed skips such a step by itself.
-3. `FiniteSteps` looks at the norm when a later step begins, names rank and samples, and ends the run beyond the bound.
+2. The task passes the norm's finiteness to the optimizer, which then leaves weights and moments unchanged, without
+   synchronising with the GPU. DeepSpeed skips such a step itself.
+3. `FiniteSteps` reads the norm when a later step begins, names rank and samples, and ends the run beyond the limit.
 
-A skipped step counts: the schedule and the position in the data go on.
+A skipped step counts: the schedule and the position in the data advance.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from segvol_pl.training.ranks import gathered
 log = logging.getLogger(__name__)
 
 LISTED = 8
-"""Samples named at most."""
+"""Largest number of samples that a message names."""
 
 
 def step_norm(trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
-    """The norm of the last step's gradients before clipping, () float32 on the device; of all ranks together."""
-    told = getattr(trainer.strategy.model, "get_global_grad_norm", None)
-    if told is not None:  # DeepSpeed keeps the gradients to itself
-        return torch.as_tensor(told(), dtype=torch.float32)
+    """Norm of the last step's gradients over all ranks, before clipping, () float32 on the device."""
+    deepspeeds = getattr(trainer.strategy.model, "get_global_grad_norm", None)
+    if deepspeeds is not None:  # DeepSpeed holds the gradients
+        return torch.as_tensor(deepspeeds(), dtype=torch.float32)
     assert isinstance(module, Task) and module.step_norm is not None
     return module.step_norm
 
 
 class GradientNorm(pl.Callback):
-    """Every `every` steps logs `train/grad_norm`, that of all gradients before they are clipped."""
+    """Log `train/grad_norm`, before clipping, every `every` steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -55,21 +55,21 @@ class GradientNorm(pl.Callback):
 
 @dataclass(frozen=True)
 class Flags:
-    """Of one step: () bool tensors in main memory, there once `done` has happened."""
+    """Results of one step: () bool tensors in main memory, valid once `done` has happened."""
 
     step: int
     bad_step: Tensor
     bad_loss: Tensor
-    """Of this rank."""
+    """Whether a loss of this rank was not finite."""
     keys: list[str]
     """The samples that this rank trained on."""
     done: torch.cuda.Event | None
 
 
 class FiniteSteps(pl.Callback):
-    """Counts and names steps that were skipped. Raises NonFiniteError after more than `allowed` of them in a row.
+    """Count and report skipped steps. Raises NonFiniteError after more than `allowed` of them in a row.
 
-    Logs `train/skipped_steps`, those of the whole run, when it grows.
+    Logs `train/skipped_steps`, the number since the run's first start, when it grows.
     """
 
     def __init__(self, allowed: int) -> None:
@@ -96,7 +96,7 @@ class FiniteSteps(pl.Callback):
         self.keys = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        # A GPU is then at work on the step between, and nobody waits.
+        # The GPU is then busy with the step in between, so that reading these flags does not stall it.
         ahead = 1 if module.device.type == "cuda" else 0
         while len(self.pending) > ahead:
             self._look(trainer, self.pending.popleft())
@@ -112,14 +112,14 @@ class FiniteSteps(pl.Callback):
             self.in_a_row = 0
             return
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        told = gathered((bool(flags.bad_loss), flags.keys), trainer.world_size)
-        what = f"step {flags.step}: {describe(told)}"
+        reports = gathered((bool(flags.bad_loss), flags.keys), trainer.world_size)
+        what = f"step {flags.step}: {describe(reports)}"
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped}, step=flags.step)
         if self.in_a_row > self.allowed:
             raise NonFiniteError(
-                f"{what}: more than run.max_bad_steps={self.allowed} such steps in a row; checkpoints are as they were "
-                "before. Look at these samples, or try a lower optim.lr, run.precision=fp32 or run.max_bad_steps=3"
+                f"{what}: more than run.max_bad_steps={self.allowed} such steps in a row; checkpoints are unchanged. "
+                "Look at these samples, or try a lower optim.lr, run.precision=fp32 or run.max_bad_steps=3"
             )
         if trainer.is_global_zero:
             log.warning("%s: skipped; %d so far", what, self.skipped)
@@ -131,10 +131,10 @@ class FiniteSteps(pl.Callback):
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
-def describe(told: list[tuple[bool, list[str]]]) -> str:
-    """What was not finite, where, and the samples, of each rank's (its loss was not finite, its samples)."""
-    ranks = [rank for rank, (bad_loss, _) in enumerate(told) if bad_loss]
-    keys = [key for rank, (_, keys) in enumerate(told) for key in keys if rank in ranks or not ranks]
+def describe(reports: list[tuple[bool, list[str]]]) -> str:
+    """Say what was not finite, where, and for which samples. reports: (loss is not finite, samples) of each rank."""
+    ranks = [rank for rank, (bad_loss, _) in enumerate(reports) if bad_loss]
+    keys = [key for rank, (_, keys) in enumerate(reports) for key in keys if rank in ranks or not ranks]
     more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
     samples = f"samples {', '.join(keys[:LISTED])}{more}"
     if not ranks:

@@ -1,11 +1,11 @@
 """The loss of many prompts, group by group, in the memory of one group.
 
-1. A term gives a group's loss, and of each of its prompts Dice loss and BCE.
-2. Where this process holds whole weights, a group's gradients are taken as soon as its loss is known, still in the
-   forward pass, and its activations are gone: nothing is computed twice. The loss is a plain sum over the groups, so
-   the backward pass has only to scale what was gathered.
-3. Where weights are there only while their module computes (FSDP, ZeRO-3), that cannot be: there each group is
-   computed again in the backward pass.
+1. A term computes a group's loss, and the Dice loss and BCE of each of its prompts.
+2. If this process holds the complete weights, a group's gradients are computed right after its loss, in the forward
+   pass, and its activations are freed: nothing is computed twice. The loss is a sum over the groups, so the backward
+   pass only scales the accumulated gradients.
+3. If weights exist only while their module computes (FSDP, ZeRO-3), this is impossible: each group is recomputed in
+   the backward pass.
 
 Letters: B images, P prompts of one image.
 """
@@ -26,18 +26,25 @@ Term = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def sum_over_groups(
-    term: Term, groups: Sequence[slice], inputs: Sequence[Tensor], weights: Sequence[Tensor], whole: bool
+    term: Term, groups: Sequence[slice], inputs: Sequence[Tensor], weights: Sequence[Tensor], resident: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the groups' losses, and dice_BP and bce_BP, detached, of all prompts.
+    """Sum the losses of the groups.
 
-    inputs: what the term is given; weights: whatever else it depends on that trains; whole: whether this process holds
-    whole weights, see above.
+    Args:
+        term: computes the loss of a group.
+        groups: slices of the prompts.
+        inputs: tensors that are passed to the term.
+        weights: all trained parameters that the term uses besides.
+        resident: whether this process holds the complete weights at all times, see above.
+
+    Returns:
+        The summed loss (), and the detached dice_BP and bce_BP of all prompts.
     """
-    if whole and torch.is_grad_enabled():
-        loss, dice_BP, bce_BP = EagerGradSum.apply(term, groups, len(inputs), *inputs, *weights)
+    if resident and torch.is_grad_enabled():
+        loss, dice_BP, bce_BP = EagerGradSum.apply(term, groups, len(inputs), *inputs, *weights)  # type: ignore[no-untyped-call]
         return loss, dice_BP, bce_BP
     again = torch.is_grad_enabled() and len(groups) > 1
-    # Nothing in a term is random: the generators' states need not be kept.
+    # A term is not random: random states need not be saved.
     once = functools.partial(checkpoint, term, use_reentrant=False, preserve_rng_state=False) if again else term
     found = [once(group, *inputs) for group in groups]
     losses, dice, bce = zip(*found, strict=True)
@@ -45,7 +52,7 @@ def sum_over_groups(
 
 
 class EagerGradSum(torch.autograd.Function):
-    """Step 2 of the module's story: the gradients are taken in the forward pass, group by group, and kept."""
+    """Way 2 of the module's docstring: gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, term: Term, groups: Sequence[slice], count: int, *tensors: Tensor) -> Any:
@@ -68,16 +75,15 @@ class EagerGradSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
-        """The kept gradients, times the gradient of the loss."""
-        # All in one operation, of which a GPU makes a few launches.
+        # One fused operation: a few kernel launches on a GPU.
         scaled = iter(torch._foreach_mul([grad for grad in ctx.saved_tensors if grad is not None], grad_loss))
         return None, None, None, *(None if grad is None else next(scaled) for grad in ctx.saved_tensors)
 
 
 def _gather(loss: Tensor, sources: list[Tensor], gathered: list[Tensor | None]) -> None:
-    """Adds the loss's gradients to `gathered`."""
+    """Add the gradients of the loss to `gathered`."""
     trained = [place for place, source in enumerate(sources) if source.requires_grad]
-    # Autocast is for the forward pass alone: it would also round the products of what was computed in float32.
+    # Autocast belongs to the forward pass only: here it would also round products of float32 operations to bf16.
     with torch.autocast(loss.device.type, enabled=False):
         gradients = torch.autograd.grad(loss, [sources[place] for place in trained], allow_unused=True)
     for place, gradient in zip(trained, gradients, strict=True):

@@ -1,7 +1,8 @@
-"""Where metrics go: metrics.csv always, wandb as configured; and the manifest of a run.
+"""Where metrics are logged: always metrics.csv, and wandb as configured.
 
-A run at wandb keeps its id over requeues, belongs to its grid's group, and holds configuration, commit, every metric,
-pictures and where the checkpoint lies. Offline it is as complete: `wandb sync RUN/wandb/offline-run-*` sends it later.
+A wandb run keeps its id when the job is requeued, belongs to its grid's group, and holds configuration, commit, all
+metrics, pictures and the path of the checkpoint. An offline run is equally complete: upload it later by
+`wandb sync RUN/wandb/offline-run-*`.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 class MetricsFile(Logger):
-    """`metrics.csv`: one row per step and metric, appended, so that it survives a kill and a resume.
+    """Append metrics to `metrics.csv`, one row per step and metric, so that they survive a kill and a resume.
 
-    `after` is the step that the run goes on from: later rows, of steps that will be done again, are dropped. A run that
-    begins anew validates its first weights again, so that it keeps none.
+    `after` is the step that the run resumes from: rows of later steps, which will be repeated, are dropped. A new run
+    (0) keeps none.
     """
 
     def __init__(self, path: Path, after: int) -> None:
@@ -60,12 +61,12 @@ class MetricsFile(Logger):
 
     @property
     def version(self) -> str:
-        """None: a run folder holds one run."""
+        """Empty: a run folder holds one run."""
         return ""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The configuration is written by `write_manifest`."""
+        """Do nothing: `write_manifest` writes the configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -74,31 +75,31 @@ class MetricsFile(Logger):
         try:
             with self.path.open("a", newline="", encoding="utf-8") as stream:
                 csv.writer(stream).writerows(self.unwritten)
-        except OSError as error:  # a full disk: what counts is that the run lives until it can save
+        except OSError as error:  # a full disk must not end the run
             with contextlib.suppress(OSError):
                 os.truncate(self.path, size)
             if not before:
-                log.warning("%s: %s: metrics wait in memory until they can be written", self.path, error.strerror)
+                log.warning("%s: %s: metrics are kept in memory until they can be written", self.path, error.strerror)
         else:
             self.unwritten = []
 
 
 class WandbRun(WandbLogger):
-    """A run at wandb that never ends training: what fails is said once, and metrics.csv goes on.
+    """A wandb run whose failures never end training: they are logged once, and metrics.csv continues.
 
-    Where wandb cannot be reached or the key is refused the run is written offline, whole, for `wandb sync`. Where
-    nothing can be written, it is given up.
+    If wandb cannot be reached or refuses the key, the run is written offline, complete, for `wandb sync`. If nothing
+    can be written, wandb is given up.
     """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        # Lightning passes it, newer versions of wandb warn of it.
+        # Lightning passes it; newer versions of wandb warn about it.
         self._wandb_init.pop("anonymous", None)
         self.given_up = False
 
     @property
     def experiment(self) -> Any:
-        """The wandb run, begun at the first call; one that takes everything and keeps nothing where it cannot begin."""
+        """The wandb run, started at the first access; a disabled one if it cannot start."""
         import wandb
 
         for mode in ("as it is", "offline", "disabled"):
@@ -107,17 +108,17 @@ class WandbRun(WandbLogger):
                     self._wandb_init["mode"] = mode
                 with _masked_arguments():
                     made = super().experiment
-            except Exception as error:  # a client of a service: whatever fails, training does not
+            except Exception as error:  # whatever fails in a remote service, training continues
                 self._give_up(error, mode)
             else:
                 if mode == "disabled":
-                    # wandb holds it as its global run, which the process's next training would be handed.
+                    # wandb keeps it as its global run, which the process's next training would get.
                     wandb.run = None
                 return made
         raise AssertionError("a disabled run needs neither disk nor network")
 
     def _give_up(self, error: Exception, mode: str) -> None:
-        then = "the run is written offline, for `wandb sync`" if mode == "as it is" else "training goes on without it"
+        then = "the run is written offline, for `wandb sync`" if mode == "as it is" else "training continues without it"
         if not self.given_up:
             log.warning("wandb: %s: %s", " ".join(str(error).split()) or type(error).__name__, then)
         self.given_up = mode != "as it is"
@@ -125,14 +126,14 @@ class WandbRun(WandbLogger):
             self._leave()
 
     def _leave(self) -> None:
-        """The service that failed is left alone: the process's next run begins with a service of its own."""
+        """Stop the service that failed: the process's next run starts its own."""
         import wandb
 
         with contextlib.suppress(Exception):
             wandb.teardown()
 
     def attempt(self, act: Callable[[], object]) -> None:
-        """Does what speaks to wandb; where it fails, that is said and nothing else happens."""
+        """Call `act`, which uses wandb. A failure is logged and has no other effect."""
         if self.given_up:
             return
         try:
@@ -150,7 +151,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def picture(self, key: str, image_HW: np.ndarray, masks: Mapping[str, np.ndarray]) -> None:
-        """A grey image in [0, 1] with masks over it, by name."""
+        """Log a grey image in [0, 1] with masks over it, by name. image_HW: float; masks: bool (H,W)."""
 
         def act() -> None:
             # wandb takes a class label for each voxel: 1 where the mask is.
@@ -165,7 +166,7 @@ class WandbRun(WandbLogger):
 
     @rank_zero_only
     def end(self, checkpoint: Path, preempted: bool) -> None:
-        """Names the checkpoint, by reference, and ends the run at wandb; a preempted one will go on."""
+        """Log the path of the checkpoint and end the wandb run; a preempted one will be continued."""
 
         def act() -> None:
             run = self.experiment
@@ -178,7 +179,7 @@ class WandbRun(WandbLogger):
         self.attempt(act)
 
     def _reference(self, checkpoint: Path, id: str) -> Any:
-        """Where the checkpoint lies, its bytes left there."""
+        """A wandb artifact that refers to the checkpoint without uploading it."""
         import wandb
 
         model = wandb.Artifact(f"model-{id}", type="model", metadata={"bytes": checkpoint.stat().st_size})
@@ -188,7 +189,7 @@ class WandbRun(WandbLogger):
 
 @contextlib.contextmanager
 def _masked_arguments() -> Iterator[None]:
-    """The command line as wandb may keep it: it reads `sys.argv` when a run begins."""
+    """Mask credentials in `sys.argv`, which wandb records when a run starts."""
     given = sys.argv
     sys.argv = [masked(argument) for argument in given]
     try:
@@ -198,7 +199,7 @@ def _masked_arguments() -> Iterator[None]:
 
 
 def loggers(out: Path, track: TrackConfig, after: int) -> list[Logger]:
-    """metrics.csv, and wandb unless it is disabled or missing. Without a key it writes offline runs to sync later."""
+    """metrics.csv, and wandb unless it is disabled or not installed; without a key an offline run."""
     made: list[Logger] = [MetricsFile(out / "metrics.csv", after)]
     if track.wandb is not Wandb.disabled and wandb_is_there():
         made.append(wandb_logger(out, track, new=after == 0))
@@ -206,15 +207,15 @@ def loggers(out: Path, track: TrackConfig, after: int) -> list[Logger]:
 
 
 def wandb_is_there() -> bool:
-    """Whether wandb is installed; where it is not, rank 0 says so."""
+    """Whether wandb is installed; if not, rank 0 logs it."""
     there = find_spec("wandb") is not None
     if not there:
-        rank_zero_only(log.warning)("wandb is not installed: the run goes on without it: pip install wandb")
+        rank_zero_only(log.warning)("wandb is not installed: the run continues without it: pip install wandb")
     return there
 
 
 def wandb_logger(out: Path, track: TrackConfig, new: bool) -> WandbRun:
-    """The wandb run of a run folder, begun or, unless `new`, continued; `track.wandb` is not disabled."""
+    """Start the wandb run of a run folder or, unless `new`, continue it. `track.wandb` must not be disabled."""
     # wandb reads this once, at its first call; its summary repeats metrics.csv.
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = track.wandb is Wandb.offline or (track.wandb is Wandb.auto and not _has_key())
@@ -226,7 +227,7 @@ def wandb_logger(out: Path, track: TrackConfig, new: bool) -> WandbRun:
         mode="offline" if offline else "online",
         id=_wandb_id(out, new),
         resume="allow",
-        # Beside wandb's global run: one that broke would be handed to the process's next training too.
+        # Not wandb's global run: a broken one would also be used by the process's next training.
         reinit="create_new",
     )
     run.log_hyperparams({"manifest": manifest(), "places": read_places(out)})
@@ -235,7 +236,7 @@ def wandb_logger(out: Path, track: TrackConfig, new: bool) -> WandbRun:
 
 @rank_zero_only
 def _wandb_id(out: Path, new: bool) -> str:
-    """The run's id at wandb, kept in the run folder: a run that goes on is continued there, not begun anew."""
+    """The wandb run's id, stored in the run folder, so that a resumed run continues the same wandb run."""
     path = out / "wandb_id"
     if new or not path.exists():
         write_text(path, secrets.token_hex(4))
@@ -243,7 +244,7 @@ def _wandb_id(out: Path, new: bool) -> str:
 
 
 def finish(made: list[Logger], preempted: bool = False) -> None:
-    """Ends the wandb run: one process may do several runs, and each is its own. A preempted one will go on."""
+    """End the wandb run, so that the process's next run gets its own. A preempted one will be continued."""
     for logger in made:
         if isinstance(logger, WandbRun):
             logger.end(Path(str(logger.save_dir)) / "checkpoints" / "last.ckpt", preempted)
@@ -254,6 +255,6 @@ def _has_key() -> bool:
 
     try:
         return bool(wandb.login(prompt=False))
-    except Exception as error:  # of a wrong form, or refused
+    except Exception as error:  # malformed or refused
         log.warning("wandb: %s: this run is written offline", " ".join(str(error).split()))
         return False

@@ -13,19 +13,24 @@ from torch import Tensor
 from segvol_pl.kernels.compared import compared
 
 DICE_SMOOTH = 1.0
-"""Added to Dice's denominator alone, as in the published code: an empty prediction of an empty mask costs 1."""
+"""Added to the denominator of Dice only, as in the published code: an empty prediction of an empty mask costs 1."""
 
 
 def mask_losses(logits_BKPDHW: Tensor, masks_BKDHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice loss and BCE of every prompt, each (B,K,P), float32 under autocast too.
+    """Compute Dice loss and BCE of every prompt.
 
-    `masks_BKDHW` is bool or 0/1; P prompts share one.
+    Args:
+        logits_BKPDHW: logits of P prompts of each mask.
+        masks_BKDHW: target masks, bool or 0/1.
+
+    Returns:
+        Dice loss and BCE, each (B,K,P), float32 also under autocast.
     """
     logits = logits_BKPDHW.float().flatten(3)
     truth = masks_BKDHW.float().flatten(2)[:, :, None]
-    # BCE is a small difference of large sums: with products rounded to bf16 nothing would be left of it.
+    # BCE is a small difference of large sums: rounding the products to bf16 would destroy it.
     with torch.autocast(logits.device.type, enabled=False):
-        # Matrix products sum without holding the products: these tensors are the largest of the whole step.
+        # A matrix product does not store the elementwise products: these tensors are the largest of the step.
         overlap_logits = (logits @ truth.transpose(2, 3))[..., 0]
         bce_BKP = (F.softplus(logits).sum(-1) - overlap_logits) / logits.shape[-1]
         probability = logits.sigmoid()
@@ -35,10 +40,17 @@ def mask_losses(logits_BKPDHW: Tensor, masks_BKDHW: Tensor) -> tuple[Tensor, Ten
 
 
 def low_mask_losses(low_BPdhw: Tensor, masks_BKDHW: Tensor, rows_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Dice loss and BCE, (B,P) each, float32, of low-resolution logits: as `mask_losses` of the same upsampled.
+    """Compute Dice loss and BCE of low-resolution logits; equal to `mask_losses` of the upsampled logits.
 
-    masks_BKDHW: bool; rows_P: which of its image's masks answers a prompt. Nothing of full resolution is made where the
-    fused operations run.
+    With the fused operations no tensor of full resolution is allocated.
+
+    Args:
+        low_BPdhw: low-resolution logits of P prompts.
+        masks_BKDHW: target masks, bool.
+        rows_P: index of each prompt's target mask among the K masks, int64.
+
+    Returns:
+        Dice loss and BCE, each (B,P), float32.
     """
     bce_BP, probability_BP, overlap_BP, truth_BP = compared(low_BPdhw, masks_BKDHW, rows_P).unbind(-1)
     dice_BP = 1 - 2 * overlap_BP / (probability_BP + truth_BP + DICE_SMOOTH)
@@ -46,5 +58,5 @@ def low_mask_losses(low_BPdhw: Tensor, masks_BKDHW: Tensor, rows_P: Tensor) -> t
 
 
 def simmim_loss(predicted_BMV: Tensor, patches_BMV: Tensor) -> Tensor:
-    """Mean absolute error over the voxels of the hidden tokens (paper Eq. 1)."""
+    """Compute the mean absolute error () over the voxels of the hidden tokens (paper Eq. 1)."""
     return F.l1_loss(predicted_BMV.float(), patches_BMV.float())

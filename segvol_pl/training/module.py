@@ -1,4 +1,4 @@
-"""What both tasks share: AdamW with linear warm-up and cosine decay by steps, and how steps are numbered in logs."""
+"""What both tasks share: optimizer, learning-rate schedule, gradient clipping, metrics per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from segvol_pl.data.batch import Batch
 
 
 def schedule(step: int, config: OptimConfig) -> float:
-    """Share of the peak learning rate at `step`."""
+    """Factor on `optim.lr` at `step`: linear warm-up, then cosine decay to 0 at `max_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     decayed = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -26,10 +26,10 @@ def schedule(step: int, config: OptimConfig) -> float:
 
 
 class StepMeans:
-    """Logs a step's metrics, means over its micro-batches and the ranks, by the steps done: the first step is 1.
+    """Log a step's metrics as means over its micro-batches and all ranks. The first step has number 1.
 
-    Steps that are not logged ask nothing of the other ranks or of the GPU. Lightning's own way through `module.log`
-    costs tens of milliseconds for a dozen metrics.
+    Steps that are not logged cost no communication and no GPU synchronisation. Lightning's own `module.log` costs tens
+    of milliseconds for a dozen metrics.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StepMeans:
         self.latest: dict[str, float] = {}
 
     def log(self, module: pl.LightningModule, metrics: dict[str, Tensor]) -> None:
-        """Takes in a micro-batch's metrics; logs once the step's micro-batches are complete."""
+        """Add the metrics, () each, of a micro-batch; log after the step's last one."""
         step = module.global_step + 1
         if step % module.trainer.log_every_n_steps:  # type: ignore[attr-defined]  # set by its logger connector
             return
@@ -54,12 +54,12 @@ class StepMeans:
 
 
 def poisoned(loss: Tensor) -> Tensor:
-    """The loss as it is; one that is not finite makes every gradient NaN, so that all ranks see it in their norm."""
+    """The loss; if it is not finite, one whose gradients are all NaN, so that all ranks see it in the gradient norm."""
     return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def log_validation(module: pl.LightningModule, metrics: dict[str, Tensor], batch: Batch) -> None:
-    """Logs a validation batch's metrics, averaged over batches and ranks, at the steps done so far."""
+    """Log a validation batch's metrics, () each, averaged over batches and ranks, at the current step."""
     named = {f"val/{name}": value for name, value in metrics.items()}
     named["step"] = torch.tensor(float(module.global_step), device=module.device)
     module.log_dict(named, sync_dist=True, batch_size=len(batch["image_BCDHW"]))
@@ -87,7 +87,7 @@ class Task(pl.LightningModule):
         self.means = StepMeans()
         self.sharding = Sharding()
         self.step_norm: Tensor | None = None
-        """That of the last step's gradients before clipping, (); DeepSpeed tells its own."""
+        """Norm of the last step's gradients before clipping, (); None under DeepSpeed, which computes its own."""
 
     def configure_model(self) -> None:
         """Split the weights. Lightning calls this before each validation, training and test."""
@@ -97,15 +97,15 @@ class Task(pl.LightningModule):
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        if not gradients:  # DeepSpeed's, which clips and skips by itself
+        if not gradients:  # held by DeepSpeed, which clips and skips steps itself
             return
         norm = nn.utils.get_total_norm(gradients)
-        # Lightning refuses to clip for a fused optimizer under autocast: one that unscales. bf16 is not scaled.
+        # Lightning refuses to clip with a fused optimizer under autocast, because of loss scaling. bf16 needs none.
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(self.parameters(), gradient_clip_val, norm)
-        # Of gradients that are split over the ranks, the same on all of them.
+        # Of gradients that are split over the ranks, the norm over all of them.
         self.step_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # A fused AdamW that is told so leaves its weights, moments and count as they are.
+        # With found_inf set, a fused AdamW keeps its weights, moments and step count.
         optimizer.found_inf = (~self.step_norm.isfinite()).float()
 
     def configure_optimizers(self) -> Any:
@@ -114,7 +114,7 @@ class Task(pl.LightningModule):
 
 
 def optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW over the parameters that train, and its schedule."""
+    """AdamW over the parameters that require a gradient, and its schedule per step."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     beta1, beta2 = config.betas
     adamw = torch.optim.AdamW(trained, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)

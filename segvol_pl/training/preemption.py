@@ -1,12 +1,12 @@
-"""Surviving the queue: a signal sets a flag, all ranks agree between two steps, save, and are queued again.
+"""Preemption: a signal sets a flag; all ranks agree between two steps, save a checkpoint and requeue the job.
 
 1. SIGUSR1 (sent by SLURM before the time limit, see `--signal`) and SIGTERM only set a flag.
-2. Between two steps, and between two batches of a validation, which is cut short then, the ranks ask each other, over
-   the CPU, whether any of them was signalled, and rank 0 says whether a checkpoint is due by its clock.
-3. If so, all save the checkpoint together, rank 0 asks SLURM to queue the job again, and all end. Before the first step
-   there is nothing to save.
+2. Between two steps, and between two validation batches, the ranks exchange over the CPU whether any of them was
+   signalled; rank 0 adds whether a checkpoint is due by its clock. A signal cuts a validation short.
+3. If any was signalled, all ranks save the checkpoint together, rank 0 requeues the job in SLURM, and all end. Before
+   the first step there is nothing to save.
 
-A further signal while saving finds the flag set. The next start of the same command goes on from the checkpoint.
+A further signal while saving has no effect. The next start of the same command resumes from the checkpoint.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 SIGNALLED = 128
-"""Added to a signal's number, the exit status of a process that it ended: a shell's convention."""
+"""Exit status of a process ended by a signal, minus the signal's number: the convention of shells."""
 
 
 class StopSignal:
-    """Holds the first signal received within its block. Nothing else happens in the handler."""
+    """Record the first signal received within its block. The handler does nothing else."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -52,7 +52,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def install(self) -> None:
-        """Takes the signals over from whoever handles them now."""
+        """Replace the current handlers of the signals."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 
@@ -61,22 +61,22 @@ class StopSignal:
 
 
 class Preemption(pl.Callback):
-    """Saves and ends the run between two steps, once any rank was signalled; has `checkpoints` save when it is time.
+    """Save and end the run between two steps once any rank was signalled; tell `checkpoints` when a save is due.
 
-    Exits with 128 + the signal's number, having asked SLURM to queue the job again where it runs one and `requeue`.
+    Exits with 128 + the signal's number. In a SLURM job, if `requeue` is set, the job is requeued.
     """
 
     def __init__(self, stop: StopSignal, checkpoints: Checkpoints, requeue: bool) -> None:
         self.stop, self.checkpoints, self.requeue = stop, checkpoints, requeue
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        # Lightning's own handler of SIGTERM, set a moment ago, talks to other ranks in the middle of a step.
+        # Lightning has just installed its own handler of SIGTERM, which communicates with other ranks in mid-step.
         self.stop.install()
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int, loader: int = 0
     ) -> None:
-        # The notice that SLURM gives may be shorter than a validation.
+        # SLURM's notice may be shorter than a validation.
         if number := self._agree(trainer):
             self._end(trainer, number)
 
@@ -90,14 +90,14 @@ class Preemption(pl.Callback):
             self._end(trainer, number)
 
     def _agree(self, trainer: pl.Trainer) -> int:
-        """The signal that any rank received, or 0; whether rank 0 found a checkpoint to be due goes the same way."""
+        """The signal that any rank received, or 0. Sets `checkpoints.wanted` if rank 0 finds a checkpoint due."""
         due = trainer.is_global_zero and self.checkpoints.overdue()
-        said = torch.tensor([self.stop.received, int(due)])
+        flags = torch.tensor([self.stop.received, int(due)])
         if trainer.world_size > 1:
-            # Asking over NCCL would make the host wait for the GPU in every step.
-            dist.all_reduce(said, dist.ReduceOp.MAX, group=host_group())
-        self.checkpoints.wanted = bool(said[1])
-        return int(said[0])
+            # Over NCCL the host would wait for the GPU in every step.
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=host_group())
+        self.checkpoints.wanted = bool(flags[1])
+        return int(flags[0])
 
     def _end(self, trainer: pl.Trainer, number: int) -> None:
         name, step = signal.Signals(number).name, trainer.global_step
@@ -108,7 +108,7 @@ class Preemption(pl.Callback):
         if trainer.is_global_zero:
             loggers.finish(trainer.loggers, preempted=True)
             again = self.requeue and queue_again()
-            after = "queued again" if again else "the same command goes on from there"
+            after = "requeued" if again else "run the same command to resume"
             saved = f"saved step {step} to {self.checkpoints.last}" if begun else "nothing to save yet"
             log.info("%s: %s, %s", name, saved, after)
         trainer.strategy.barrier()
@@ -116,13 +116,13 @@ class Preemption(pl.Callback):
 
 
 def queue_again() -> bool:
-    """Asks SLURM to queue this job again; whether it did. A job that is being cancelled stays so."""
+    """Requeue this job in SLURM; return whether that worked. A job that is being cancelled is left alone."""
     job = _job()
     if job is None or shutil.which("scontrol") is None:
         return False
     shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False)
     if "JobState=RUNNING" not in shown.stdout:
-        log.info("job %s is not RUNNING any more: left to SLURM", job)
+        log.info("job %s is not RUNNING any more: not requeued", job)
         return False
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -131,6 +131,6 @@ def queue_again() -> bool:
 
 
 def _job() -> str | None:
-    """The job's id; of an array's task ARRAY_TASK."""
+    """The job's id, or ARRAY_TASK for a task of an array job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -20,10 +20,13 @@ from segvol_pl.training.module import Task, log_validation, poisoned
 
 
 class SimMIMTask(Task):
-    """Hidden tokens are replaced by a learned one; a linear head restores their voxels.
+    """Masked tokens are replaced by a learned one; a linear head predicts their voxels.
 
-    Unlike the published run, the head reads the encoder's normalised output, so that the final norm trains too.
-    A pure function of the batch: the mask is drawn in the loader.
+    Unlike the published run, the head reads the encoder's normalised output, so that the final norm trains too. The
+    loss is a pure function of the batch: the mask is sampled by the loader.
+
+    Args:
+        config: the run's configuration.
     """
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -37,27 +40,27 @@ class SimMIMTask(Task):
         self.save_hyperparameters({"task": "pretrain", "config": plain(config)})
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean absolute error over the hidden voxels, images being in [0, 1]."""
+        """Compute the mean absolute error () over the hidden voxels; images are in [0, 1]."""
         mask_BT = batch["mask_BT"]
         patches_BTV = self.encoder.patches(batch["image_BCDHW"])
         tokens_BTE = self.encoder.encode_patches(patches_BTV, mask_BT, self.mask_token)
         hidden_BM1 = hidden_tokens(mask_BT, self.hidden)[..., None]
-        # Only what is hidden has to be restored.
+        # Only hidden tokens are predicted.
         predicted_BMV = self.head(tokens_BTE.take_along_dim(hidden_BM1, dim=1))
         return simmim_loss(predicted_BMV, patches_BTV.take_along_dim(hidden_BM1, dim=1))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The loss of a micro-batch, which is logged as its step's mean."""
+        """Compute the loss () of a micro-batch, and log it."""
         loss = self.loss(batch)
         self.means.log(self, {"loss": loss.detach()})
         return poisoned(loss)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Logs the loss of a batch."""
+        """Log the loss of a batch."""
         log_validation(self, {"loss": self.loss(batch)}, batch)
 
 
 def hidden_tokens(mask_BT: Tensor, count: int) -> Tensor:
-    """Places of the `count` tokens that each row of the mask hides, ascending, (B, count)."""
-    # Indexing by the mask itself would ask the GPU how many they are, and stop it.
+    """Indices of the `count` tokens that each row of the mask hides, ascending, int64 (B,M), M = count."""
+    # Boolean indexing would synchronise with the GPU to learn how many there are.
     return mask_BT.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]

@@ -1,4 +1,4 @@
-"""What the ranks say to each other beside training: over the CPU, so that no GPU is waited for."""
+"""Communication between ranks over the CPU, which does not wait for GPUs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-Said = TypeVar("Said")
+Value = TypeVar("Value")
 
 
 def host_group() -> dist.ProcessGroup:
-    """All ranks, by gloo. The first call may make it, for which all ranks call together."""
+    """The group of all ranks over gloo. The first call may create it: all ranks must call together."""
     world = dist.group.WORLD
-    assert world is not None, "one process has nobody to talk to"
-    # Ranks whose own group has gloo need no second one, with connections of its own from each to each.
+    assert world is not None, "a single process has no group"
+    # If the default group already has gloo, a second one would only add connections between all ranks.
     return world if "cpu:gloo" in dist.get_backend_config(world) else _made(world)
 
 
 @functools.lru_cache(maxsize=1)
 def _made(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    # One process may train several times, each time in a world of its own.
-    return dist.new_group(backend="gloo")
+    # One process may train several times, each time in a new world.
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group
 
 
-def gathered(own: Said, ranks: int) -> list[Said]:
-    """What every rank says, by rank. All call together; what is said is pickled among the ranks of one job alone."""
+def gathered(own: Value, ranks: int) -> list[Value]:
+    """Gather a value from every rank, in rank order. All call together; values are pickled within one job only."""
     if ranks == 1:
         return [own]
-    said: list[Said] = [own] * ranks
-    dist.all_gather_object(said, own, group=host_group())
-    return said
+    values: list[Value] = [own] * ranks
+    dist.all_gather_object(values, own, group=host_group())
+    return values

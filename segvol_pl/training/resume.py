@@ -1,9 +1,9 @@
-"""Where a start of a run goes on from, and whether it may.
+"""Which checkpoint a run resumes from, and whether it may.
 
-1. `last.ckpt`, where it is whole; else the newest whole checkpoint beside it, which is said.
-2. Configuration, samples and category names must be those that the run began on; what differs is refused in one line.
-   Folders may have moved; a run may be made longer.
-3. What may differ but shows in the losses, such as the precision, is said.
+1. It resumes from `last.ckpt` if that is intact, else from the newest intact checkpoint next to it, with a warning.
+2. Configuration, samples and category names must be those of the run's first start; a difference is refused in one
+   line. Folders may have moved, and a run may be made longer.
+3. A change that is allowed but shows in the losses, such as the precision, is logged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Config = PretrainConfig | TrainConfig
 
-SAID = (
+LOGGED = (
     "run.precision",
     "run.tf32",
     "run.deterministic",
@@ -35,27 +35,27 @@ SAID = (
     "data.shards",
     "data.mix",
 )
-"""Keys that may change, and whose change is said: losses then agree to rounding, or folders have moved."""
+"""Keys that may change with a warning: losses then agree up to rounding, or folders have moved."""
 LENGTH = "optim.max_steps"
-REMEDY = "give what the run began with, another run.out, or run.resume=false to begin anew"
+REMEDY = "restore the original settings, choose another run.out, or set run.resume=false to start over"
 
 
 @dataclass(frozen=True)
 class Start:
-    """From which step, and which checkpoint, a run goes on: 0 and none where it begins."""
+    """The step and checkpoint that a run resumes from: 0 and None for a new run."""
 
     step: int = 0
     checkpoint: Path | None = None
     changed: tuple[str, ...] = ()
-    """`key before -> now` of what differs from the start before."""
+    """`key before -> now` for each key that differs from the previous start."""
 
 
 def start_of(config: Config, module: VolumeModule) -> Start:
-    """How this start of `config.run.out` begins. Raises ConfigError where the run may not go on so."""
+    """Where this start of the run in `config.run.out` resumes. Raises ConfigError if it may not resume."""
     folder = Path(config.run.out) / "checkpoints"
     if not config.run.resume:
         return Start()
-    found = newest_whole(folder)
+    found = newest_intact(folder)
     if found is None:
         _refuse_lost_run(config, folder)
         return Start()
@@ -63,51 +63,51 @@ def start_of(config: Config, module: VolumeModule) -> Start:
     changed = _check_configuration(config, checkpoint["hyper_parameters"]["config"])
     _check_data(config, module, checkpoint)
     step = int(checkpoint["global_step"])
-    log.info("going on from step %d of %s", step, path)
+    log.info("resuming from step %d of %s", step, path)
     return Start(step, path, changed)
 
 
-def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """`last.ckpt` and what it holds, or the newest whole one of the others; none where there is no checkpoint.
+def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """`last.ckpt` and its content, or the newest other intact checkpoint; None if there is no checkpoint.
 
-    Raises CheckpointError where there are some, but none is whole.
+    Raises CheckpointError if there are checkpoints, but none is intact.
     """
     last = folder / "last.ckpt"
-    whole: dict[Path, dict[str, Any]] = {}
+    intact: dict[Path, dict[str, Any]] = {}
     damage: list[CheckpointError] = []
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path != last, path)):
         try:
-            check_whole(path)
-            whole[path] = read_checkpoint(path, mapped=True)
+            check_intact(path)
+            intact[path] = read_checkpoint(path, mapped=True)
         except CheckpointError as error:
             damage.append(error)
-        if last in whole:
-            return last, whole[last]
-    if whole:
-        path = max(whole, key=lambda path: int(whole[path]["global_step"]))
-        log.warning("%s: going on from %s", damage[0] if last.exists() else f"{last} is not there", path.name)
-        return path, whole[path]
+        if last in intact:
+            return last, intact[last]
+    if intact:
+        path = max(intact, key=lambda path: int(intact[path]["global_step"]))
+        log.warning("%s: resuming from %s", damage[0] if last.exists() else f"{last} is missing", path.name)
+        return path, intact[path]
     if damage:
-        raise CheckpointError(f"{damage[0]}; no other checkpoint beside it is whole: put one back, or {REMEDY}")
+        raise CheckpointError(f"{damage[0]}; no other checkpoint is intact: put one back, or {REMEDY}")
     return None
 
 
-def check_whole(path: Path) -> None:
-    """Reads a checkpoint through once. Raises CheckpointError where a byte is not what was written.
+def check_intact(path: Path) -> None:
+    """Read a checkpoint completely. Raises CheckpointError if a byte differs from what was written.
 
-    torch writes a checksum of every tensor into the file, and does not look at it when it loads.
+    torch writes a checksum of every tensor into the file, but does not check it when loading.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError) as error:
-        raise CheckpointError(f"{path}: is damaged ({error or 'cut short'})") from error
+        raise CheckpointError(f"{path}: is damaged ({error or 'truncated'})") from error
     if altered:
-        raise CheckpointError(f"{path}: is damaged (its checksum of {altered} does not hold)")
+        raise CheckpointError(f"{path}: is damaged (wrong checksum of {altered})")
 
 
 def _refuse_lost_run(config: Config, folder: Path) -> None:
-    """A run that has saved, and whose checkpoints are all gone, is not begun again over its own records."""
+    """Raise ConfigError if a run has saved, but all its checkpoints are gone: its records are not overwritten."""
     metrics = folder.parent / "metrics.csv"
     logged = max((step for step, _ in read_metrics(metrics, "train/loss")), default=0) if metrics.exists() else 0
     # One interval may have passed before the first save was on the disk.
@@ -127,11 +127,11 @@ def _check_configuration(config: Config, before: dict[str, Any]) -> tuple[str, .
         raise ConfigError(f"run.out: {config.run.out} holds a run with {', '.join(refused[:5])}: {REMEDY}")
     if longer:
         log.warning(
-            "%s %s -> %s: the learning rate goes on as the schedule of the new length has it at this step",
+            "%s %s -> %s: the learning rate continues on the schedule of the new length",
             *(LENGTH, *changed[LENGTH]),
         )
-    for key in (key for key in SAID if key in changed):
-        log.warning("%s %s -> %s since the start before", key, *changed[key])
+    for key in (key for key in LOGGED if key in changed):
+        log.warning("%s %s -> %s since the previous start", key, *changed[key])
     return tuple(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
 
 
@@ -139,18 +139,20 @@ def _check_data(config: Config, module: VolumeModule, checkpoint: dict[str, Any]
     held = checkpoint.get(VolumeModule.__qualname__, {})
     before = checkpoint["hyper_parameters"].get("categories", module.categories)
     if problem := _names_that_differ(before, module.categories) or module.differs(held):
-        raise ConfigError(f"run.out: {config.run.out} holds a run that was trained on other data: {problem}: {REMEDY}")
+        raise ConfigError(
+            f"run.out: {config.run.out} holds a run that was trained on different data: {problem}: {REMEDY}"
+        )
 
 
 def _names_that_differ(before: list[str], now: list[str]) -> str:
-    """What became of the categories, by name: rows of the text bank belong to names."""
+    """How the categories differ, by name (rows of the text bank belong to names); empty if they are equal."""
     gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
     parts = [f"{what} {', '.join(names[:5])}" for what, names in (("without", gone), ("with the new", new)) if names]
     return f"data.shards is now {' and '.join(parts)}" if parts else ""
 
 
 def set_aside(folder: Path) -> None:
-    """Moves an earlier run's checkpoints to `folder`/earlier-N: a new run neither counts nor overwrites them."""
+    """Move an earlier run's checkpoints to `folder`/earlier-N: a new run neither counts nor overwrites them."""
     found = sorted(folder.glob("*.ckpt"))
     if not found:
         return

@@ -1,8 +1,8 @@
-"""Supervised training: every category of a volume asked for in every prompt combination (paper Algorithm 1).
+"""Supervised training: each category of a volume is prompted in every combination (paper Algorithm 1).
 
-1. Each volume is encoded once, and what its prompts have in common is made once.
-2. All its prompts, those of categories in every combination and those of pseudo-labels, are decoded group by group.
-3. A group is brought to full resolution and compared with its masks before the next one is decoded, see `groups`.
+1. Each volume is encoded once, and what its prompts share is computed once.
+2. All its prompts (each category in every combination, and the pseudo-labels) are decoded group by group.
+3. A group is upsampled and compared with its masks before the next one is decoded, see `grouped_loss`.
 
 Letters: B batch, K categories (or pseudo-labels) of one volume, C prompt combinations, P prompts of one volume, D H W
 voxels, d h w voxels of low resolution, N points, M landmarks.
@@ -35,9 +35,13 @@ log = logging.getLogger(__name__)
 
 
 class SegVolTask(Task):
-    """BCE + Dice over the prompt combinations plus `pseudo_weight` x the same over pseudo-labels (paper Eq. 2-4).
+    """BCE + Dice loss over the prompt combinations, plus `pseudo_weight` x the same over pseudo-labels (Eq. 2-4).
 
-    A pure function of the batch: it draws nothing.
+    The loss is a pure function of the batch: all randomness is in the samples.
+
+    Args:
+        config: the run's configuration.
+        bank: vectors of the categories that text prompts name; its rows are the batch's `category_BK`.
     """
 
     def __init__(self, config: TrainConfig, bank: TextBank) -> None:
@@ -48,28 +52,36 @@ class SegVolTask(Task):
         self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The loss of a micro-batch; it and its parts are logged as their step's means."""
+        """Compute the loss () of a micro-batch, and log it and its parts."""
         loss, parts = self.losses(batch)
         self.means.log(self, parts)
         return poisoned(loss)
 
     def validation_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The masks of the categories in every combination, for whoever looks on: bool (B,K,C,D,H,W)."""
+        """Log the loss and its parts; return the predicted masks of all combinations, bool (B,K,C,D,H,W)."""
         answers: list[Tensor] = []
         _, parts = self.losses(batch, answers)
         log_validation(self, parts, batch)
         combinations = len(self.config.prompts.combinations)
         count = batch["valid_BK"].shape[1] * combinations
-        return torch.cat(answers, dim=1)[:, :count].unflatten(1, (-1, combinations))
+        masks_BKCDHW: Tensor = torch.cat(answers, dim=1)[:, :count].unflatten(1, (-1, combinations))
+        return masks_BKCDHW
 
     def losses(self, batch: Batch, answers: list[Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss to descend, and its parts by name: loss, supervised, pseudo, and Dice loss and BCE per combination.
+        """Compute the loss of a batch.
 
-        answers: if given, the masks are appended to it, group by group, bool (B,P,D,H,W); without gradients alone.
+        Args:
+            batch: a micro-batch, see `data.batch`.
+            answers: a list to which the predicted masks are appended group by group, bool (B,P,D,H,W). Only without
+                gradients.
+
+        Returns:
+            The loss () to minimise, and its detached parts by name: loss, supervised, pseudo, and Dice loss and BCE of
+            each combination.
         """
-        combinations, marked = self.config.prompts.combinations, self.config.model.landmark_counts
-        asked = questions = supervised_questions(batch, combinations, marked)
-        pseudo = pseudo_questions(batch, marked) if "pseudo_boxes_BK6" in batch else None
+        combinations, landmark_counts = self.config.prompts.combinations, self.config.model.landmark_counts
+        asked = questions = supervised_questions(batch, combinations, landmark_counts)
+        pseudo = pseudo_questions(batch, landmark_counts) if "pseudo_boxes_BK6" in batch else None
         if pseudo is not None:
             asked = questions.joined(pseudo, self.config.pseudo_weight)
         loss, dice_BP, bce_BP = self.prompt_losses(self.model.encode(batch["image_BCDHW"]), asked, answers)
@@ -87,14 +99,21 @@ class SegVolTask(Task):
     def prompt_losses(
         self, tokens_BTE: Tensor, asked: Questions, answers: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The weighted loss (), and Dice loss and BCE of every prompt, detached, (B,P) each; `answers` as above."""
+        """Decode prompts and compare them with their masks, group by group.
+
+        Args:
+            tokens_BTE: the encoded images.
+            asked: the prompts, their masks and their weights in the loss.
+            answers: as in `losses`.
+
+        Returns:
+            The weighted loss (), and the detached Dice loss and BCE of every prompt, (B,P) each.
+        """
 
         def term(group: slice, *context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             self.sharding.gather()
-            low_BPdhw, rows_P = (
-                self.model.decode_from_context(ImageContext(*context), asked.prompts.at(group)),
-                asked.rows_P[group],
-            )
+            low_BPdhw = self.model.decode_from_context(ImageContext(*context), asked.prompts.at(group))
+            rows_P = asked.rows_P[group]
             if fused(low_BPdhw) and answers is None:
                 dice_BP, bce_BP = low_mask_losses(low_BPdhw, asked.masks_BKDHW, rows_P)
             else:
@@ -113,19 +132,19 @@ class SegVolTask(Task):
         )
 
     def groups(self, count: int, volumes: int) -> list[slice]:
-        """Which of `count` prompts of each of so many volumes are decoded together."""
+        """Slices of the `count` prompts of each volume that are decoded together, for `volumes` volumes."""
         bf16 = torch.is_autocast_enabled(self.device.type)
         sizes = memory.prompt_groups(self.config, count, volumes, bf16, self.room)
         return [slice(last - size, last) for size, last in zip(sizes, accumulate(sizes), strict=True)]
 
     @functools.cached_property
     def room(self) -> float | None:
-        """Bytes of a GPU that this run may fill, on the fullest of all ranks'; None on a CPU. Asked for once."""
+        """Bytes of GPU memory that this run may use: the minimum over all ranks. None on a CPU. Measured once."""
         if self.device.type != "cuda":
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
         room = torch.tensor(float(free + torch.cuda.memory_reserved(self.device)), device=self.device)
-        # Ranks that gather weights for each group must have as many of them.
+        # Ranks that gather weights for each group must have the same number of groups.
         if distributed.is_initialized():
             distributed.all_reduce(room, distributed.ReduceOp.MIN)
         log.info("memory: %.1f GiB of the GPU for this run", room.item() / 2**30)
@@ -134,41 +153,41 @@ class SegVolTask(Task):
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts with the masks that answer them, and what each counts in the loss."""
+    """Prompts, their target masks, and their weights in the loss."""
 
     prompts: PromptTensors
     masks_BKDHW: Tensor
     """bool; prompts of one mask share it."""
     rows_P: Tensor
-    """Which of its volume's masks answers a prompt, int64."""
+    """Index of each prompt's target mask among its volume's K masks, int64."""
     weights_BP: Tensor
 
     def joined(self, other: Questions, weight: float) -> Questions:
-        """With the other's behind them, which count `weight` times as much."""
+        """Append the other's prompts, with their loss weights multiplied by `weight`."""
         weights_BP = torch.cat([self.weights_BP, weight * other.weights_BP], dim=1)
         masks_BKDHW = torch.cat([self.masks_BKDHW, other.masks_BKDHW], dim=1)
         rows_P = torch.cat([self.rows_P, self.masks_BKDHW.shape[1] + other.rows_P])
         return Questions(self.prompts.joined(other.prompts), masks_BKDHW, rows_P, weights_BP)
 
 
-def supervised_questions(batch: Batch, combinations: list[str], marked: dict[str, int]) -> Questions:
-    """The categories in every combination: a combination counts its mean over the batch's masks, an invalid one 0.
+def supervised_questions(batch: Batch, combinations: list[str], landmark_counts: dict[str, int]) -> Questions:
+    """Each category in every combination. A combination counts as its mean over the batch's masks; invalid masks as 0.
 
-    marked: the model's kinds of landmarks, and how many each has.
+    landmark_counts: number of landmarks of each kind that the model has.
     """
     valid_BK = batch["valid_BK"]
     weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
-    asked = combined(batch, combinations, marked)
+    asked = combined(batch, combinations, landmark_counts)
     rows_P = _rows(valid_BK).repeat_interleave(len(combinations))
     return Questions(asked, batch["masks_BKDHW"], rows_P, weights_BP)
 
 
-def pseudo_questions(batch: Batch, marked: dict[str, int]) -> Questions:
-    """Even pseudo-labels are asked for by points, odd ones by their box: the sum over them, as in Algorithm 1."""
+def pseudo_questions(batch: Batch, landmark_counts: dict[str, int]) -> Questions:
+    """Pseudo-labels, even ones prompted by points and odd ones by their box; summed as in Algorithm 1."""
     valid_BK = batch["pseudo_valid_BK"]
     kinds = ["box" if place % 2 else "points" for place in range(valid_BK.shape[1])]
     weights_BP = valid_BK.float() / len(valid_BK)
-    asked = _prompts(batch, "pseudo_", kinds, marked)
+    asked = _prompts(batch, "pseudo_", kinds, landmark_counts)
     return Questions(asked, batch["pseudo_masks_BKDHW"], _rows(valid_BK), weights_BP)
 
 
@@ -176,16 +195,16 @@ def _rows(valid_BK: Tensor) -> Tensor:
     return torch.arange(valid_BK.shape[1], device=valid_BK.device)
 
 
-def combined(batch: Batch, combinations: list[str], marked: dict[str, int]) -> PromptTensors:
-    """Each of the batch's K categories in each of C combinations: P = K x C prompts, combination fastest."""
-    return _prompts(batch, "", combinations * batch["valid_BK"].shape[1], marked)
+def combined(batch: Batch, combinations: list[str], landmark_counts: dict[str, int]) -> PromptTensors:
+    """Prompt each of the batch's K categories in each of C combinations: P = K x C, the combination varies fastest."""
+    return _prompts(batch, "", combinations * batch["valid_BK"].shape[1], landmark_counts)
 
 
-def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], marked: dict[str, int]) -> PromptTensors:
-    """The batch's K prompts, each P / K times in a row, with the parts that the P `kinds` name."""
+def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], landmark_counts: dict[str, int]) -> PromptTensors:
+    """The batch's K prompts, each repeated P / K times, with the parts that each of the P `kinds` names."""
     valid_BK = batch[f"{prefix}valid_BK"]
     each = len(kinds) // valid_BK.shape[1]
-    # Made on the device: a tensor of Python's own booleans would stop a GPU.
+    # Created on the device: copying Python booleans there would synchronise with the GPU.
     yes, no = valid_BK.new_ones(()), valid_BK.new_zeros(())
 
     def spread(name: str) -> Tensor:
@@ -195,14 +214,16 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], marked: dict[str, 
         return torch.stack([yes if part in named_parts(kind) else no for kind in kinds]).expand(len(valid_BK), -1)
 
     shape, known = (len(valid_BK), len(kinds)), prefix + "landmarks_BKM3" in batch
-    no_marks = (*shape, sum(marked.values()), 3)
-    has_landmarks = [has(name)[..., None].expand(-1, -1, count) for name, count in marked.items()]
+    none_BPM3 = (*shape, sum(landmark_counts.values()), 3)
+    has_landmarks = [has(name)[..., None].expand(-1, -1, count) for name, count in landmark_counts.items()]
     return PromptTensors(
         points_BPN3=spread("points_BKN3").float(),
         labels_BPN=spread("labels_BKN"),
         boxes_BP6=spread("boxes_BK6").float(),
         text_BP=spread("category_BK"),
-        landmarks_BPM3=spread("landmarks_BKM3").float() if known else valid_BK.new_zeros(no_marks, dtype=torch.float32),
+        landmarks_BPM3=spread("landmarks_BKM3").float()
+        if known
+        else valid_BK.new_zeros(none_BPM3, dtype=torch.float32),
         has_points_BP=has("points"),
         has_box_BP=has("box"),
         has_text_BP=has("text"),

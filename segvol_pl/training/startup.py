@@ -1,7 +1,7 @@
-"""What must be alike on all ranks, and be there at all: looked at before training, so that it fails in seconds.
+"""Checks before training, so that a run that cannot work fails within seconds.
 
-1. Every rank states its configuration, packages, samples and clock; the first that differs from rank 0 is named.
-2. Room for checkpoints in the run folder, and in shared memory for the batches of all ranks of a node, is asked for.
+1. Configuration, packages and samples must agree on all ranks; the first rank that differs from rank 0 is named.
+2. The run folder needs disk space for checkpoints, and each node shared memory for the batches of its ranks.
 """
 
 from __future__ import annotations
@@ -27,38 +27,37 @@ from segvol_pl.training.ranks import gathered
 log = logging.getLogger(__name__)
 
 CLOCK = 60.0
-"""Seconds by which the ranks' clocks may differ before it is said."""
+"""Difference of the ranks' clocks, in seconds, above which a warning is logged."""
 BYTES_A_WEIGHT = 12
-"""In a checkpoint: float32, and AdamW's two moments."""
+"""Bytes of a checkpoint per weight: float32, and AdamW's two moments."""
 CHECKPOINTS = 3
-"""Those that must fit at once beside the ones that are kept: last, best, and the one being written."""
+"""Checkpoints that exist at once besides the step-N.ckpt: last, best, and the one being written."""
 SHARED = Path("/dev/shm")
-"""Where loader processes lay their batches; containers come with 64 MiB of it."""
+"""Where loader processes put their batches; containers have 64 MiB by default."""
 
 VALIDATING = 1
-"""Loader processes of validation, which stay beside those of training."""
+"""Loader processes of validation, which live as long as those of training."""
 
 Config = PretrainConfig | TrainConfig
 Statement = dict[str, str]
-"""What is compared -> what this rank says of it."""
+"""What is compared -> its value on this rank."""
 
 
 class StartUp(pl.Callback):
-    """Compares the ranks once, before the first step or validation. Raises StartUpError."""
+    """Run the checks once, before the first step or validation. Raises StartUpError."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.looked = False
+        self.checked = False
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if self.looked:
+        if self.checked:
             return
-        self.looked = True
+        self.checked = True
         check_room(self.config.run, sum(parameter.numel() for parameter in module.parameters()))
         check_shared_memory(self.config)
         if trainer.world_size > 1:
-            said = self._statement(trainer), socket.gethostname(), time.time()
-            stated = gathered(said, trainer.world_size)
+            stated = gathered((self._statement(trainer), socket.gethostname(), time.time()), trainer.world_size)
             hosts = [host for _, host, _ in stated]
             compare([statement for statement, _, _ in stated], hosts)
             compare_clocks([clock for _, _, clock in stated], hosts)
@@ -71,12 +70,12 @@ class StartUp(pl.Callback):
         return {
             "configuration": _digest(to_yaml(self.config)),
             "packages": packages,
-            "samples": _digest(samples_of(data)),
+            "samples": _digest(index_text(data)),
         }
 
 
-def samples_of(data: VolumeModule) -> str:
-    """The samples of both corpora and where they lie, as their index states them."""
+def index_text(data: VolumeModule) -> str:
+    """The index entries of all samples. Unlike `data.samples`, they include the shards that hold the samples."""
     records = [*data.train_corpus.records, *data.val_corpus.records]
     return "\n".join(f"{record.key} {record.facts_sha256} {record.shard} {record.members}" for record in records)
 
@@ -86,27 +85,27 @@ def _digest(text: str) -> str:
 
 
 def compare(statements: list[Statement], hosts: list[str]) -> None:
-    """Raises StartUpError naming the first rank that differs from rank 0, and in what."""
+    """Raise StartUpError naming the first rank that differs from rank 0, and in what."""
     first = statements[0]
     for rank, (statement, host) in enumerate(zip(statements, hosts, strict=True)):
-        for what, said in statement.items():
-            if said != first[what]:
+        for what, value in statement.items():
+            if value != first[what]:
                 raise StartUpError(
-                    f"rank {rank} on {host} has other {what} than rank 0 on {hosts[0]} ({said}; {first[what]}): "
-                    "give all nodes the same environment, arguments and shards"
+                    f"{what} of rank {rank} on {host} differs from rank 0 on {hosts[0]} ({value}; {first[what]}): "
+                    "use the same environment, arguments and shards on all nodes"
                 )
 
 
 def compare_clocks(clocks: list[float], hosts: list[str]) -> None:
-    """Warns of clocks apart: logs and file times cannot be put in order."""
+    """Warn if the clocks differ: logs and file times of different hosts then cannot be compared."""
     apart = max(clocks) - min(clocks)
     if apart > CLOCK:
         late, early = hosts[clocks.index(max(clocks))], hosts[clocks.index(min(clocks))]
-        log.warning("the clocks of %s and %s are %.0f s apart", late, early, apart)
+        log.warning("the clocks of %s and %s differ by %.0f s", late, early, apart)
 
 
 def check_room(run: RunConfig, weights: int) -> None:
-    """Raises StartUpError where the run folder's disk cannot hold the checkpoints."""
+    """Raise StartUpError if the run folder's disk cannot hold the checkpoints. weights: number of parameters."""
     count = CHECKPOINTS + (run.keep_last if run.save_every else 0)
     needed, free = count * BYTES_A_WEIGHT * weights, shutil.disk_usage(run.out).free
     if free < needed:
@@ -116,14 +115,14 @@ def check_room(run: RunConfig, weights: int) -> None:
 
 
 def shared_bytes(config: Config) -> int:
-    """What the loader processes of one node lay into shared memory: the batches that they hold ready."""
+    """Bytes of shared memory that the prefetched batches of one node's loader processes need."""
     run, data = config.run, config.data
     batch = sample_bytes(config) * micro_batch(config)
     return run.devices * (data.workers + VALIDATING) * data.prefetch * batch if data.workers else 0
 
 
 def check_shared_memory(config: Config, place: Path = SHARED) -> None:
-    """Raises StartUpError where loader processes could not hand over their batches: they would die of SIGBUS."""
+    """Raise StartUpError if shared memory is too small for the batches: loader processes would die of SIGBUS."""
     needed = shared_bytes(config)
     if needed and place.is_dir() and (free := shutil.disk_usage(place).free) < needed:
         size = math.ceil(1.1 * needed / GIB)

@@ -15,8 +15,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -41,30 +41,30 @@ STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 LEAST_TIMEOUT = 120.0
-"""Seconds that ranks wait for each other at least: they do not start at the same moment."""
+"""Smallest timeout of communication, in seconds: ranks do not start at the same moment."""
 
 
 def trainer_precision(run: RunConfig) -> Any:
-    """Lightning's name of the precision. DeepSpeed's own bf16 would cast weights and inputs: see `ZeRO`."""
+    """Lightning's name of the precision. Under DeepSpeed Lightning would cast weights and inputs, see `ZeRO`."""
     mixed = uses_bf16(run_device(run), run.precision) and run.strategy not in STAGES
     return "bf16-mixed" if mixed else "32-true"
 
 
 def _accelerator(run: RunConfig) -> str:
     if run.accelerator not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"run.accelerator: {run.accelerator!r} is none of auto, cpu, cuda")
+        raise ConfigError(f"run.accelerator: {run.accelerator!r} is not one of auto, cpu, cuda")
     return resolve_device(run.accelerator).type
 
 
 def run_device(run: RunConfig) -> torch.device:
-    """The kind of device that the run computes on."""
+    """The kind of device that the run computes on. Raises ConfigError."""
     return resolve_device(_accelerator(run))
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what this process frees, for it to be used again.
+    """Let glibc keep the memory that this process frees, for reuse.
 
-    The tensors of a step on a CPU are large enough to be taken from the kernel, page by page, and given back each time.
+    The tensors of a step on a CPU are so large that glibc otherwise returns them to the kernel after each use.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -73,17 +73,17 @@ def keep_freed_memory() -> None:
 
 
 def environments() -> list[SLURMEnvironment]:
-    """Lightning's view of SLURM, without its own saving and queueing in the signal handler."""
+    """Lightning's SLURM plugin, without its saving and requeueing in the signal handler."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
 def trainer_placement(run: RunConfig) -> dict[str, Any]:
-    """Lightning's accelerator, devices, num_nodes and strategy. Raises ConfigError where devices are lacking."""
+    """Lightning's accelerator, devices, num_nodes and strategy. Raises ConfigError if devices are missing."""
     accelerator = _accelerator(run)
     alone = accelerator == "cuda" and sees_its_own_alone(run.devices, torch.cuda.device_count())
     strategy = _strategy(run, accelerator)
     if alone:
-        # By local rank. Lightning would look for a device of its own number, which is another task's.
+        # Indexed by local rank. Lightning would use a device with that number, which this process cannot see.
         strategy.parallel_devices = [torch.device("cuda", 0)] * run.devices
     return {
         "accelerator": accelerator,
@@ -94,17 +94,17 @@ def trainer_placement(run: RunConfig) -> dict[str, Any]:
 
 
 def sees_its_own_alone(devices: int, seen: int) -> bool:
-    """Whether whoever started the ranks shows each of them one device, as `srun --gpus-per-task=1` does.
+    """Whether each rank sees only its own device, as under `srun --gpus-per-task=1`.
 
-    devices: ranks of this node; seen: devices that this process sees. Raises ConfigError where they are too few.
+    devices: ranks of this node; seen: devices that this process sees. Raises ConfigError if there are too few.
     """
     if devices <= seen:
         return False
     if seen == 1 and (environments() or "LOCAL_RANK" in os.environ):
         return True
     raise ConfigError(
-        f"run.devices: {devices} asked for, but this process sees {seen} GPU{'s' * (seen != 1)}: ask for {seen}, or "
-        "let the job have more (all tasks of a node see all its GPUs, or each task its own one)"
+        f"run.devices: {devices} requested, but this process sees {seen} GPU{'s' * (seen != 1)}: set it to {seen}, "
+        "or give the job more (each task must see all GPUs of its node, or one of its own)"
     )
 
 
@@ -114,14 +114,16 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
     if run.strategy is Strategy.auto and run.devices * run.nodes == 1:
         return "auto"
     backend = "nccl" if accelerator == "cuda" else "gloo"
-    # The watchdog, which names the rank that hangs, ends the job before this does.
+    # Longer than the watchdog's timeout, which names the rank that hangs.
     timeout = timedelta(seconds=max(2 * run.hang_timeout, LEAST_TIMEOUT))
     if run.strategy is Strategy.fsdp:
         if run.offload and backend == "nccl":
-            # Gradients that lie in main memory are clipped there, by their norm over all ranks.
+            # Offloaded gradients are clipped in main memory, by their norm over all ranks.
             backend = "cuda:nccl,cpu:gloo"
         if torch.__version__ < "2.9":
-            raise ConfigError("run.strategy: fsdp needs torch 2.9, before which CPU ranks summed gradients: use ddp")
+            raise ConfigError(
+                "run.strategy: fsdp needs torch 2.9 (before, CPU ranks summed gradients, not averaged them): use ddp"
+            )
         return FullyShard(run, backend, timeout)
     if run.strategy in STAGES:
         if importlib.util.find_spec("deepspeed") is None:
@@ -130,7 +132,7 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
         from segvol_pl.training.deepspeed import ZeRO
 
         return ZeRO(run, STAGES[run.strategy], backend, timeout)
-    # torch fails where the first backward pass of a static graph is one without synchronisation.
+    # torch fails if the first backward pass of a static graph does not synchronise, as under accumulation.
     static = run.accumulate == 1
     return DDPStrategy(
         process_group_backend=backend, gradient_as_bucket_view=True, static_graph=static, timeout=timeout
@@ -138,7 +140,7 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
 
 
 class FullyShard(ModelParallelStrategy):
-    """FSDP2: each block of encoder and decoder is gathered when it computes. Checkpoints are whole, on rank 0."""
+    """FSDP2: the weights of a block are gathered while it computes. Rank 0 writes complete checkpoints."""
 
     def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
@@ -148,36 +150,36 @@ class FullyShard(ModelParallelStrategy):
 
     @property
     def offloads(self) -> bool:
-        """Whether shares lie elsewhere than where this rank computes: on CPU ranks they lie in main memory anyhow."""
+        """Whether the shards stay in main memory while this rank computes on a GPU."""
         return self.run.offload and self.root_device.type != "cpu"
 
     def setup_environment(self) -> None:
+        """Start the process group, and make a mesh with one axis: torch then uses the group with all its backends."""
         self._setup_distributed()
-        # One axis, that of all ranks: torch then takes their group as it is, whatever backends it has.
         self._device_mesh = init_device_mesh(
             self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
         )
 
     def model_to_device(self) -> None:
-        """Weights whose shares stay in main memory are brought to the device block by block; the rest lies there."""
+        """Move the module to the device. With offloading only its buffers: FSDP2 moves the weights block by block."""
         if not self.offloads:
             super().model_to_device()
             return
         assert self.lightning_module is not None
-        # A validation leaves the outermost weights gathered: the optimizer would be given those.
+        # A validation leaves the outermost weights gathered: the optimizer would get those instead of the shards.
         for part in self.lightning_module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
         _move_buffers(self.lightning_module, self.root_device)
-        # Where batches go and metrics are summed.
+        # The device that batches are moved to.
         _update_properties(self.lightning_module, device=self.root_device)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Every rank's share of the whole checkpoint."""
+        """Load each rank's shard of the complete checkpoint."""
         if not self.offloads:
             return super().load_checkpoint(checkpoint_path, weights_only)
         assert self.lightning_module is not None
-        # torch wants what a module holds on one device while it loads.
+        # torch requires all tensors of a module on one device while loading.
         _move_buffers(self.lightning_module, torch.device("cpu"))
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         _move_buffers(self.lightning_module, self.root_device)
@@ -190,7 +192,7 @@ class FullyShard(ModelParallelStrategy):
         reduced = torch.bfloat16 if uses_bf16(self.root_device, self.run.precision) else None
         settings: dict[str, Any] = {
             "mesh": self.device_mesh["data_parallel"],
-            # Inputs stay as they are: coordinates would lose digits; autocast does the rest.
+            # Inputs are not cast: coordinates would lose digits. Autocast casts where it is safe.
             "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.offloads else OffloadPolicy(),
         }
@@ -202,7 +204,7 @@ class FullyShard(ModelParallelStrategy):
             assert isinstance(block, FSDPModule)
             self.decoding.append(block)
         fully_shard(module, **settings)
-        # Lightning calls these, not forward, before which FSDP2 gathers.
+        # FSDP2 gathers before forward, but Lightning calls these.
         for step in ("training_step", "validation_step"):
             register_fsdp_forward_method(module, step)
 
@@ -224,15 +226,15 @@ def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
-    """Compiles the encoder's blocks, equal ones once, and what decodes prompts, for the shapes that they first meet.
+    """Compile the encoder's blocks (equal ones once), the prompt encoder and the mask decoder, with static shapes.
 
-    Under fsdp the blocks alone: the hooks that gather split weights stay outside of them, and groups of prompts are
-    computed again, for which a compiled part does not keep the same twice.
+    Under fsdp only the blocks: its hooks stay outside of them, and groups of prompts are recomputed, for which a
+    compiled part does not save the same tensors twice.
     """
     kinds: tuple[type[torch.nn.Module], ...] = (Block,)
     if run.strategy is not Strategy.fsdp:
         kinds += (PromptEncoder, MaskDecoder)
-    # A run has few shapes: training's and validation's last group of prompts have their own.
+    # There are few shapes: only the last group of prompts differs, in training and in validation.
     for part in module.modules():
         if isinstance(part, kinds):
             part.forward = torch.compile(part.forward, dynamic=False)

@@ -1,4 +1,4 @@
-"""What validation shows beside the loss: Dice of each category under each prompt combination, and pictures of masks.
+"""What validation logs besides the loss: Dice of each category and prompt combination, and pictures of masks.
 
 Letters: B batch, K categories of one volume, C prompt combinations, D H W voxels, G categories of the bank.
 """
@@ -18,10 +18,9 @@ from segvol_pl.training.segment import SegVolTask
 
 
 class ValidationDice(pl.Callback):
-    """Logs `val/dice/PROMPT/CATEGORY`, means over the validation's masks, and `val/dice/PROMPT`, the mean of those.
+    """Log `val/dice/PROMPT/CATEGORY`, means over the validation's masks, and `val/dice/PROMPT`, the mean of those.
 
-    Dice is that of masks, not of probabilities, at the model's input resolution.
-    The first batch's first volume is pictured at wandb.
+    Dice of binary masks, at the model's input resolution. A slice of the first batch's first volume is logged to wandb.
     """
 
     def __init__(self) -> None:
@@ -40,11 +39,11 @@ class ValidationDice(pl.Callback):
         masks_BKCDHW: Tensor = outputs
         valid_BK1 = batch["valid_BK"][..., None]
         dice_BKC = dice(masks_BKCDHW, batch["masks_BKDHW"])
-        # An invalid mask adds nothing to its row; to leave it out, a GPU would have to say how many there are.
+        # An invalid mask adds 0 to its row: leaving it out would synchronise with the GPU.
         summed_BKC2 = torch.stack([dice_BKC.where(valid_BK1, 0), valid_BK1.expand_as(dice_BKC)], dim=-1)
         self.sums_CG2.index_add_(1, batch["category_BK"].flatten(), summed_BKC2.flatten(0, 1).transpose(0, 1).double())
         if index == 0 and trainer.is_global_zero:
-            self._picture(trainer, module, batch, masks_BKCDHW)
+            self._log_picture(trainer, module, batch, masks_BKCDHW)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if not isinstance(module, SegVolTask):
@@ -60,8 +59,8 @@ class ValidationDice(pl.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _picture(self, trainer: pl.Trainer, module: SegVolTask, batch: Batch, masks_BKCDHW: Tensor) -> None:
-        """The axial slice where the first category is largest, with its mask under each combination."""
+    def _log_picture(self, trainer: pl.Trainer, module: SegVolTask, batch: Batch, masks_BKCDHW: Tensor) -> None:
+        """Log the axial slice in which the first category is largest, with its mask under each combination."""
         truth_DHW = batch["masks_BKDHW"][0, 0]
         at = int(truth_DHW.sum((1, 2)).argmax())
         name = module.hparams["categories"][int(batch["category_BK"][0, 0])]
@@ -76,13 +75,13 @@ class ValidationDice(pl.Callback):
 
 
 def _upright(plane_HW: Tensor) -> Any:
-    """As radiologists look at it: anterior up, the patient's right on the left."""
+    """Turn a slice as radiologists view it: anterior up, the patient's right on the left."""
     return plane_HW.flip(0, 1).cpu().numpy()
 
 
 def dice(masks_BKCDHW: Tensor, truth_BKDHW: Tensor) -> Tensor:
-    """Dice of bool masks, (B,K,C) in float32."""
-    # Counted a combination at a time: all of them as numbers would take more memory than training does.
+    """Compute Dice of bool masks, (B,K,C) float32."""
+    # One combination at a time: converting all masks at once would take more memory than training.
     truth_BKV = truth_BKDHW.flatten(2)
     found = [masks_BKDHW.flatten(2) for masks_BKDHW in masks_BKCDHW.unbind(2)]
     shared = torch.stack([(mask_BKV & truth_BKV).sum(-1) for mask_BKV in found], -1)
@@ -91,7 +90,7 @@ def dice(masks_BKCDHW: Tensor, truth_BKDHW: Tensor) -> Tensor:
 
 
 class CorpusSize(pl.Callback):
-    """Logs how many volumes the run trains on and is held against: what D counts where it is volumes."""
+    """Log the number of volumes to train on and of held-out volumes, which scaling laws use as data size."""
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,11 +1,11 @@
-"""A rank that hangs is named, and the job ends, instead of all others waiting for it until the time limit.
+"""Names a rank that hangs and ends the job, instead of letting the other ranks wait until the time limit.
 
-1. Every rank counts what it does (batches begun and ended, validation, saving) and a thread of it writes the count,
-   with a tick that shows that the process lives, to a file of its own in the run folder. The first validation, which
-   comes before training, is watched too, and so is a run of one process.
-2. A rank whose count has stood still for `timeout` seconds reads the others' files and names the rank that all wait
-   for: the one that has done least, or else the one whose tick stands still; and after what it stands.
-3. It ends its process; SLURM, or whoever started the ranks, ends the others.
+1. Every rank counts its progress (batches begun and ended, validation, saving). A thread writes the count to a file of
+   the rank in the run folder, with a tick that shows that the process is alive. The first validation, before training,
+   is watched too, and so is a run of one process.
+2. A rank without progress for `timeout` seconds reads the files of the others, and names the rank that they wait for:
+   one whose tick has stopped, or else the one with the least progress; and its last completed operation.
+3. It ends its process. SLURM, or whatever started the ranks, ends the others.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from segvol_pl.atomic import write_text
 log = logging.getLogger(__name__)
 
 HUNG = 70
-"""Exit status of a rank that ended because one hung (EX_SOFTWARE)."""
+"""Exit status of a rank that ended because a rank hung (EX_SOFTWARE)."""
 LOOKS = 10
-"""Times that the count is looked at within the timeout."""
+"""How often the count is checked within the timeout."""
 
 Beat = dict[str, Any]
-"""rank, host, pid, done (how much it did so far), after (the last of it), tick."""
+"""rank, host, pid, done (progress so far), after (the last completed operation), tick."""
 
 
 def _noting(what: str) -> Callable[..., None]:
-    """A hook that counts, and notes after what it comes."""
+    """A hook that counts, and records the operation that it follows."""
 
     def note(self: Watchdog, *arguments: Any, **named: Any) -> None:
         self.done, self.after = self.done + 1, what
@@ -46,7 +46,7 @@ def _noting(what: str) -> Callable[..., None]:
 
 
 class Watchdog(pl.Callback):
-    """Ends the process where nothing was done for `timeout` seconds. Files: `folder`/rank-N.json."""
+    """End the process after `timeout` seconds without progress. Files: `folder`/rank-N.json."""
 
     def __init__(self, folder: Path, timeout: float) -> None:
         self.folder, self.timeout = folder, timeout
@@ -54,13 +54,13 @@ class Watchdog(pl.Callback):
         self.stopped = threading.Event()
         self.stopped.set()
 
-    on_train_batch_start = _noting("it was given a batch")
+    on_train_batch_start = _noting("receiving a batch")
     on_before_backward = _noting("a forward pass")
     on_before_optimizer_step = _noting("a backward pass")
     on_train_batch_end = _noting("a batch")
-    on_validation_batch_start = _noting("it was given a batch of validation")
-    on_validation_batch_end = _noting("a batch of validation")
-    on_save_checkpoint = _noting("its state was gathered for a checkpoint")
+    on_validation_batch_start = _noting("receiving a validation batch")
+    on_validation_batch_end = _noting("a validation batch")
+    on_save_checkpoint = _noting("gathering a checkpoint")
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         if not self.stopped.is_set():
@@ -83,7 +83,7 @@ class Watchdog(pl.Callback):
             beat = {**who, "done": done, "after": self.after, "tick": tick}
             write_text(self._file(rank), json.dumps(beat))
             waited = time.monotonic() - since
-            # The ticks are first read at half of the time: a process that lives has ticked again by its end.
+            # Ticks are first read at half of the timeout: a live process has ticked again by the end.
             if waited > self.timeout / 2 and not before:
                 before = self._beats(ranks)
             if waited > self.timeout:
@@ -91,7 +91,7 @@ class Watchdog(pl.Callback):
 
     def _end(self, before: dict[int, Beat], now: dict[int, Beat], ranks: int, waited: float) -> None:
         names = "; ".join(suspects(before, now, ranks))
-        log.error("nothing was done for %.0f s: waiting for %s: ending the job (run.hang_timeout)", waited, names)
+        log.error("no progress for %.0f s; stalled: %s; aborting (run.hang_timeout=%.0f)", waited, names, self.timeout)
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(HUNG)
@@ -110,8 +110,8 @@ class Watchdog(pl.Callback):
 
 
 def suspects(before: dict[int, Beat], now: dict[int, Beat], ranks: int) -> list[str]:
-    """The ranks that the others wait for, described."""
-    missing = [f"rank {rank}, which never began" for rank in range(ranks) if rank not in now]
+    """Describe the ranks that the others wait for."""
+    missing = [f"rank {rank}, which never started" for rank in range(ranks) if rank not in now]
     if missing:
         return missing
     still = [rank for rank, beat in now.items() if rank in before and before[rank]["tick"] == beat["tick"]]
@@ -122,4 +122,4 @@ def suspects(before: dict[int, Beat], now: dict[int, Beat], ranks: int) -> list[
         f"rank {rank} on {now[rank]['host']} (process {now[rank]['pid']}, after {now[rank]['after']})"
         for rank in named or (range(1) if ranks == 1 else ())
     ]
-    return described or ["each other: no rank is behind"]
+    return described or ["all ranks, at the same operation"]

@@ -69,7 +69,7 @@ def test_an_error_of_writing_is_raised_and_the_last_checkpoint_stays(
     monkeypatch.setattr(checkpoints.torch, "save", disk_full)
     io.save_checkpoint({"step": 2}, tmp_path / "last.ckpt")
     checkpoints.wait(io.pending)
-    with pytest.raises(OSError, match=r"last\.ckpt: no space left on its disk"):
+    with pytest.raises(OSError, match=r"last\.ckpt: no space left on the disk"):
         getattr(io, ask)(*([{}, tmp_path / "next.ckpt"] if ask == "save_checkpoint" else []))
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"step": 1}

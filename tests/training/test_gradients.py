@@ -115,7 +115,7 @@ def test_weights_that_overflow_are_not_saved(phantom_shards: Path, tmp_path: Pat
 
 def test_a_checkpoint_that_is_not_finite_is_refused_by_name() -> None:
     moments = {"state": {0: {"exp_avg": torch.tensor([0.0, float("inf")])}}}
-    with pytest.raises(NonFiniteError, match=r"last.ckpt: not saved, as optimizer_states\.0\.state\.0\.exp_avg"):
+    with pytest.raises(NonFiniteError, match=r"last.ckpt: not saved, because optimizer_states\.0\.state\.0\.exp_avg"):
         check_finite({"state_dict": {"w": torch.ones(2)}, "optimizer_states": [moments]}, Path("last.ckpt"))
 
 

@@ -189,7 +189,7 @@ def test_the_death_of_wandbs_process_is_survived(
     losses = [read_metrics(tmp_path / name / "metrics.csv", "train/loss") for name in ("whole", "killed")]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     said = [record.message for record in caplog.records if record.message.startswith("wandb:")]
-    assert len(said) == 1 and "training goes on without it" in said[0]
+    assert len(said) == 1 and "training continues without it" in said[0]
     assert first.exists()
     # The next run of the same process is tracked again.
     monkeypatch.setattr(WandbRun, "log_metrics", plain_log)
@@ -226,7 +226,7 @@ def test_metrics_of_a_full_disk_wait_and_are_written_once_there_is_room(
     path.symlink_to("/dev/full")
     for step in (2, 3):
         metrics.log_metrics({"train/loss": float(step)}, step=step)
-    said = [record.message for record in caplog.records if "metrics wait in memory" in record.message]
+    said = [record.message for record in caplog.records if "metrics are kept in memory" in record.message]
     assert len(said) == 1 and "No space left on device" in said[0]
     path.unlink()
     (tmp_path / "kept.csv").rename(path)

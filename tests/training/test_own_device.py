@@ -49,7 +49,7 @@ def test_a_gpu_that_is_named_is_taken_by_every_process(
 
 
 def test_a_gpu_that_is_not_seen_is_refused_in_one_line(current: list[torch.device]) -> None:
-    with pytest.raises(ConfigError, match=r"device: cuda:4 asked for, but this process sees 4 CUDA devices"):
+    with pytest.raises(ConfigError, match=r"device: cuda:4 requested, but this process sees 4 CUDA devices"):
         own_device("cuda:4")
     assert current == []
 

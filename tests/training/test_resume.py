@@ -20,7 +20,7 @@ from segvol_pl.errors import CheckpointError, ConfigError
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 from segvol_pl.run_folder import read_metrics
-from segvol_pl.training.resume import check_whole, newest_whole
+from segvol_pl.training.resume import check_intact, newest_intact
 from segvol_pl.training.run import train
 
 HALF, STEPS = 4, 8
@@ -107,7 +107,7 @@ def test_a_folder_may_move(begun: TrainConfig, tmp_path: Path, caplog: pytest.Lo
     config = _copy(begun, tmp_path, moved)
     with caplog.at_level(logging.WARNING):
         train(config)
-    assert f"data.shards {begun.data.shards} -> {moved} since the start before" in caplog.text
+    assert f"data.shards {begun.data.shards} -> {moved} since the previous start" in caplog.text
     assert _losses(config) == _losses(begun)
 
 
@@ -115,7 +115,7 @@ def test_another_precision_is_said(begun: TrainConfig, tmp_path: Path, caplog: p
     config = _copy(begun, tmp_path)
     with caplog.at_level(logging.WARNING):
         train(replace(config, run=replace(config.run, precision=Precision.bf16)))
-    assert "run.precision fp32 -> bf16 since the start before" in caplog.text
+    assert "run.precision fp32 -> bf16 since the previous start" in caplog.text
 
 
 def test_a_finished_run_can_be_made_longer(
@@ -126,7 +126,7 @@ def test_a_finished_run_can_be_made_longer(
     longer = replace(config, optim=replace(config.optim, max_steps=STEPS + 2))
     with caplog.at_level(logging.WARNING):
         train(longer)
-    assert "optim.max_steps 8 -> 10: the learning rate goes on as the schedule of the new length" in caplog.text
+    assert "optim.max_steps 8 -> 10: the learning rate continues on the schedule of the new length" in caplog.text
     assert list(_losses(config)) == list(range(1, STEPS + 3))
     shorter = replace(config, optim=replace(config.optim, max_steps=STEPS))
     with pytest.raises(ConfigError, match=r"optim\.max_steps 10 -> 8"):
@@ -156,14 +156,14 @@ def _flip(path: Path) -> None:
 
 def test_one_flipped_bit_of_a_checkpoint_is_found(begun: TrainConfig, tmp_path: Path) -> None:
     path = Path(shutil.copy(Path(begun.run.out) / "checkpoints/last.ckpt", tmp_path))
-    check_whole(path)
+    check_intact(path)
     _flip(path)
     with pytest.raises(ValueError, match=r"last\.ckpt: is damaged"):
-        check_whole(path)
+        check_intact(path)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "missing"])
-def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(
+def test_a_damaged_checkpoint_gives_way_to_the_newest_intact_one(
     begun: TrainConfig, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = _copy(begun, tmp_path)
@@ -177,8 +177,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one(
         last.write_bytes(last.read_bytes()[:1000] if damage == "cut" else b"")
     with caplog.at_level(logging.WARNING):
         train(config)
-    gone = " is not there: " if damage == "missing" else ": is damaged "
-    assert f"{last}{gone}" in caplog.text and "going on from step-6.ckpt" in caplog.text
+    gone = " is missing: " if damage == "missing" else ": is damaged "
+    assert f"{last}{gone}" in caplog.text and "resuming from step-6.ckpt" in caplog.text
     assert _losses(config) == _losses(begun)
 
 
@@ -187,7 +187,9 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(begun: TrainConfig,
     folder = Path(config.run.out) / "checkpoints"
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"last\.ckpt: is damaged .* no other .* is whole: .*run\.resume=false"):
+    with pytest.raises(
+        CheckpointError, match=r"last\.ckpt: is damaged .* no other checkpoint is intact: .*run\.resume=false"
+    ):
         train(config)
     for path in folder.glob("*.ckpt"):
         path.unlink()
@@ -206,4 +208,4 @@ def test_a_new_run_in_an_old_folder_sets_its_checkpoints_aside(begun: TrainConfi
 
 
 def test_nothing_is_found_in_a_new_folder(tmp_path: Path) -> None:
-    assert newest_whole(tmp_path) is None
+    assert newest_intact(tmp_path) is None

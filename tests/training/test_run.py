@@ -279,7 +279,7 @@ def test_two_ranks_killed_again_and_again_end_as_if_nothing_had_happened(
         _kill_after(ranks[2], metrics, step, killed, delay)
         assert read_metrics(metrics, "train/loss")[-1][0] < steps, "killed before its end"
     said = ranks[2]("train", str(tmp_path / "killed.yaml"))
-    assert "going on from step" in said or "nothing to do" in said, said
+    assert "resuming from step" in said or "nothing to do" in said, said
     first, second = (weights_of(tmp_path / name / "checkpoints/last.ckpt") for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
     losses = [dict(read_metrics(tmp_path / name / "metrics.csv", "train/loss")) for name in ("whole", "killed")]
@@ -410,7 +410,7 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(phantom_shards: Path, tmp_p
     os.kill(hung, signal.SIGSTOP)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == HUNG, errors
-    assert f"waiting for rank 1 on {socket.gethostname()} (process {hung}, after " in errors
+    assert f"stalled: rank 1 on {socket.gethostname()} (process {hung}, after " in errors
     # Killed it is at once; gone when the kernel has let go of its memory.
     deadline = time.monotonic() + 10
     while not _ended(hung) and time.monotonic() < deadline:
@@ -445,7 +445,7 @@ def test_a_loader_that_hangs_ends_the_run(phantom_shards: Path, tmp_path: Path, 
     command = [sys.executable, tmp_path / "stuck.py", tmp_path / "run.yaml"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == HUNG, done.stderr
-    assert f"waiting for rank {devices - 1} on {socket.gethostname()}" in done.stderr
+    assert f"stalled: rank {devices - 1} on {socket.gethostname()}" in done.stderr
 
 
 def _ended(pid: int) -> bool:
@@ -464,10 +464,10 @@ def _beats(*pairs: tuple[int, int]) -> dict[int, Any]:
 @pytest.mark.parametrize(
     ("before", "now", "named"),
     [
-        (_beats((5, 1), (5, 1)), _beats((5, 3)), ["rank 1, which never began"]),
+        (_beats((5, 1), (5, 1)), _beats((5, 3)), ["rank 1, which never started"]),
         (_beats((5, 1), (5, 1), (5, 1)), _beats((5, 3), (5, 1), (5, 3)), ["rank 1 on n1 (process 1, after a batch)"]),
         (_beats((5, 1), (5, 1), (4, 1)), _beats((5, 3), (5, 2), (4, 3)), ["rank 2 on n2 (process 2, after a batch)"]),
-        (_beats((5, 1), (5, 1)), _beats((5, 3), (5, 2)), ["each other: no rank is behind"]),
+        (_beats((5, 1), (5, 1)), _beats((5, 3), (5, 2)), ["all ranks, at the same operation"]),
         (_beats((5, 1)), _beats((5, 3)), ["rank 0 on n0 (process 0, after a batch)"]),
     ],
 )

@@ -38,7 +38,7 @@ def test_ranks_that_agree_may_start() -> None:
 
 @pytest.mark.parametrize("what", SAME)
 def test_the_rank_that_differs_is_named(what: str) -> None:
-    with pytest.raises(StartUpError, match=f"rank 2 on n2 has other {what} than rank 0 on n1"):
+    with pytest.raises(StartUpError, match=f"{what} of rank 2 on n2 differs from rank 0 on n1"):
         compare([SAME, SAME, {**SAME, what: "other"}], ["n1", "n1", "n2"])
 
 
@@ -47,7 +47,7 @@ def test_clocks_apart_are_said(caplog: pytest.LogCaptureFixture) -> None:
         compare_clocks([0.0, 30.0], ["n1", "n2"])
         assert not caplog.messages
         compare_clocks([0.0, 90.0], ["n1", "n2"])
-    assert caplog.messages == ["the clocks of n2 and n1 are 90 s apart"]
+    assert caplog.messages == ["the clocks of n2 and n1 differ by 90 s"]
 
 
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_ranks_started_with_other_arguments_end_in_seconds(phantom_shards: Path,
     for rank in ranks:
         _, errors = rank.communicate(timeout=60)
         assert rank.returncode == 1
-        assert f"error: rank 1 on {socket.gethostname()} has other configuration than rank 0" in errors
+        assert f"error: configuration of rank 1 on {socket.gethostname()} differs from rank 0" in errors
 
 
 def test_fsdp_is_refused_where_torch_would_sum_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,5 +208,5 @@ def test_too_few_gpus_are_told(
     gpus(seen)
     if task:
         monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(ConfigError, match=rf"run\.devices: 8 asked for, but this process sees {seen} GPU"):
+    with pytest.raises(ConfigError, match=rf"run\.devices: 8 requested, but this process sees {seen} GPU"):
         trainer_placement(RunConfig(out="out", strategy=Strategy.ddp, devices=8, accelerator="cuda"))
