@@ -63,7 +63,7 @@ def prompts(kind: str) -> PromptTensors:
         has_points_BP=has["points"],
         has_box_BP=has["box"],
         has_text_BP=has["text"],
-        has_marks_BPM=torch.zeros(2, 1, 0, dtype=torch.bool),
+        has_landmarks_BPM=torch.zeros(2, 1, 0, dtype=torch.bool),
     )
 
 

@@ -88,7 +88,7 @@ def prompts_of(figures: dict[str, np.ndarray], kind: str) -> PromptTensors:
         has_points_BP=has["points"],
         has_box_BP=has["box"],
         has_text_BP=has["text"],
-        has_marks_BPM=torch.zeros(count, 1, 0, dtype=torch.bool),
+        has_landmarks_BPM=torch.zeros(count, 1, 0, dtype=torch.bool),
     )
 
 

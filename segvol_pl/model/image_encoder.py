@@ -21,14 +21,14 @@ from segvol_pl.model.narrow import narrowed
 
 
 class Block(TransformerBlock):
-    """MONAI's transformer block: its parameters, computed in fewer launches, and if so asked again when going backward.
+    """MONAI's transformer block with the same parameters, in fewer kernel launches, and optionally with recomputation.
 
-    That is decided within: a compiled block is compiled with it, and FSDP2 gathers weights once for both.
+    Recomputation happens inside the block, so that torch.compile includes it and FSDP2 gathers weights once for both.
     """
 
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__(config.hidden_size, config.mlp_dim, config.num_heads, qkv_bias=False)
-        # MONAI builds this norm even without cross attention; parameters that get no gradient break DDP.
+        # MONAI creates this norm even without cross attention; parameters without a gradient break DDP.
         del self.norm_cross_attn
         self.recompute = Recompute.none
 
@@ -36,9 +36,9 @@ class Block(TransformerBlock):
         """tokens_BTE -> tokens_BTE."""
         if self.recompute is Recompute.none or not torch.is_grad_enabled():
             return self._computed(tokens_BTE)
-        # Nothing in a block is random: the generators' states need not be kept.
+        # A block is not random: random states need not be saved.
         again = functools.partial(checkpoint, self._computed, use_reentrant=False, preserve_rng_state=False)
-        # torch.compile wants to see each form by itself.
+        # torch.compile needs two separate calls.
         if self.recompute is Recompute.cheap:
             cheap: Tensor = again(tokens_BTE, context_fn=_kept_products)
             return cheap
@@ -48,14 +48,14 @@ class Block(TransformerBlock):
     def _computed(self, tokens_BTE: Tensor) -> Tensor:
         attention: Any = self.attn
         perceptron: Any = self.mlp
-        # By name: that is when DeepSpeed gathers a weight that it has split.
+        # Access by name: this is when DeepSpeed gathers a split weight.
         biased = [(part.weight, part.bias) for part in (attention.out_proj, perceptron.linear1, perceptron.linear2)]
         qkv, *others = narrowed(attention.qkv.weight, *itertools.chain(*biased))
         tokens_BTE = tokens_BTE + F.linear(self._mixed(F.linear(self.norm1(tokens_BTE), qkv)), *others[:2])
         return tokens_BTE + F.linear(F.gelu(F.linear(self.norm2(tokens_BTE), *others[2:4])), *others[4:])
 
     def _mixed(self, qkv_BTE: Tensor) -> Tensor:
-        """Self-attention between the projections; of its three gradients one tensor is made, not a sum of three."""
+        """Self-attention between the projections. With unbind the backward pass writes one tensor, not three."""
         each = qkv_BTE.unflatten(-1, (3, self.attn.num_heads, -1)).unbind(2)
         mixed = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in each))
         return mixed.transpose(1, 2).flatten(2)
@@ -83,13 +83,13 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def compute_again(self, recompute: Recompute) -> None:
-        """What of the blocks' activations is computed again in the backward pass in place of being held."""
+        """Set what the blocks recompute in the backward pass instead of storing it."""
         for block in self.blocks:
             assert isinstance(block, Block)
             block.recompute = recompute
 
     def patches(self, image_BCDHW: Tensor) -> Tensor:
-        """The image cut into patches_BTV, in the order of the tokens."""
+        """Cut images into patches_BTV, in the order of the tokens."""
         patches_BTV: Tensor = self._embedding()[0](image_BCDHW)
         return patches_BTV
 
@@ -99,13 +99,13 @@ class ImageEncoder(nn.Module):
         return embedding
 
     def forward(self, image_BCDHW: Tensor) -> Tensor:
-        """tokens_BTE of images in [0, 1] of shape (B, 1, *config.input_shape)."""
+        """Encode images in [0, 1] of shape (B, 1, *config.input_shape) to tokens_BTE."""
         return self.encode_patches(self.patches(image_BCDHW))
 
     def encode_patches(
         self, patches_BTV: Tensor, mask_BT: Tensor | None = None, mask_token_E: Tensor | None = None
     ) -> Tensor:
-        """Tokens of an image's patches; where `mask_BT` is set, `mask_token_E` stands in for the patch (SimMIM)."""
+        """Encode patches to tokens_BTE; `mask_token_E` replaces patches where `mask_BT` (bool) is set (SimMIM)."""
         tokens_BTE = self._embedding()[1](patches_BTV)
         if mask_BT is not None and mask_token_E is not None:
             tokens_BTE = torch.where(mask_BT[..., None], mask_token_E.to(tokens_BTE.dtype), tokens_BTE)
@@ -117,7 +117,7 @@ class ImageEncoder(nn.Module):
 
 
 def _kept_products() -> tuple[Any, Any]:
-    """What a block holds where only what is cheap is computed again."""
+    """The contexts of a checkpoint that stores matrix products and attention, and recomputes the rest."""
     aten = torch.ops.aten
     attention = [
         aten._scaled_dot_product_flash_attention_for_cpu,

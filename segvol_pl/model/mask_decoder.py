@@ -1,11 +1,11 @@
-"""The mask decoder: image tokens and prompt tokens look at each other, then a mask is read off (paper Sec. 2.1).
+"""The mask decoder: image tokens and prompt tokens attend to each other, then a mask is predicted (paper Sec. 2.1).
 
 SAM's two-way transformer, upscaling by transposed 3-D convolutions, a hyper-network for the mask, and SegVol's
 text branch, whose similarity map is added to the mask (the paper's prose multiplies, its released code adds).
 
-A CPU copies what prompts share of their image, of which it has few. A GPU, where moving numbers costs more than
-multiplying them, does not: queries of all prompts meet an image's keys together, the image's projections are one
-product, and under autocast the image stays bf16 through its norm.
+On a CPU, tensors that prompts share with their image are copied for each prompt. On a GPU, where memory traffic costs
+more than arithmetic, they are not: the queries of all prompts of an image attend to its keys together, the projections
+of the image are one product, and under autocast the image stays bf16 through its norm.
 
 Letters: B images, A images x prompts flattened, S prompt tokens, T image tokens, E embedding, I inner width of an
 attention, D H W low-resolution voxels.
@@ -42,9 +42,9 @@ class Attention(nn.Module):
             self._start_local()
 
     def _start_local(self) -> None:
-        """Equal query and key projections: image and prompt tokens attend to what has a like position.
+        """Start with equal query and key projections: tokens attend to tokens with a similar position.
 
-        With independent ones the Fourier features of a box say nothing at first, and training long ignores boxes.
+        With independent ones the Fourier features of a box have no meaning at first, and training long ignores boxes.
         """
         nn.init.orthogonal_(self.q_proj.weight)
         with torch.no_grad():
@@ -53,13 +53,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.k_proj.bias)
 
     def forward(self, q_ASE: Tensor, k_ATE: Tensor, v_ATE: Tensor, keep_AT: Tensor | None = None) -> Tensor:
-        """(A,S,E): what each query takes from the values. keep_AT: False where a key is left out."""
+        """Attention, (A,S,E). keep_AT: bool, False for keys that are masked out."""
         return self.mix(self.q_proj(q_ASE), self.k_proj(k_ATE), self.v_proj(v_ATE), keep_AT)
 
     def mix(self, q_ASI: Tensor, k_ATI: Tensor, v_ATI: Tensor, keep_AT: Tensor | None = None) -> Tensor:
-        """What follows the projections. Queries, or keys and values, may be those of B images, shared by prompts."""
+        """Attention after the projections. Queries, or keys and values, may be those of B images, shared by prompts."""
         if len(q_ASI) > len(k_ATI):
-            assert keep_AT is None, "what is shared has nothing left out"
+            assert keep_AT is None, "shared keys cannot be masked"
             of_image = q_ASI.unflatten(0, (len(k_ATI), -1)).flatten(1, 2)
             return self.mix(of_image, k_ATI, v_ATI).view(*q_ASI.shape[:2], -1)
         q_ASI = _spread(q_ASI, len(k_ATI) // len(q_ASI))
@@ -82,11 +82,11 @@ def _spread(x_BTE: Tensor, count: int) -> Tensor:
 def _projections(
     image_ATE: Tensor, place_TE: Tensor, placed: Sequence[nn.Linear], plain: nn.Linear
 ) -> tuple[Tensor, ...]:
-    """(A,T,I) each: what `placed` make of the image with its positions, and what `plain` makes of the image."""
+    """(A,T,I) each: `placed` applied to the image plus its positions, and `plain` applied to the image."""
     if not fused(image_ATE):
         placed_ATE = image_ATE + place_TE
         return *(layer(placed_ATE) for layer in placed), plain(image_ATE)
-    # One product reads the image once, and the positions are projected once for all.
+    # One product reads the image once; the positions are projected once for all prompts.
     products = F.linear(image_ATE, torch.cat([*(layer.weight for layer in placed), plain.weight]))
     assert plain.bias is not None
     offset_T = torch.cat([*(layer(place_TE) for layer in placed), plain.bias.expand(len(place_TE), -1)], dim=-1)
@@ -95,13 +95,13 @@ def _projections(
 
 
 def _renewed(image_BTE: Tensor, found_ATE: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """(A,T,E): the norm of the image and what it found among each of its prompts' tokens."""
+    """(A,T,E): the norm of the image plus the result of its attention to each prompt's tokens."""
     if not fused(found_ATE):
         normed_ATE: Tensor = norm(image_BTE + found_ATE)
         return normed_ATE
     dtype = found_ATE.dtype
     sum_ATE = (image_BTE.to(dtype)[:, None] + found_ATE.unflatten(0, (len(image_BTE), -1))).flatten(0, 1)
-    # Autocast would make it float32, twice as much to write, to read and to cast again. The statistics are float32.
+    # Autocast would use float32: twice the memory traffic, and another cast. The statistics are float32 anyway.
     with torch.autocast(found_ATE.device.type, enabled=False):
         return F.layer_norm(sum_ATE, norm.normalized_shape, norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
 
@@ -121,19 +121,19 @@ class MLPBlock(nn.Module):
 
 
 class ImageContext(NamedTuple):
-    """The image in a layer's two cross attentions. In the first layer it is the same for all prompts of an image."""
+    """The image's part in a layer's two cross attentions; in the first layer equal for all prompts of an image."""
 
     image_BTE: Tensor
     place_TE: Tensor
     """The tokens' positions."""
     keys_BTI: Tensor
     values_BTI: Tensor
-    """Keys and values where prompt tokens look at the image."""
+    """Keys and values for the attention of prompt tokens to the image."""
     queries_BTI: Tensor
-    """Queries where the image looks at the prompt tokens."""
+    """Queries for the attention of the image to prompt tokens."""
 
     def spread(self, count: int) -> ImageContext:
-        """For `count` prompts of each image."""
+        """Repeat for `count` prompts of each image."""
         image, place, *projected = self
         image, *projected = (_spread(x, count) for x in (image, *projected))
         return ImageContext(image, place, *projected)
@@ -156,7 +156,7 @@ class TwoWayAttentionBlock(nn.Module):
         self.cross_attn_image_to_token = Attention(hidden, heads, downsample=2)
 
     def project_image(self, image_BTE: Tensor, place_TE: Tensor) -> ImageContext:
-        """This layer's projections of the image, for whoever stands outside: FSDP2 gathers the layer around it."""
+        """Compute this layer's projections of the image; a public method, for which FSDP2 gathers the weights."""
         return self._projected(image_BTE, place_TE)
 
     def _projected(self, image_BTE: Tensor, place_TE: Tensor) -> ImageContext:
@@ -167,7 +167,7 @@ class TwoWayAttentionBlock(nn.Module):
     def forward(
         self, tokens_ASE: Tensor, seen: ImageContext | tuple[Tensor, Tensor], prompt_ASE: Tensor, keep_AS: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`seen` is what the layer sees of the image, or image_ATE and place_TE to be looked at."""
+        """Apply the layer. seen: the context of the image, or image_ATE and place_TE to compute it from."""
         context = seen if isinstance(seen, ImageContext) else self._projected(*seen)
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         tokens_ASE = narrow(self.norm1(self._attend_self(tokens_ASE, prompt_ASE, keep_AS)))
@@ -188,7 +188,7 @@ class TwoWayAttentionBlock(nn.Module):
 
 
 class TwoWayTransformer(nn.Module):
-    """Prompt tokens and image tokens look at each other, block by block, prompts once more at the end."""
+    """Two-way attention of prompt and image tokens, block by block; a last attention of prompt tokens to the image."""
 
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
@@ -197,13 +197,13 @@ class TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(config.hidden_size)
 
     def project_image(self, image_BTE: Tensor, place_TE: Tensor) -> ImageContext:
-        """What the first layer sees of the images, whatever is asked of them."""
+        """Compute the first layer's context of the images, which does not depend on prompts."""
         first = self.layers[0]
         assert isinstance(first, TwoWayAttentionBlock)
         return first.project_image(image_BTE, place_TE)
 
     def forward(self, prompt_ASE: Tensor, context: ImageContext, keep_AS: Tensor) -> tuple[Tensor, Tensor]:
-        """`side` is that of all prompts, or on a GPU of their images."""
+        """Return tokens_ASE and image_ATE. context: of all A prompts, or on a GPU of the B images."""
         place_TE, prompt_ASE = context.place_TE, narrow(prompt_ASE)
         tokens_ASE = prompt_ASE
         seen: ImageContext | tuple[Tensor, Tensor] = context
@@ -231,10 +231,10 @@ class HyperNetwork(nn.Module):
 
 
 class _Weighed(torch.autograd.Function):
-    """voxels_AVE and weights_AE -> their products (A, V), prompt by prompt: the form for CPUs.
+    """voxels_AVE and weights_AE -> their products (A, V), prompt by prompt: used on CPUs.
 
-    A batched product with a single column is several times slower, backward above all; and torch would put the
-    prompts' gradients, the largest tensor of a step, together by copying them.
+    A batched product with a single column is several times slower, most of all backward; and torch would copy the
+    prompts' gradients, the largest tensor of a step, to stack them.
     """
 
     @staticmethod
@@ -254,8 +254,8 @@ class Upscaling(nn.Sequential):
     """image_ATE and the mask's channel weights_AE -> logits (A, D, H, W), each token becoming 4 x 4 x 4 voxels.
 
     Two transposed convolutions of kernel and stride 2: every output voxel has one input voxel, so both are plain
-    matrix products over the tokens, and only the final logits have to be brought into the order of the volume.
-    The modules hold the parameters under the released weights' names.
+    matrix products over the tokens, and only the final logits are permuted to the order of the volume. The modules hold
+    the parameters under the names of the released weights.
     """
 
     def __init__(self, hidden: int, grid: tuple[int, int, int]) -> None:
@@ -268,7 +268,7 @@ class Upscaling(nn.Sequential):
         )
         self.grid = grid
         for conv in self._convolutions():
-            # Every output voxel has one input voxel, while torch's default counts all eight taps of the kernel.
+            # Every output voxel has one input voxel; torch's default assumes that all eight taps of the kernel add up.
             nn.init.normal_(conv.weight, std=(2 / conv.in_channels) ** 0.5)
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
@@ -297,7 +297,7 @@ class Upscaling(nn.Sequential):
         assert isinstance(norm, nn.LayerNorm)
         scale, shift = self._in_token_order(norm.weight), self._in_token_order(norm.bias)
         if fused(fine_AT8E):
-            # Torch's own norm would give each prompt's 3 million numbers to a single block of threads.
+            # torch's norm would process the 3 million values of each prompt in a single thread block.
             return norm_gelu(fine_AT8E.flatten(1), scale.flatten(), shift.flatten(), norm.eps).view_as(fine_AT8E)
         return F.gelu(F.layer_norm(fine_AT8E, fine_AT8E.shape[1:], scale, shift, norm.eps))
 
@@ -327,7 +327,7 @@ class MaskDecoder(nn.Module):
     """Images, prompt tokens and text -> low-resolution logits (A, D, H, W), four times finer than the token grid.
 
     Parameter names are those of the released weights. Their unused parts (three of four hyper-networks and the
-    IoU head) are left out: a parameter that never gets a gradient breaks DDP.
+    IoU head) are omitted: a parameter without a gradient breaks DDP.
     """
 
     def __init__(self, config: SegVolConfig) -> None:
@@ -343,7 +343,7 @@ class MaskDecoder(nn.Module):
     def forward(
         self, context: ImageContext, prompt_ASE: Tensor, keep_AS: Tensor, text_AE: Tensor, has_text_A: Tensor
     ) -> Tensor:
-        """`side`: the first layer's, of the B images; every image has A / B prompts."""
+        """Return logits_ADHW. context: the first layer's, of the B images, each with A / B prompts."""
         own_SE = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens_ASE = torch.cat([own_SE.expand(len(prompt_ASE), -1, -1), prompt_ASE], dim=1)
         keep_AS = F.pad(keep_AS, (len(own_SE), 0), value=True)

@@ -1,7 +1,7 @@
-"""Autocast's casts on a GPU, made once for what is used more than once, and together for weights that go together.
+"""Casts to bf16 under autocast on a GPU: once per tensor that is used repeatedly, and one launch for several weights.
 
-Autocast casts what a product is given at each product, each weight in an operation of its own, and each gradient back:
-hundreds of launches a step. A CPU keeps autocast's own way.
+Autocast itself casts the operands of every product, each weight in a launch of its own, and each gradient back:
+hundreds of launches per step. On a CPU autocast casts as usual.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from segvol_pl.kernels import fused
 
 
 def narrow(x: Tensor) -> Tensor:
-    """`x` as autocast would have it for a product; as it is without autocast, and on a CPU."""
+    """Cast `x` as autocast does for a product; unchanged without autocast, and on a CPU."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if fused(x) and torch.is_autocast_enabled(kind) else x
 
 
 def narrowed(*weights: Tensor) -> tuple[Tensor, ...]:
-    """The same of several float32 weights, in one operation."""
+    """Like `narrow`, for several float32 weights in one operation."""
     kind = weights[0].device.type
     if not (fused(weights[0]) and torch.is_autocast_enabled(kind)) or weights[0].dtype is not torch.float32:
         return weights

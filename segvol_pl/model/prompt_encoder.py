@@ -1,7 +1,7 @@
 """The prompt encoder: points, boxes, text and landmarks become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
 
-All prompts of all images are encoded at once. What a prompt lacks is a token that attention leaves out,
-so that any mixture of prompt kinds is one batch.
+All prompts of all images are encoded at once. Parts that a prompt lacks are tokens that attention masks out, so that
+any mixture of prompt kinds is one batch.
 
 Letters: B batch, P prompts of one image, N points, M landmarks of all kinds, S prompt tokens, E embedding, T image
 tokens.
@@ -26,8 +26,8 @@ class PromptTensors:
     """The prompts of a batch of images, coordinates in voxels of the model's input.
 
     points_BPN3 float32, labels_BPN int64 (1, 0, -1 = padding, -2 = absent), boxes_BP6 float32 (inclusive maximum),
-    text_BP int64 (row of the text bank), landmarks_BPM3 float32; has_* bool (B,P), of landmarks (B,P,M): what the
-    prompt really has.
+    text_BP int64 (row of the text bank), landmarks_BPM3 float32; has_* bool (B,P), for landmarks (B,P,M): which
+    parts the prompt has.
     """
 
     points_BPN3: Tensor
@@ -38,10 +38,10 @@ class PromptTensors:
     has_points_BP: Tensor
     has_box_BP: Tensor
     has_text_BP: Tensor
-    has_marks_BPM: Tensor
+    has_landmarks_BPM: Tensor
 
     def to(self, device: torch.device | str) -> PromptTensors:
-        """The same on another device; to a GPU in one copy, which is not waited for."""
+        """Copy to a device; to a GPU in one asynchronous copy."""
         own = {item.name: getattr(self, item.name) for item in fields(self)}
         if torch.device(device).type != "cuda":
             return PromptTensors(**{name: tensor.to(device) for name, tensor in own.items()})
@@ -49,11 +49,11 @@ class PromptTensors:
         return PromptTensors(**dict(zip(own, unpack(packed, own.values()), strict=True)))
 
     def at(self, places: slice) -> PromptTensors:
-        """Some of each image's prompts."""
+        """Select prompts of each image."""
         return PromptTensors(**{item.name: getattr(self, item.name)[:, places] for item in fields(self)})
 
     def joined(self, other: PromptTensors) -> PromptTensors:
-        """With the other's prompts of the same images behind them; as many points in each."""
+        """Append the other's prompts of the same images, which must have the same number of points."""
         pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
         return PromptTensors(**{name: torch.cat(pair, dim=1) for name, pair in pairs.items()})
 
@@ -62,13 +62,19 @@ class PromptTensors:
         cls,
         prompts: Sequence[Sequence[Prompt]],
         index_of: Callable[[str], int],
-        marked: dict[str, int],
+        landmark_counts: dict[str, int],
         step: int = 1,
     ) -> PromptTensors:
-        """Every image must have the same number of prompts. `index_of` gives the text bank's row of a name.
+        """Convert prompts to tensors.
 
-        marked: the model's kinds of landmarks, and how many each has. Raises ConfigError for others. step: there is
-        room for a multiple of so many points.
+        Args:
+            prompts: the prompts of each image, equally many for all.
+            index_of: row of a category name in the text bank.
+            landmark_counts: number of landmarks of each kind that the model has.
+            step: the number of points is padded to a multiple of this.
+
+        Raises:
+            ConfigError: the model does not have the landmarks of a prompt.
         """
         shape = (len(prompts), len(prompts[0]))
         flat = [prompt for row in prompts for prompt in row]
@@ -77,9 +83,10 @@ class PromptTensors:
         points, labels = zip(*(_padded(prompt, width) for prompt in flat), strict=True)
         boxes = [prompt.box or (0,) * 6 for prompt in flat]
         text = [0 if prompt.text is None else index_of(prompt.text) for prompt in flat]
-        landmarks = np.stack([gathered_landmarks(prompt.landmarks, marked) for prompt in flat])
+        landmarks = np.stack([gathered_landmarks(prompt.landmarks, landmark_counts) for prompt in flat])
         has_landmarks = [
-            [name in prompt.landmarks for name, count in marked.items() for _ in range(count)] for prompt in flat
+            [name in prompt.landmarks for name, count in landmark_counts.items() for _ in range(count)]
+            for prompt in flat
         ]
         return cls(
             points_BPN3=torch.tensor(np.stack(points), dtype=torch.float32).view(*shape, width, 3),
@@ -90,17 +97,17 @@ class PromptTensors:
             has_points_BP=torch.tensor([prompt.points_N3 is not None for prompt in flat]).view(shape),
             has_box_BP=torch.tensor([prompt.box is not None for prompt in flat]).view(shape),
             has_text_BP=torch.tensor([prompt.text is not None for prompt in flat]).view(shape),
-            has_marks_BPM=torch.tensor(has_landmarks, dtype=torch.bool).view(*shape, -1),
+            has_landmarks_BPM=torch.tensor(has_landmarks, dtype=torch.bool).view(*shape, -1),
         )
 
 
 def pack(tensors: Iterable[Tensor]) -> Tensor:
-    """The bytes of all of them, one after the other, in an order that `unpack` knows."""
+    """Concatenate the bytes of the tensors, in an order that `unpack` reproduces."""
     return torch.cat([tensor.contiguous().view(torch.uint8).flatten() for tensor in _wide_first(tensors)])
 
 
 def unpack(packed_N: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
-    """Views of what `pack` put together of tensors of these shapes and kinds, in the order of `like`."""
+    """Split the result of `pack` into views with the shapes and dtypes of `like`, in its order."""
     like = list(like)
     ordered = _wide_first(like)
     parts = packed_N.split([tensor.nbytes for tensor in ordered])
@@ -109,7 +116,7 @@ def unpack(packed_N: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _wide_first(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The widest numbers first: so each tensor begins at a multiple of its numbers' size, as a view of bytes must."""
+    """Largest element size first, so that each tensor is aligned to its elements, as views require."""
     return sorted(tensors, key=lambda tensor: -tensor.element_size())
 
 
@@ -130,7 +137,7 @@ class PositionEmbeddingRandom(nn.Module):
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
         self.register_buffer("positional_encoding_gaussian_matrix", torch.randn(3, config.hidden_size // 2))
-        # A buffer, since a tensor made of numbers would stop a GPU at every step.
+        # A buffer: creating a tensor from Python numbers would synchronise with the GPU at every step.
         extent = torch.tensor(self._extent(config), dtype=torch.float32)
         self.register_buffer("extent_3", extent, persistent=False)
         self.published = config.coordinates is Convention.published
@@ -139,20 +146,20 @@ class PositionEmbeddingRandom(nn.Module):
     @staticmethod
     def _extent(config: SegVolConfig) -> tuple[int, int, int]:
         depth, height, width = config.input_shape
-        # The released weights were trained with coordinates divided by each other's extent, see Convention.
+        # The released weights were trained with coordinates divided by the extent of another axis, see Convention.
         return (height, depth, width) if config.coordinates is Convention.published else (depth, height, width)
 
     def encode(self, unit_3: Tensor) -> Tensor:
-        """Positions in [0, 1] (..., 3) -> (..., E)."""
+        """Encode positions in [0, 1], (..., 3), to (..., E)."""
         angle = 2 * math.pi * ((2 * unit_3 - 1) @ self.positional_encoding_gaussian_matrix)
         return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
     def voxels(self, position_3: Tensor) -> Tensor:
-        """Voxel positions (..., 3) of the model's input -> (..., E), at the voxels' centres."""
+        """Encode the centres of voxels of the model's input, (..., 3), to (..., E)."""
         return self.encode((position_3 + 0.5) / self.extent_3)
 
     def dense(self) -> Tensor:
-        """The encoding of every image token, (T,E)."""
+        """Encode the positions of all image tokens, (T,E)."""
         matrix = self.positional_encoding_gaussian_matrix
         axes = [(torch.arange(size, device=matrix.device, dtype=matrix.dtype) + 0.5) / size for size in self.grid]
         d, h, w = torch.meshgrid(*axes, indexing="ij")
@@ -175,7 +182,7 @@ class PromptEncoder(nn.Module):
 
     def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
         """tokens_BPSE, float32: points, the padding point, the box's two corners, text, landmarks; keep_BPS, bool."""
-        # Fourier features of voxel positions lose their meaning in bf16.
+        # Fourier features of voxel positions need float32.
         with torch.autocast(text_BPE.device.type, enabled=False):
             points_BPNE = self._points(prompts.points_BPN3, prompts.labels_BPN)
             box_BP2E = self._box(prompts.boxes_BP6)
@@ -213,4 +220,4 @@ class PromptEncoder(nn.Module):
         points_BP1, box_BP1 = prompts.has_points_BP[..., None], prompts.has_box_BP[..., None]
         points_BPN = points_BP1 & (prompts.labels_BPN != ABSENT)
         kept = [points_BPN, points_BP1 & ~box_BP1, box_BP1.expand(-1, -1, 2)]
-        return torch.cat([*kept, prompts.has_text_BP[..., None], prompts.has_marks_BPM], dim=2)
+        return torch.cat([*kept, prompts.has_text_BP[..., None], prompts.has_landmarks_BPM], dim=2)

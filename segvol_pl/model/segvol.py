@@ -1,6 +1,6 @@
 """SegVol: one image encoding, many prompts decoded from it (paper Sec. 2.1).
 
-    image_BCDHW -> encode -> tokens_BTE -+
+    image_BCDHW -> encode -> tokens_BTE -----+
     prompts (points, box, text, landmarks) --+-> decode -> logits_BPDHW at the input's resolution
 
 Letters: B images, P prompts of one image, A = B x P, C channel, D H W voxels, T tokens, E embedding.
@@ -22,13 +22,17 @@ from segvol_pl.model.prompt_encoder import PromptEncoder, PromptTensors
 from segvol_pl.model.text_encoder import TextBank, TextEncoder
 
 POINTS = 8
-"""On a GPU there is room for a multiple of so many points: kernels are chosen, and compiled, by shape."""
+"""On a GPU the number of points is padded to a multiple of this: kernels are selected and compiled by shape."""
 
 
 class Trilinear(nn.Module):
     """Trilinear interpolation (half-pixel centres) as one matrix product per axis.
 
-    The same figures as `F.interpolate`, whose backward pass is slow on the CPU and not deterministic on GPUs.
+    Equal to `F.interpolate`, whose backward pass is slow on CPUs and not deterministic on GPUs.
+
+    Args:
+        source: input shape (D,H,W).
+        target: output shape (D,H,W).
     """
 
     def __init__(self, source: Sequence[int], target: Sequence[int]) -> None:
@@ -53,7 +57,12 @@ class Trilinear(nn.Module):
 
 
 class SegVol(nn.Module):
-    """The promptable segmenter. `bank` holds the categories that a text prompt may name; without one, none."""
+    """The promptable segmentation model.
+
+    Args:
+        config: the architecture.
+        bank: the categories that text prompts may name; none by default.
+    """
 
     def __init__(self, config: SegVolConfig, bank: TextBank | None = None) -> None:
         super().__init__()
@@ -66,27 +75,39 @@ class SegVol(nn.Module):
         self.upsampling = Trilinear([4 * size for size in config.grid], config.input_shape)
 
     def forward(self, image_BCDHW: Tensor, prompts: PromptTensors | Prompt) -> Tensor:
-        """logits_BPDHW (float32) of every prompt. A single `Prompt` is asked of every image."""
+        """Segment images by prompts.
+
+        Args:
+            image_BCDHW: images in [0, 1], C = 1, of the shape `config.input_shape`.
+            prompts: prompts of each image, or a single one for every image; coordinates in voxels of the input.
+
+        Returns:
+            logits_BPDHW, float32, at the input's resolution.
+
+        Raises:
+            UnknownCategory: a text is not in the bank.
+            ConfigError: the model does not have the landmarks.
+        """
         if isinstance(prompts, Prompt):
             prompts = self.prompts([[prompts]] * len(image_BCDHW))
         return self.decode(self.encode(image_BCDHW), prompts)
 
     def encode(self, image_BCDHW: Tensor) -> Tensor:
-        """tokens_BTE of images in [0, 1], C = 1, of the shape `config.input_shape`."""
+        """Encode images in [0, 1], C = 1, of the shape `config.input_shape`, to tokens_BTE."""
         tokens_BTE: Tensor = self.image_encoder(image_BCDHW)
         return tokens_BTE
 
     def decode(self, tokens_BTE: Tensor, prompts: PromptTensors) -> Tensor:
-        """logits_BPDHW, float32, at the input's resolution (trilinear from the decoder's)."""
+        """Decode prompts to logits_BPDHW, float32, trilinearly upsampled to the input's resolution."""
         return self.upsample(self.decode_low(tokens_BTE, prompts))
 
     def decode_low(self, tokens_BTE: Tensor, prompts: PromptTensors) -> Tensor:
-        """logits_BPDHW at the decoder's resolution: four times the token grid."""
+        """Decode prompts to logits_BPDHW at the decoder's resolution, four times the token grid."""
         return self.decode_from_context(self.image_context(tokens_BTE), prompts)
 
     def image_context(self, tokens_BTE: Tensor) -> ImageContext:
-        """What decoding needs of the images, the same for all prompts: computed once for any number of prompts."""
-        # The positions of tokens and of prompts are compared: both are exact.
+        """Compute what decoding needs of the images, once for any number of prompts."""
+        # Positions of tokens and prompts are compared, so both must be exact: no bf16.
         with torch.autocast(tokens_BTE.device.type, enabled=False):
             place_TE = self.prompt_encoder.pe_layer.dense()
         return self.mask_decoder.transformer.project_image(
@@ -94,7 +115,7 @@ class SegVol(nn.Module):
         )
 
     def decode_from_context(self, context: ImageContext, prompts: PromptTensors) -> Tensor:
-        """As `decode_low`, of what `side` gave."""
+        """Like `decode_low`, from the result of `image_context`."""
         text_BPE = self.text_encoder(prompts.text_BP)
         prompt_BPSE, keep_BPS = self.prompt_encoder(prompts, text_BPE)
         has_text_A = prompts.has_text_BP.flatten()
@@ -105,15 +126,15 @@ class SegVol(nn.Module):
         return low_BPDHW
 
     def upsample(self, low_BPDHW: Tensor) -> Tensor:
-        """Trilinear, to the input's shape, float32."""
+        """Upsample logits trilinearly to the input's shape, float32."""
         with torch.autocast(low_BPDHW.device.type, enabled=False):
             upsampled: Tensor = self.upsampling(low_BPDHW.float())
         return upsampled
 
     def prompts(self, prompts: Sequence[Sequence[Prompt]]) -> PromptTensors:
-        """Tensors of a list of prompts per image, on this model's device.
+        """Convert a list of prompts per image to tensors on this model's device.
 
-        Raises UnknownCategory for a text, ConfigError for landmarks that the model does not know.
+        Raises UnknownCategory for an unknown text, ConfigError for unknown landmarks.
         """
         device = self.text_encoder.bank_KE.device
         step = POINTS if device.type == "cuda" else 1

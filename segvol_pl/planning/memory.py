@@ -85,7 +85,7 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
         decoding, early = volumes * head_bytes(config, bf16), 0.0
     else:
         decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16, on_gpu))
-        early = float(WIDE * (trained - parts["image_encoder"])) if gathers_ahead(config.run) else 0.0
+        early = float(WIDE * (trained - parts["image_encoder"])) if weights_resident(config.run) else 0.0
     block = volumes * block_bytes(config.model, bf16)
     return [
         Memory(weights, lasting + early, optimizer, cast + encoder + decoding),
@@ -98,8 +98,8 @@ def _plain(run: RunConfig) -> bool:
     return run.strategy is Strategy.auto and run.devices * run.nodes == 1
 
 
-def gathers_ahead(run: RunConfig) -> bool:
-    """Whether a group's gradients are taken in the forward pass, see `training/grouped_loss.py`."""
+def weights_resident(run: RunConfig) -> bool:
+    """Whether each rank holds the complete weights at all times, see `training/grouped_loss.py`."""
     return run.strategy not in (Strategy.fsdp, Strategy.zero3)
 
 
@@ -110,12 +110,12 @@ def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tupl
     match run.strategy:
         case Strategy.auto | Strategy.ddp:
             return whole, whole, 2 * whole
-        # DeepSpeed's optimizer holds weights of its own besides.
+        # DeepSpeed's optimizer holds its own copy of the weights.
         case Strategy.zero1:
             weights, gradients, optimizer = whole, whole + buckets, 3 * share
         case Strategy.zero2:
             weights, gradients, optimizer = whole, share + buckets, 3 * share
-        # Below a milliard parameters it lets go of none that it has gathered.
+        # Below 10^9 parameters ZeRO-3 frees none of the gathered weights.
         case Strategy.zero3:
             weights, gradients, optimizer = share + whole, share + buckets, 3 * share
         case Strategy.fsdp:

@@ -214,18 +214,20 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], landmark_counts: d
         return torch.stack([yes if part in named_parts(kind) else no for kind in kinds]).expand(len(valid_BK), -1)
 
     shape, known = (len(valid_BK), len(kinds)), prefix + "landmarks_BKM3" in batch
-    none_BPM3 = (*shape, sum(landmark_counts.values()), 3)
+    landmarks_BPM3 = (
+        spread("landmarks_BKM3").float()
+        if known
+        else torch.zeros(*shape, sum(landmark_counts.values()), 3, device=valid_BK.device)
+    )
     has_landmarks = [has(name)[..., None].expand(-1, -1, count) for name, count in landmark_counts.items()]
     return PromptTensors(
         points_BPN3=spread("points_BKN3").float(),
         labels_BPN=spread("labels_BKN"),
         boxes_BP6=spread("boxes_BK6").float(),
         text_BP=spread("category_BK"),
-        landmarks_BPM3=spread("landmarks_BKM3").float()
-        if known
-        else valid_BK.new_zeros(none_BPM3, dtype=torch.float32),
+        landmarks_BPM3=landmarks_BPM3,
         has_points_BP=has("points"),
         has_box_BP=has("box"),
         has_text_BP=has("text"),
-        has_marks_BPM=torch.cat([valid_BK.new_zeros((*shape, 0)), *has_landmarks], dim=-1),
+        has_landmarks_BPM=torch.cat([valid_BK.new_zeros((*shape, 0)), *has_landmarks], dim=-1),
     )

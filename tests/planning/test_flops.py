@@ -42,7 +42,7 @@ def _prompts(count: int, landmarks: int) -> PromptTensors:
         has_points_BP=torch.ones(1, count, dtype=torch.bool),
         has_box_BP=torch.ones(1, count, dtype=torch.bool),
         has_text_BP=torch.ones(1, count, dtype=torch.bool),
-        has_marks_BPM=torch.ones(1, count, landmarks, dtype=torch.bool),
+        has_landmarks_BPM=torch.ones(1, count, landmarks, dtype=torch.bool),
     )
 
 

@@ -187,9 +187,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(begun: TrainConfig,
     folder = Path(config.run.out) / "checkpoints"
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=r"last\.ckpt: is damaged .* no other checkpoint is intact: .*run\.resume=false"
-    ):
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: is damaged .* no other .* is intact: .*run\.resume=false"):
         train(config)
     for path in folder.glob("*.ckpt"):
         path.unlink()
