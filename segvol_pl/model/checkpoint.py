@@ -1,12 +1,12 @@
 """Weights: training checkpoints (.ckpt), exported models (.safetensors), released weights. Nothing is unpickled.
 
-1. `read_weights` makes one `Weights` of whatever the file is: this model's tensors, and what is carried along. What
-   the file states of them is taken literally, and held against the tensors before a model is made.
-2. `load_exactly` accounts for every tensor: what does not match is listed and refused, unless allowed by name.
+1. `read_weights` reads any of these files into a `Weights`: this model's tensors, and extra ones of released files. The
+   configuration in the file is checked against its tensors before a model is created.
+2. `load_exactly` accounts for every tensor: mismatches are listed and refused, unless allowed by name.
 3. `write_weights` writes an exported model.
 
-An exported model holds the weights, and in its header the model's configuration and its category names, so that it
-stands alone. Training checkpoints hold the same under Lightning's names.
+An exported model is self-contained: its header holds the model's configuration and category names. Training checkpoints
+hold the same under Lightning's names.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ __all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_mod
 BANK = "text_encoder.bank_KE"
 FORMAT = "segvol_pl/1"
 STACKS = {"num_layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
-"""Keys of the model that count blocks -> how the names of the blocks' tensors begin."""
+"""Keys of the model that count blocks -> prefix of the blocks' tensors."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a file holds: the model's configuration, category names, and its weights by name."""
+    """The content of a file: the model's configuration, category names, and weights by name."""
 
     path: Path
     config: SegVolConfig
@@ -61,28 +61,28 @@ class Weights:
     extra_tensors: Tensors = field(default_factory=dict)
     """Released tensors that this model does not hold, see `released`."""
     order: list[str] = field(default_factory=list)
-    """Names in the order of the released file; empty where none was imported."""
+    """Names in the order of the released file; empty if the weights do not come from one."""
 
     @property
     def tower(self) -> Tensors:
-        """CLIP's text tower; empty where none is extra_tensors."""
+        """CLIP's text tower; empty if the file has none."""
         return tower_of(self.extra_tensors)
 
     @property
     def bank(self) -> TextBank:
-        """Its text bank; empty where it has none."""
+        """The text bank; empty if the file has none."""
         held = self.tensors.get(BANK)
         return TextBank.empty(self.config.text_dim) if held is None else TextBank(self.categories, held)
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was loaded into what; `str()` is one line."""
+    """The result of loading weights; `str()` gives one line."""
 
     path: Path
     loaded: int
     kept: list[str]
-    """The model's tensors that the file does not give, or in another shape: they keep their values."""
+    """The model's tensors that are missing in the file or have another shape; they keep their values."""
     unused: list[str]
     """The file's tensors that the model does not have."""
 
@@ -94,7 +94,7 @@ class LoadReport:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SegVol:
-    """The model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError."""
+    """Load the model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError."""
     weights = read_weights(Path(path))
     model = SegVol(weights.config, weights.bank)
     load_weights(model, weights)
@@ -102,23 +102,28 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> SegVol:
 
 
 def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[str] = ()) -> LoadReport:
-    """Every weight of a segmentation model, own or released, into `model`; the text bank stays the model's.
+    """Load all weights of a segmentation model into `model`, except the text bank.
 
-    allow: patterns (`image_encoder.*`) of names that may be missing, unexpected or of another shape.
-    Raises CheckpointError, which lists all that differs otherwise.
+    Args:
+        model: the model, which keeps its own text bank.
+        source: a file of this package or a released one, or its content.
+        allow: patterns (`image_encoder.*`) of names that may be missing, unexpected or of another shape.
+
+    Raises:
+        CheckpointError: the file cannot be read, or tensors do not match, which are listed.
     """
     weights = source if isinstance(source, Weights) else read_weights(Path(source), model.config)
     return load_exactly(model, {**weights.tensors, BANK: model.text_encoder.bank_KE}, weights.path, allow)
 
 
 def load_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
-    """The image encoder of a pre-training or segmentation checkpoint, own or released. Raises CheckpointError."""
+    """Load the image encoder of a pre-training or segmentation checkpoint or released file. Raises CheckpointError."""
     contents = read_contents(Path(path))
     return load_exactly(encoder, encoder_of(contents), contents.path)
 
 
 def load_exactly(module: nn.Module, tensors: Tensors, path: Path, allow: Sequence[str] = ()) -> LoadReport:
-    """Loads, or raises CheckpointError listing missing, unexpected and wrongly shaped names that are not allowed."""
+    """Load tensors. Raises CheckpointError listing missing, unexpected and misshapen names that are not allowed."""
     own = module.state_dict()
     problems = differences(own, tensors)
     refused = [text for name, text in problems.items() if not any(fnmatchcase(name, pattern) for pattern in allow)]
@@ -131,7 +136,7 @@ def load_exactly(module: nn.Module, tensors: Tensors, path: Path, allow: Sequenc
 
 
 def differences(own: Tensors, given: Tensors) -> dict[str, str]:
-    """Name -> what is wrong with it."""
+    """Name of each tensor that does not match -> what is wrong with it."""
     problems = {name: f"lacks {name}" for name in own if name not in given}
     problems |= {name: f"has unknown {name}" for name in given if name not in own}
     for name in own.keys() & given.keys():
@@ -141,9 +146,14 @@ def differences(own: Tensors, given: Tensors) -> dict[str, str]:
 
 
 def read_weights(source: Path | Contents, released: SegVolConfig | None = None) -> Weights:
-    """A segmentation model from any file of weights. Raises CheckpointError.
+    """Read a segmentation model from any file of weights.
 
-    released: the architecture to take a released file for, which does not state its own (default: the published one).
+    Args:
+        source: the file, or its content.
+        released: the architecture of a released file, which does not state it (default: the published one).
+
+    Raises:
+        CheckpointError: the file cannot be read, or contradicts itself.
     """
     contents = source if isinstance(source, Contents) else read_contents(source)
     if is_exported(contents):
@@ -154,12 +164,12 @@ def read_weights(source: Path | Contents, released: SegVolConfig | None = None) 
 
 
 def is_exported(contents: Contents) -> bool:
-    """Whether `export` or `import` wrote it."""
+    """Whether `export` or `import` wrote the file."""
     return contents.header.get("format") == FORMAT
 
 
 def is_trained(contents: Contents) -> bool:
-    """Whether `train` or `pretrain` wrote it."""
+    """Whether `train` or `pretrain` wrote the file."""
     parameters = contents.header.get("hyper_parameters")
     return isinstance(parameters, dict) and isinstance(parameters.get("task"), str)
 
@@ -201,7 +211,7 @@ def _model_config(stated: Any, path: Path) -> SegVolConfig:
     """The model's section as `plain` wrote it."""
     if not isinstance(stated, dict):
         raise CheckpointError(f"{path}: states no configuration of its model: export it again")
-    # OmegaConf would look up what such a text names, the environment included, and the file may be a stranger's.
+    # OmegaConf would resolve such references, even to environment variables; the file may not be trustworthy.
     if "${" in str(stated):
         raise CheckpointError(f"{path}: its configuration refers to values outside of the file: export it again")
     try:
@@ -219,7 +229,7 @@ def _names(stated: Any, what: str, path: Path) -> list[str]:
 
 
 def _as_stated(weights: Weights) -> Weights:
-    """Refuses a model that is another than its configuration and categories say, before it takes any memory."""
+    """Raise CheckpointError if the tensors contradict configuration or categories, before a model uses memory."""
     path, config, tensors = weights.path, weights.config, weights.tensors
     for key, start in STACKS.items():
         held = len({name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)})
@@ -238,7 +248,7 @@ def _as_stated(weights: Weights) -> Weights:
 
 
 def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
-    """A training checkpoint, on the CPU, without unpickling code; `mapped` as in `read_contents`.
+    """Read a training checkpoint to the CPU without unpickling code; `mapped` as in `read_contents`.
 
     Raises CheckpointError.
     """
@@ -249,7 +259,7 @@ def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
 
 
 def write_weights(weights: Weights, target: Path) -> Path:
-    """A .safetensors file that stands alone."""
+    """Write a self-contained .safetensors file; return its path."""
     header = {
         "format": FORMAT,
         "config": json.dumps(plain(weights.config)),
@@ -260,11 +270,11 @@ def write_weights(weights: Weights, target: Path) -> Path:
 
 
 def write_safetensors(tensors: Tensors, target: Path, header: dict[str, str] | None = None) -> Path:
-    """A .safetensors file with the permissions of any other file."""
+    """Write a .safetensors file with the usual permissions; return its path."""
     whole = {name: value.contiguous() for name, value in tensors.items()}
     with atomic_path(target) as part:
         part.touch()
         usual = part.stat().st_mode
         save_file(whole, part, metadata=header)
-        part.chmod(usual)  # safetensors lets nobody but the owner read what it writes
+        part.chmod(usual)  # safetensors makes its files readable only for the owner
     return target

@@ -1,7 +1,7 @@
-"""Released weights in, and work done here back out (verbs `import` and `export`).
+"""Converts released weights to this package's format and back (commands `import` and `export`).
 
 1. `import_weights` reads the published file, accounts for every tensor and writes a .safetensors with the
-   configuration, a text bank made by the file's own CLIP tower, and all that this model only carries along.
+   configuration, a text bank computed by the file's own CLIP tower, and the tensors that this model does not use.
 2. `export` writes a model to .safetensors, or to the published `.pth` layout, so that it runs in the published code.
 """
 
@@ -34,10 +34,17 @@ log = logging.getLogger(__name__)
 
 
 def import_weights(config: ImportConfig) -> Path:
-    """Released weights -> .safetensors that `train`, `evaluate` and `predict` take.
+    """Convert released weights to a .safetensors for `train`, `evaluate` and `predict`.
 
-    A released image encoder alone becomes one that `train` takes as `pretrained=`. Raises CheckpointError for a file
-    that cannot be used or is not the configured model, CaseError for the categories, TextError for the tokenizer.
+    A released image encoder alone becomes a file for `train pretrained=FILE`.
+
+    Returns:
+        The written file.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is not the configured model.
+        CaseError: the categories cannot be read.
+        TextError: the tokenizer cannot be loaded.
     """
     target = _checked_target(config.out, (".safetensors",))
     contents = read_contents(Path(config.source))
@@ -67,10 +74,19 @@ def _import_encoder(contents: Contents, config: SegVolConfig, target: Path) -> P
 
 
 def export(source: str | Path, target: str | Path, published: str | Path | None = None) -> Path:
-    """A model -> .safetensors that stands alone, or the published `.pth` layout. Raises CheckpointError.
+    """Export a model to a self-contained .safetensors, or to the published `.pth` layout.
 
-    published: released weights, or their import, that give what the published layout holds beside this model's
-    weights: CLIP's text tower and parts never run. Not needed where `source` is an import itself.
+    Args:
+        source: a checkpoint or exported model.
+        target: the file to write, .safetensors or .pth.
+        published: released weights, or their import, with the parts of the published layout that this model does not
+            have: CLIP's text tower, and modules that never run. Not needed if `source` is an import itself.
+
+    Returns:
+        The written file.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the model does not fit the published layout.
     """
     target = _checked_target(target, (".safetensors", ".pth"))
     weights = read_weights(Path(source))

@@ -1,10 +1,10 @@
-"""The released weights: their files, their names, and what of them this model does not hold.
+"""The released weights: file formats, tensor names, and the tensors that this model does not have.
 
-Published files differ in wrapping alone: `SegVol_v1.pth` keeps `["model"]` with prefix `module.`, the Hugging Face
+Published files differ only in their layout: `SegVol_v1.pth` has `["model"]` with prefix `module.`, the Hugging Face
 files have prefix `model.`, the pre-trained ViT is a Lightning checkpoint, `["state_dict"]` with prefix
-`model.encoder.`. This model's own names are theirs without the prefix. Three kinds of tensors are only carried along,
-so that work done here can be written back: CLIP's text tower (its vectors are in the text bank), the decoder's parts
-that the published code never runs, and the 2-D mask branch that it never calls.
+`model.encoder.`. This model's names are the same without the prefix. Three kinds of tensors are kept only so that a
+model can be exported again: CLIP's text tower (its vectors are in the text bank), the decoder's parts that the
+published code never runs, and the 2-D mask branch that it never calls.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXTRA = re.compile(
 )
 PREFIXES = ("module.", "model.", "")
 ENCODERS = ("encoder.", "model.encoder.", "model.image_encoder.", "module.image_encoder.", "image_encoder.")
-"""Where an image encoder stands: own pre-training, the released ViT, own training, released .pth, exports."""
+"""Prefixes of an image encoder: our pre-training, the released ViT, our training, the released .pth, exports."""
 PTH_PREFIX = "module."
 
 Tensors = dict[str, Tensor]
@@ -37,19 +37,19 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file of weights holds, before anything is made of it."""
+    """The raw content of a file of weights."""
 
     path: Path
     tensors: Tensors
     """In the file's order, under the file's names."""
     header: dict[str, Any]
-    """safetensors: its metadata; otherwise everything that stands beside the tensors."""
+    """Metadata of a .safetensors; otherwise everything in the file besides the tensors."""
 
 
 def read_contents(path: Path, mapped: bool = False) -> Contents:
-    """Any file of weights, on the CPU, without unpickling code. Raises CheckpointError, also for NaN in the weights.
+    """Read any file of weights to the CPU, without unpickling code. Raises CheckpointError, also for NaN weights.
 
-    mapped: a .ckpt's tensors stay in the file until they are used.
+    mapped: memory-map a .ckpt, so that tensors are read when they are used.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -67,7 +67,7 @@ def read_contents(path: Path, mapped: bool = False) -> Contents:
 
 def is_finite(value: Tensor) -> bool:
     """Whether no value is NaN or infinite."""
-    # One that is not finite leaves no finite sum, and summing makes no second tensor.
+    # Any non-finite value makes the sum non-finite, and a sum allocates no second tensor.
     return bool(value.float().sum().isfinite()) or bool(value.isfinite().all())
 
 
@@ -104,19 +104,19 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
 
 
 def without_prefix(tensors: Tensors) -> Tensors:
-    """The released names without the wrapping's prefix; unchanged where not all names have one."""
+    """Remove the layout's prefix from released names; unchanged if not all names have one."""
     prefix = next(prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in tensors))
     return {name.removeprefix(prefix): value for name, value in tensors.items()}
 
 
 def split_extra(tensors: Tensors) -> tuple[Tensors, Tensors]:
-    """(this model's, carried along)."""
+    """Split tensors into (this model's, those it does not have)."""
     extra_tensors = {name: value for name, value in tensors.items() if EXTRA.match(name)}
     return {name: value for name, value in tensors.items() if name not in extra_tensors}, extra_tensors
 
 
 def encoder_of(contents: Contents) -> Tensors:
-    """The tensors of the image encoder, under its own names. Raises CheckpointError where there is none."""
+    """The tensors of the image encoder, without prefix. Raises CheckpointError if there are none."""
     for prefix in ENCODERS:
         found = {n.removeprefix(prefix): value for n, value in contents.tensors.items() if n.startswith(prefix)}
         if found:
@@ -125,12 +125,12 @@ def encoder_of(contents: Contents) -> Tensors:
 
 
 def tower_of(extra_tensors: Tensors) -> Tensors:
-    """CLIP's text tower, under the names of `transformers.CLIPTextModel`; empty where none is extra_tensors."""
+    """CLIP's text tower, under the names of `transformers.CLIPTextModel`; empty if there is none."""
     tower = {name.removeprefix(TOWER): value for name, value in extra_tensors.items() if name.startswith(TOWER)}
     return {name: value for name, value in tower.items() if not name.endswith("position_ids")}
 
 
 def write_pth(tensors: Tensors, path: Path) -> None:
-    """The published `.pth` layout."""
+    """Write a file in the published `.pth` layout."""
     with atomic_path(path) as part:
         torch.save({"model": {PTH_PREFIX + name: value for name, value in tensors.items()}}, part)

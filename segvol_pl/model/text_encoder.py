@@ -1,8 +1,8 @@
-"""Text: category names become vectors once, before training; the model only holds the table and a projection.
+"""Text: category names become vectors once, before training; the model holds only the table and a projection.
 
-No training process loads CLIP: `TextBank.from_clip` runs its text tower once per name, and the bank travels in
-the checkpoint. Where CLIP cannot be had, `TextBank.seeded` gives each name a fixed random vector: names are then
-told apart, but their meaning is not known.
+No training process loads CLIP: `TextBank.from_clip` runs its text tower once per name, and the checkpoint holds the
+bank. Without CLIP, `TextBank.seeded` gives each name a fixed random vector: names are distinguished, but their meaning
+is lost.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TextBank:
         self._rows = {name: row for row, name in enumerate(self.names)}
 
     def index(self, name: str) -> int:
-        """Raises UnknownCategory with the nearest names."""
+        """The row of a name. Raises UnknownCategory with the nearest names."""
         if name not in self._rows:
             if not self.names:
                 raise UnknownCategory("this model holds no text bank: import its weights with categories=FILE")
@@ -46,12 +46,12 @@ class TextBank:
         return self._rows[name]
 
     def rows(self, names: Sequence[str]) -> TextBank:
-        """The bank of these names alone. Raises UnknownCategory."""
+        """The bank restricted to these names. Raises UnknownCategory."""
         return TextBank(names, self.vectors_KE[[self.index(name) for name in names]])
 
     @classmethod
     def build(cls, names: Sequence[str], config: TextConfig, dim: int) -> TextBank:
-        """The bank that `config` asks for. Raises TextError where CLIP cannot be loaded or has another width."""
+        """Create the bank by `config.source`. Raises TextError if CLIP cannot be loaded or is not `dim` wide."""
         if config.source is TextSource.seeded:
             log.warning("text bank: fixed random vectors seeded by the category names, not CLIP (text.source=seeded)")
             return cls.seeded(names, dim)
@@ -64,18 +64,18 @@ class TextBank:
 
     @classmethod
     def empty(cls, dim: int) -> TextBank:
-        """No names. One row of zeros stands where a prompt without text looks."""
+        """A bank without names; prompts without text use its one row of zeros."""
         return cls([], torch.zeros(1, dim))
 
     @classmethod
     def seeded(cls, names: Sequence[str], dim: int) -> TextBank:
-        """Fixed random vectors (K, dim), each by its name alone."""
+        """Random vectors (K, dim), each seeded by its name."""
         rows = [np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()))).standard_normal(dim) for name in names]
         return cls(names, torch.tensor(np.stack(rows), dtype=torch.float32))
 
     @classmethod
     def from_clip(cls, names: Sequence[str], config: TextConfig) -> TextBank:
-        """CLIP's pooled text output of the template around each name (paper Sec. 2.1). Raises TextError."""
+        """CLIP's pooled output of the template filled with each name (paper Sec. 2.1). Raises TextError."""
         from transformers import CLIPTextModel
 
         tower = _loaded(CLIPTextModel.from_pretrained, config.clip_model)
@@ -83,9 +83,9 @@ class TextBank:
 
     @classmethod
     def of_tower(cls, names: Sequence[str], tower: dict[str, Tensor], config: TextConfig, path: Path) -> TextBank:
-        """As `from_clip`, by the text tower that the weights at `path` carry, under transformers' names.
+        """Like `from_clip`, by the text tower in the weights at `path`, under transformers' names.
 
-        The tokenizer is that in the folder of `path`, or else that of `config.clip_model`. Raises TextError.
+        The tokenizer is taken from the folder of `path`, or else from `config.clip_model`. Raises TextError.
         """
         if not tower:
             raise TextError(f"{path}: carries no text tower: name a CLIP by text.clip_model, or use text.source=seeded")
@@ -117,13 +117,13 @@ def _loaded(load: Callable[[str], Any], clip: str) -> Any:
 
 
 def text_tower(tensors: dict[str, Tensor], path: Path) -> nn.Module:
-    """CLIP's text tower of these weights, its size read off their shapes. Raises TextError.
+    """Build CLIP's text tower from its weights, with the size of their shapes. Raises TextError.
 
-    All released CLIP towers have heads of 64 and end a text by the last word of their vocabulary.
+    All released CLIP towers have heads of width 64, and the last token of the vocabulary ends a text.
     """
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    # Older versions of transformers put one level more into the names.
+    # Older versions of transformers have one more level in the names.
     short = {name.removeprefix("text_model."): value for name, value in tensors.items()}
     try:
         vocabulary, hidden = short["embeddings.token_embedding.weight"].shape
@@ -145,7 +145,7 @@ def text_tower(tensors: dict[str, Tensor], path: Path) -> nn.Module:
 
 
 class TextEncoder(nn.Module):
-    """Rows of the bank, aligned to the model's width: text_BP -> text_BPE."""
+    """Look up rows of the bank and project them to the model's width: text_BP -> text_BPE."""
 
     bank_KE: Tensor
 
@@ -155,6 +155,6 @@ class TextEncoder(nn.Module):
         self.dim_align = nn.Linear(config.text_dim, config.hidden_size)
 
     def forward(self, text_BP: Tensor) -> Tensor:
-        """text_BPE of rows text_BP (int64) of the bank."""
+        """Project the rows text_BP (int64) of the bank to text_BPE."""
         aligned: Tensor = self.dim_align(self.bank_KE[text_BP])
         return aligned

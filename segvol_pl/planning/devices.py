@@ -1,6 +1,6 @@
-"""Accelerators by name: peak rates of dense matrix products in bf16 and float32, and memory. Imports nothing heavy.
+"""Accelerators by name: peak rates of dense matrix products in bf16 and float32, and memory.
 
-Figures are the makers' data sheets', without sparsity (where a sheet states only the sparse rate, half of it).
+Figures are from the vendors' data sheets, without sparsity (half the sparse rate if a sheet states only that).
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device as the trainer sees it."""
+    """A kind of device."""
 
     name: str
     tflops: float
     """Dense bf16 products, TFLOP/s."""
     fp32_tflops: float
-    """float32 products, TFLOP/s; not those of TF32, which a run takes with run.tf32 alone."""
+    """float32 products, TFLOP/s; not TF32, which a run uses only with run.tf32."""
     gib: float
     """Memory, GiB."""
     known_by: tuple[str, ...]
-    """Parts of the name that torch gives it, all of them, in lower case."""
+    """Words that all occur in torch's name of the device, in lower case."""
 
     def peak(self, bf16: bool) -> float:
-        """TFLOP/s in bf16, or else in float32."""
+        """Peak TFLOP/s in bf16, or in float32."""
         return self.tflops if bf16 else self.fp32_tflops
 
 
-# More telling names first. For B200's float32 both 75 and 80 are found: the lower one is taken.
+# More specific names first. Sources give 75 or 80 for B200's float32: this is the lower one.
 ACCELERATORS = (
     Accelerator("h100-pcie", 756, 51, 80, ("h100", "pcie")),  # nvidia.com/h100: 1513 sparse
     Accelerator("h100-nvl", 835, 60, 94, ("h100", "nvl")),  # nvidia.com/h100: 1671 sparse
@@ -47,9 +47,9 @@ ACCELERATORS = (
 
 
 def accelerator(name: str) -> Accelerator | None:
-    """By its name here, or by the one that torch gives the device; None where it is not known."""
+    """Find a device by its name here or by torch's name; None if it is unknown."""
     wanted = name.lower()
     exact = next((one for one in ACCELERATORS if one.name == wanted), None)
-    # Whole words: l4 is a part of l40s, h200 of gh200.
+    # Compare words: l4 is a substring of l40s, h200 of gh200.
     words = set(wanted.replace("-", " ").split())
     return exact or next((one for one in ACCELERATORS if set(one.known_by) <= words), None)

@@ -1,10 +1,10 @@
-"""Parameters and floating-point operations by the model's own arithmetic; nothing is built and nothing heavy imported.
+"""Counts parameters and floating-point operations from the configuration, without building the model.
 
-1. `parameters`, `pretrain_parameters`: what trains, by part.
+1. `parameters`, `pretrain_parameters`: trainable parameters by part.
 2. `pretrain_work`, `train_work`: operations of one step for one volume, by part, forward and backward.
 
-A multiplication and an addition are two operations. Counted are matrix products and attention, as torch's
-FlopCounterMode does; recomputation is not: it is no progress. Letters: T image tokens, E embedding, V voxels of one
+A multiplication and an addition are two operations. Matrix products and attention are counted, as by torch's
+FlopCounterMode; recomputation is not. Letters: T image tokens, E embedding, V voxels of one
 patch, S prompt tokens.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from segvol_pl.config import MASK_TOKENS, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 
 OWN_TOKENS = 1 + MASK_TOKENS
-"""Tokens that the decoder puts in front of a prompt's."""
+"""Tokens that the decoder adds before those of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def total(parts: dict[str, Work]) -> Work:
 
 
 def parameters(config: SegVolConfig) -> dict[str, int]:
-    """SegVol's trainable parameters by part; the text tower and the bank do not train."""
+    """SegVol's trainable parameters by part (without text tower and bank)."""
     return {
         "image_encoder": _encoder_parameters(config),
         "prompt_encoder": (6 + _landmarks(config)) * config.hidden_size,
@@ -119,26 +119,26 @@ def decoder_block(config: SegVolConfig) -> int:
 
 
 def volume_work(config: PretrainConfig | TrainConfig) -> dict[str, Work]:
-    """A step of the run for one volume. Frozen parts are counted as if they trained."""
+    """Operations of a step of the run for one volume. Frozen parts are counted as if they trained."""
     if isinstance(config, PretrainConfig):
         return pretrain_work(config.model, config.mask_ratio)
     return train_work(config.model, config.prompts)
 
 
 def run_parameters(config: PretrainConfig | TrainConfig) -> dict[str, int]:
-    """Of the run's model, by part."""
+    """Trainable parameters of the run's model, by part."""
     return pretrain_parameters(config.model) if isinstance(config, PretrainConfig) else parameters(config.model)
 
 
 def pretrain_work(config: SegVolConfig, mask_ratio: float) -> dict[str, Work]:
-    """SimMIM's step for one volume: the head restores the hidden tokens alone."""
+    """Operations of a SimMIM step for one volume. The head predicts only the hidden tokens."""
     hidden = round(mask_ratio * math.prod(config.grid))
     head = _product(hidden, config.hidden_size, math.prod(config.patch_size))
     return {"encoder": encoder_work(config), "head": head}
 
 
 def train_work(config: SegVolConfig, prompts: PromptConfig) -> dict[str, Work]:
-    """The supervised step for one volume: all its prompts, those of pseudo-labels included."""
+    """Operations of a supervised step for one volume with all its prompts, including those of pseudo-labels."""
     count = prompts_per_volume(prompts)
     points = 1 + prompts.extra_positive + prompts.extra_negative
     return {

@@ -1,10 +1,10 @@
-"""Memory of a training step on one device, by the model's own arithmetic; nothing heavy is imported.
+"""Estimates the memory of a training step on one device from the configuration, without importing torch.
 
-1. `encoder_bytes`, `side_bytes`, `prompt_bytes` and `head_bytes` count what autograd keeps of one volume.
-2. `moments`: while prompts are decoded, when the encoder's backward pass begins, and when the optimizer steps. What a
-   device must have is the largest of them, `peak`.
-3. A strategy splits weights, gradients and moments over the ranks, and adds what it sends in one piece.
-4. Turned round, they say how many prompts a device can decode together: `prompt_groups`, for the step and the planner.
+1. `encoder_bytes`, `side_bytes`, `prompt_bytes` and `head_bytes` count what autograd stores for one volume.
+2. `moments` are the three times of most memory: decoding prompts, the start of the encoder's backward pass, and the
+   optimizer's step. `peak` is the largest of them.
+3. A strategy splits weights, gradients and optimizer state over the ranks, and adds its communication buffers.
+4. Inverted, this gives how many prompts a device can decode together: `prompt_groups`, for the step and the planner.
 
 All in bytes. Letters: T image tokens, E embedding.
 """
@@ -22,16 +22,16 @@ WIDE = 4
 NARROW = 2
 """Bytes of a bfloat16."""
 MARGIN = 0.85
-"""Share of a GPU's memory that is filled on purpose; the rest is for fragments, libraries and what is not counted."""
+"""Share of a GPU's memory to fill; the rest is for fragmentation, libraries and what is not counted."""
 ON_A_CPU = 6
-"""Prompts of each volume that are decoded together on a CPU, which gains nothing by more."""
+"""Prompts of each volume that are decoded together on a CPU; more are not faster there."""
 
 Config = PretrainConfig | TrainConfig
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Parts of one moment."""
+    """Memory in bytes, by part."""
 
     weights: float
     gradients: float
@@ -45,10 +45,18 @@ class Memory:
 
 
 def prompt_groups(config: TrainConfig, count: int, volumes: int, bf16: bool, room: float | None) -> list[int]:
-    """How many of `count` prompts of each volume are decoded together, group by group.
+    """How many prompts of each volume are decoded together, group by group.
 
-    As `run.prompts_at_once` says. Where it is 0, as many as `room` bytes of a GPU hold, in groups of like size;
-    `ON_A_CPU` where `room` is None.
+    Args:
+        config: the run's configuration; `run.prompts_at_once` is the size of a group. If it is 0, a group is as large
+            as the memory allows on a GPU, or `ON_A_CPU`.
+        count: prompts of each volume.
+        volumes: volumes on the device.
+        bf16: whether the step computes in bf16.
+        room: bytes of GPU memory; None on a CPU.
+
+    Returns:
+        The sizes of the groups, whose sum is `count`.
     """
     size = config.run.prompts_at_once or (ON_A_CPU if room is None else 0)
     if size:
@@ -61,7 +69,7 @@ def prompt_groups(config: TrainConfig, count: int, volumes: int, bf16: bool, roo
 
 
 def peak(config: Config, volumes: int, bf16: bool, room: float | None = None) -> Memory:
-    """The largest moment of a step with so many volumes at once on a device: a GPU of `room` bytes, or else a CPU."""
+    """Peak memory of a step with `volumes` volumes on a device: a GPU with `room` bytes, or a CPU (None)."""
     group = 0
     if isinstance(config, TrainConfig):
         count = flops.prompts_per_volume(config.prompts)
@@ -70,9 +78,9 @@ def peak(config: Config, volumes: int, bf16: bool, room: float | None = None) ->
 
 
 def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) -> list[Memory]:
-    """Decoding (in pre-training: the head), the start of the encoder's backward pass, the optimizer's step.
+    """Memory while decoding (pre-training: the head), at the start of the encoder's backward pass, and at the step.
 
-    group: prompts of each volume that are decoded together; on_gpu: whether by the fused operations of `kernels`.
+    group: prompts of each volume that are decoded together; on_gpu: whether the fused operations of `kernels` run.
     """
     parts = flops.run_parameters(config)
     trained = sum(parts.values())
@@ -104,7 +112,7 @@ def weights_resident(run: RunConfig) -> bool:
 
 
 def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
-    """Weights, gradients and AdamW's moments on one device."""
+    """Bytes of weights, gradients and optimizer state on one device."""
     whole, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
     buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
@@ -126,7 +134,7 @@ def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tupl
 
 
 def _gathered(model: SegVolConfig, trained: int, bf16: bool) -> float:
-    """What FSDP2 gathers at once: all that lies outside of blocks, and two blocks (one computes, one is on its way)."""
+    """Bytes that FSDP2 gathers at once: everything outside of blocks, and two blocks (one computes, one is fetched)."""
     encoder, decoder = flops.encoder_block(model), flops.decoder_block(model)
     outside = trained - model.num_layers * encoder
     # Pre-training has no decoder.
@@ -144,14 +152,14 @@ def _tokens(model: SegVolConfig) -> int:
 
 
 def block_bytes(model: SegVolConfig, bf16: bool) -> int:
-    """An encoder block: two residual streams, two norms, queries, keys, values, what they mix; the MLP twice."""
+    """Bytes of an encoder block: residual streams and norms (2 each), queries, keys, values, attention; MLP twice."""
     narrow = NARROW if bf16 else WIDE
     hidden = math.prod(model.grid) * model.mlp_dim
     return _tokens(model) * (2 * WIDE + 6 * narrow) + 2 * narrow * hidden
 
 
 def encoder_bytes(model: SegVolConfig, recompute: Recompute, bf16: bool) -> int:
-    """All blocks, the patches and the last norm."""
+    """Bytes of all blocks, the patches and the last norm."""
     narrow = NARROW if bf16 else WIDE
     tokens, hidden = _tokens(model), math.prod(model.grid) * model.mlp_dim
     around = narrow * math.prod(model.input_shape) + 2 * WIDE * tokens
@@ -165,20 +173,20 @@ def encoder_bytes(model: SegVolConfig, recompute: Recompute, bf16: bool) -> int:
 
 
 def head_bytes(config: PretrainConfig, bf16: bool) -> float:
-    """Hidden tokens, and their patches as they are, as restored, and the difference's gradients."""
+    """Bytes of the hidden tokens, their patches, the predicted patches, and the gradients of the difference."""
     hidden = config.mask_ratio * math.prod(config.model.grid)
     voxels = math.prod(config.model.patch_size)
     return hidden * ((NARROW if bf16 else WIDE) * config.model.hidden_size + 4 * WIDE * voxels)
 
 
 def side_bytes(model: SegVolConfig, bf16: bool) -> float:
-    """What all prompts share, with its gradients: the image, its positions, the first layer's three projections."""
+    """Bytes that all prompts share: the image, positions, the first layer's three projections, and their gradients."""
     narrow = NARROW if bf16 else WIDE
     return _tokens(model) * (4 * WIDE + 2 * 1.5 * narrow)
 
 
 def two_way_bytes(model: SegVolConfig, bf16: bool) -> float:
-    """The two-way transformer of one prompt: its image, which is larger by far than its own tokens."""
+    """Bytes of one prompt in the two-way transformer: its image, which is far larger than its own tokens."""
     layers, tokens = model.decoder_layers, _tokens(model)
     if bf16:
         # Queries, what they found, its sum with the image, the norm of that; from the second layer on two projections
@@ -190,7 +198,7 @@ def two_way_bytes(model: SegVolConfig, bf16: bool) -> float:
 
 
 def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
-    """Decoding one prompt and taking its gradients, at the moment when the finest features have theirs too."""
+    """Bytes to decode one prompt and compute its gradients, when those of the finest features exist too."""
     narrow = NARROW if bf16 else WIDE
     tokens = _tokens(model)
     # Twice the image's size, then eight times.

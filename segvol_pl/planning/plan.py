@@ -1,8 +1,8 @@
-"""`segvol-pl plan`: what a run will need and take, before anything is launched. Imports nothing heavy.
+"""`segvol-pl plan`: estimates memory and time of a run before it is launched, without importing torch.
 
-1. The run's own configuration is loaded; `nodes`, `gpus` and `device` stand for its place.
-2. Parameters and operations are counted (`flops`), memory for every strategy (`memory`).
-3. Rates follow from the device's peak and the range of what one GPU was measured to reach of it (`REACHED`).
+1. The run's configuration is loaded; `nodes`, `gpus` and `device` describe the hardware.
+2. Parameters and operations are counted (`flops`), and memory for every strategy (`memory`).
+3. Rates are the device's peak times the shares of it that were measured on one GPU (`REACHED`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from segvol_pl.planning.devices import ACCELERATORS, Accelerator, accelerator
 
 GIB = 2**30
 RESERVE = 2.0
-"""GiB of a device that are not to be had: its context, libraries, fragments."""
+"""GiB of a device that a run cannot use: context, libraries, fragmentation."""
 REACHED = {"pretrain": (0.25, 0.35), "train": (0.12, 0.21)}
-"""Shares of the peak that one H200 reached with the full model in bf16: as it comes, and with run.compile. Its host was
-slow to launch; see benchmarks/results."""
+"""Shares of the peak measured on one H200 with the full model in bf16: by default, and with run.compile. Its host was
+slow at launching kernels; see benchmarks/results."""
 DEVICE = "h100"
 PLACE = {"nodes": "run.nodes", "gpus": "run.devices"}
 UNUSED = ("data.shards=DIR", "run.out=DIR")
-"""Keys that a plan does not depend on."""
+"""Placeholders for required keys that a plan does not depend on."""
 
 Config = PretrainConfig | TrainConfig
 
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Devices of all nodes together."""
+        """Number of devices over all nodes."""
         return self.config.run.devices * self.config.run.nodes
 
     @property
@@ -57,16 +57,16 @@ class Plan:
         return replace(self.config, run=replace(self.config.run, strategy=strategy))
 
     def peak(self, strategy: Strategy, volumes: int) -> memory.Memory:
-        """bf16, which all these devices have, unless the configuration says fp32."""
+        """Peak memory per device under `strategy` with `volumes` volumes at once."""
         return memory.peak(self.under(strategy), volumes, self.bf16, self.room)
 
     @property
     def room(self) -> float:
-        """Bytes of a device that a run can have."""
+        """Bytes of a device that a run can use."""
         return (self.device.gib - RESERVE) * GIB
 
     def groups(self) -> list[int]:
-        """Prompts of each volume that are decoded together, group by group; none in pre-training."""
+        """Prompts of each volume that are decoded together, group by group; empty in pre-training."""
         if isinstance(self.config, PretrainConfig):
             return []
         count = flops.prompts_per_volume(self.config.prompts)
@@ -74,32 +74,31 @@ class Plan:
 
     @property
     def bf16(self) -> bool:
-        """Whether products are taken in bf16, as `auto` does on all these devices."""
+        """Whether to compute in bf16, as `auto` does on all these devices."""
         return self.config.run.precision is not Precision.fp32
 
     def largest(self, strategy: Strategy) -> int:
-        """The most volumes that fit on a device at once; 0 where not even one does."""
+        """The largest number of volumes that fit on a device at once; 0 if not even one does."""
 
         def needed(volumes: int) -> float:
             return self.peak(strategy, volumes).total
 
         if needed(1) > self.room:
             return 0
-        # What the optimizer's step needs does not grow; what the others need grows evenly, where they have no room for
-        # more than one prompt at once.
+        # The memory of the optimizer's step is constant; the others grow linearly once only one prompt at a time fits.
         slope = needed(1025) - needed(1024)
         guess = int(self.room / slope) if slope else 1
         return max(count for count in range(1, guess + 2) if needed(count) <= self.room)
 
     @property
     def operations(self) -> float:
-        """Of a volume, what is computed again included: what the device must do, not what MFU counts."""
+        """Operations per volume including recomputation, which MFU does not count."""
         parts = flops.volume_work(self.config)
         again = parts["encoder"].forward if self.config.run.recompute is Recompute.blocks else 0
         return flops.total(parts).total + again
 
     def rates(self) -> tuple[float, float]:
-        """Volumes/s of all devices together, from and to."""
+        """Lower and upper estimate of volumes/s of all devices together."""
         peak = self.ranks * self.device.peak(self.bf16) * 1e12
         low, high = (share * peak / self.operations for share in REACHED[self.kind])
         return low, high
@@ -132,7 +131,7 @@ def _check(made: Plan) -> None:
 
 
 def strategies(run: RunConfig) -> list[Strategy]:
-    """Those that the place allows."""
+    """The strategies that fit the number of devices and `run.offload`."""
     several = [one for one in Strategy if one is not Strategy.auto]
     alone = run.devices * run.nodes == 1
     return [Strategy.auto] if alone else [one for one in several if not run.offload or one is not Strategy.ddp]
@@ -193,13 +192,13 @@ def _time(made: Plan) -> Iterator[str]:
 
 
 def micro_batch(config: Config) -> int:
-    """Volumes on one device at once, where the global batch can be shared so."""
+    """Volumes on one device at once, if the global batch is divisible."""
     run = config.run
     return config.data.global_batch // (run.devices * run.nodes * run.accumulate)
 
 
 def sample_bytes(config: Config) -> int:
-    """Of a sample as it travels to the device: int16 HU, and bytes of eight masks each, of either kind."""
+    """Bytes of a sample as sent to the device: int16 HU, and one bit per voxel of each mask, in full bytes per kind."""
     masks = 0
     if isinstance(config, TrainConfig):
         asked = config.prompts.categories_per_volume, config.prompts.pseudo_per_volume
