@@ -36,7 +36,7 @@ PHANTOM_SCALE = 0.75
 """Scale of the phantoms: organs are small in the overview, but still cover some voxels."""
 
 
-def run(config: DemoConfig) -> Summary:
+def run(config: DemoConfig, console: Console | None = None) -> Summary:
     """Run the demo in `config.out`; print the table and the report's path. Raises what its stages raise."""
     resolve_device(config.device)  # fails before any work if there is none
     started = time.perf_counter()
@@ -49,7 +49,7 @@ def run(config: DemoConfig) -> Summary:
     _stage("evaluation", started)
     summary = evaluate(load("evaluate", evaluation(config, shards)))
     assert summary is not None, "a single process always returns the summary"
-    _report(summary, out, time.perf_counter() - started)
+    _report(summary, out, time.perf_counter() - started, console or Console())
     return summary
 
 
@@ -93,7 +93,7 @@ def _settings(command: str) -> str:
     return str(bundled("configs") / "tiny" / f"{command}.yaml")
 
 
-def _report(summary: Summary, out: Path, seconds: float) -> None:
+def _report(summary: Summary, out: Path, seconds: float, console: Console) -> None:
     """Print the table, the gain of pre-training and the report's path; write the same figures to demo.json."""
     losses = [value for _, value in read_metrics(out / "pretrain" / "metrics.csv", "val/loss")]
     figures = {
@@ -103,7 +103,6 @@ def _report(summary: Summary, out: Path, seconds: float) -> None:
         "dice": {setting.prompt: overall.dice for setting, overall in summary.overall.items()},
     }
     write_text(out / "demo.json", json.dumps(figures, indent=2) + "\n")
-    console = Console()
     console.print(summary.table())
     fell = 100 * (1 - losses[-1] / losses[0])
     console.print(f"Pre-training: loss on held-out phantoms {losses[0]:.4f} -> {losses[-1]:.4f} ({fell:.0f} % lower)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,9 @@ import yaml
 from factories import TINY, save_untrained
 
 from segvol_pl import __version__
-from segvol_pl.__main__ import VERBS, main
-from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig
+from segvol_pl.__main__ import COMMANDS, main
+from segvol_pl.__main__ import _print_table as print_table
+from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
 from segvol_pl.config.loader import fields_help
 from segvol_pl.training.pretrain import SimMIMTask
 
@@ -81,14 +83,14 @@ def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
         (["config", "verify"], "'verify' has no configuration"),
     ],
 )
-def test_misuse_is_told_in_one_line(arguments: list[str], expected: str) -> None:
+def test_misuse_is_reported_in_one_line(arguments: list[str], expected: str) -> None:
     assert expected in complaint(2, *arguments)
 
 
-def test_without_a_verb_the_usage_is_shown() -> None:
+def test_without_a_command_the_usage_is_shown() -> None:
     done = program()
     assert done.returncode == 2 and done.stdout == ""
-    assert all(re.search(rf"^  {command} ", done.stderr, re.MULTILINE) for command in VERBS)
+    assert all(re.search(rf"^  {command} ", done.stderr, re.MULTILINE) for command in COMMANDS)
 
 
 # ---- help ----
@@ -98,8 +100,8 @@ def test_the_version_is_shown() -> None:
     assert program("--version").stdout == f"segvol-pl {__version__}\n"
 
 
-@pytest.mark.parametrize("command", VERBS)
-def test_every_verb_has_help(command: str) -> None:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
     done = program(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"usage: segvol-pl {command} ")
@@ -114,6 +116,27 @@ def test_the_resolved_configuration_is_yaml() -> None:
     shown = yaml.safe_load(done.stdout)
     assert shown["data"]["shards"] == MISSING
     assert shown["model"]["hidden_size"] == 128 and shown["optim"]["lr"] == 0.5
+
+
+# ---- tables ----
+
+
+def test_a_table_in_a_pipe_has_all_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wider than any terminal, with brackets that rich would take for markup."""
+    rows = [{"name": "x" * 300, "what": "[bold] [1, 2]", "": "last " + "y" * 300}, {"name": "b", "what": "", "": 3}]
+    print_table(rows)
+    head, first, second = (line.rstrip() for line in capsys.readouterr().out.splitlines())
+    assert head.split() == ["name", "what"] and second.split() == ["b", "3"]
+    assert first.split("  ") == ["x" * 300, "[bold] [1, 2]", "last " + "y" * 300]
+
+
+def test_a_listing_in_a_pipe_has_one_line_per_row(phantom_shards: Path) -> None:
+    done = program("inspect", phantom_shards)
+    head, *rows = done.stdout.splitlines()
+    assert (done.returncode, done.stderr) == (0, "") and head.split()[:2] == ["key", "split"]
+    index = json.loads((phantom_shards / "index.json").read_text(encoding="utf-8"))
+    assert [row.split()[0] for row in rows] == [sample["key"] for sample in index["samples"]]
+    assert max(map(len, rows)) > 80 and not any("…" in row for row in rows)
 
 
 # ---- failed: exit 1, naming the file ----
@@ -171,13 +194,13 @@ def evaluation(checkpoint: Path, shards: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB")])
-def test_want_of_memory_is_told_with_a_remedy(
+def test_lack_of_memory_is_reported_with_a_remedy(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def failing(arguments: list[str]) -> int:
         raise error
 
-    monkeypatch.setitem(VERBS, "inspect", VERBS["inspect"]._replace(call=failing))
+    monkeypatch.setitem(COMMANDS, "inspect", COMMANDS["inspect"]._replace(call=failing))
     assert main(["inspect", "shards"]) == 1
     said = capsys.readouterr().err
     assert re.fullmatch(r"segvol-pl inspect: error: out of memory: (CUDA .* GiB: )?training takes less with .*\n", said)

@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from segvol_pl import resources
-from segvol_pl.__main__ import VERBS
+from segvol_pl.__main__ import COMMANDS
 from segvol_pl.config import BUNDLED
 from segvol_pl.config.loader import load
 from segvol_pl.errors import ConfigError
@@ -247,16 +247,16 @@ def test_a_configuration_that_is_not_here_is_laid_out_by_init(tmp_path: Path, mo
 def test_help_imports_nothing_heavy() -> None:
     source = f"""
 import contextlib, io, sys
-from segvol_pl.__main__ import VERBS, main
-for command in VERBS:
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+from segvol_pl.__main__ import COMMANDS, main
+for command in COMMANDS:
+    with contextlib.redirect_stdout(io.StringIO()):
         assert main([command, "--help"]) == 0, command
     found = {HEAVY!r} & set(sys.modules)
     assert not found, (command, found)
-print(len(VERBS))
+print(len(COMMANDS))
 """
     done = run([sys.executable, "-c", source], ROOT)
-    assert (done.stdout, done.stderr) == (f"{len(VERBS)}\n", "")
+    assert (done.stdout, done.stderr) == (f"{len(COMMANDS)}\n", "")
 
 
 @pytest.fixture(scope="module")

@@ -68,12 +68,12 @@ class Inventory:
         return [(entry, entry.header) for entry in self.entries if entry.header]
 
 
-def inventory(config: InventoryConfig) -> Inventory:
+def inventory(config: InventoryConfig, console: Console | None = None) -> Inventory:
     """Read every header, print a summary, and write all entries to `config.out`.
 
     Raises CaseError if nothing is found.
     """
-    console = Console()
+    console = console or Console()
     paths, ignored = _paths_of(config)
     if not paths:
         raise CaseError(f"images: {config.images} holds no CT file and no DICOM folder: check the path")
