@@ -104,7 +104,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_what_is_shipped_and_nothing_else(wheel: Path) -> None:
     held = {name for name in names(wheel) if ".dist-info/" not in name}
-    code = {name for name in in_repository("segvol_pl") if name.endswith(".py")}
+    code = {name for name in in_repository("segvol_pl") if name.endswith((".py", ".html.j2"))}
+    assert {name for name in code if name.endswith(".j2")}
     beside = {f"segvol_pl/_shipped/{path}" for name in BUNDLED for path in in_repository(name)}
     assert len(beside) > 50
     assert held == code | beside

@@ -162,5 +162,5 @@ def _write(out: Path, comparison: Comparison, points: Points) -> None:
     ]
     about = f"{comparison.loss} against {comparison.axis} = {comparison.baseline}: pairs equal in all else. "
     about += "Intervals hold 95 %."
-    parts = [page.lines([about]), page.picture(png, "Paired differences"), page.table(table)]
-    page.write_page(out / "index.html", f"Comparison along {comparison.axis}", parts)
+    sections = [page.Section(pictures=[(png, "Paired differences")], rows=table)]
+    page.write_page(out / "index.html", f"Comparison along {comparison.axis}", about, sections)

@@ -150,32 +150,32 @@ def _write_page(
 ) -> None:
     about = f"{len(points.used)} runs. L is {points.loss}, N trainable parameters, D {points.samples}. "
     about += f"Intervals hold 95 %, by {config.bootstraps} bootstrap samples of seed {config.seed}."
-    parts = [page.lines([about])]
-    for number, each in enumerate(judged):
-        parts += [page.heading(f"{each.law.formula}: {each.where}"), *_law_parts(out, number, points, each)]
+    sections = [_law_section(out, number, points, each) for number, each in enumerate(judged)]
     if optima:
         png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
-        parts += [page.heading("Compute-optimal frontier"), page.picture(png, "Frontier"), page.table(_optima(optima))]
-    parts += [page.lines([*notes, *points.left_out], "note"), page.heading("Runs"), page.table(_rows(points))]
-    page.write_page(out / "index.html", "Scaling fit", parts)
+        sections.append(page.Section("Compute-optimal frontier", pictures=[(png, "Frontier")], rows=_optima(optima)))
+    sections.append(page.Section(lines=[(line, "note") for line in (*notes, *points.left_out)]))
+    sections.append(page.Section("Runs", rows=_rows(points)))
+    page.write_page(out / "index.html", "Scaling fit", about, sections)
 
 
-def _law_parts(out: Path, number: int, points: Points, judged: Verdict) -> list[str]:
-    parts = [page.lines(_said(judged)[:1], "yes" if judged.supported else "no"), page.lines(judged.cautions, "note")]
+def _law_section(out: Path, number: int, points: Points, judged: Verdict) -> page.Section:
+    lines = [(_said(judged)[0], "yes" if judged.supported else "no"), *((text, "note") for text in judged.cautions)]
+    section = page.Section(f"{judged.law.formula}: {judged.where}", lines)
     if judged.fit is None:
-        return parts
+        return section
     shown = next(chosen for _, chosen, where in _asked(points) if where == judged.where)
     for variable in judged.law.variables:
         png = figures.save(figures.law_figure(judged, shown, variable), out, f"law-{number}-{variable}")
-        parts.append(page.picture(png, f"{judged.law.formula} over {variable}"))
+        section.pictures.append((png, f"{judged.law.formula} over {variable}"))
     if judged.held_out is not None:
         png = figures.save(figures.held_out_figure(judged, points), out, f"law-{number}-held-out")
-        parts.append(page.picture(png, "Held-out extrapolation"))
-    rows = [
+        section.pictures.append((png, "Held-out extrapolation"))
+    section.rows.extend(
         {"coefficient": name, "alone": _shown(alone), "all at once": _shown(judged.together[name])}
         for name, alone in judged.coefficients.items()
-    ]
-    return [*parts, page.table(rows)]
+    )
+    return section
 
 
 def _optima(optima: Sequence[Optimum]) -> list[dict[str, str]]:

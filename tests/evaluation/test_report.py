@@ -114,16 +114,16 @@ def test_report_is_self_contained_and_says_what_was_run(tmp_path: Path) -> None:
     write_report(path, small_summary(), [picture()], ABOUT)
     page = path.read_text(encoding="utf-8")
     assert not re.search(r"(src|href)=[\"'](?!data:)", page) and "http" not in page and "@import" not in page
-    for told in (
+    for text in (
         "model.ckpt",
         "shards/x",
         "ground truth",
-        "spleen: asked for but absent in 2",
+        "spleen: requested but absent in 2",
         "1 more without labels",
         "bad cannot be read and is in no figure: shard x.tar is cut",
         "What masks of liver look like",
     ):
-        assert told in page, told
+        assert text in page, text
     assert "kidney &lt;left&gt;" in page and "<left>" not in page
     assert "0.700 <small>[0.650, 0.800]</small>" in page
     assert "split: &lt;test&gt;" in page and "<td>torch</td><td>2.13.0</td>" in page

@@ -18,6 +18,7 @@ from segvol_pl.experiments.fit import fit_runs
 from segvol_pl.experiments.frontier import frontier
 from segvol_pl.experiments.grid import parameters, volume_flops
 from segvol_pl.experiments.laws import Law, bootstrap, fit
+from segvol_pl.experiments.page import Section, write_page
 from segvol_pl.experiments.points import Point, Points, gather
 from segvol_pl.experiments.verdict import Verdict, judge, predicted
 
@@ -280,6 +281,16 @@ def test_runs_that_give_no_point_are_listed_with_the_reason(tmp_path: Path) -> N
     ]
     with pytest.raises(PointsError, match="nowhere"):
         gather(FitConfig(runs=[str(tmp_path / "nowhere")]))
+
+
+def test_a_page_escapes_names(tmp_path: Path) -> None:
+    sections = [Section("<h>", [("a < b", "note")], [(b"PNG", 'the "<p>"')], [{"<run>": "<&>"}])]
+    write_page(tmp_path / "page.html", "A & B", "about <x>", sections)
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    for text in ("<h1>A &amp; B</h1>", "about &lt;x&gt;", "<h2>&lt;h&gt;</h2>", '<p class="note">a &lt; b</p>'):
+        assert text in page
+    assert 'alt="the &#34;&lt;p&gt;&#34;" src="data:image/png;base64,UE5H"' in page
+    assert "<th>&lt;run&gt;</th>" in page and "<td>&lt;&amp;&gt;</td>" in page
 
 
 # ---- comparisons ----
