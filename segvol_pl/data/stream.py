@@ -1,13 +1,15 @@
 """The stream: which rank and worker loads which sample, and when.
 
 1. `epoch_order`: the order of an epoch is a pure function of (seed, epoch).
-2. `Plan.positions`: which positions of it a worker of a rank loads, a pure function of integers too: micro-batch k,
-   counted from the run's start, goes to worker k mod num_workers of each rank, and each rank loads its share of it.
-3. `Stream` reads, draws and collates them, endlessly, epoch after epoch. A damaged sample is replaced by another one,
-   decided by its position alone, so that every rank keeps its number of batches; the batch says what was replaced.
+2. `Plan.positions`: the positions in that order that a worker of a rank loads are a pure function of integers too.
+   Micro-batch k, counted from the start of the run, goes to worker k mod num_workers of each rank, and each rank loads
+   its share of it.
+3. `Stream` reads, samples and collates them, epoch after epoch without end. A damaged sample is replaced by another
+   one, chosen by its position alone, so that the batch count of each rank is unaffected. The batch records what was
+   replaced.
 
-The state is one integer: the samples seen so far over all ranks. Every rank and worker of any world derives its
-part from it, so that a run resumes exactly, in the middle of an epoch, with another number of GPUs.
+The state is one integer: the number of samples seen so far over all ranks. Every rank and worker derives its part from
+it, so that a run resumes exactly, in the middle of an epoch, with another number of GPUs.
 """
 
 from __future__ import annotations
@@ -29,18 +31,18 @@ from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.errors import ShardError
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
-"""Makes one training sample from a volume's facts, its members and the sample's own rng."""
+"""Makes one training sample from the facts and members of a volume, with the sample's own rng."""
 
 ATTEMPTS = 4
-"""Samples tried for one position: the one in its place and its replacements."""
+"""Samples tried for one position: the original and its replacements."""
 
 DAMAGES = list(Damage)
-"""A batch says by number what was wrong."""
+"""In a batch, a kind of damage is an index into this list."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Who is asking: passed explicitly, because loader processes cannot be trusted to find out."""
+    """Rank and worker of a loader process. Passed explicitly, because loader processes cannot find it out reliably."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -49,12 +51,12 @@ class World:
 
 
 def epoch_order(num_samples: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """int64 permutation of range(num_samples)."""
+    """Return the order of an epoch: an int64 permutation of range(num_samples)."""
     return rng_of(seed, epoch).permutation(num_samples)
 
 
 def _share(first: int, batch: int, world: World) -> np.ndarray:
-    """The rank's positions of the batch that begins at `first`: int64 (local batch,)."""
+    """The positions of the batch from `first` on that the rank loads: int64 (local batch,)."""
     if batch % world.num_ranks:
         raise ValueError(f"global batch {batch} is not a multiple of {world.num_ranks} ranks")
     local = batch // world.num_ranks
@@ -63,7 +65,7 @@ def _share(first: int, batch: int, world: World) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """The endless sequence of micro-batches over `num_samples` positions a epoch."""
+    """The endless sequence of micro-batches, with `num_samples` positions per epoch."""
 
     num_samples: int
     global_batch: int
@@ -73,16 +75,24 @@ class Plan:
 
     @property
     def usable(self) -> int:
-        """Positions of an epoch that are seen, whole global batches only; those beyond the last start anew."""
+        """Positions per epoch, a multiple of the global batch. With LastBatch.repeat, those past the last wrap around."""
         rest = self.num_samples % self.global_batch
         if self.last_batch is LastBatch.repeat and rest:
             return self.num_samples - rest + self.global_batch
         return self.num_samples - rest
 
     def positions(self, world: World, seen: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """(epoch, samples seen after the micro-batch, its positions) for this worker, from `seen` samples on.
+        """Yield the micro-batches of one worker.
 
-        Raises ValueError where the ranks do not divide the micro-batch.
+        Args:
+            world: Rank and worker.
+            seen: Samples seen before, over all ranks.
+
+        Yields:
+            Epoch, samples seen after the micro-batch, and its positions.
+
+        Raises:
+            ValueError: The micro-batch is not a multiple of the number of ranks.
         """
         micro = self.global_batch // self.accumulate
         per_epoch = self.usable // micro
@@ -96,8 +106,8 @@ class Plan:
 class Stream(IterableDataset[Batch]):
     """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None, collate_fn=identity_collate`.
 
-    Batches are in the form in which they travel, see `batch.unpacked`; each carries `seen`: the samples seen by all
-    ranks once it has been used.
+    Batches are packed for transport, see `batch.unpacked`. Each has `seen`: the samples seen by all ranks once it has
+    been used.
     """
 
     def __init__(self, corpus: Corpus, draw: Draw, plan: Plan, world: World | None = None, seen: int = 0) -> None:
@@ -105,7 +115,7 @@ class Stream(IterableDataset[Batch]):
         self.plan, self.world, self.seen = plan, world or World(), seen
 
     def worker_world(self) -> World:
-        """The world as this loader process stands in it."""
+        """Return the world with the id of this loader process."""
         worker = get_worker_info()
         own, of = (worker.id, worker.num_workers) if worker else (0, 1)
         return World(self.world.rank, self.world.num_ranks, own, of)
@@ -119,16 +129,16 @@ class Stream(IterableDataset[Batch]):
             yield collate(samples, seen)
 
     def rows(self, epoch: int) -> np.ndarray:
-        """The corpus's rows in the epoch's order; positions are places in it."""
+        """Return the rows of the corpus in the order of the epoch; a position is an index into it."""
         dealt = self.corpus.rows(self.plan.seed, epoch)
         rows: np.ndarray = dealt[epoch_order(self.plan.num_samples, self.plan.seed, epoch) % len(dealt)]
         return rows
 
     def sample(self, epoch: int, position: int, rows: np.ndarray) -> Arrays:
-        """The sample at `position` of the epoch, drawn with its own rng.
+        """Return the sample at `position` of the epoch, sampled with its own rng.
 
-        `row` is its place in the corpus; `damaged_A2` says what was replaced: (row, damage) for each attempt, -1 where
-        there was none. Raises ShardError where `ATTEMPTS` samples in a row are damaged.
+        In the result, `row` is its index in the corpus, and `damaged_A2` lists what was replaced: (row, damage) for
+        each attempt, -1 if it was not needed. Raises ShardError if `ATTEMPTS` samples in a row are damaged.
         """
         damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
         row, key = int(rows[position % len(rows)]), [self.plan.seed, epoch, position]
@@ -152,6 +162,6 @@ class Stream(IterableDataset[Batch]):
 
 
 def collate(samples: list[Arrays], seen: int) -> Batch:
-    """Stacks the arrays of each name along a new first axis: hu_CDHW becomes hu_BCDHW."""
+    """Stack the arrays of each name along a new first axis: hu_CDHW becomes hu_BCDHW."""
     names = {name: lettered(name, "B") for sample in samples for name in sample}
     return stacked(samples, names, {"seen": np.array(seen), **order_of(samples)})

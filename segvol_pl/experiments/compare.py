@@ -1,9 +1,9 @@
-"""`segvol-pl scaling compare`: what one axis of a grid changes, by pairs of runs that are equal in all else.
+"""`segvol-pl scaling compare`: the effect of one axis of a grid, from pairs of runs that differ in nothing else.
 
-1. Runs are paired with the baseline's by all their other places, the seed included.
-2. For each combination of the other axes, and over all, the mean difference and its interval: Student's t over the
-   pairs; over all by seeds, the pairs of one seed counting once, since they share initial weights and batches.
-3. An interval that holds 0 is said to show no difference. One pair has no interval.
+1. Each run is paired with the baseline run that has the same place on all other axes, including the seed.
+2. For each combination of the other axes, and over all of them, the mean difference and its interval (Student's t) are
+   computed. Over all combinations, the pairs of one seed count once: they share initial weights and batches.
+3. If the interval contains 0, the verdict is "no difference shown". One pair has no interval.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from segvol_pl.experiments.verdict import tails
 
 @dataclass(frozen=True)
 class Difference:
-    """Loss of a point minus the baseline's, over pairs."""
+    """Loss of a point minus loss of the baseline, over pairs."""
 
     point: str
     where: str
-    """Places on the other axes; empty: over all of them."""
+    """Places on the other axes; empty for all of them together."""
     n: int
     mean: float
     low: float | None
     high: float | None
-    """Ends of the interval; none of one pair."""
+    """Ends of the interval; None for one pair."""
     baseline: float
-    """The baseline's mean loss."""
+    """Mean loss of the baseline."""
     pairs: list[float]
 
     @property
     def verdict(self) -> str:
-        """In words: better, worse, no difference shown, or too few pairs to say."""
+        """One of: better, worse, no difference shown, one pair: no interval."""
         if self.low is None or self.high is None:
             return "one pair: no interval"
         if self.low <= 0 <= self.high:
@@ -66,24 +66,33 @@ class Comparison:
 
 
 def compare_runs(config: CompareConfig) -> list[str]:
-    """Writes the results; returns what there is to say, a line each. Raises PointsError, ConfigError."""
+    """Write the results and return a summary, one string per line. Raises PointsError, ConfigError."""
     points = gather(config)
     comparison = compare(points, config.axis, config.baseline)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     _write(out, comparison, points)
-    said = [
+    lines = [
         f"{each.verdict}: {each.point} against {comparison.baseline}{', ' if each.where else ' over all'}{each.where}: "
-        f"{_shown(each)} (n = {each.n})"
+        f"{_difference_text(each)} (n = {each.n})"
         for each in comparison.differences
     ]
-    left = points.left_out
-    left += [f"left out {name}: has no partner" for name in comparison.unpaired]
-    return [*left, *said, f"written to {out}: index.html, compare.json, differences.csv, figures"]
+    left = [*points.left_out, *(f"left out {name}: has no partner" for name in comparison.unpaired)]
+    return [*left, *lines, f"written to {out}: index.html, compare.json, differences.csv, figures"]
 
 
 def compare(points: Points, axis: str, baseline: str | None = None) -> Comparison:
-    """Differences along the axis. Raises ConfigError for one that no run has, PointsError where nothing pairs."""
+    """Compare the points of an axis in pairs of runs.
+
+    Args:
+        points: The runs.
+        axis: Name of the axis.
+        baseline: Label of the point that the others are compared with; default the first.
+
+    Raises:
+        ConfigError: No run has a place on the axis, or none is at the baseline.
+        PointsError: No run has a partner.
+    """
     along = [point for point in points.used if axis in point.places]
     if not along:
         known = sorted({name for point in points.used for name in point.places})
@@ -102,7 +111,7 @@ def compare(points: Points, axis: str, baseline: str | None = None) -> Compariso
         pairs = [(point, reference[_others(point, axis)]) for point in mine if _others(point, axis) in reference]
         differences += _differences(label, axis, pairs)
     if not differences:
-        raise PointsError(f"no run along {axis} has a partner with {axis} = {base} that is equal in all else")
+        raise PointsError(f"no run along {axis} has a partner: a run at {axis} = {base} with all other places equal")
     return Comparison(axis, base, labels, points.loss, differences, unpaired)
 
 
@@ -111,7 +120,7 @@ def _others(point: Point, axis: str) -> tuple[tuple[str, str], ...]:
 
 
 def _differences(label: str, axis: str, pairs: Sequence[tuple[Point, Point]]) -> list[Difference]:
-    """Of each combination of the other axes, and over all of them where there are several."""
+    """The differences for each combination of the other axes, and if there are several, over all of them."""
     groups: dict[str, list[tuple[Point, Point]]] = defaultdict(list)
     for pair in pairs:
         places = [f"{name} {place}" for name, place in _others(pair[0], axis) if name != SEED]
@@ -126,7 +135,7 @@ def _differences(label: str, axis: str, pairs: Sequence[tuple[Point, Point]]) ->
 
 
 def _difference(label: str, where: str, clusters: Sequence[Sequence[tuple[Point, Point]]]) -> Difference:
-    """clusters: pairs that count once together."""
+    """The mean difference. clusters: groups of pairs, each of which counts once."""
     values = np.array([np.mean([one.loss - other.loss for one, other in cluster]) for cluster in clusters])
     low = high = None
     if len(values) > 1:
@@ -136,7 +145,7 @@ def _difference(label: str, where: str, clusters: Sequence[Sequence[tuple[Point,
     return Difference(label, where, len(values), float(values.mean()), low, high, base, values.tolist())
 
 
-def _shown(each: Difference) -> str:
+def _difference_text(each: Difference) -> str:
     share = f"{each.mean:+.4g} ({each.mean / each.baseline:+.1%})"
     return share if each.low is None else f"{share} [{each.low:+.4g}, {each.high:+.4g}]"
 
@@ -155,12 +164,12 @@ def _write(out: Path, comparison: Comparison, points: Points) -> None:
             "point": each.point,
             "where": each.where or "over all",
             "n": str(each.n),
-            "difference": _shown(each),
+            "difference": _difference_text(each),
             "": each.verdict,
         }
         for each in comparison.differences
     ]
-    about = f"{comparison.loss} against {comparison.axis} = {comparison.baseline}: pairs equal in all else. "
-    about += "Intervals hold 95 %."
+    about = f"{comparison.loss} against {comparison.axis} = {comparison.baseline}, in pairs of runs that differ in "
+    about += "nothing else. Intervals are 95 % intervals."
     sections = [page.Section(pictures=[(png, "Paired differences")], rows=table)]
     page.write_page(out / "index.html", f"Comparison along {comparison.axis}", about, sections)

@@ -1,4 +1,4 @@
-"""Figures of fits and comparisons: each as PNG and SVG, axes with units, n and intervals stated in them."""
+"""Figures of fits and comparisons, as PNG and SVG. Axes have units; n and the kind of interval are stated."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 COLOURS = ("#3b6fb6", "#e0752d", "#2e9e5b", "#8e5bb0", "#c03d5d", "#6b7785", "#b08a1e", "#2a9aa8")
 INK, BAND = "#1d2430", 0.16
 LINE = 60
-"""Places at which a curve is drawn."""
+"""Number of points of a curve."""
 
 
 def unit(points: Points, variable: str) -> str:
-    """The axis's label."""
+    """Return the label of an axis."""
     return "N, parameters" if variable == "params" else f"D, {points.samples}"
 
 
 def loss_label(points: Points) -> str:
-    """Losses have no unit."""
+    """Return the label of the loss axis, which has no unit."""
     return points.loss if "loss" in points.loss else f"loss ({points.loss})"
 
 
 def law_figure(judged: Verdict, points: Points, variable: str) -> Figure:
-    """Loss over one variable, a curve for each value of the other; bands are the law's intervals of 95 %."""
+    """Draw the loss over one variable, one curve for each value of the other. Bands are 95 % intervals of the law."""
     figure, axes = _axes(unit(points, variable), loss_label(points))
     place = judged.law.variables.index(variable)
     logs = points.logs(judged.law.variables)
@@ -62,13 +62,9 @@ def law_figure(judged: Verdict, points: Points, variable: str) -> Figure:
 
 def _group_label(judged: Verdict, variable: str, group: np.ndarray, count: int) -> str:
     others = [other for other in judged.law.variables if other != variable]
-    named = ", ".join(f"{SYMBOLS[other]} = {_count(np.exp(value))}" for other, value in zip(others, group, strict=True))
+    values = [f"{value:,.0f}" if value >= 10 else f"{value:.3g}" for value in np.exp(group)]
+    named = ", ".join(f"{SYMBOLS[other]} = {value}" for other, value in zip(others, values, strict=True))
     return f"{named or 'runs'} (n = {count})"
-
-
-def _count(value: float) -> str:
-    """Counts as they are written by hand."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
 def _curve(axes: Axes, judged: Verdict, place: int, group: np.ndarray, logs_R: np.ndarray, colour: str) -> None:
@@ -97,7 +93,7 @@ def _title(judged: Verdict) -> str:
 
 
 def frontier_figure(optima: Sequence[Optimum], points: Points) -> Figure:
-    """The best N and the loss there over the budget; hollow where it lies outside of what was run."""
+    """Draw the best N and its loss over the budget. Hollow dots lie outside the range of the runs."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, name, label in (
@@ -121,7 +117,7 @@ def frontier_figure(optima: Sequence[Optimum], points: Points) -> Figure:
 
 
 def held_out_figure(judged: Verdict, points: Points) -> Figure:
-    """Predicted against measured loss of the largest runs, which the fit had not seen."""
+    """Draw predicted against measured loss of the largest runs, which were held out of the fit."""
     figure, axes = _axes(f"measured {loss_label(points)}", "predicted from the smaller runs")
     assert judged.held_out is not None
     rows = judged.held_out.predictions
@@ -139,7 +135,7 @@ def held_out_figure(judged: Verdict, points: Points) -> Figure:
 
 
 def comparison_figure(comparison: Comparison) -> Figure:
-    """Paired differences of each point to the baseline, over the other axes; bars are intervals of 95 %."""
+    """Draw the paired differences of each point to the baseline, over the other axes. Bars are 95 % intervals."""
     rows = comparison.differences
     figure = Figure(figsize=(6.4, 1.3 + 0.32 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
@@ -176,7 +172,7 @@ def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=8.5)
     axes.set_ylabel(y, fontsize=8.5)
     axes.tick_params(labelsize=8, which="both")
-    # More labels find no room; over many decades those of the powers alone.
+    # There is no room for more labels; over many decades only the powers are labelled.
     axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     axes.xaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(3, 3)))
     axes.grid(linewidth=0.4, color="#dddddd", which="both")
@@ -184,14 +180,14 @@ def _dress(axes: Axes, x: str, y: str) -> None:
 
 
 def _plain_ticks(axes: Axes) -> None:
-    """Losses span less than a decade: 0.4 and 0.5 say more than 4 x 10^-1."""
+    """Label losses as 0.4 and 0.5 instead of 4 x 10^-1: they span less than a decade."""
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def save(figure: Figure, folder: Path, name: str) -> bytes:
-    """NAME.png and NAME.svg; returns the PNG."""
+    """Write NAME.png and NAME.svg; return the PNG."""
     with (
         mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "segvol"}),
         atomic_path(folder / f"{name}.svg") as part,

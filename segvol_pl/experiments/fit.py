@@ -1,9 +1,9 @@
 """`segvol-pl scaling fit`: runs in, laws with intervals and verdicts out.
 
-1. Points are gathered; which laws can be asked for follows from what varies among them.
-2. Each law is judged. A law without a floor is tried where the floor is not told from 0; a law of one variable, where
-   both vary, on the runs at the other's largest value.
-3. Of a supported law in N and D follows the compute-optimal frontier.
+1. Points are gathered. The variables that differ between them decide which laws are tried.
+2. Each law is judged. If a law with a floor is not supported, the same law without it is tried. If both variables vary,
+   laws of one variable are fitted to the runs at the largest value of the other.
+3. A supported law in N and D gives the compute-optimal frontier.
 4. `fit.json`, `points.csv`, `frontier.csv`, figures and `index.html` are written to `out`.
 """
 
@@ -29,38 +29,38 @@ log = logging.getLogger(__name__)
 
 BOTH = ("params", "samples")
 COST_SPREAD = 1.5
-"""Factor between the runs' FLOPs per parameter and sample beyond which C = k N D is called rough."""
+"""C = k N D is called rough if k differs between runs by more than this factor."""
 
 
 def fit_runs(config: FitConfig) -> list[str]:
-    """Writes the results; returns what there is to say, a line each. Raises PointsError, ConfigError."""
+    """Write the results and return a summary, one string per line. Raises PointsError, ConfigError."""
     points = gather(config)
-    judged = [each for law, chosen, where in _asked(points) for each in _judged(law, chosen, where, config)]
+    judged = [each for law, chosen, where in _laws(points) for each in _judged(law, chosen, where, config)]
     optima, notes = _frontier(judged, points, config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     _write_tables(out, points, optima)
     _write_json(out, points, judged, optima, notes)
     _write_page(out, points, judged, optima, notes, config)
-    said = [line for each in judged for line in _said(each)]
-    return [*points.left_out, *said, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
+    lines = [line for each in judged for line in _summary(each)]
+    return [*points.left_out, *lines, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
 
 
-def _asked(points: Points) -> list[tuple[Law, Points, str]]:
-    """The laws that what varies allows to ask for, each with its runs."""
+def _laws(points: Points) -> list[tuple[Law, Points, str]]:
+    """The laws to try, given the variables that differ between runs, each with its runs and their description."""
     varying = [name for name in BOTH if len({getattr(point, name) for point in points.used}) > 1]
     if len(varying) < 2:
         return [(Law((name,)), points, "all runs") for name in varying or BOTH]
-    asked = [(Law(BOTH), points, "all runs")]
+    laws = [(Law(BOTH), points, "all runs")]
     for variable, other in (BOTH, BOTH[::-1]):
         largest = max(getattr(point, other) for point in points.used)
         chosen = [point for point in points.used if getattr(point, other) == largest]
-        asked.append((Law((variable,)), replace(points, used=chosen), f"runs with {SYMBOLS[other]} = {largest:.4g}"))
-    return asked
+        laws.append((Law((variable,)), replace(points, used=chosen), f"runs with {SYMBOLS[other]} = {largest:.4g}"))
+    return laws
 
 
 def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Verdict]:
-    """The law, and the same without its floor where the floor cannot be told from 0 or asks for too much."""
+    """Judge the law, and if it is not supported, the same law without a floor."""
     tried = []
     for each in (law, replace(law, floor=False)):
         logs = points.logs(each.variables)
@@ -75,17 +75,17 @@ def _frontier(judged: Sequence[Verdict], points: Points, config: FitConfig) -> t
     if law is None or law.fit is None:
         return [], ["no frontier: it needs a supported law in N and D"]
     if config.samples is DataCount.volumes:
-        return [], ["no frontier: volumes trained on do not state what training costs; use samples=seen"]
+        return [], ["no frontier: the number of training volumes does not give the training cost; use samples=seen"]
     per, spread = cost(points.used, config.flops_per)
     rough = f": rough, k differs by a factor of {spread:.1f} between runs" if spread > COST_SPREAD else ""
     return frontier(law.fit, points.used, per), [f"frontier by C = k N D, k = {per:.3g} FLOPs{rough}"]
 
 
-def _said(judged: Verdict) -> list[str]:
+def _summary(judged: Verdict) -> list[str]:
     head = f"{judged.law.formula} ({judged.where}, n = {judged.runs})"
     if not judged.supported:
         return [f"NOT SUPPORTED: {head}: {'; '.join(judged.reasons)}"]
-    named = ", ".join(f"{name} {_shown(each)}" for name, each in judged.coefficients.items())
+    named = ", ".join(f"{name} {_interval_text(each)}" for name, each in judged.coefficients.items())
     held = judged.held_out
     error = (
         f"; largest {held.settings} settings predicted to {held.error:.1%}, {held.inside} of {held.runs} inside"
@@ -95,7 +95,7 @@ def _said(judged: Verdict) -> list[str]:
     return [f"supported: {head}: {named}{error}", *(f"  caution: {text}" for text in judged.cautions)]
 
 
-def _shown(interval: Interval) -> str:
+def _interval_text(interval: Interval) -> str:
     return f"{interval.value:.4g} [{interval.low:.4g}, {interval.high:.4g}]"
 
 
@@ -149,7 +149,7 @@ def _write_page(
     config: FitConfig,
 ) -> None:
     about = f"{len(points.used)} runs. L is {points.loss}, N trainable parameters, D {points.samples}. "
-    about += f"Intervals hold 95 %, by {config.bootstraps} bootstrap samples of seed {config.seed}."
+    about += f"Intervals are 95 % intervals from {config.bootstraps} bootstrap samples of seed {config.seed}."
     sections = [_law_section(out, number, points, each) for number, each in enumerate(judged)]
     if optima:
         png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
@@ -160,11 +160,11 @@ def _write_page(
 
 
 def _law_section(out: Path, number: int, points: Points, judged: Verdict) -> page.Section:
-    lines = [(_said(judged)[0], "yes" if judged.supported else "no"), *((text, "note") for text in judged.cautions)]
+    lines = [(_summary(judged)[0], "yes" if judged.supported else "no"), *((text, "note") for text in judged.cautions)]
     section = page.Section(f"{judged.law.formula}: {judged.where}", lines)
     if judged.fit is None:
         return section
-    shown = next(chosen for _, chosen, where in _asked(points) if where == judged.where)
+    shown = next(chosen for _, chosen, where in _laws(points) if where == judged.where)
     for variable in judged.law.variables:
         png = figures.save(figures.law_figure(judged, shown, variable), out, f"law-{number}-{variable}")
         section.pictures.append((png, f"{judged.law.formula} over {variable}"))
@@ -172,7 +172,7 @@ def _law_section(out: Path, number: int, points: Points, judged: Verdict) -> pag
         png = figures.save(figures.held_out_figure(judged, points), out, f"law-{number}-held-out")
         section.pictures.append((png, "Held-out extrapolation"))
     section.rows.extend(
-        {"coefficient": name, "alone": _shown(alone), "all at once": _shown(judged.together[name])}
+        {"coefficient": name, "alone": _interval_text(alone), "all at once": _interval_text(judged.together[name])}
         for name, alone in judged.coefficients.items()
     )
     return section
@@ -182,9 +182,9 @@ def _optima(optima: Sequence[Optimum]) -> list[dict[str, str]]:
     return [
         {
             "FLOPs": f"{optimum.flops:.3g}",
-            "N": _shown(optimum.params),
-            "D": _shown(optimum.samples),
-            "loss": _shown(optimum.loss),
+            "N": _interval_text(optimum.params),
+            "D": _interval_text(optimum.samples),
+            "loss": _interval_text(optimum.loss),
             "": "outside of the runs" if optimum.beyond else "",
         }
         for optimum in optima

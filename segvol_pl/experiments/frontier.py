@@ -1,4 +1,4 @@
-"""The compute-optimal frontier of a law in N and D: for a budget of FLOPs, how large a model and how many samples.
+"""The compute-optimal frontier of a law in N and D: the best model size and number of samples for a FLOPs budget.
 
 Training costs C = k N D, k FLOPs per parameter and sample. Where dL/dlogN = dL/dlogD along N D = C / k:
 N = G (C/k)^(beta / (alpha + beta)), D = (C/k) / N, G = (alpha A / (beta B))^(1 / (alpha + beta)).
@@ -16,7 +16,7 @@ from segvol_pl.experiments.points import Point
 from segvol_pl.experiments.verdict import Interval, tails
 
 BUDGETS, BEYOND = 9, 10.0
-"""Budgets between the smallest run's and `BEYOND` times the largest run's."""
+"""Number of budgets, from that of the smallest run to `BEYOND` times that of the largest."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Optimum:
     samples: Interval
     loss: Interval
     beyond: bool
-    """Whether the budget, the model or the samples lie outside of what was run."""
+    """Whether the budget, the model or the samples lie outside the range of the runs."""
 
 
 def cost(points: Sequence[Point], otherwise: float) -> tuple[float, float]:
-    """FLOPs per parameter and sample: geometric mean over the runs that state FLOPs, and by what factor they spread."""
+    """Return FLOPs per parameter and sample: the geometric mean over runs with known FLOPs, and largest / smallest."""
     stated = [point.flops / (point.params * point.samples) for point in points if point.flops]
     if not stated:
         return otherwise, 1.0
@@ -40,7 +40,7 @@ def cost(points: Sequence[Point], otherwise: float) -> tuple[float, float]:
 
 
 def frontier(fitted: Fit, points: Sequence[Point], per: float) -> list[Optimum]:
-    """The best models for budgets from the smallest run's to ten times the largest's."""
+    """Return the best models for budgets from that of the smallest run to ten times that of the largest."""
     spent = [per * point.params * point.samples for point in points]
     budgets = np.geomspace(min(spent), BEYOND * max(spent), BUDGETS)
     best = _best(fitted, fitted.theta_P[None], budgets / per)

@@ -1,10 +1,11 @@
-"""A grid: one YAML file that stands for many runs, numbered, with names that stay.
+"""A grid: one YAML file that describes many runs, which are numbered and have stable names.
 
-1. `read` takes the file apart, each setting with its line.
+1. `read` parses the file and keeps the line of each setting.
 2. `expand` crosses the axes (those under `zip` step together) and the seeds, seeds fastest, and names each run by its
    places on them: `size-s_fraction-0.5_seed-1`. Adding a value later changes numbers, never names.
-3. Each run is an ordinary command line, checked before anything runs: a wrong key names file and line.
-4. `launch` runs them, tells how far each is, and writes the sweep for wandb.
+3. Each run is a command line of `train` or `pretrain`. All are checked before anything runs: the error for a wrong key
+   names file and line.
+4. `launch` runs them, shows their state, and writes the sweep for wandb.
 
 Imports neither torch nor lightning: a wrong key must fail at once.
 """
@@ -28,22 +29,22 @@ from segvol_pl.planning import flops
 
 KEYS = {
     "command": "pretrain or train (default train).",
-    "files": "Configuration files of the command, relative to this file.",
-    "set": "KEY=VALUE of every run, a list. {AXIS} and {seed} in a value stand for the run's place on that axis.",
-    "out": "Folder of the run folders, relative to where the command is run (default runs/NAME-OF-THE-FILE).",
-    "seeds": "data.seed of the runs, a list (default [0]).",
-    "axes": "What varies. A key of the command: a list of values. Any other name: named points, lists of KEY=VALUE.",
+    "files": "Configuration files for the command, relative to this file.",
+    "set": "List of KEY=VALUE for every run. {AXIS} and {seed} in a value stand for the run's place on that axis.",
+    "out": "Folder for the run folders, relative to the current folder (default runs/NAME-OF-THE-FILE).",
+    "seeds": "List of values for data.seed, all different (default [0]).",
+    "axes": "What varies. A key of the command: a list of values. Another name: named points, lists of KEY=VALUE.",
     "zip": "Lists of axes that step together instead of being crossed.",
-    "flops": "Training FLOPs of a run, a list of budgets: one more axis, which sets optim.max_steps by the model's.",
+    "flops": "List of budgets in training FLOPs: one more axis. optim.max_steps follows from the FLOPs of one step.",
 }
 COMMANDS = ("pretrain", "train")
 HELP = "Keys of FILE:\n" + "\n".join(f"  {key}\n      {text}" for key, text in KEYS.items())
 SEED, BUDGET = "seed", "flops"
-"""Names of the axes that are no keys."""
+"""Names of the axes that are not configuration keys."""
 DECIDED = ("run.out", "data.seed")
 """Keys that the grid sets itself."""
 UNSAFE = re.compile(r"[^A-Za-z0-9.+]+")
-"""What no run's name holds; `-` and `_` part its places."""
+"""Characters not allowed in the name of a run, where `-` and `_` separate its places."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ Place = dict[str, Point]
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file, taken apart."""
+    """A parsed grid file."""
 
     path: Path
     out: Path
@@ -75,20 +76,20 @@ class Grid:
 
     @property
     def name(self) -> str:
-        """Of its group at wandb."""
+        """Name of the runs' group at wandb."""
         return self.path.stem
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a grid: `segvol-pl VERB *arguments`."""
+    """One run of a grid: `segvol-pl COMMAND *arguments`."""
 
     number: int
     name: str
     command: str
     out: Path
     places: dict[str, str]
-    """Axis, `seed` among them -> label."""
+    """Axis (including `seed`) -> label."""
     arguments: list[str]
     config: Any = field(compare=False, repr=False)
 
@@ -97,13 +98,13 @@ class Run:
 
 
 def read(path: Path, out: str | None = None) -> Grid:
-    """The grid in a file; `out` comes before its own. Raises ConfigError, naming file and line."""
+    """Read a grid file. `out` replaces the file's own. Raises ConfigError, naming file and line."""
     nodes: dict[str, yaml.Node] = {}
     for name, node in loader.read_nodes(path).value:
         if name.value not in KEYS:
             raise ConfigError(f"unknown key {name.value} ({_line(path, name)}){did_you_mean(name.value, KEYS)}")
         if name.value in nodes:
-            raise ConfigError(f"{name.value} ({_line(path, name)}): is given twice: keep one")
+            raise ConfigError(f"{name.value} ({_line(path, name)}): is given twice: remove one")
         nodes[name.value] = node
     grid = _typed(path, {name: node for name, node in nodes.items() if name not in ("axes", "files", "set")}, out)
     parts = {
@@ -121,7 +122,7 @@ def _line(path: Path, node: yaml.Node) -> str:
 
 
 def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
-    """The keys that are plain values."""
+    """Convert the keys that are plain values."""
     values: dict[str, Any] = {"out": str(Path("runs") / path.stem)}
     wanted = {"command": str, "out": str, "seeds": list[int], "zip": list[list[str]], "flops": list[float]}
     for key, node in nodes.items():
@@ -149,18 +150,18 @@ def _texts(path: Path, nodes: dict[str, yaml.Node], key: str) -> list[Written]:
 
 
 def _beside(path: Path, written: Written) -> Written:
-    """A file named in the grid, from the working folder."""
+    """Resolve a file named in the grid relative to the grid file."""
     return Written(str(path.parent / written), written.origin)
 
 
 def _pair(path: Path, command: str, written: Written) -> Written:
-    """KEY=VALUE; a section's file stands beside the grid. Raises ConfigError where it is none, or not to be set."""
+    """Check KEY=VALUE. Section files are relative to the grid file. Raises ConfigError if malformed or reserved."""
     match = PAIR.fullmatch(written)
     if match is None:
         raise ConfigError(f"{written} ({written.origin}): is not KEY=VALUE")
     key, value = match.groups()
     if key in DECIDED:
-        raise ConfigError(f"{key} ({written.origin}): the grid sets it: by `seeds` and by `out` with the run's name")
+        raise ConfigError(f"{key} ({written.origin}): the grid sets it: use its keys `seeds` and `out`")
     if value.endswith(SECTION_FILE) and loader.is_section(command, key):
         return Written(f"{key}={path.parent / value}", written.origin)
     return written
@@ -203,7 +204,7 @@ def _points(path: Path, command: str, axis: str, node: yaml.Node) -> list[Point]
 
 
 def _flow(node: yaml.Node) -> str:
-    """A value as it stands behind `key=`."""
+    """The value as written behind `key=`."""
     if not isinstance(node, yaml.CollectionNode):
         return str(node.value)
     node.flow_style = True
@@ -211,7 +212,7 @@ def _flow(node: yaml.Node) -> str:
 
 
 def _label(text: str) -> str:
-    """The value as a part of a run's name."""
+    """Turn a value into a part of a run's name."""
     return UNSAFE.sub("-", text).strip("-") or "none"
 
 
@@ -219,23 +220,28 @@ def _check_zips(grid: Grid) -> None:
     zipped = [axis for group in grid.zip for axis in group]
     for axis in zipped:
         if axis not in grid.axes or zipped.count(axis) > 1:
-            why = "is in two lists" if axis in grid.axes else f"is no axis{did_you_mean(axis, grid.axes)}"
+            why = "is in two lists" if axis in grid.axes else f"is not an axis{did_you_mean(axis, grid.axes)}"
             raise ConfigError(f"zip ({grid.path}): {axis} {why}")
     for group in grid.zip:
         lengths = {axis: len(grid.axes[axis]) for axis in group}
         if len(set(lengths.values())) > 1:
-            raise ConfigError(f"zip ({grid.path}): what steps together is equally long, these are {lengths}")
+            raise ConfigError(f"zip ({grid.path}): axes that step together need as many points each, got {lengths}")
 
 
 # ---- the runs ----
 
 
 def expand(grid: Grid, given: Sequence[str] = ()) -> list[Run]:
-    """All runs, in order. `given`: KEY=VALUE of the command line, for every run; it wins over `set`.
+    """Make all runs of a grid, in order.
 
-    Raises ConfigError for whatever a run's command would refuse, naming where it is written.
+    Args:
+        grid: The parsed file.
+        given: KEY=VALUE of the command line, for every run; overrides `set`.
+
+    Raises:
+        ConfigError: A run's configuration is invalid; names the file and line of the cause.
     """
-    decided = dict.fromkeys(DECIDED, "the grid sets it: out=DIR and `seeds` are for that")
+    decided = dict.fromkeys(DECIDED, "the grid sets it: use out=DIR and `seeds`")
     varied = {_key(pair) for points in grid.axes.values() for point in points for pair in point.pairs}
     refused = {**dict.fromkeys(varied, "varies in the grid"), **decided}
     for pair in given:
@@ -244,7 +250,9 @@ def expand(grid: Grid, given: Sequence[str] = ()) -> list[Run]:
     runs = [_run(grid, number, place, seed, given) for number, (place, seed) in enumerate(_places(grid))]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{grid.path}: two runs are called {max(names, key=names.count)}: name their points apart")
+        raise ConfigError(
+            f"{grid.path}: two runs are called {max(names, key=names.count)}: give their points different names"
+        )
     return runs
 
 
@@ -256,7 +264,7 @@ def _key(pair: str) -> str:
 
 
 def _places(grid: Grid) -> Iterator[tuple[Place, int]]:
-    """Every combination of the axes with every seed, seeds fastest."""
+    """Yield every combination of the axes with every seed, seeds fastest."""
     leader = {axis: group[0] for group in grid.zip for axis in group}
     groups = [[axis for axis in grid.axes if leader.get(axis, axis) == first] for first in grid.axes]
     steps = [
@@ -285,13 +293,13 @@ def _run(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str])
 
 
 def _short(axis: str, axes: Axes) -> str:
-    """The last part of a key, where no other axis ends so."""
+    """The last part of a key, unless another axis has the same last part."""
     leaf = axis.rpartition(".")[2]
     return _label(axis if [other.rpartition(".")[2] for other in axes].count(leaf) > 1 else leaf)
 
 
 def _filled(pair: Written, labels: dict[str, str]) -> Written:
-    """With `{axis}` replaced. Other braces belong to the value, as those of a reference `${key}`."""
+    """Replace `{axis}` by the label. Other braces belong to the value, as those of a reference `${key}`."""
     return Written(re.sub(r"(?<!\$)\{([\w.]+)\}", lambda match: labels.get(match[1], match[0]), pair), pair.origin)
 
 
@@ -299,7 +307,7 @@ def _filled(pair: Written, labels: dict[str, str]) -> Written:
 
 
 def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
-    """`optim.max_steps` that spends the budget. Raises ConfigError where that is less than the warm-up."""
+    """`optim.max_steps` that spends the budget. Raises ConfigError if the warm-up would be longer."""
     config = loader.load(grid.command, [*arguments, "optim.max_steps=1"])
     step = config.data.global_batch * volume_flops(config)
     steps = round(budget / step)
@@ -312,10 +320,10 @@ def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
 
 
 def volume_flops(config: Any) -> int:
-    """Training FLOPs of one volume, forward and backward."""
+    """Return the training FLOPs of one volume, forward and backward."""
     return flops.total(flops.volume_work(config)).total
 
 
 def parameters(config: Any) -> int:
-    """Trainable parameters of a run's model."""
+    """Return the number of trainable parameters of a run's model."""
     return sum(flops.run_parameters(config).values())

@@ -1,8 +1,8 @@
-"""The runs of a grid on their way: how far each is, one of them, all of them, and the sweep that wandb starts.
+"""Start the runs of a grid, show their state, and write the sweep that wandb starts.
 
-1. A run folder holds `grid.json`: who runs it, since when, or how it ended.
-2. `start` runs one: skipped where it is finished, else begun, or gone on with from its last checkpoint.
-3. `start_all` runs one after another, each in a process of its own, so that one that fails leaves the others alone.
+1. A run folder holds `grid.json`: which process runs it, since when, or how it ended.
+2. `start` runs one: it skips a finished run, starts a new one, or resumes from the last checkpoint.
+3. `start_all` runs one after another, each in a process of its own, so that a failure does not end the others.
 4. `sweep` writes the file for `wandb sweep`, whose agents call the same command line.
 """
 
@@ -35,21 +35,21 @@ log = logging.getLogger(__name__)
 
 MISSING, RUNNING, PARTIAL, FAILED, FINISHED, CHANGED = "missing", "running", "partial", "failed", "finished", "changed"
 SILENCE = 900.0
-"""Seconds without a logged step after which a run on another machine counts as stopped."""
+"""Seconds without a logged step after which a run on another machine is taken to have stopped."""
 
 
 @dataclass(frozen=True)
 class State:
-    """How far a run is: one of missing, running, partial, failed, finished, changed."""
+    """State of a run: missing, running, partial, failed, finished or changed."""
 
     name: str
     step: int = 0
     detail: str = ""
-    """Why it failed, what was changed, where it runs."""
+    """Why it failed, what was changed, or where it runs."""
 
 
 def state(run: Run) -> State:
-    """By the run folder alone. `changed`: the folder holds a run of another configuration."""
+    """Read the state from the run folder. `changed`: the folder holds a run with another configuration."""
     record, step = read_grid_entry(run.out), _last_step(run.out / "metrics.csv")
     if record is None and not (run.out / "config.yaml").exists():
         return State(MISSING)
@@ -62,16 +62,23 @@ def state(run: Run) -> State:
 
 
 def start(run: Run, call: Callable[[Any], Any], first: bool) -> None:
-    """Runs it in this process; nothing where it is finished. `call` takes the configuration; `first`: this is rank 0.
+    """Run one in this process, unless it is finished.
 
-    Raises RunError for a folder of another run, LockedError where another process runs it, and what the run raises.
+    Args:
+        run: The run.
+        call: Takes its configuration and trains.
+        first: Whether this process is rank 0, which keeps the record.
+
+    Raises:
+        RunError: The folder holds a run with another configuration.
+        LockedError: Another process runs it.
     """
     before = state(run)
     if before.name == FINISHED:
-        log.info("run %d %s: finished before, skipped", run.number, run.name)
+        log.info("run %d %s: already finished, skipped", run.number, run.name)
         return
     if before.name == CHANGED:
-        raise RunError(f"{run.out} holds a run with {before.detail}: give out=DIR, or remove the folder")
+        raise RunError(f"{run.out} holds a run with {before.detail}: give another out=DIR, or remove the folder")
     if not first:
         call(run.config)
         return
@@ -87,25 +94,25 @@ def start(run: Run, call: Callable[[Any], Any], first: bool) -> None:
 
 
 def start_all(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> None:
-    """One after another; finished ones are skipped. Raises RunError that names those that failed, at the end."""
+    """Start all runs that are not finished, one after another. Raises RunError at the end, naming those that failed."""
     failed = []
     for run in runs:
         if state(run).name == FINISHED:
-            log.info("run %d %s: finished before, skipped", run.number, run.name)
+            log.info("run %d %s: already finished, skipped", run.number, run.name)
             continue
         command = [sys.executable, "-m", "segvol_pl", "grid", str(grid.path), f"run={run.number}", *given]
         if subprocess.run(command, check=False).returncode:
             failed.append(run)
     if failed:
         names = ", ".join(f"{run.number} {run.name}" for run in failed)
-        raise RunError(f"{len(failed)} of {len(runs)} runs did not finish: {names}; the same command tries them again")
+        raise RunError(f"{len(failed)} of {len(runs)} runs did not finish: {names}; run the same command to retry them")
 
 
 def sweep(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> str:
-    """The YAML of a wandb sweep over the numbers of the runs. `wandb agent` then calls `segvol-pl grid FILE run=K`."""
+    """Return the YAML of a wandb sweep over the run numbers. `wandb agent` then calls `segvol-pl grid FILE run=K`."""
     project = {run.config.track.project for run in runs}
     if len(project) > 1:
-        raise ConfigError(f"track.project: a sweep lies in one project, these runs in {', '.join(sorted(project))}")
+        raise ConfigError(f"track.project: a sweep needs one project, these runs have {', '.join(sorted(project))}")
     content = {
         "name": grid.name,
         "project": project.pop(),
@@ -116,7 +123,7 @@ def sweep(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> str:
     return str(yaml.safe_dump(content, sort_keys=False))
 
 
-# ---- what a run folder tells ----
+# ---- the run folder ----
 
 
 def _write(run: Run, name: str, **more: str) -> None:
@@ -128,7 +135,7 @@ def _write(run: Run, name: str, **more: str) -> None:
 
 
 def _changed(run: Run) -> str:
-    """What differs from the run in the folder; nothing where there is no checkpoint to go on from."""
+    """How the configuration differs from that of the run in the folder; empty if there is no checkpoint to resume."""
     path = run.out / "config.yaml"
     if not path.exists() or not (run.out / "checkpoints" / "last.ckpt").exists():
         return ""
@@ -140,7 +147,7 @@ def _changed(run: Run) -> str:
 
 
 def _lives(out: Path, record: dict[str, Any]) -> bool:
-    """Whether the process that wrote the record is there; of another machine's, whether it logged lately."""
+    """Whether the process that wrote the record is alive, or on another machine, whether it has logged recently."""
     if record["host"] != socket.gethostname():
         metrics = out / "metrics.csv"
         last = max(record["at"], metrics.stat().st_mtime if metrics.exists() else 0)
@@ -149,7 +156,7 @@ def _lives(out: Path, record: dict[str, Any]) -> bool:
 
 
 def _last_step(metrics: Path) -> int:
-    """Of the last row; a row that was cut counts as none."""
+    """Step of the last complete row, 0 if there is none."""
     if not metrics.exists():
         return 0
     with metrics.open("rb") as stream:
@@ -162,26 +169,25 @@ def _last_step(metrics: Path) -> int:
 
 
 def describe(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """One row a run: number, name, state, step of how many, parameters, training FLOPs, and what else is known."""
-    return [_described(run, state(run)) for run in runs]
-
-
-def _described(run: Run, now: State) -> dict[str, str]:
-    steps = run.config.optim.max_steps
-    spent = steps * run.config.data.global_batch * volume_flops(run.config)
-    return {
-        "run": str(run.number),
-        "name": run.name,
-        "state": now.name,
-        "step": f"{now.step}/{steps}",
-        "parameters": f"{parameters(run.config):,}",
-        "flops": f"{spent:.2e}",
-        "": now.detail,
-    }
+    """Return one row per run: number, name, state, step and steps, parameters, training FLOPs, and a remark."""
+    rows = []
+    for run in runs:
+        now, steps = state(run), run.config.optim.max_steps
+        row = {
+            "run": str(run.number),
+            "name": run.name,
+            "state": now.name,
+            "step": f"{now.step}/{steps}",
+            "parameters": f"{parameters(run.config):,}",
+            "flops": f"{steps * run.config.data.global_batch * volume_flops(run.config):.2e}",
+            "": now.detail,
+        }
+        rows.append(row)
+    return rows
 
 
 def held_out(runs: Sequence[Run]) -> str:
-    """Whether all runs are held against the same volumes, and none trains on them. Reads the shards' indexes."""
+    """Report whether all runs are validated on the same volumes and none trains on them. Reads the shards' indexes."""
     # Reading shards imports torch, which expanding a grid must not.
     from segvol_pl.data.corpus import held_out_corpus, open_folders, training_corpus
     from segvol_pl.errors import ShardError
@@ -201,10 +207,10 @@ def held_out(runs: Sequence[Run]) -> str:
         sets.add(seen[key][0])
         leaking += [run.name] if seen[key][1] else []
     same = f"the same {len(next(iter(sets)))} for all runs" if len(sets) == 1 else f"{len(sets)} DIFFERENT SETS"
-    leak = f"TRAINED ON TOO by {len(leaking)} runs, {leaking[0]} first" if leaking else "none of them is trained on"
+    leak = f"ALSO TRAINED ON by {len(leaking)} runs, first {leaking[0]}" if leaking else "none of them is trained on"
     return f"held-out volumes: {same}; {leak}"
 
 
 def _contents(corpus: Any) -> frozenset[str]:
-    """What the volumes are, by the hash of their voxels; by name where an index of old holds none."""
+    """The volumes by the hash of their voxels; by name if an older index has no hashes."""
     return frozenset(record.content or record.key for record in corpus.records)

@@ -1,11 +1,12 @@
-"""Where the points of a fit come from: run folders, a table, or runs at wandb.
+"""The points of a fit, from run folders, a table, or runs at wandb.
 
-1. A run folder gives N by its configuration's architecture, D by steps x global batch (or the volumes it trained on),
-   training FLOPs by the model's arithmetic, and the loss by any metric of `metrics.csv`, or any number in a JSON file.
-2. A CSV gives params, samples and loss by its columns.
-3. A run at wandb gives the same by its configuration and summary.
+1. A run folder: N is computed from the configuration, D is steps x global batch (or the number of training volumes),
+   training FLOPs are computed from the architecture, and the loss is any metric of `metrics.csv` or any number in a
+   JSON file.
+2. A CSV has the columns params, samples and loss.
+3. A run at wandb has the same in its configuration and summary.
 
-What cannot be used is listed with the reason, never dropped in silence.
+Runs that cannot be used are listed with the reason.
 """
 
 from __future__ import annotations
@@ -28,51 +29,51 @@ from segvol_pl.run_folder import VOLUMES, read_grid_entry, read_metrics
 
 WANDB = "wandb:"
 LOSS = "loss"
-"""The table's column."""
+"""Default name of the loss column in a table."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One run as a fit sees it."""
+    """The data of one run."""
 
     name: str
     params: float
     samples: float
     loss: float
     flops: float | None = None
-    """Training FLOPs of the whole run."""
+    """Training FLOPs of the run."""
     places: dict[str, str] = field(default_factory=dict)
     """Axis of its grid -> label."""
 
 
 @dataclass(frozen=True)
 class Points:
-    """What was gathered, and what could not be used, with reasons."""
+    """Points, and the runs that could not be used, with reasons."""
 
     used: list[Point]
     unused: dict[str, str]
     loss: str
-    """What the loss is, in words."""
+    """Description of the loss."""
     samples: str
-    """What D counts."""
+    """Description of D."""
 
     def logs(self, variables: Sequence[str]) -> np.ndarray:
-        """(R,T): natural logs of the variables."""
+        """Return the natural logs of the variables, (R,T)."""
         return np.log([[getattr(point, variable) for variable in variables] for point in self.used])
 
     @property
     def left_out(self) -> list[str]:
-        """What could not be used, a line each."""
+        """Runs that could not be used, one line each."""
         return [f"left out {name}: {why}" for name, why in self.unused.items()]
 
     @property
     def losses(self) -> np.ndarray:
-        """Of the points that are used, in their order."""
+        """Losses of the used points, (R,)."""
         return np.array([point.loss for point in self.used])
 
 
 def gather(config: PointsConfig) -> Points:
-    """All points that the configuration names. Raises PointsError where there is none, ConfigError for bad keys."""
+    """Gather the points that a configuration names. Raises PointsError if there is none, ConfigError for bad keys."""
     used: list[Point] = []
     unused: dict[str, str] = {}
     if config.table is not None:
@@ -94,12 +95,12 @@ def gather(config: PointsConfig) -> Points:
 
 
 def metric_of(config: PointsConfig) -> str:
-    """The metric's name: what is configured, else the table's `loss`, else the validation loss."""
+    """Return the name of the metric: as configured, else `loss` for a table, else the validation loss."""
     return config.metric or (LOSS if config.table is not None else "val/loss")
 
 
 def turned(config: PointsConfig) -> bool:
-    """Whether the metric grows with quality, as Dice does: then 1 - metric is the loss."""
+    """Return whether the loss is 1 - metric: the metric grows with quality, as Dice does."""
     if config.one_minus is not None:
         return config.one_minus
     name = metric_of(config).lower()
@@ -107,14 +108,14 @@ def turned(config: PointsConfig) -> bool:
 
 
 def _folders(runs: Sequence[str]) -> Iterator[Path]:
-    """The run folders among, and directly below, what was given."""
+    """The given folders that are run folders, and run folders directly below the others."""
     for run in runs:
         folder = Path(run)
         if not folder.is_dir():
             raise PointsError(f"{folder}: no such folder")
         inner = sorted(path.parent for path in folder.glob("*/config.yaml"))
         if not inner and not (folder / "config.yaml").exists():
-            raise PointsError(f"{folder}: holds neither a run nor folders of runs (no config.yaml)")
+            raise PointsError(f"{folder}: is not a run folder and has none directly below it (no config.yaml)")
         yield from [folder] if (folder / "config.yaml").exists() else inner
 
 
@@ -133,7 +134,7 @@ def _folder(folder: Path, config: PointsConfig) -> Point:
 
 
 def _point(name: str, run: Any, step: int, volumes: float | None, loss: float, places: dict[str, str] | None) -> Point:
-    """volumes: what D counts, where that is not the samples seen."""
+    """volumes: D, if it is not the number of samples seen."""
     seen = step * run.data.global_batch
     return Point(
         name=name,
@@ -153,7 +154,7 @@ def _configuration(path: Path) -> Any:
 
 
 def _value(folder: Path, config: PointsConfig) -> tuple[int, float]:
-    """Step and value of the metric: the last, or the best; of a JSON file the number, at the run's last step."""
+    """Step and value of the metric, last or best. A number in a JSON file belongs to the last step."""
     name = metric_of(config)
     file, _, key = name.partition(":")
     if key and file.endswith(".json"):
@@ -173,7 +174,7 @@ def _metric(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def _number(path: Path, key: str) -> float:
-    """A number in a JSON file, by its dotted key; a part of the key may itself hold dots where it is there."""
+    """A number in a JSON file by its dotted key, where list items are numbered from 0."""
     if not path.exists():
         raise PointsError(f"no file {path.name}")
     node = json.loads(path.read_text(encoding="utf-8"))
@@ -182,14 +183,14 @@ def _number(path: Path, key: str) -> float:
         if node is None:
             raise PointsError(f"{path.name} holds no {key}")
     if not isinstance(node, (int, float)):
-        raise PointsError(f"{path.name}: {key} is no number")
+        raise PointsError(f"{path.name}: {key} is not a number")
     return float(node)
 
 
 def _loss(value: float, config: PointsConfig) -> float:
     loss = 1 - value if turned(config) else value
     if not (math.isfinite(loss) and loss > 0):
-        raise PointsError(f"the loss is {loss:g}: its logarithm is needed")
+        raise PointsError(f"the loss is {loss:g}: it must be finite and above 0")
     return loss
 
 
@@ -197,7 +198,7 @@ def _loss(value: float, config: PointsConfig) -> float:
 
 
 def _table(path: Path, config: PointsConfig) -> Iterator[Point]:
-    """Its rows. Raises PointsError naming file, line and column."""
+    """The rows of a table. Raises PointsError naming file, line and column."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             rows = list(csv.DictReader(stream))
@@ -227,9 +228,9 @@ def _row(row: dict[str, str], loss: str, name: str, config: PointsConfig) -> Poi
 
 
 def _at_wandb(place: str, config: PointsConfig, used: list[Point], unused: dict[str, str]) -> None:
-    """The finished runs of ENTITY/PROJECT/GROUP. Raises PointsError where wandb is missing or cannot be reached."""
+    """Add the finished runs of ENTITY/PROJECT/GROUP. Raises PointsError if wandb is missing or cannot be reached."""
     try:
-        import wandb  # not needed for anything on this machine's disk, and slow to import
+        import wandb  # slow to import, and needed for this source only
     except ModuleNotFoundError:
         raise PointsError(f"{WANDB}{place}: needs wandb, which is not installed: pip install wandb") from None
     project, _, group = place.rpartition("/")
@@ -249,7 +250,7 @@ def _at_wandb(place: str, config: PointsConfig, used: list[Point], unused: dict[
 
 
 def _of_summary(name: str, logged: dict[str, Any], summary: dict[str, Any], config: PointsConfig) -> Point:
-    """A point of what wandb holds of a run: its configuration, and the last value of each metric."""
+    """A point from a run's configuration and the last value of each metric, as stored at wandb."""
     metric = metric_of(config)
     missing = [key for key in (metric, "trainer/global_step") if key not in summary]
     if missing or "config" not in logged:

@@ -1,11 +1,12 @@
-"""Whether the data support a law: what is claimed, what is refused, and why, in words.
+"""Whether the data support a law, with the reasons in words.
 
-1. Before a fit: enough different values of each variable, enough runs.
+1. Before the fit: there must be enough different values of each variable, and enough runs.
 2. The loss must fall with each variable: a one-sided t-test on the logs, at 1 %.
-3. After it: each exponent told from 0; each term's effect larger than its interval; the floor told from 0, else there
-   is no curvature that a floor could be read from.
-4. The largest settings, predicted from the others, must lie within the interval stated for them.
-5. Where settings were run with several seeds, what the law misses is held against their spread: a caution alone.
+3. After the fit: each exponent must be significantly different from 0, the effect of each term larger than its
+   interval, and the floor significantly different from 0. Otherwise the data show no curvature.
+4. The largest settings, predicted from the others, must lie within the predicted intervals.
+5. If settings were run with several seeds, the misfit of the law is compared with the spread of the seeds. A misfit is
+   a caution, not a reason to refuse the law.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from scipy import stats
 from segvol_pl.experiments.laws import Fit, Law, bootstrap, fit
 
 VALUES, SPARE = 3, 3
-"""Different values that a variable needs; runs that a fit needs beyond its parameters."""
+"""Least number of different values of a variable; least number of runs beyond the number of parameters."""
 TREND, MISFIT, LEVEL = 0.01, 0.01, 0.95
 LEAST_FLOOR = 0.01
-"""Share of the smallest loss below which the floor's interval must not reach."""
+"""The interval of the floor must lie above this share of the smallest loss."""
 SYMBOLS = {"params": "N", "samples": "D"}
 EXPONENTS = {"params": "alpha", "samples": "beta"}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its interval of 95 %."""
+    """An estimate and its 95 % interval."""
 
     value: float
     low: float
@@ -38,7 +39,7 @@ class Interval:
 
     @property
     def plain(self) -> dict[str, float]:
-        """For JSON."""
+        """Return it as a dict for JSON."""
         return {"value": self.value, "low": self.low, "high": self.high}
 
 
@@ -49,27 +50,27 @@ class HeldOut:
     settings: int
     runs: int
     error: float
-    """Mean size of predicted over measured, minus 1."""
+    """Mean of |predicted / measured - 1|."""
     inside: int
-    """Runs that lie within their prediction's interval."""
+    """Runs within their predicted interval."""
     predictions: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A law, its fit where one was possible, and the verdict."""
+    """A law, its fit if one was possible, and the verdict."""
 
     law: Law
     where: str
     """Which runs it was fitted to."""
     runs: int
     reasons: list[str]
-    """Why it is not supported; empty where it is."""
+    """Why it is not supported; empty if it is."""
     cautions: list[str] = field(default_factory=list)
     fit: Fit | None = None
     coefficients: dict[str, Interval] = field(default_factory=dict)
     together: dict[str, Interval] = field(default_factory=dict)
-    """Wider intervals that hold all coefficients at once."""
+    """Wider intervals that contain all coefficients at once."""
     held_out: HeldOut | None = None
 
     @property
@@ -81,21 +82,36 @@ class Verdict:
 def judge(
     law: Law, logs_RT: np.ndarray, loss_R: np.ndarray, share: float, count: int, seed: int, where: str = "all runs"
 ) -> Verdict:
-    """Fits the law and says what can be claimed. share: of the settings, held out; count: bootstrap samples."""
-    # Without a trend there is nothing to fit: whatever form is found is that of the noise.
+    """Fit a law and judge whether the data support it.
+
+    Args:
+        law: The form.
+        logs_RT: Natural logs of the law's variables.
+        loss_R: Losses.
+        share: Share of the settings to hold out, the largest ones.
+        count: Number of bootstrap samples.
+        seed: Seed of the bootstrap.
+        where: Description of the runs.
+
+    Returns:
+        The verdict with fit, intervals and held-out predictions.
+    """
+    # Without a trend there is nothing to fit: a fitted form would be that of the noise.
     if reasons := _too_few(law, logs_RT) or _trends(law, logs_RT, loss_R):
         return Verdict(law, where, len(loss_R), reasons)
     fitted = bootstrap(fit(law, logs_RT, loss_R), count, seed)
     reasons = _doubts(fitted, loss_R)
     held_out = extrapolate(law, logs_RT, loss_R, share, count, seed)
-    # A law that is refused already is not refused once more for what follows from it.
+    # Poor extrapolation follows from the reasons above: it is reported only without them.
     if not reasons and held_out is not None and held_out.inside < (held_out.runs + 1) // 2:
         outside = f"{held_out.runs - held_out.inside} of the {held_out.runs} largest runs"
         reasons.append(
             f"it does not extrapolate: {outside} lie outside the interval predicted from the others "
             f"(error {held_out.error:.1%})"
         )
-    cautions = [*_misfit(fitted, loss_R), *_unheld(held_out)]
+    cautions = _misfit(fitted, loss_R)
+    if held_out is None:
+        cautions.append("too few settings to hold out the largest ones: extrapolation is untested")
     alone, together = intervals(fitted)
     return Verdict(law, where, len(loss_R), reasons, cautions, fitted, alone, together, held_out)
 
@@ -113,7 +129,7 @@ def _too_few(law: Law, logs_RT: np.ndarray) -> list[str]:
 
 
 def _trends(law: Law, logs_RT: np.ndarray, loss_R: np.ndarray) -> list[str]:
-    """A power law falls everywhere: on noise, the log of the loss has no slope. One-sided, all variables at once."""
+    """A one-sided t-test of the slope of log loss over each log variable, in one linear model of all variables."""
     design = np.column_stack([np.ones(len(loss_R)), logs_RT])
     slopes, rest, _, _ = np.linalg.lstsq(design, np.log(loss_R), rcond=None)
     freedom = len(loss_R) - design.shape[1]
@@ -123,8 +139,8 @@ def _trends(law: Law, logs_RT: np.ndarray, loss_R: np.ndarray) -> list[str]:
     for variable, slope, error in zip(law.variables, slopes[1:], errors[1:], strict=True):
         chance = float(stats.t.cdf(slope / error, freedom))
         if chance > TREND / len(law.variables):
-            told = f"{slope:+.4f} in log loss per e-fold (p = {chance:.2g})"
-            reasons.append(f"the loss does not fall with {SYMBOLS[variable]}: {told}")
+            measured = f"{slope:+.4f} in log loss per e-fold (p = {chance:.2g})"
+            reasons.append(f"the loss does not fall with {SYMBOLS[variable]}: {measured}")
     return reasons
 
 
@@ -133,16 +149,16 @@ def _doubts(fitted: Fit, loss_R: np.ndarray) -> list[str]:
     for place, variable in enumerate(law.variables):
         exponent = alone[EXPONENTS[variable]]
         if not exponent.low > 0:
-            reasons.append(f"{EXPONENTS[variable]} is not told from 0: {_shown(exponent)}")
+            reasons.append(f"{EXPONENTS[variable]} is not significantly different from 0: {_shown(exponent)}")
             continue
         effect = _effect(fitted, place)
         if effect.high - effect.low > effect.value:
-            told = f"{SYMBOLS[variable]} changes the loss by {effect.value:.1%} over the runs"
+            change = f"{SYMBOLS[variable]} changes the loss by {effect.value:.1%} over the runs"
             reasons.append(
-                f"the interval is wider than the effect: {told}, interval {effect.low:.1%} to {effect.high:.1%}"
+                f"the interval is wider than the effect: {change}, interval {effect.low:.1%} to {effect.high:.1%}"
             )
     if law.floor and alone["E"].low < LEAST_FLOOR * loss_R.min():
-        reasons.append(f"no curvature: the floor E is not told from 0: {_shown(alone['E'])}")
+        reasons.append(f"no curvature: the floor E is not significantly different from 0: {_shown(alone['E'])}")
     return reasons
 
 
@@ -151,7 +167,7 @@ def _shown(interval: Interval) -> str:
 
 
 def _effect(fitted: Fit, place: int) -> Interval:
-    """Loss at the variable's smallest over that at its largest value, minus 1, the others at their means."""
+    """Loss at the smallest value of the variable / loss at its largest value - 1, the others at their means."""
     ends = np.tile(fitted.centre_T, (2, 1))
     ends[:, place] = fitted.logs_RT[:, place].min(), fitted.logs_RT[:, place].max()
     estimate, samples = (
@@ -163,12 +179,15 @@ def _effect(fitted: Fit, place: int) -> Interval:
 
 
 def tails() -> tuple[float, float]:
-    """Quantiles that an interval of `LEVEL` lies between."""
+    """Return the quantiles at the ends of an interval of `LEVEL`."""
     return (1 - LEVEL) / 2, (1 + LEVEL) / 2
 
 
 def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:
-    """Of each coefficient alone, and of all together: 95 % of the bootstrap samples lie within all of the latter."""
+    """Return intervals of each coefficient alone, and of all together.
+
+    95 % of the bootstrap samples lie within all of the latter at once.
+    """
     named = fitted.coefficients(fitted.theta_P)
     samples = [fitted.coefficients(theta) for theta in fitted.samples_SP]
     # E, A and B are positive and spread by factors, exponents by amounts.
@@ -193,11 +212,11 @@ def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:
     return named_intervals(alone), named_intervals(both)
 
 
-# ---- what the law says of runs that it has not seen ----
+# ---- predictions ----
 
 
 def predicted(fitted: Fit, logs_RT: np.ndarray, noise: bool, seed: int = 0) -> list[Interval]:
-    """Losses with intervals: of the law, or with `noise` of one run."""
+    """Return losses with intervals: of the law, or with `noise`, of a single run."""
     estimate = np.log(fitted.predict(logs_RT))
     samples_SR = np.log([fitted.predict(logs_RT, theta) for theta in fitted.samples_SP])
     if noise:
@@ -210,7 +229,7 @@ def predicted(fitted: Fit, logs_RT: np.ndarray, noise: bool, seed: int = 0) -> l
 def extrapolate(
     law: Law, logs_RT: np.ndarray, loss_R: np.ndarray, share: float, count: int, seed: int
 ) -> HeldOut | None:
-    """The largest settings (by N x D) predicted from the others; None where the others are too few for the law."""
+    """Predict the largest settings (by N x D) from the others. None if the others are too few for the law."""
     settings, setting_R = np.unique(logs_RT, axis=0, return_inverse=True)
     largest = np.argsort(settings.sum(axis=1), kind="stable")[::-1][: max(1, round(share * len(settings)))]
     held_R = np.isin(setting_R.reshape(-1), largest)
@@ -229,31 +248,23 @@ def extrapolate(
 
 
 def _misfit(fitted: Fit, loss_R: np.ndarray) -> list[str]:
-    """F-test of lack of fit: what the law misses of the settings' means, against the spread of seeds."""
+    """F-test of lack of fit: misfit of the settings' means, compared with the spread of seeds."""
     settings, setting_R = np.unique(fitted.logs_RT, axis=0, return_inverse=True)
     y, count = np.log(loss_R), np.bincount(setting_R.reshape(-1))
     inner, outer = len(y) - len(settings), len(settings) - fitted.law.size
     if inner < 1 or outer < 1:
-        return (
-            ["no setting was run with several seeds: noise cannot be told from what the law misses"]
-            if inner < 1
-            else []
-        )
+        return ["no setting was run with several seeds: misfit and noise cannot be separated"] if inner < 1 else []
     means = np.bincount(setting_R.reshape(-1), y) / count
     pure = float(((y - means[setting_R.reshape(-1)]) ** 2).sum()) / inner
     missed = float((count * (means - np.log(fitted.predict(settings))) ** 2).sum()) / outer
     chance = float(stats.f.sf(missed / max(pure, 1e-300), outer, inner))
     if chance > MISFIT:
         return []
-    return [f"the law misses the settings' means by more than the seeds' spread explains (F-test, p = {chance:.2g})"]
-
-
-def _unheld(held_out: HeldOut | None) -> list[str]:
-    return ["too few settings to hold the largest ones out: extrapolation is untested"] if held_out is None else []
+    return [f"the misfit of the settings' means exceeds the spread of the seeds (F-test, p = {chance:.2g})"]
 
 
 def plain(judged: Verdict) -> dict[str, Any]:
-    """For JSON."""
+    """Return a verdict as a dict for JSON."""
     return {
         "law": judged.law.formula,
         "where": judged.where,

@@ -179,11 +179,11 @@ flops: [1e14, 4e14]
         ("axes:\n  a: {x: [run.out=b]}\n", "run.out (grid.yaml:2): "),
         ("seeds: [0, 0]\n", "seeds (grid.yaml:1): "),
         ("command: evaluate\n", "command (grid.yaml:1): "),
-        ("axes: {a: {}}\n", "axes.a (grid.yaml:1): "),
-        ("axes:\n  optim.lr: [1e-3, 1e-3]\n", "axes.optim.lr (grid.yaml:2): "),
-        ("zip: [[a, b]]\naxes: {a: {x: []}}\n", "zip (grid.yaml): b "),
-        ("zip: [[a, b]]\naxes: {a: {x: []}, b: {x: [], y: []}}\n", "zip (grid.yaml): "),
-        ("files: [nowhere.yaml]\n", "nowhere.yaml: "),
+        ("axes: {a: {}}\n", "axes.a (grid.yaml:1): has no points"),
+        ("axes:\n  optim.lr: [1e-3, 1e-3]\n", "axes.optim.lr (grid.yaml:2): two points are called 1e-3: name them"),
+        ("zip: [[a, b]]\naxes: {a: {x: []}}\n", "zip (grid.yaml): b is not an axis"),
+        ("zip: [[a, b]]\naxes: {a: {x: []}, b: {x: [], y: []}}\n", "zip (grid.yaml): axes that step together"),
+        ("files: [nowhere.yaml]\n", "nowhere.yaml: no such file"),
     ],
 )
 def test_a_wrong_grid_names_file_line_and_remedy(tmp_path: Path, text: str, expected: str) -> None:
@@ -202,7 +202,6 @@ def test_expanding_imports_nothing_heavy(tmp_path: Path) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "segvol_pl", "grid", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
-    # What import_module itself names is not listed, but what that imports is.
     assert "segvol_pl.atomic" in imported and not imported & {"torch", "lightning", "numpy", "wandb"}
 
 
@@ -234,10 +233,10 @@ def test_all_runs_are_tried_finished_ones_skipped_and_failed_ones_named(two: tup
     assert re.search(r"start-lost_seed-0 +failed +0/3 .*lost\.ckpt", listed[2])
     assert re.fullmatch(r"held-out volumes: the same \d for all runs; none of them is trained on", listed[3])
     again = program(path, *given, "run=0")
-    assert again.returncode == 0 and "finished before, skipped" in again.stderr
+    assert again.returncode == 0 and "already finished, skipped" in again.stderr
     tried = program(path, *given, "run=1")
     assert tried.returncode != 0 and "run 1 start-lost_seed-0: was failed" in tried.stderr
-    assert "error: run=2: " in program(path, *given, "run=2").stderr
+    assert "run=2: expected 0 to 1, or all" in program(path, *given, "run=2").stderr
 
 
 def test_a_grid_that_was_changed_refuses_the_runs_of_before(two: tuple[Path, list[str]], tmp_path: Path) -> None:
@@ -247,7 +246,7 @@ def test_a_grid_that_was_changed_refuses_the_runs_of_before(two: tuple[Path, lis
     path.write_text(path.read_text().replace("max_steps=3", "max_steps=4"))
     assert re.search(r"start-whole_seed-0 +changed +3/4 .*optim.max_steps 3 -> 4", program(path, *given).stdout)
     refused = program(path, *given, "run=0")
-    assert refused.returncode == 1 and "optim.max_steps 3 -> 4: give out=DIR" in refused.stderr
+    assert refused.returncode == 1 and "optim.max_steps 3 -> 4: give another out=DIR" in refused.stderr
     assert (tmp_path / "runs/start-whole_seed-0/grid.json").read_text() == record
 
 
@@ -283,12 +282,12 @@ def test_a_run_that_another_process_writes_is_refused_and_its_record_left(
     assert not record.exists()
 
 
-def test_leaks_are_said_in_the_listing(two: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_leaks_are_reported_in_the_listing(two: tuple[Path, list[str]], tmp_path: Path) -> None:
     path, given = two
     runs = expand(read(path), given[:1])
     assert launch.held_out(runs).endswith("none of them is trained on")
     leaking = [replace(run, config=replace(run.config, data=replace(run.config.data, split="all"))) for run in runs[1:]]
-    assert launch.held_out([*runs[:1], *leaking]).endswith("TRAINED ON TOO by 1 runs, start-lost_seed-0 first")
+    assert launch.held_out([*runs[:1], *leaking]).endswith("ALSO TRAINED ON by 1 runs, first start-lost_seed-0")
     other = replace(runs[1].config, data=replace(runs[1].config.data, val_split="train", split="test"))
     assert "2 DIFFERENT SETS" in launch.held_out([runs[0], replace(runs[1], config=other)])
 
