@@ -235,7 +235,7 @@ class TrainConfig(Keys):
         require(
             self.pretrained is None or self.weights is None,
             "pretrained",
-            "weights=FILE contains one too: give one of them",
+            "weights=FILE already contains an image encoder: give one of them",
         )
         for name in landmarks_in(self.prompts.combinations):
             require(
