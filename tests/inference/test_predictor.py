@@ -511,10 +511,8 @@ def test_predict_refuses_in_one_line_and_writes_nothing(
 def test_a_4_d_ct_is_refused(say: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     path = tmp_path / "series.nii.gz"
     nib.save(nib.Nifti1Image(np.zeros((8, 8, 8, 2), np.int16), np.eye(4)), path)
-    assert say(image=path, text="liver") == (
-        1,
-        f"segvol-pl predict: error: {path}: a 4-D image: give one 3-D volume (split a series over time)",
-    )
+    status, line = say(image=path, text="liver")
+    assert status == 1 and line.startswith(f"segvol-pl predict: error: {path}: a 4-D image: give one 3-D volume")
 
 
 def test_weights_without_text_are_refused_for_text_alone(say: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
