@@ -121,7 +121,7 @@ def test_a_drawing_that_does_not_exist_is_named_before_any_case(tmp_path: Path, 
 def test_a_figure_named_as_a_column_is_refused_before_any_case(tmp_path: Path, column: str) -> None:
     """It would stand in rows.csv and at wandb in place of that column."""
     shards, out = write_boxes(tmp_path), tmp_path / "out"
-    expected = f"metrics: toys:{column}: rows.csv has a column '{column}' already: rename the function"
+    expected = f"metrics: toys:{column}: rows.csv already has a column '{column}': rename the function"
     with pytest.raises(ConfigError, match=expected):
         evaluated(evaluate_config(shards, out, metrics=["toys:jaccard", f"toys:{column}"]))
     assert not out.exists()

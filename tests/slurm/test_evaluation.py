@@ -67,7 +67,7 @@ def test_two_nodes_and_the_loss_of_one(
     assert lab.record(job)["Restarts"] == "1"
     assert {path: path.stat().st_mtime_ns for path in before} == before
     said = (tmp_path / f"lab-{job}-0.log").read_text()
-    assert "all: mean" in said and "cases are done already" in said
+    assert "all: mean" in said and "cases are already done" in said
     assert figures(evaluate(ours)) == alone
 
 
