@@ -85,7 +85,7 @@ def test_a_killed_rank_is_missed_and_another_world_goes_on(
     assert 1 <= len(before) < 3, "killed in the middle"
     first = started(ours, 0, 2)
     _, complaint = first.communicate(timeout=240)
-    assert first.returncode == 1 and "rank_timeout: no further case of another rank" in complaint.splitlines()[-1]
+    assert first.returncode == 1 and "rank_timeout: " in complaint.splitlines()[-1]
     assert not Path(ours.out, "rows.csv").exists() and len(results(ours.out)) == 3 + len(before)
     summary = evaluate(ours)
     assert summary is not None and figures(summary) == figures(whole)
