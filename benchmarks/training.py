@@ -45,7 +45,7 @@ from segvol_pl.model.image_encoder import Block
 from segvol_pl.planning import flops
 from segvol_pl.training.module import Task, optimizer
 from segvol_pl.training.pretrain import SimMIMTask
-from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_questions
+from segvol_pl.training.segment import SegVolTask, pseudo_targets, supervised_targets
 from segvol_pl.training.strategies import keep_freed_memory
 
 SMALL = SegVolConfig(
@@ -127,8 +127,8 @@ def plain_logits(task: SegVolTask, tokens_BTE: Tensor, prompts: Any) -> Tensor:
 
 def plain_loss(task: SegVolTask, batch: Batch) -> Tensor:
     """A category's step as published: 6 + 6 prompts decoded and compared one by one."""
-    asked = supervised_questions(batch, task.config.prompts.combinations, {})
-    asked = asked.joined(pseudo_questions(batch, {}), task.config.pseudo_weight)
+    asked = supervised_targets(batch, task.config.prompts.combinations, {})
+    asked = asked.joined(pseudo_targets(batch, {}), task.config.pseudo_weight)
     tokens_BTE = task.model.encode(batch["image_BCDHW"])
     loss = tokens_BTE.new_zeros(())
     for place, mask_BDHW in enumerate(asked.masks_BKDHW[:, asked.rows_P].unbind(1)):

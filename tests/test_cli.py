@@ -159,7 +159,7 @@ def test_a_truncated_checkpoint_is_named(checkpoint: Path, tmp_path: Path) -> No
     cut.write_bytes(checkpoint.read_bytes()[: checkpoint.stat().st_size // 2])
     paths = [f"checkpoint={cut}", f"image={tmp_path / 'ct.nii.gz'}", f"out={tmp_path / 'mask.nii.gz'}"]
     line = complaint(1, "predict", *paths, "text=liver", "device=cpu")
-    assert line.startswith(f"segvol-pl predict: error: {cut}: cannot be read") and "is it whole?" in line
+    assert line.startswith(f"segvol-pl predict: error: {cut}: cannot be read") and "is it complete?" in line
     assert not (tmp_path / "mask.nii.gz").exists()
 
 

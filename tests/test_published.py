@@ -18,7 +18,7 @@ from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.model.released import split_extra, tower_of
 from segvol_pl.model.text_encoder import text_tower
-from segvol_pl.training.segment import SegVolTask, pseudo_questions, supervised_questions
+from segvol_pl.training.segment import SegVolTask, pseudo_targets, supervised_targets
 
 KINDS = tuple(GOLDEN["logits"])
 LOSSES = GOLDEN["losses"]
@@ -150,7 +150,7 @@ def test_the_losses_of_a_step_are_the_published_ones(
     task: SegVolTask, tokens_BTE: Tensor, batch: dict[str, Tensor]
 ) -> None:
     with torch.inference_mode():
-        asked = supervised_questions(batch, task.config.prompts.combinations, {})
+        asked = supervised_targets(batch, task.config.prompts.combinations, {})
         dice_C, bce_C = (loss_BP.mean(0) for loss_BP in task.prompt_losses(tokens_BTE, asked)[1:])
         loss, parts = task.losses(batch)
     np.testing.assert_allclose(dice_C.numpy(), LOSSES["sup_dice"], atol=1e-5)
@@ -164,7 +164,7 @@ def test_pseudo_label_losses_are_the_published_ones_one_by_one(
     task: SegVolTask, tokens_BTE: Tensor, batch: dict[str, Tensor]
 ) -> None:
     with torch.inference_mode():
-        dice_P, bce_P = (loss_BP.mean(0) for loss_BP in task.prompt_losses(tokens_BTE, pseudo_questions(batch, {}))[1:])
+        dice_P, bce_P = (loss_BP.mean(0) for loss_BP in task.prompt_losses(tokens_BTE, pseudo_targets(batch, {}))[1:])
     np.testing.assert_allclose(dice_P.numpy(), LOSSES["pseudo_dice"], atol=1e-5)
     np.testing.assert_allclose(bce_P.numpy(), LOSSES["pseudo_bce"], atol=1e-5)
 
@@ -181,8 +181,8 @@ def test_dice_at_batch_one_is_one_figure_not_a_mean_over_slices(
     """The published `squeeze` takes the depth of a batch of one for the batch."""
     alone = [{name: value[image : image + 1] for name, value in batch.items()} for image in range(2)]
     with torch.inference_mode():
-        _, both_BP, _ = task.prompt_losses(tokens_BTE, supervised_questions(batch, ["text"], {}))
+        _, both_BP, _ = task.prompt_losses(tokens_BTE, supervised_targets(batch, ["text"], {}))
         each = [
-            task.prompt_losses(tokens_BTE[i : i + 1], supervised_questions(alone[i], ["text"], {}))[1] for i in range(2)
+            task.prompt_losses(tokens_BTE[i : i + 1], supervised_targets(alone[i], ["text"], {}))[1] for i in range(2)
         ]
     assert both_BP.flatten().tolist() == pytest.approx(torch.cat(each).flatten().tolist(), abs=1e-6)

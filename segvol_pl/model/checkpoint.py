@@ -271,10 +271,10 @@ def write_weights(weights: Weights, target: Path) -> Path:
 
 def write_safetensors(tensors: Tensors, target: Path, header: dict[str, str] | None = None) -> Path:
     """Write a .safetensors file with the usual permissions; return its path."""
-    whole = {name: value.contiguous() for name, value in tensors.items()}
+    contiguous = {name: value.contiguous() for name, value in tensors.items()}
     with atomic_path(target) as part:
         part.touch()
         usual = part.stat().st_mode
-        save_file(whole, part, metadata=header)
+        save_file(contiguous, part, metadata=header)
         part.chmod(usual)  # safetensors makes its files readable only for the owner
     return target

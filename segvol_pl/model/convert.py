@@ -62,7 +62,7 @@ def import_weights(config: ImportConfig) -> Path:
 
 def _bank_of(config: ImportConfig, weights: Weights) -> TextBank:
     if config.categories is None:
-        log.warning("no categories=FILE: the import answers points and boxes, and no text")
+        log.warning("no categories=FILE: the imported model supports points and boxes, but no text")
         return TextBank.empty(config.model.text_dim)
     return TextBank.of_tower(sorted(load_categories(config.categories)), weights.tower, config.text, weights.path)
 
@@ -90,28 +90,28 @@ def export(source: str | Path, target: str | Path, published: str | Path | None 
     """
     target = _checked_target(target, (".safetensors", ".pth"))
     weights = read_weights(Path(source))
-    beside = weights if published is None else read_weights(Path(published), weights.config)
+    extras = weights if published is None else read_weights(Path(published), weights.config)
     if target.suffix == ".safetensors":
-        return write_weights(replace(weights, extra_tensors=beside.extra_tensors, order=beside.order), target)
-    return _export_published(weights, beside, target)
+        return write_weights(replace(weights, extra_tensors=extras.extra_tensors, order=extras.order), target)
+    return _export_published(weights, extras, target)
 
 
-def _export_published(weights: Weights, beside: Weights, target: Path) -> Path:
+def _export_published(weights: Weights, extras: Weights, target: Path) -> Path:
     if weights.config.coordinates is not Convention.published:
         raise CheckpointError(
             f"{weights.path}: has model.coordinates=consistent; the published code computes the others"
         )
-    if not beside.order:
-        raise CheckpointError(f"{beside.path}: lacks CLIP's text tower: give the published weights as third argument")
-    tensors = {name: value for name, value in {**weights.tensors, **beside.extra_tensors}.items() if name != BANK}
-    wanted = {name: value for name, value in {**beside.tensors, **beside.extra_tensors}.items() if name != BANK}
-    if lost := [name for name in beside.order if name not in tensors]:
-        raise CheckpointError(f"{weights.path}: lacks {listed(lost)}, which {beside.path} has: import that again")
+    if not extras.order:
+        raise CheckpointError(f"{extras.path}: lacks CLIP's text tower: give the published weights as third argument")
+    tensors = {name: value for name, value in {**weights.tensors, **extras.extra_tensors}.items() if name != BANK}
+    wanted = {name: value for name, value in {**extras.tensors, **extras.extra_tensors}.items() if name != BANK}
+    if lost := [name for name in extras.order if name not in tensors]:
+        raise CheckpointError(f"{weights.path}: lacks {listed(lost)}, which {extras.path} has: import that again")
     if problems := differences(wanted, tensors):
         raise CheckpointError(
-            f"{weights.path} is of another model than {beside.path}: {listed(problems.values(), '; ')}"
+            f"{weights.path} is of another model than {extras.path}: {listed(problems.values(), '; ')}"
         )
-    write_pth({name: tensors[name] for name in beside.order}, target)
+    write_pth({name: tensors[name] for name in extras.order}, target)
     return target
 
 

@@ -42,8 +42,8 @@ class Block(TransformerBlock):
         if self.recompute is Recompute.cheap:
             cheap: Tensor = again(tokens_BTE, context_fn=_kept_products)
             return cheap
-        whole: Tensor = again(tokens_BTE)
-        return whole
+        out: Tensor = again(tokens_BTE)
+        return out
 
     def _computed(self, tokens_BTE: Tensor) -> Tensor:
         attention: Any = self.attn

@@ -85,7 +85,7 @@ def _read_safetensors(path: Path) -> Contents:
             names = list(opened.keys())
             return Contents(path, {name: opened.get_tensor(name) for name in names}, dict(opened.metadata() or {}))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}): is it whole?") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}): is it complete?") from error
 
 
 def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _read_torch(path: Path, mapped: bool) -> dict[str, Any]:
         ) from error
     except (RuntimeError, EOFError, BadZipFile, OSError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be read ({reason}): is it whole?") from error
+        raise CheckpointError(f"{path}: cannot be read ({reason}): is it complete?") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: is no checkpoint (it holds a {type(raw).__name__})")
     return raw

@@ -89,9 +89,9 @@ class TextBank:
         """
         if not tower:
             raise TextError(f"{path}: carries no text tower: name a CLIP by text.clip_model, or use text.source=seeded")
-        beside = any((path.parent / name).exists() for name in TOKENIZER_FILES)
+        local = any((path.parent / name).exists() for name in TOKENIZER_FILES)
         return cls._of_sentences(
-            names, text_tower(tower, path), str(path.parent) if beside else config.clip_model, config
+            names, text_tower(tower, path), str(path.parent) if local else config.clip_model, config
         )
 
     @classmethod

@@ -113,19 +113,19 @@ def weights_resident(run: RunConfig) -> bool:
 
 def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state on one device."""
-    whole, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
+    full, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
     buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
         case Strategy.auto | Strategy.ddp:
-            return whole, whole, 2 * whole
+            return full, full, 2 * full
         # DeepSpeed's optimizer holds its own copy of the weights.
         case Strategy.zero1:
-            weights, gradients, optimizer = whole, whole + buckets, 3 * share
+            weights, gradients, optimizer = full, full + buckets, 3 * share
         case Strategy.zero2:
-            weights, gradients, optimizer = whole, share + buckets, 3 * share
+            weights, gradients, optimizer = full, share + buckets, 3 * share
         # Below 10^9 parameters ZeRO-3 frees none of the gathered weights.
         case Strategy.zero3:
-            weights, gradients, optimizer = share + whole, share + buckets, 3 * share
+            weights, gradients, optimizer = share + full, share + buckets, 3 * share
         case Strategy.fsdp:
             gathered = _gathered(model, trained, bf16)
             weights, gradients, optimizer = share + gathered, share + gathered, 2 * share
@@ -209,7 +209,7 @@ def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
         return two_way_bytes(model, bf16) + tokens * (2 * fine + 2 * finest) + logits
     # The norm is in float32.
     fine += 4 * WIDE + (narrow if bf16 else 0)
-    # Features before and after their activation, and gradients: of the one whole, of the other in part.
+    # Features before and after their activation, and gradients: fully of the one, partly of the other.
     upscaled = tokens * (fine + 3 * finest + finest * 0.75)
     voxels = math.prod(model.input_shape)
     # Logits, probabilities, the mask as a number and the logits' gradients in part.

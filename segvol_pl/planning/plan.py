@@ -181,7 +181,7 @@ def _time(made: Plan) -> Iterator[str]:
     volumes = config.optim.max_steps * config.data.global_batch
     percent = " to ".join(f"{100 * share:.0f}" for share in REACHED[made.kind])
     against = f"{made.device.peak(made.bf16):.0f} TFLOP/s in {_precision(made)}"
-    yield f"\nat {percent} % of the peak, {against} (what one H200 reached; the run itself tells, as rate/mfu)"
+    yield f"\nat {percent} % of the peak, {against} (measured on one H200; a run logs its own as rate/mfu)"
     yield f"  volumes/s, together   {low:.1f} to {high:.1f}"
     yield f"  {config.optim.max_steps} steps        {volumes / high / 3600:.1f} to {volumes / low / 3600:.1f} hours"
     workers = max(config.data.workers, 1)
@@ -201,6 +201,6 @@ def sample_bytes(config: Config) -> int:
     """Bytes of a sample as sent to the device: int16 HU, and one bit per voxel of each mask, in full bytes per kind."""
     masks = 0
     if isinstance(config, TrainConfig):
-        asked = config.prompts.categories_per_volume, config.prompts.pseudo_per_volume
-        masks = sum(-(-count // 8) for count in asked)
+        counts = config.prompts.categories_per_volume, config.prompts.pseudo_per_volume
+        masks = sum(-(-count // 8) for count in counts)
     return math.prod(config.model.input_shape) * (2 + masks)

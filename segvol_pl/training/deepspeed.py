@@ -127,12 +127,12 @@ class ZeRO(DeepSpeedStrategy):
         assert self.lightning_module is not None
         tensors = checkpoint["state_dict"]
         for name, parameter in self.lightning_module.named_parameters():
-            whole = tensors[name].to(self.root_device)
+            full = tensors[name].to(self.root_device)
             # Both copies: the one used to compute, and the optimizer's.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                parameter.data.copy_(whole)
+                parameter.data.copy_(full)
             if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, whole)
+                safe_set_full_fp32_param(parameter, full)
         for name, buffer in self.lightning_module.named_buffers():
             if name in tensors:
                 buffer.copy_(tensors[name])
@@ -179,7 +179,7 @@ def _gathered(parameter: Parameter, moment: str | None = None) -> torch.Tensor:
     if not parameter.requires_grad:
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().float().cpu().clone()
-    whole = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
-    assert whole is not None, "a moment exists only after the first step"
-    copied: torch.Tensor = whole.detach().float().cpu().clone()
+    full = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
+    assert full is not None, "a moment exists only after the first step"
+    copied: torch.Tensor = full.detach().float().cpu().clone()
     return copied

@@ -59,20 +59,20 @@ class SegVolTask(Task):
 
     def validation_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Log the loss and its parts; return the predicted masks of all combinations, bool (B,K,C,D,H,W)."""
-        answers: list[Tensor] = []
-        _, parts = self.losses(batch, answers)
+        predicted: list[Tensor] = []
+        _, parts = self.losses(batch, predicted)
         log_validation(self, parts, batch)
         combinations = len(self.config.prompts.combinations)
         count = batch["valid_BK"].shape[1] * combinations
-        masks_BKCDHW: Tensor = torch.cat(answers, dim=1)[:, :count].unflatten(1, (-1, combinations))
+        masks_BKCDHW: Tensor = torch.cat(predicted, dim=1)[:, :count].unflatten(1, (-1, combinations))
         return masks_BKCDHW
 
-    def losses(self, batch: Batch, answers: list[Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Batch, predicted: list[Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss of a batch.
 
         Args:
             batch: a micro-batch, see `data.batch`.
-            answers: a list to which the predicted masks are appended group by group, bool (B,P,D,H,W). Only without
+            predicted: a list to which the predicted masks are appended group by group, bool (B,P,D,H,W). Only without
                 gradients.
 
         Returns:
@@ -80,31 +80,31 @@ class SegVolTask(Task):
             each combination.
         """
         combinations, landmark_counts = self.config.prompts.combinations, self.config.model.landmark_counts
-        asked = questions = supervised_questions(batch, combinations, landmark_counts)
-        pseudo = pseudo_questions(batch, landmark_counts) if "pseudo_boxes_BK6" in batch else None
+        targets = labelled = supervised_targets(batch, combinations, landmark_counts)
+        pseudo = pseudo_targets(batch, landmark_counts) if "pseudo_boxes_BK6" in batch else None
         if pseudo is not None:
-            asked = questions.joined(pseudo, self.config.pseudo_weight)
-        loss, dice_BP, bce_BP = self.prompt_losses(self.model.encode(batch["image_BCDHW"]), asked, answers)
-        count = questions.weights_BP.shape[1]
+            targets = labelled.joined(pseudo, self.config.pseudo_weight)
+        loss, dice_BP, bce_BP = self.prompt_losses(self.model.encode(batch["image_BCDHW"]), targets, predicted)
+        count = labelled.weights_BP.shape[1]
         parts: dict[str, Tensor] = {}
         for kind, loss_BP in (("dice_loss", dice_BP), ("bce", bce_BP)):
-            loss_C = (questions.weights_BP * loss_BP[:, :count]).unflatten(1, (-1, len(combinations))).sum((0, 1))
+            loss_C = (labelled.weights_BP * loss_BP[:, :count]).unflatten(1, (-1, len(combinations))).sum((0, 1))
             parts |= {f"{kind}/{name}": each for name, each in zip(combinations, loss_C, strict=True)}
         both_BP = dice_BP + bce_BP
         if pseudo is not None:
             parts["pseudo"] = (pseudo.weights_BP * both_BP[:, count:]).sum()
-        supervised = (questions.weights_BP * both_BP[:, :count]).sum()
+        supervised = (labelled.weights_BP * both_BP[:, :count]).sum()
         return loss, {**parts, "supervised": supervised, "loss": loss.detach()}
 
     def prompt_losses(
-        self, tokens_BTE: Tensor, asked: Questions, answers: list[Tensor] | None = None
+        self, tokens_BTE: Tensor, targets: PromptTargets, predicted: list[Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Decode prompts and compare them with their masks, group by group.
 
         Args:
             tokens_BTE: the encoded images.
-            asked: the prompts, their masks and their weights in the loss.
-            answers: as in `losses`.
+            targets: the prompts, their masks and their weights in the loss.
+            predicted: as in `losses`.
 
         Returns:
             The weighted loss (), and the detached Dice loss and BCE of every prompt, (B,P) each.
@@ -112,19 +112,19 @@ class SegVolTask(Task):
 
         def term(group: slice, *context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             self.sharding.gather()
-            low_BPdhw = self.model.decode_from_context(ImageContext(*context), asked.prompts.at(group))
-            rows_P = asked.rows_P[group]
-            if fused(low_BPdhw) and answers is None:
-                dice_BP, bce_BP = low_mask_losses(low_BPdhw, asked.masks_BKDHW, rows_P)
+            low_BPdhw = self.model.decode_from_context(ImageContext(*context), targets.prompts.at(group))
+            rows_P = targets.rows_P[group]
+            if fused(low_BPdhw) and predicted is None:
+                dice_BP, bce_BP = low_mask_losses(low_BPdhw, targets.masks_BKDHW, rows_P)
             else:
                 logits_BPDHW = self.model.upsample(low_BPdhw)
-                if answers is not None:
-                    answers.append(logits_BPDHW > 0)
-                found = mask_losses(logits_BPDHW[:, :, None], asked.masks_BKDHW[:, rows_P])
+                if predicted is not None:
+                    predicted.append(logits_BPDHW > 0)
+                found = mask_losses(logits_BPDHW[:, :, None], targets.masks_BKDHW[:, rows_P])
                 dice_BP, bce_BP = (loss[..., 0] for loss in found)
-            return (asked.weights_BP[:, group] * (dice_BP + bce_BP)).sum(), dice_BP, bce_BP
+            return (targets.weights_BP[:, group] * (dice_BP + bce_BP)).sum(), dice_BP, bce_BP
 
-        groups = self.groups(len(asked.rows_P), len(tokens_BTE))
+        groups = self.groups(len(targets.rows_P), len(tokens_BTE))
         decoding = (self.model.prompt_encoder, self.model.text_encoder, self.model.mask_decoder)
         weights = [parameter for part in decoding for parameter in part.parameters()]
         return sum_over_groups(
@@ -152,7 +152,7 @@ class SegVolTask(Task):
 
 
 @dataclass(frozen=True)
-class Questions:
+class PromptTargets:
     """Prompts, their target masks, and their weights in the loss."""
 
     prompts: PromptTensors
@@ -162,33 +162,33 @@ class Questions:
     """Index of each prompt's target mask among its volume's K masks, int64."""
     weights_BP: Tensor
 
-    def joined(self, other: Questions, weight: float) -> Questions:
+    def joined(self, other: PromptTargets, weight: float) -> PromptTargets:
         """Append the other's prompts, with their loss weights multiplied by `weight`."""
         weights_BP = torch.cat([self.weights_BP, weight * other.weights_BP], dim=1)
         masks_BKDHW = torch.cat([self.masks_BKDHW, other.masks_BKDHW], dim=1)
         rows_P = torch.cat([self.rows_P, self.masks_BKDHW.shape[1] + other.rows_P])
-        return Questions(self.prompts.joined(other.prompts), masks_BKDHW, rows_P, weights_BP)
+        return PromptTargets(self.prompts.joined(other.prompts), masks_BKDHW, rows_P, weights_BP)
 
 
-def supervised_questions(batch: Batch, combinations: list[str], landmark_counts: dict[str, int]) -> Questions:
+def supervised_targets(batch: Batch, combinations: list[str], landmark_counts: dict[str, int]) -> PromptTargets:
     """Each category in every combination. A combination counts as its mean over the batch's masks; invalid masks as 0.
 
     landmark_counts: number of landmarks of each kind that the model has.
     """
     valid_BK = batch["valid_BK"]
     weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
-    asked = combined(batch, combinations, landmark_counts)
+    prompts = combined(batch, combinations, landmark_counts)
     rows_P = _rows(valid_BK).repeat_interleave(len(combinations))
-    return Questions(asked, batch["masks_BKDHW"], rows_P, weights_BP)
+    return PromptTargets(prompts, batch["masks_BKDHW"], rows_P, weights_BP)
 
 
-def pseudo_questions(batch: Batch, landmark_counts: dict[str, int]) -> Questions:
+def pseudo_targets(batch: Batch, landmark_counts: dict[str, int]) -> PromptTargets:
     """Pseudo-labels, even ones prompted by points and odd ones by their box; summed as in Algorithm 1."""
     valid_BK = batch["pseudo_valid_BK"]
     kinds = ["box" if place % 2 else "points" for place in range(valid_BK.shape[1])]
     weights_BP = valid_BK.float() / len(valid_BK)
-    asked = _prompts(batch, "pseudo_", kinds, landmark_counts)
-    return Questions(asked, batch["pseudo_masks_BKDHW"], _rows(valid_BK), weights_BP)
+    prompts = _prompts(batch, "pseudo_", kinds, landmark_counts)
+    return PromptTargets(prompts, batch["pseudo_masks_BKDHW"], _rows(valid_BK), weights_BP)
 
 
 def _rows(valid_BK: Tensor) -> Tensor:

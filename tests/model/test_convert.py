@@ -283,8 +283,13 @@ def test_unusable_files_are_refused_in_one_line(
     torch.save({"model": state, "extra": Malicious()}, folder / "evil.pth")
     torch.save({"model": [1, 2]}, folder / "empty.pth")
     torch.save(torch.zeros(3), folder / "tensor.pth")
-    whole = {"cut.pth": "is it whole", "evil.pth": "refused", "empty.pth": "no tensors", "tensor.pth": "holds a Tensor"}
-    for name, said in {**whole, "none.pth": "no such checkpoint", pth.name: "is of another model"}.items():
+    files = {
+        "cut.pth": "is it complete",
+        "evil.pth": "refused",
+        "empty.pth": "no tensors",
+        "tensor.pth": "holds a Tensor",
+    }
+    for name, said in {**files, "none.pth": "no such checkpoint", pth.name: "is of another model"}.items():
         assert main(["import", str(folder / name), str(folder / "out.safetensors")]) == 1
         error = capsys.readouterr().err.strip()
         assert said in error and error.count("\n") == 0, error

@@ -23,9 +23,9 @@ POISONED = f"""
 import os
 from segvol_pl.training.segment import SegVolTask
 losses = SegVolTask.losses
-def poisoned(self, batch, answers=None):
-    loss, parts = losses(self, batch, answers)
-    bad = int(os.environ["LOCAL_RANK"]) == BAD_RANK and answers is None and self.global_step + 1 == {BAD}
+def poisoned(self, batch, predicted=None):
+    loss, parts = losses(self, batch, predicted)
+    bad = int(os.environ["LOCAL_RANK"]) == BAD_RANK and predicted is None and self.global_step + 1 == {BAD}
     return (loss * float("nan") if bad else loss), parts
 SegVolTask.losses = poisoned
 """

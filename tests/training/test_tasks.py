@@ -32,7 +32,7 @@ from segvol_pl.model import TextBank
 from segvol_pl.planning import memory
 from segvol_pl.training.module import Sharding, optimizer, schedule
 from segvol_pl.training.pretrain import SimMIMTask
-from segvol_pl.training.segment import SegVolTask, combined, pseudo_questions, supervised_questions
+from segvol_pl.training.segment import SegVolTask, combined, pseudo_targets, supervised_targets
 
 MODEL = tiny_model(hidden_size=32, num_layers=2, mlp_dim=64, decoder_mlp_dim=64)
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
@@ -99,12 +99,12 @@ def test_the_loss_sums_combinations_and_weighs_pseudo_labels(segment_batch: Batc
 
 
 def test_the_masks_that_validation_looks_at_are_those_of_the_loss(segment_batch: Batch) -> None:
-    task, answers = _segment_task(), []
+    task, predicted = _segment_task(), []
     with torch.no_grad():
-        task.losses(segment_batch, answers)
+        task.losses(segment_batch, predicted)
         asked = combined(segment_batch, PROMPTS.combinations, {})
         masks = task.model.decode(task.model.encode(segment_batch["image_BCDHW"]), asked) > 0
-    found = torch.cat(answers, dim=1)[:, : masks.shape[1]]
+    found = torch.cat(predicted, dim=1)[:, : masks.shape[1]]
     assert found.shape == masks.shape and (found == masks).float().mean() > 0.9999
 
 
@@ -122,7 +122,7 @@ def _plain_loss(task: SegVolTask, batch: Batch) -> torch.Tensor:
     """Each prompt decoded alone, each time from an image encoded anew, by the papers' formulas."""
     loss = torch.zeros(())
     names = PROMPTS.combinations
-    asked = supervised_questions(batch, names, {}).joined(pseudo_questions(batch, {}), task.config.pseudo_weight)
+    asked = supervised_targets(batch, names, {}).joined(pseudo_targets(batch, {}), task.config.pseudo_weight)
     for place, mask_BDHW in enumerate(asked.masks_BKDHW[:, asked.rows_P].unbind(1)):
         tokens_BTE = task.model.encode(batch["image_BCDHW"])
         logits = task.model.decode(tokens_BTE, asked.prompts.at(slice(place, place + 1)))[:, 0].flatten(1)
