@@ -195,7 +195,7 @@ def prompt_of_every_kind() -> Prompt:
 
 def test_weights_of_other_coordinates_are_refused(pth: Path, phantom_shards: Path) -> None:
     keys = [*fine_tuning(pth.parent, phantom_shards), f"weights={pth}", "model.coordinates=consistent"]
-    with pytest.raises(ValueError, match=r"model\.coordinates: is consistent, .*set model\.coordinates=published"):
+    with pytest.raises(ValueError, match=r"model\.coordinates: consistent, but .*set model\.coordinates=published"):
         train(load("train", keys))
 
 
@@ -261,7 +261,7 @@ def test_what_cannot_run_in_the_published_code_is_not_exported_to_it(pth: Path, 
 
 def test_a_tower_without_a_tokenizer_says_where_to_get_one(pth: Path, folder: Path) -> None:
     (folder / "vocab.json").unlink()
-    with pytest.raises(TextError, match=r"text\.clip: cannot load .*nowhere.*give a local folder"):
+    with pytest.raises(TextError, match=r"text\.clip_model: cannot load .*nowhere.*give a local folder"):
         import_weights(importing(pth, text=TextConfig(clip_model=str(folder / "nowhere"))))
 
 

@@ -30,7 +30,7 @@ def test_clip_vectors_depend_on_the_name_alone(clip: Path) -> None:
 def test_a_tower_of_another_width_or_none_is_refused(clip: Path, tmp_path: Path) -> None:
     with pytest.raises(TextError, match=r"has width 32, model\.text_dim is 512"):
         TextBank.build(["liver"], TextConfig(clip_model=str(clip)), dim=512)
-    with pytest.raises(TextError, match=r"text\.clip: cannot load .*none.*text\.source=seeded"):
+    with pytest.raises(TextError, match=r"text\.clip_model: cannot load .*none.*text\.source=seeded"):
         TextBank.build(["liver"], TextConfig(clip_model=str(tmp_path / "none")), dim=32)
 
 
