@@ -92,13 +92,13 @@ def _losses(config: TrainConfig) -> dict[int, float]:
 
 def test_other_category_names_are_refused_by_name(begun: TrainConfig, phantoms: Path, tmp_path: Path) -> None:
     shards = _packed(phantoms, tmp_path / "renamed", {"aorta": "vessel"})
-    with pytest.raises(ConfigError, match=r"run\.out: .* other data: .* without aorta and with the new vessel: "):
+    with pytest.raises(ConfigError, match=r"run\.out: .* different data: .* without aorta and with the new vessel: "):
         train(_copy(begun, tmp_path, shards))
 
 
 def test_other_samples_are_refused(begun: TrainConfig, phantoms: Path, tmp_path: Path) -> None:
     shards = _packed(phantoms, tmp_path / "fewer", leave_out=1)
-    with pytest.raises(ConfigError, match=r"run\.out: .* other data: .*run\.resume=false"):
+    with pytest.raises(ConfigError, match=r"run\.out: .* different data: .*run\.resume=false"):
         train(_copy(begun, tmp_path, shards))
 
 
