@@ -836,7 +836,7 @@ def zoom(bench: Bench) -> None:
                 zoomer = Zoomer(model, image, config)
                 zoomer.encode_overview()
                 opened = time.perf_counter() - started
-                asked = [zoomer.prompted(prompt, np.random.default_rng(0)) for prompt in prompts[:count]]
+                asked = [zoomer.request(prompt, np.random.default_rng(0)) for prompt in prompts[:count]]
                 results = [(result.windows, result.mask(0.5).any()) for result in zoomer.zoom_all(asked)]
             seconds = time.perf_counter() - started
             told = {"voxels": "x".join(map(str, shape)), "prompts": count, "precision": bench.precision.value}

@@ -36,7 +36,7 @@ from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
 from segvol_pl.data.shard_index import SampleRecord
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import Plan, Stream, World
+from segvol_pl.data.stream import BatchPlan, Stream, World
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 
@@ -51,7 +51,7 @@ def loader_of(folder: Path, model: SegVolConfig, batch: int, workers: int, overv
     corpus = training_corpus(folders, data, labelled=True)
     rows = {category: row for row, category in enumerate(sorted(packed_folder.index.categories))}
     draw = functools.partial(sampling.sample_segmentation, model=model, data=data, prompts=PromptConfig(), row_of=rows)
-    stream = Stream(corpus, draw, Plan(corpus.num_samples, batch))
+    stream = Stream(corpus, draw, BatchPlan(corpus.num_samples, batch))
     prefetch = 2 if workers else None
     return DataLoader(
         stream, batch_size=None, collate_fn=identity_collate, num_workers=workers, prefetch_factor=prefetch
@@ -133,7 +133,7 @@ def pack_folder(folder: Path, overview: list[int], images: Path, labels: Path) -
 def planning(samples: int = 90_000, repeats: int = 20) -> float:
     """Median milliseconds for the order of an epoch and the part of one worker among 1,024 ranks x 16."""
     record = SampleRecord("a", "a.tar", "train", True, [1, 1, 1], [1.0] * 3, [], {})
-    stream = Stream(Corpus([Part(Store("a"), [record] * samples)]), lambda *_: {}, Plan(samples, 4096))
+    stream = Stream(Corpus([Part(Store("a"), [record] * samples)]), lambda *_: {}, BatchPlan(samples, 4096))
     taken = []
     for epoch in range(repeats):
         started = time.perf_counter()

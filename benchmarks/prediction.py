@@ -42,9 +42,10 @@ from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.intensity import Normalised, body_box, intensity_of
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume
-from segvol_pl.inference.coarse import Coarse
+from segvol_pl.inference.coarse import CoarseLogits
 from segvol_pl.inference.predictor import Predictor
-from segvol_pl.inference.zoom import Zoomer, ZoomResult
+from segvol_pl.inference.zoom import Zoomer
+from segvol_pl.inference.zoom_result import ZoomResult
 from segvol_pl.model import SegVol, TextBank
 
 SMALL = SegVolConfig(hidden_size=384, num_heads=6, mlp_dim=1536, decoder_mlp_dim=1024)
@@ -72,13 +73,13 @@ Answers = tuple[float, list[ZoomResult]]
 class BoxZoomer(Zoomer):
     """The coarse mask, once decoded, is the prompt's box."""
 
-    def _coarse(self, shrunk: list[Prompt]) -> list[Coarse]:
-        super()._coarse(shrunk)
+    def _zoom_out(self, scaled: list[Prompt]) -> list[CoarseLogits]:
+        super()._zoom_out(scaled)
         boxed = []
-        for prompt in shrunk:
-            low_DHW = np.full(self.window, -4, np.float32)
-            low_DHW[box_slices(prompt.box or around(prompt, self.window))] = 4
-            boxed.append(Coarse(low_DHW, self.image_DHW.shape, nearest=False))
+        for prompt in scaled:
+            low_DHW = np.full(self.window_shape, -4, np.float32)
+            low_DHW[box_slices(prompt.box or around(prompt, self.window_shape))] = 4
+            boxed.append(CoarseLogits(low_DHW, self.image_DHW.shape, nearest=False))
         return boxed
 
 
@@ -128,7 +129,7 @@ def each_alone(model: SegVol, image: Normalised, prompts: list[Prompt], zoom: Zo
 def together(model: SegVol, image: Normalised, prompts: list[Prompt], zoom: ZoomConfig) -> Answers:
     started = time.perf_counter()
     zoomer = BoxZoomer(model, image, zoom)
-    results = list(zoomer.zoom_all([zoomer.prompted(prompt, np.random.default_rng(0)) for prompt in prompts]))
+    results = list(zoomer.zoom_all([zoomer.request(prompt, np.random.default_rng(0)) for prompt in prompts]))
     return time.perf_counter() - started, results
 
 

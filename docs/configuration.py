@@ -21,8 +21,9 @@ HEAD = """# Configuration keys
 
 <!-- Written by `python docs/configuration.py` from the schema. Do not edit. -->
 
-Every key can be given in a YAML file or as `key=value` on the command line; the rightmost value wins. `segvol-pl COMMAND
---help` prints the same list for one command, `segvol-pl config COMMAND FILE` prints a resolved configuration. See
+Every key can be given in a YAML file or as `key=value` on the command line; the rightmost value wins.
+`segvol-pl COMMAND --help` prints the same list for one command, `segvol-pl config COMMAND FILE` prints a resolved
+configuration. See
 [Command line](command-line.md#configuration) for the rules.
 
 Each line has the key, its type and range, its default, and its meaning.

@@ -235,9 +235,9 @@ def _verify(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
-    from segvol_pl.data.shards import describe
+    from segvol_pl.data.shard_index import list_samples
 
-    if rows := describe(folder):
+    if rows := list_samples(folder):
         _print_table(rows)
     else:
         print(f"{masked(folder)}: no samples")

@@ -17,7 +17,7 @@ from factories import TINY, save_untrained
 from segvol_pl import __version__
 from segvol_pl.__main__ import COMMANDS, main
 from segvol_pl.__main__ import _print_table as print_table
-from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig, SegVolConfig
+from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig
 from segvol_pl.config.loader import fields_help
 from segvol_pl.training.pretrain import SimMIMTask
 

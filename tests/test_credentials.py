@@ -75,7 +75,7 @@ def test_runs_are_compared_by_what_is_written() -> None:
 
 
 def test_a_masked_place_asks_for_its_credentials() -> None:
-    with pytest.raises(StoreError, match=r"http://a:\*\*\*@host/x: its credentials were masked .*give the place anew"):
+    with pytest.raises(StoreError, match=r"http://a:\*\*\*@host/x: its credentials were masked .*give the place again"):
         Store("http://a:***@host/x")
 
 

@@ -13,7 +13,7 @@ import torch
 from published import FULL, SMALL, pseudo_target, reference_image, released_shapes, released_state
 from torch import Tensor
 
-import segvol_pl.inference.zoom
+import segvol_pl.inference.published_zoom
 from segvol_pl.config import SegVolConfig
 from segvol_pl.config.loader import load
 from segvol_pl.imaging.box import box_slices
@@ -22,7 +22,7 @@ from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_volume
 from segvol_pl.imaging.transforms import resize_label
 from segvol_pl.inference.coarse import binary
-from segvol_pl.inference.zoom import Zoomer
+from segvol_pl.inference.zoom import Zoomer, ZoomRequest
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
@@ -51,8 +51,8 @@ def figures_of(shared: Path, name: str) -> dict[str, np.ndarray]:
 
 def build(config: SegVolConfig, names: tuple[str, ...]) -> SegVol:
     """The model with the reference run's weights, its text bank made by their own tower."""
-    own, carried = split_extra(released_state(config))
-    tower = text_tower(tower_of(carried), Path("reference")).eval()
+    own, extra = split_extra(released_state(config))
+    tower = text_tower(tower_of(extra), Path("reference")).eval()
     with torch.inference_mode():
         rows = [tower(input_ids=torch.tensor([BEFORE + IDS[name] + AFTER])).pooler_output for name in names]
     bank = TextBank(names, torch.cat(rows).clone())
@@ -189,10 +189,10 @@ def test_zooming_equals_the_published_one(
     for organ, (name, entries) in enumerate(zip(ORGANS, logs, strict=True)):
         drawn = iter([value for what, value in entries[1:] if what == "points" and value[0, 3] == 1])
         monkeypatch.setattr(
-            segvol_pl.inference.zoom, "sample_points", lambda *_, drawn=drawn, **__: replayed(next(drawn))
+            segvol_pl.inference.published_zoom, "sample_points", lambda *_, drawn=drawn, **__: replayed(next(drawn))
         )
         prompt = first_prompt(name, entries)
-        result = zoomer.zoom_in(prompt, prompt, np.random.default_rng(0))
+        result = next(zoomer.zoom_all([ZoomRequest(prompt, prompt, np.random.default_rng(0))]))
         assert next(drawn, None) is None
         want = {part: figures[f"{kind}_{organ}_{part}"] for part in ("zoomout", "logits", "roi", "mask_voxels")}
         assert relative(result.coarse_DHW[::2, ::4, ::4], want["zoomout"]) < ZOOM_TOLERANCE

@@ -30,7 +30,7 @@ from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import INDEX, Store
-from segvol_pl.data.stream import Plan
+from segvol_pl.data.stream import BatchPlan
 from segvol_pl.errors import CaseError, SampleError, ShardError, StoreError, VolumeError
 from segvol_pl.evaluation.cases import find_cases
 from segvol_pl.packing.m3d import m3d_cases, read_m3d_masks
@@ -149,7 +149,7 @@ def test_a_tar_through_a_pipe_writes_nothing(shards: Path, tmp_path: Path) -> No
     before, corpus = everything(tmp_path), pipe_corpus(shards)
     rows = {record.key: row for row, record in enumerate(corpus.records)}
     stream = PipeStream(
-        corpus, lambda facts, read, rng: {"row": np.array(rows[facts.key])}, Plan(corpus.num_samples, 2, seed=0)
+        corpus, lambda facts, read, rng: {"row": np.array(rows[facts.key])}, BatchPlan(corpus.num_samples, 2, seed=0)
     )
     seen = [int(row) for _, batch in zip(range(3), stream, strict=False) for row in batch["row_B"]]
     assert sorted(seen) == list(range(6))

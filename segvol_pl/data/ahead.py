@@ -1,11 +1,11 @@
-"""Batches on their way to a GPU while it computes the step before.
+"""Copy the next batch to a GPU while it computes the current step.
 
-1. `Ahead` takes a batch from the loader and begins its copy; only then it gives the batch before.
-2. `SideStream` copies from pinned memory on a stream of its own. The computing stream waits for the copy, the host
-   for nothing.
+1. `Ahead` takes a batch from the loader and starts its copy, and only then returns the previous batch.
+2. `SideStream` copies from pinned memory on its own CUDA stream. The computing stream waits for the copy; the host does
+   not wait.
 
-A batch keeps in main memory what the training process looks at (`HOST`): the position in the data, rows and damage
-that it tells are its own, not those of the batch that is copied meanwhile.
+What the training process reads of a batch stays in main memory (`HOST`): position in the data, rows and damage
+belong to the batch that is returned, not to the one that is being copied.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from segvol_pl.data.batch import HOST, Batch
 
 Begin = Callable[[Batch], Callable[[], Batch]]
-"""Begins to copy a batch; what it returns gives the copy, once it may be used."""
+"""Starts to copy a batch; the function that it returns gives the copy when it may be used."""
 
 
 class Ahead:
-    """A loader's batches, in its order, each begun to be copied before the one in front of it is given."""
+    """A loader's batches in order; the copy of each starts before the previous one is returned."""
 
     def __init__(self, loader: Iterable[Batch], begin: Begin) -> None:
         self.loader, self.begin = loader, begin
@@ -38,13 +38,13 @@ class Ahead:
 
 
 class SideStream:
-    """Copies batches to a GPU beside what it computes."""
+    """Copies batches to a GPU while it computes."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def __call__(self, batch: Batch) -> Callable[[], Batch]:
-        """Begins the copy of a batch in pinned memory, which torch keeps until it is done."""
+        """Start to copy a batch from pinned memory, which torch keeps until the copy is done."""
         kept = {name: value for name, value in batch.items() if name in HOST}
         with torch.cuda.stream(self.stream):
             sent = {name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name not in kept}
@@ -54,7 +54,7 @@ class SideStream:
             computing = torch.cuda.current_stream(self.device)
             computing.wait_event(done)
             for tensor in sent.values():
-                # Its memory is the side stream's: not to be given to the next copy while this stream still reads it.
+                # The side stream owns the memory: it must not reuse it for the next copy while this stream reads it.
                 tensor.record_stream(computing)
             return {**sent, **kept}
 

@@ -1,13 +1,12 @@
-"""A batch in its two forms: as it travels, and as the tasks use it.
+"""A batch in its two forms: packed for transfer, and as the tasks use it.
 
-1. In the loader a sample keeps its int16 HU beside the four numbers that make an image of them (`shade_of`), and eight
-   masks share a byte of each voxel (`packed`): 4 bytes a voxel instead of 18.
-2. So a batch goes through shared memory, pinned memory and to the device.
-3. There `unpacked` makes the float32 image and the bool masks, by the same arithmetic as `intensity.normalise`, bit
-   for bit, on a CPU as on a GPU.
+1. In the loader a sample holds int16 HU and the four numbers that make an image of them (`shade_of`), and eight masks
+   share a byte per voxel (`packed`): 4 bytes per voxel instead of 18.
+2. In this form a batch goes through shared memory and pinned memory to the device.
+3. There `unpacked` makes the float32 image and the bool masks, bit for bit as `intensity.normalise`, on CPU and GPU.
 
-An overview that had to be resized has no HU: it travels as the image itself, and a batch may hold both kinds.
-Letters as in `sample`; J bytes of a voxel.
+An overview that had to be resized has no HU: it is transferred as an image. A batch may hold both kinds.
+Letters as in `schema`; J bytes of a voxel.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from segvol_pl.imaging.intensity import Intensity
 Batch = dict[str, Tensor]
 
 HOST = ("seen", "row_B", "damaged_BA2")
-"""What the training process looks at itself: it stays in main memory."""
+"""What the training process reads: it stays in main memory."""
 KINDS = ("", "pseudo_")
-"""Prefixes of what a batch holds by mask: categories' and pseudo-labels'."""
+"""Prefixes of arrays per mask: of categories and of pseudo-labels."""
 BITS = 8
 
 
 def shade_of(intensity: Intensity, scale: float, shift: float) -> np.ndarray:
-    """What makes an image of HU, float32 (4,): clip((hu - low) / span, 0, 1) * scale + shift."""
+    """Low, span, scale, shift, float32 (4,). The image of HU is clip((hu - low) / span, 0, 1) * scale + shift."""
     return np.array([intensity.low, intensity.high - intensity.low, scale, shift], dtype=np.float32)
 
 
@@ -40,7 +39,7 @@ def packed(masks: Sequence[np.ndarray]) -> np.ndarray:
     bits_JDHW = np.empty((-(-len(masks) // BITS), *masks[0].shape), dtype=np.uint8)
     for byte, bits_DHW in enumerate(bits_JDHW):
         *lower, highest = masks[byte * BITS : (byte + 1) * BITS]
-        # Slice by slice, which the fastest cache holds.
+        # Slice by slice: a slice fits into the CPU's cache.
         for d, bits_HW in enumerate(bits_DHW):
             bits_HW[...] = highest[d]
             for mask_DHW in reversed(lower):
@@ -50,16 +49,16 @@ def packed(masks: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def order_of(samples: Sequence[Arrays]) -> Arrays:
-    """`place_B`, where each sample's image is behind those made of HU and those that came as they are; if both are."""
+    """`place_B`, each sample's index after the images made of HU come the others; empty unless there are both kinds."""
     finished = np.array(["image_CDHW" in sample for sample in samples])
     mixed = finished.any() and not finished.all()
     return {"place_B": np.argsort(np.argsort(finished, kind="stable"))} if mixed else {}
 
 
 def unpacked(batch: Batch) -> Batch:
-    """The batch as the tasks use it: image_BCDHW float32, masks_BKDHW and pseudo_masks_BKDHW bool; others as they are.
+    """The batch as the tasks use it: image_BCDHW float32, masks_BKDHW and pseudo_masks_BKDHW bool, others unchanged.
 
-    On the batch's device, which is not waited for.
+    Computed on the batch's device, without waiting for it.
     """
     batch = dict(batch)
     images = [shaded(batch.pop("hu_BCDHW"), batch.pop("shade_B4"))] if "hu_BCDHW" in batch else []
@@ -75,7 +74,7 @@ def unpacked(batch: Batch) -> Batch:
 
 def shaded(hu_BCDHW: Tensor, shade_B4: Tensor) -> Tensor:
     """The image of int16 HU, float32, see `shade_of`."""
-    # Tensors, not Python's numbers: a GPU would multiply by the reciprocal of one instead of dividing by it.
+    # Tensors, not Python numbers: a GPU would multiply by a number's reciprocal instead of dividing.
     low, span, scale, shift = shade_B4[..., None, None, None, None].unbind(1)
     return hu_BCDHW.float().sub_(low).div_(span).clamp_(0, 1).mul_(scale).add_(shift)
 
@@ -88,5 +87,5 @@ def masks_of(bits_BJDHW: Tensor, count: int) -> Tensor:
     for byte, bits_BDHW in enumerate(bits_BJDHW.unbind(1)):
         eight_BKDHW = masks_BKDHW[:, byte * BITS : (byte + 1) * BITS]
         torch.bitwise_right_shift(bits_BDHW[:, None], place_K111[: eight_BKDHW.shape[1]], out=eight_BKDHW)
-    # Bytes of 0 and 1 are bools already.
+    # Bytes of 0 and 1 are valid bools.
     return masks_BKDHW.bitwise_and_(1).view(torch.bool)

@@ -1,10 +1,10 @@
 """A bounded cache of remote members on the node's own disk, shared by all loader processes there.
 
-1. A member is cached in blocks of 1 MiB, named by the member's hash: what is cached can be out of date never, and the
-   same sample from two stores is one entry.
-2. A block is written under another name and renamed, so that processes may fill the cache side by side.
-3. When a process has added a part of the bound, it removes the blocks used longest ago.
-4. A cache that fails, on a disk that is full or cannot be written, is gone without: it is said once a process.
+1. A member is cached in blocks of 1 MiB that are named by its hash. Entries never go stale, and the same sample from
+   two stores is one entry.
+2. A block is written under a temporary name and renamed, so several processes can fill the cache at once.
+3. After adding a share of the limit, a process removes the least recently used blocks.
+4. If the disk is full or not writable, the cache is bypassed; each process logs this once.
 """
 
 from __future__ import annotations
@@ -17,69 +17,76 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from segvol_pl.atomic import atomic_path
-from segvol_pl.data.frames import Span
+from segvol_pl.data.frames import ByteRange
 
 log = logging.getLogger(__name__)
 
-BLOCK = 1 << 20
+BLOCK_BYTES = 1 << 20
 """Bytes of a block; a member's last one is shorter."""
-KEPT = 7 / 8
-"""Share of the bound that is left after a clearing, so that other processes may add before they look in turn."""
-SHARE = 1 / 256
-"""Share of the bound that a process adds before it looks whether to clear: 32 processes a node stay within it."""
+KEPT_SHARE = 7 / 8
+"""Share of the limit that is left after clearing, so that other processes can add before they check."""
+CHECK_SHARE = 1 / 256
+"""Share of the limit that a process adds before it checks: 32 processes on a node stay within the limit."""
 
-Fetch = Callable[[list[Span]], list[bytes]]
+FetchBlocks = Callable[[list[ByteRange]], list[bytes]]
 
 
 class Cache:
-    """Blocks in `folder`, at most `limit` bytes."""
+    """Cached blocks in `folder`, at most `limit` bytes."""
 
     def __init__(self, folder: str, limit: int) -> None:
         self.folder, self.limit = Path(folder), limit
         self.added = limit
-        """Bytes since the last look; at first the cache may hold anything."""
+        """Bytes added since the last check. It starts at the limit: the cache may hold blocks of earlier runs."""
         self.failed = False
 
-    def read(self, key: str, size: int, spans: list[Span], fetch: Fetch) -> list[bytes]:
-        """The bytes of the spans of a member of `size` bytes; `fetch` is asked for the blocks that are not there."""
-        wanted = sorted({block for first, last in spans for block in range(first // BLOCK, -(-last // BLOCK))})
-        places = {block: (block * BLOCK, min((block + 1) * BLOCK, size)) for block in wanted}
+    def read(self, key: str, size: int, spans: list[ByteRange], fetch: FetchBlocks) -> list[bytes]:
+        """Read parts of a member.
+
+        Args:
+            key: the member's hash.
+            size: bytes of the member.
+            spans: the parts, in bytes of the member.
+            fetch: reads the blocks that are not cached.
+        """
+        wanted = sorted({block for span in spans for block in _blocks_of(span)})
+        places = {block: (block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in wanted}
         blocks = {block: self._get(key, block, _length(places[block])) for block in wanted}
         missing = [block for block in wanted if blocks[block] is None]
         fetched = fetch([places[block] for block in missing]) if missing else []
         for block, content in zip(missing, fetched, strict=True):
             blocks[block] = content
-            # What a cut shard gave must not outlive the cut.
+            # Do not keep what a truncated shard returned.
             if len(content) == _length(places[block]):
                 self._put(key, block, content)
         return [_assembled(blocks, span) for span in spans]
 
     def forget(self, key: str) -> None:
-        """Removes a member's blocks: what was fetched was damaged."""
+        """Remove a member's blocks, because what was fetched was damaged."""
         with self._bypassed():
-            for path in self._path(key, 0).parent.glob(f"{_name(key)}.*"):
+            for path in self._path(key, 0).parent.glob(f"{_file_name(key)}.*"):
                 path.unlink(missing_ok=True)
 
     @contextmanager
     def _bypassed(self) -> Iterator[None]:
-        """The disk's errors are no fault of a sample. They are met anew each time: a full disk may be cleared."""
+        """Ignore errors of the disk: no sample is damaged. The next call tries again, as a full disk may be cleared."""
         try:
             yield
         except OSError as error:
             if not self.failed:
                 log.warning(
-                    "data.cache %s fails (%s): what it does not hold is read from the store each time: "
-                    "see that it may be written and has room, or set data.cache_gb lower",
+                    "data.cache %s fails (%s) and is bypassed: members not in it are read from the store each time: "
+                    "check that it is writable and has space, or set data.cache_gb lower",
                     *(self.folder, error),
                 )
             self.failed = True
 
     def _path(self, key: str, block: int) -> Path:
-        name = _name(key)
+        name = _file_name(key)
         return self.folder / name[:2] / f"{name}.{block}"
 
     def _get(self, key: str, block: int, length: int) -> bytes | None:
-        """None for a block that is not there or not whole."""
+        """None for a block that is missing or incomplete."""
         path = self._path(key, block)
         content = None
         with self._bypassed(), suppress(FileNotFoundError):
@@ -94,31 +101,31 @@ class Cache:
             with atomic_path(path) as part:
                 part.write_bytes(content)
             self.added += len(content)
-            if self.added > self.limit * SHARE:
+            if self.added > self.limit * CHECK_SHARE:
                 self._clear()
                 self.added = 0
 
     def _clear(self) -> None:
-        """Removes the blocks used longest ago where the bound is near."""
-        found = sorted(_used(path) for path in self.folder.glob("??/*"))
+        """Remove the least recently used blocks if the limit is near."""
+        found = sorted(_last_used(path) for path in self.folder.glob("??/*"))
         total = sum(size for _, size, _ in found)
-        if total <= self.limit * KEPT:
+        if total <= self.limit * KEPT_SHARE:
             return
         log.info("cache %s: %.1f of %.1f GB used, clearing", self.folder, total / 1e9, self.limit / 1e9)
         for _, size, path in found:
-            if total <= self.limit * KEPT:
+            if total <= self.limit * KEPT_SHARE:
                 break
             path.unlink(missing_ok=True)
             total -= size
 
 
-def _name(key: str) -> str:
-    """A key comes from an index: it must not lead out of the folder."""
+def _file_name(key: str) -> str:
+    """The file name of a key. Hashed, because a key comes from an index and could lead out of the folder."""
     return hashlib.sha256(key.encode()).hexdigest()[:40]
 
 
-def _used(path: Path) -> tuple[int, int, Path]:
-    """When a block was last used, in ns, and its bytes; another process may have removed it."""
+def _last_used(path: Path) -> tuple[int, int, Path]:
+    """When a block was last used (ns) and its size (bytes); 0, 0 if another process has removed it."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -126,12 +133,16 @@ def _used(path: Path) -> tuple[int, int, Path]:
     return status.st_mtime_ns, status.st_size, path
 
 
-def _length(span: Span) -> int:
+def _blocks_of(span: ByteRange) -> range:
+    return range(span[0] // BLOCK_BYTES, -(-span[1] // BLOCK_BYTES))
+
+
+def _length(span: ByteRange) -> int:
     return span[1] - span[0]
 
 
-def _assembled(blocks: dict[int, bytes | None], span: Span) -> bytes:
+def _assembled(blocks: dict[int, bytes | None], span: ByteRange) -> bytes:
     first, last = span
-    whole = b"".join(blocks[block] or b"" for block in range(first // BLOCK, -(-last // BLOCK)))
-    offset = first // BLOCK * BLOCK
-    return whole[first - offset : last - offset]
+    content = b"".join(blocks[block] or b"" for block in _blocks_of(span))
+    offset = first // BLOCK_BYTES * BLOCK_BYTES
+    return content[first - offset : last - offset]

@@ -1,7 +1,7 @@
-"""A batch that travels from a loader process to the training process as one piece.
+"""Collate samples into a batch that goes from a loader process to the training process in one piece.
 
-torch sends every tensor by a file descriptor of its own, which costs half a millisecond each. A `SharedBatch` holds the
-arrays of a batch in one buffer of shared memory: samples are stacked straight into it, and one descriptor is sent.
+torch sends a file descriptor for every tensor, which costs half a millisecond each. A `SharedBatch` holds all arrays of
+a batch in one buffer of shared memory: samples are stacked directly into it, and one descriptor is sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 ALIGNMENT = 64
-"""Bytes: every array begins at a multiple, as vector instructions like it."""
+"""Bytes: every array begins at a multiple, for vector instructions."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -36,15 +36,20 @@ class SharedBatch(dict[str, Tensor]):
 
 
 def opened(buffer: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """The arrays that lie in the buffer."""
+    """The arrays in the buffer, by name."""
     return {name: torch.from_numpy(view) for name, view in _views(buffer, layout).items()}
 
 
 def stacked(samples: Sequence[Arrays], names: dict[str, str], common: Arrays) -> dict[str, Tensor]:
-    """The samples' arrays stacked along a new first axis, and what is `common` to all as it is.
+    """Stack the samples' arrays along a new first axis.
 
-    `names` gives each of the samples' arrays its name in the batch; one that some samples alone hold is stacked over
-    those. In a loader process the batch is a `SharedBatch`.
+    Args:
+        samples: an array that only some samples hold is stacked over those.
+        names: name of a sample's array -> its name in the batch.
+        common: arrays that belong to the batch, not to one sample; they are copied.
+
+    Returns:
+        In a loader process a `SharedBatch`, else a plain dict.
     """
     held = {name: [sample[name] for sample in samples if name in sample] for name in names}
     shapes = {names[name]: (arrays[0].dtype, (len(arrays), *arrays[0].shape)) for name, arrays in held.items()}
@@ -55,24 +60,24 @@ def stacked(samples: Sequence[Arrays], names: dict[str, str], common: Arrays) ->
         np.stack(arrays, out=views[names[name]])
     for name, array in common.items():
         views[name][...] = array
-    # Elsewhere nothing travels, and a plain dict is what every library knows to copy.
+    # Elsewhere nothing is transferred, and every library can copy a plain dict.
     return opened(buffer, layout) if get_worker_info() is None else SharedBatch(buffer, layout)
 
 
 def identity_collate(batch: Any) -> Any:
-    """The `collate_fn` of a DataLoader whose batches are shared batches: torch's own would take them apart."""
+    """The `collate_fn` of a DataLoader whose items are batches already; torch's own would take them apart."""
     return batch
 
 
 def _buffer(size: int) -> Tensor:
     if get_worker_info() is None:
         return torch.empty(size, dtype=torch.uint8)
-    # As torch's own collation does: `share_memory_` would copy.
+    # As in torch's own collation: `share_memory_` would copy.
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
 
 
 def _laid_out(shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> tuple[Layout, int]:
-    """Where each array lies, and the bytes of all."""
+    """Where each array lies, and the size of the buffer in bytes."""
     layout, size = [], 0
     for name, (dtype, shape) in shapes.items():
         layout.append((name, dtype.str, shape, size))

@@ -1,11 +1,11 @@
 """The corpus: the samples of one or several folders of shards that a run reads, and how often an epoch sees each.
 
 1. `open_folders` reads the indexes once.
-2. `training_corpus` keeps a split, labelled samples alone where labels are needed, and a share of them by the hash of
-   their content: 1 % lies within 10 %, 10 % within all, on every machine and in every repacking. `held_out_corpus`
-   keeps a split whole, of the folders that have it.
-3. `rows` deals the samples of an epoch: those of a folder with weight 2 twice, with weight 0.5 every other one, and
-   which ones changes from epoch to epoch.
+2. `training_corpus` keeps the samples of a split, only labelled ones if labels are needed, and a fraction of them
+   chosen by the hash of their content: 1 % is a part of 10 %, and 10 % of all, on every machine and after repacking.
+   `held_out_corpus` keeps all samples of a split, of the folders that have it.
+3. `Corpus.rows` lists the samples of an epoch: with weight 2 a folder's samples come twice, with weight 0.5 half of
+   them, a different half in each epoch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from segvol_pl.config import DataConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.shard_index import Index, SampleRecord, load_index, size_problems
-from segvol_pl.data.store import Source, Store
+from segvol_pl.data.store import ShardSource, Store
 from segvol_pl.errors import ConfigError, ShardError
 
 log = logging.getLogger(__name__)
 
 
 def rng_of(*key: int) -> np.random.Generator:
-    """The rng of a place in the data: its key alone decides what it draws, on every machine."""
+    """The rng for a key, such as (seed, epoch, position). It draws the same on every machine."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
@@ -40,17 +40,23 @@ class Part:
     store: Store
     records: list[SampleRecord]
     times: float = 1.0
-    """How often an epoch sees each; of a fraction, that share of them."""
+    """How often an epoch sees each sample; a fractional part means that share of the samples once more."""
 
     @property
     def dealt(self) -> int:
-        """Samples of it in an epoch."""
+        """Samples of this part in an epoch."""
         return round(self.times * len(self.records))
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Parts, their records numbered through: a row is a place in that numbering."""
+    """The parts of all folders.
+
+    Their records are numbered from 0, part after part; such a number is a row.
+
+    Args:
+        parts: in the order of the folders.
+    """
 
     parts: list[Part]
 
@@ -61,17 +67,17 @@ class Corpus:
 
     @property
     def records(self) -> list[SampleRecord]:
-        """All of them, by row."""
+        """All records, by row."""
         return [record for part in self.parts for record in part.records]
 
     def located(self, row: int) -> tuple[Store, SampleRecord]:
-        """Store and record of a row."""
+        """Store and record of a row. Raises IndexError."""
         first = 0
         for part in self.parts:
             if row < first + len(part.records):
                 return part.store, part.records[row - first]
             first += len(part.records)
-        raise IndexError(f"row {row} is beyond the corpus of {first}")
+        raise IndexError(f"row {row} is outside the corpus of {first} samples")
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch before they are shuffled, int64 (num_samples,)."""
@@ -97,13 +103,18 @@ class Folder:
 
 
 def open_folders(data: DataConfig) -> list[Folder]:
-    """The folders that the configuration names. Raises ShardError for one that cannot be used; see `parse_weighted`."""
+    """Open the folders of the configuration.
+
+    Raises:
+        ShardError: a folder has no usable index.
+        ConfigError: `data.mix` is wrong, see `parse_weighted`.
+    """
     named = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
     cache = Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
     stores = [(Store(path, data.retry_seconds, cache), weight) for path, weight in named]
     if len(stores) > 1 and any(store.piped for store, _ in stores):
-        raise ConfigError("data.mix: a pipe: source cannot be mixed with others: it is read in its own order")
-    return [Folder(store, weight, _opened(store, data)) for store, weight in stores]
+        raise ConfigError("data.mix: a pipe: source is read in its own order and cannot be mixed with others")
+    return [Folder(store, weight, _index_of(store, data)) for store, weight in stores]
 
 
 def category_names(folders: Sequence[Folder]) -> list[str]:
@@ -112,49 +123,49 @@ def category_names(folders: Sequence[Folder]) -> list[str]:
 
 
 def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool) -> Corpus:
-    """What an epoch of training sees. Raises ConfigError where nothing is left of a folder."""
+    """The samples of training. Raises ConfigError if no sample of a folder is left."""
     return Corpus([_training_part(folder, data, labelled) for folder in folders])
 
 
 def _training_part(folder: Folder, data: DataConfig, labelled: bool) -> Part:
-    chosen = _chosen(folder, data.split, labelled)
+    chosen = _records_of(folder, data.split, labelled)
     if not chosen:
-        raise _none_held([folder], data.split, labelled)
+        raise _no_samples([folder], data.split, labelled)
     kept = nested(chosen, data.fraction, folder.store.folder)
     return Part(folder.store, kept, folder.weight * data.samples_per_volume)
 
 
 def held_out_corpus(folders: Sequence[Folder], split: str, labelled: bool) -> Corpus:
-    """Every sample of a split once, whatever training sees of it. Raises ConfigError where no folder has one.
+    """Every sample of a split once, also of folders with a weight. Raises ConfigError if no folder has any.
 
-    A folder without the split is one to train on alone.
+    Folders without the split are used for training only.
     """
-    held = [(folder, _chosen(folder, split, labelled)) for folder in folders]
+    held = [(folder, _records_of(folder, split, labelled)) for folder in folders]
     parts = [Part(folder.store, chosen) for folder, chosen in held if chosen]
     if not parts:
-        raise _none_held(folders, split, labelled)
+        raise _no_samples(folders, split, labelled)
     for folder, chosen in held:
         if not chosen:
             log.info(
-                "%s holds nothing of %r: what is held out comes from the other folders", folder.store.folder, split
+                "%s has no samples in %r: held-out samples come from the other folders", folder.store.folder, split
             )
     return Corpus(parts)
 
 
-def _opened(store: Store, data: DataConfig) -> Index:
-    """The folder's index; shards that are missing or cut are borne as far as the bound on damaged samples allows."""
+def _index_of(store: Store, data: DataConfig) -> Index:
+    """The folder's index. Missing or truncated shards are tolerated up to `data.max_bad_fraction` of the samples."""
     index = load_index(store)
     problems = size_problems(store, index)
     affected = sum(record.shard in problems for record in index.samples)
     if affected > data.max_bad_fraction * len(index.samples):
         raise ShardError(next(iter(problems.values())))
     for problem in problems.values():
-        log.warning("%s; its samples are replaced by others where they cannot be read", problem)
+        log.warning("%s; samples that cannot be read are replaced", problem)
     return index
 
 
 def parse_weighted(entry: str) -> tuple[str, float]:
-    """`DIR` or `WEIGHT*DIR`. Raises ConfigError for a weight that is no positive number."""
+    """Folder and weight of `DIR` or `WEIGHT*DIR`. Raises ConfigError for a weight that is not a positive number."""
     weight, star, folder = entry.partition("*")
     if not star:
         return entry, 1.0
@@ -167,31 +178,35 @@ def parse_weighted(entry: str) -> tuple[str, float]:
     return folder, times
 
 
-def _chosen(folder: Folder, split: str, labelled: bool) -> list[SampleRecord]:
+def _records_of(folder: Folder, split: str, labelled: bool) -> list[SampleRecord]:
     records = [record for record in folder.index.samples if split in ("all", record.split)]
     return [record for record in records if record.labelled or not labelled]
 
 
-def _none_held(folders: Sequence[Folder], split: str, labelled: bool) -> ConfigError:
+def _no_samples(folders: Sequence[Folder], split: str, labelled: bool) -> ConfigError:
     kind = "labelled samples" if labelled else "samples"
     found = [
-        f"{masked(str(folder.store.folder))} holds no {kind} in {split!r} (it has {folder.index.splits})"
+        f"{masked(str(folder.store.folder))} has no {kind} in {split!r} (it has {folder.index.splits})"
         for folder in folders
     ]
     return ConfigError(f"data.split, data.val_split: {'; '.join(found)}")
 
 
-def nested(records: Sequence[SampleRecord], fraction: float, folder: Source) -> list[SampleRecord]:
-    """The share of the records whose content hashes lowest, at least one, in the records' order.
+def nested(records: Sequence[SampleRecord], fraction: float, folder: ShardSource) -> list[SampleRecord]:
+    """A fraction of the records, chosen by content hash so that smaller fractions are parts of larger ones.
 
-    Raises ConfigError where the index was written before it held the hashes.
+    Returns:
+        At least one record, in the order given.
+
+    Raises:
+        ConfigError: the index of `folder` was written before it held the hashes.
     """
     if fraction == 1:
         return list(records)
     if any(not record.content for record in records):
         place = masked(str(folder))
-        raise ConfigError(f"data.fraction: the index of {place} holds no content hashes: run segvol-pl index {place}")
-    # The split is decided by the hash itself: hashed again, the subset does not depend on it.
+        raise ConfigError(f"data.fraction: the index of {place} has no content hashes: run segvol-pl index {place}")
+    # The hash itself decides the split: hash it again, so that the subset does not depend on the split.
     ranked = sorted(records, key=lambda record: hashlib.sha256(f"subset {record.content}".encode()).digest())
     kept = {record.key for record in ranked[: max(1, round(fraction * len(records)))]}
     return [record for record in records if record.key in kept]

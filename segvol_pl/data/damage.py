@@ -19,6 +19,10 @@ class Damage(Enum):
     UNREADABLE = "unreadable"  # the bytes are no facts and no array
 
 
+DAMAGES = list(Damage)
+"""In a batch, a damage is its index in this list."""
+
+
 class DamagedSample(ShardError):
     """One sample that cannot be used, though its folder can; `damage` says why."""
 

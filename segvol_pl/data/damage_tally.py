@@ -1,4 +1,4 @@
-"""What turned out damaged while a run read its corpus: said once a sample, counted by shard and cause, and bounded."""
+"""Damaged samples that a run met: logged once each, counted by shard and cause, and limited in number."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import numpy as np
 
 from segvol_pl.credentials import masked
 from segvol_pl.data.corpus import Corpus
-from segvol_pl.data.damage import Damage
-from segvol_pl.data.stream import DAMAGES
+from segvol_pl.data.damage import DAMAGES, Damage
 from segvol_pl.errors import ShardError
 
 log = logging.getLogger(__name__)
@@ -19,50 +18,50 @@ Found = dict[int, Damage]
 """Row of the corpus -> what is wrong with the sample."""
 
 
-class Health:
-    """One rank's account of its corpus, and what other ranks and earlier starts of the run have told it."""
+class DamageTally:
+    """The damaged samples known to one rank: its own, and those reported by other ranks and earlier starts."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self.size = len(corpus.records)
         self.damaged: Found = {}
-        """Every damaged sample known here; of all ranks once they have told each other."""
-        self.untold: Found = {}
-        """Those found here since `told` was last called."""
+        """Every damaged sample known here; those of all ranks after each exchange."""
+        self.unreported: Found = {}
+        """Those found here since the last `take_unreported`."""
         self.replaced = 0
-        """Times that a damaged sample came up here and another one took its place."""
+        """How often a sample was replaced here because it is damaged."""
 
     def note(self, damaged_BA2: np.ndarray) -> None:
-        """Takes in what a batch says: (row, damage) by sample and attempt, -1 where there was none."""
+        """Count what a batch reports: (row, damage) by sample and attempt, -1 for none."""
         for row, number in damaged_BA2[damaged_BA2[..., 0] >= 0].tolist():
             self.replaced += 1
             if row not in self.damaged:
-                self.damaged[row] = self.untold[row] = DAMAGES[number]
-                self._say(row)
+                self.damaged[row] = self.unreported[row] = DAMAGES[number]
+                self._log(row)
 
-    def _say(self, row: int) -> None:
+    def _log(self, row: int) -> None:
         store, record = self.corpus.located(row)
         log.warning(
             "sample %s of %s/%s is damaged (%s) and replaced by another; %d so far: run segvol-pl verify on the folder",
             *(record.key, masked(str(store.folder)), record.shard, self.damaged[row].value, len(self.damaged)),
         )
 
-    def told(self) -> Found:
-        """What was found here since the last time."""
-        untold, self.untold = self.untold, {}
-        return untold
+    def take_unreported(self) -> Found:
+        """The samples found here since the last call."""
+        unreported, self.unreported = self.unreported, {}
+        return unreported
 
-    def hear(self, found: Found) -> None:
-        """Takes in what another rank, or an earlier start, has found: a sample counts once, whoever met it."""
+    def merge(self, found: Found) -> None:
+        """Add what another rank, or an earlier start, has found. A sample counts once."""
         self.damaged = {**found, **self.damaged}
 
     @property
     def causes(self) -> Counter[tuple[str, Damage]]:
-        """(shard, cause) -> samples."""
+        """(shard, cause) -> number of samples."""
         return Counter((self.corpus.located(row)[1].shard, damage) for row, damage in self.damaged.items())
 
     def check(self, bound: float) -> None:
-        """Raises ShardError where the damaged samples are more than the share `bound` of the corpus."""
+        """Raise ShardError if more than the share `bound` of the corpus is damaged."""
         if len(self.damaged) > bound * self.size:
             found = ", ".join(
                 f"{shard}: {count} {damage.value}" for (shard, damage), count in sorted_causes(self.causes)
@@ -73,14 +72,14 @@ class Health:
             )
 
     def state_dict(self) -> dict[int, str]:
-        """Row -> cause, as plain values."""
+        """Row -> cause, as plain values for a checkpoint."""
         return {row: damage.value for row, damage in sorted(self.damaged.items())}
 
     def load_state_dict(self, state: dict[int, str]) -> None:
-        """Of the same corpus."""
-        self.hear({row: Damage(cause) for row, cause in state.items()})
+        """Add the state of an earlier start. It must be of the same corpus."""
+        self.merge({row: Damage(cause) for row, cause in state.items()})
 
 
 def sorted_causes(causes: Counter[tuple[str, Damage]]) -> list[tuple[tuple[str, Damage], int]]:
-    """By shard, then cause."""
+    """The causes ordered by shard, then by cause."""
     return sorted(causes.items(), key=lambda item: (item[0][0], item[0][1].value))

@@ -1,4 +1,4 @@
-"""The DataModule: joins the stream with the trainer. The only file here that knows the trainer's rank."""
+"""The DataModule: connects the stream with the trainer. Only this file reads the trainer's rank."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Folder, category_names, held_out_corpus, open_folders, training_corpus
-from segvol_pl.data.damage_tally import Health
+from segvol_pl.data.damage_tally import DamageTally
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.pipe import PipeStream
-from segvol_pl.data.stream import Draw, Plan, Stream, World
+from segvol_pl.data.stream import BatchPlan, Draw, Stream, World
 from segvol_pl.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
-"""Of what a checkpoint holds of the stream."""
+"""Version of the stream's state in a checkpoint."""
 
 
 class VolumeModule(pl.LightningDataModule):
     """Streams the samples of the configured corpus for one task.
 
-    `seen` is the position in the data: samples seen so far over all ranks, the whole state of the stream; `drawn` the
-    same with the batch that is being trained on.
-    `health` counts what this rank found damaged in training.
+    `seen` is the position in the data and the complete state of the stream: samples seen so far over all ranks. `drawn`
+    also counts the batch that is being trained on. `health` counts the damaged samples found in training.
 
     Args:
         data, run: the run's configuration.
@@ -66,11 +65,11 @@ class VolumeModule(pl.LightningDataModule):
         self.val_corpus = held_out_corpus(folders, data.val_split, labelled)
         self.categories = category_names(folders)
         self._warn_of_leaks()
-        self.health, self.val_health = Health(self.train_corpus), Health(self.val_corpus)
+        self.health, self.val_health = DamageTally(self.train_corpus), DamageTally(self.val_corpus)
         self.plan = self._train_plan()
         self.seen = self.drawn = 0
         self.rows: list[int] = []
-        """Where the samples of the batch that is being trained on stand in the corpus."""
+        """Rows in the corpus of the batch that is being trained on."""
 
     def _warn_of_leaks(self) -> None:
         trained, held_out = (
@@ -79,19 +78,19 @@ class VolumeModule(pl.LightningDataModule):
         )
         both = len(trained & held_out)
         if both and self.data.split != self.data.val_split:
-            log.warning("%d of %d held-out volumes are trained on too: run segvol-pl overlap", both, len(held_out))
+            log.warning("%d of %d held-out volumes are also trained on: run segvol-pl overlap", both, len(held_out))
 
-    def _train_plan(self) -> Plan:
+    def _train_plan(self) -> BatchPlan:
         samples, batch = self.train_corpus.num_samples, self.data.global_batch
         if samples < batch and self.data.last_batch is LastBatch.drop:
             need = math.ceil(self.data.samples_per_volume * batch / max(samples, 1))
             raise ConfigError(
-                f"data.samples_per_volume: an epoch of {samples} samples is less than data.global_batch="
+                f"data.samples_per_volume: an epoch of {samples} samples is smaller than data.global_batch="
                 f"{batch}: set data.samples_per_volume={need} or more"
             )
         if batch % self.run.accumulate:
             raise ConfigError(f"run.accumulate: {self.run.accumulate} does not divide data.global_batch={batch}")
-        plan = Plan(samples, batch, self.run.accumulate, self.data.seed, self.data.last_batch)
+        plan = BatchPlan(samples, batch, self.run.accumulate, self.data.seed, self.data.last_batch)
         if plan.usable < samples:
             log.info(
                 "each epoch leaves out %d of %d samples: the last incomplete batch", samples - plan.usable, samples
@@ -111,27 +110,27 @@ class VolumeModule(pl.LightningDataModule):
         return World(self.trainer.global_rank, ranks)
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Micro-batches from `seen` on, without end. Raises ConfigError where ranks do not divide the batch."""
+        """Micro-batches from `seen` on, without end. Raises ConfigError if ranks do not divide the batch."""
         return self._loader(self._stream(self.train_corpus, self.draw, self.plan, self.seen), self.data.workers)
 
     def val_dataloader(self) -> Iterable[Batch]:
         """The same `run.val_batches` batches every time."""
-        # Whole global batches, however many micro-batches each of them takes.
+        # Complete global batches, however many micro-batches each has.
         wanted = self.run.val_batches * self.data.global_batch
         samples = len(self.val_corpus.records)
         micro = self.data.global_batch // self.run.accumulate
-        plan = Plan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
+        plan = BatchPlan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
         stream = self._stream(self.val_corpus, self.val_draw, plan)
-        # Starting its process anew for every validation would take longer than most of its batches.
+        # To start its process for every validation would take longer than most of its batches.
         return self._loader(stream, min(self.data.workers, 1), lasting=True)
 
-    def _stream(self, corpus: Corpus, draw: Draw, plan: Plan, seen: int = 0) -> Stream:
+    def _stream(self, corpus: Corpus, draw: Draw, plan: BatchPlan, seen: int = 0) -> Stream:
         if any(part.store.piped for part in corpus.parts):
             return PipeStream(corpus, draw, plan, self._world(), seen, self.data.pipe_buffer)
         return Stream(corpus, draw, plan, self._world(), seen)
 
     def _loader(self, stream: Stream, workers: int, lasting: bool = False) -> Iterable[Batch]:
-        # Before a fork: a process that inherits Blosc2's threads crashes when it ends them.
+        # Before a fork: a process that inherits Blosc2's threads crashes when they end.
         decode_alone()
         begin = self._copying()
         loader = DataLoader(
@@ -153,11 +152,11 @@ class VolumeModule(pl.LightningDataModule):
         return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def _copying(self) -> Begin | None:
-        """What copies batches ahead of the step; nothing where the step computes in main memory."""
+        """What copies batches ahead of the step; None if the step computes in main memory."""
         return SideStream(self._device) if self._device.type == "cuda" else None
 
     def _context(self) -> BaseContext:
-        """What loader processes are started by."""
+        """How loader processes are started."""
         automatic = StartMethod.forkserver if self._device.type == "cuda" else StartMethod.fork
         method = automatic if self.data.start_method is StartMethod.auto else self.data.start_method
         if method is StartMethod.forkserver:
@@ -165,7 +164,7 @@ class VolumeModule(pl.LightningDataModule):
         return multiprocessing.get_context(method.value)
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        # Here the batch is still in main memory: looking at it on a GPU would stop the step.
+        # The batch is still in main memory here; reading it on a GPU would make the step wait.
         damaged_BA2, rows_B = batch.pop("damaged_BA2"), batch.pop("row_B")
         drawn = int(batch.pop("seen"))
         validating = self.trainer is not None and not self.trainer.training
@@ -178,24 +177,24 @@ class VolumeModule(pl.LightningDataModule):
         return unpacked(batch)
 
     def batch_keys(self) -> list[str]:
-        """The samples of the batch that is being trained on."""
+        """Keys of the samples of the batch that is being trained on."""
         return [self.train_corpus.located(row)[1].key for row in self.rows]
 
     @functools.cached_property
     def samples(self) -> dict[str, dict[str, Any]]:
-        """What is trained on and what is held out: how many samples, and a digest of them in their order."""
+        """Number and digest of the training samples and of the held-out ones, in their order."""
         return {"train": corpus_summary(self.train_corpus), "held_out": corpus_summary(self.val_corpus)}
 
     def differs(self, state: dict[str, Any]) -> str:
-        """What of the samples is not as it was when `state` was saved; nothing where they are the same.
+        """How the training samples differ from those when `state` was saved; empty if they are the same.
 
-        Held-out samples that differ are warned of: no training depends on them.
+        Other held-out samples are only a warning: training does not depend on them.
         """
         if state.get("version") != STATE_VERSION:
-            return f"its checkpoint is of version {state.get('version')} of the stream's state, not {STATE_VERSION}"
+            return f"its checkpoint holds version {state.get('version')} of the stream's state, not {STATE_VERSION}"
         before, now = state["samples"], self.samples
         if before["held_out"] != now["held_out"]:
-            log.warning("the held-out samples are not those that the run began with: val/ metrics cannot be compared")
+            log.warning("the held-out samples are not those of the run's start: val/ metrics cannot be compared")
         if before["train"] == now["train"]:
             return ""
         then, given = before["train"]["samples"], now["train"]["samples"]
@@ -215,9 +214,9 @@ class VolumeModule(pl.LightningDataModule):
 
 
 def corpus_summary(corpus: Corpus) -> dict[str, Any]:
-    """How many samples the corpus holds, and the sha256 of what they are, in order, and how often each is seen.
+    """Number of samples, and a sha256 over their content, order and weights.
 
-    Where the folders lie and how they are cut into shards is left out: that may change.
+    Paths and the division into shards are left out, because they may change.
     """
     lines = (
         f"{part.times} {record.key} {record.content} {record.facts_sha256}\n"
@@ -231,12 +230,12 @@ def corpus_summary(corpus: Corpus) -> dict[str, Any]:
 
 
 def start_fork_server() -> None:
-    """Starts the process that loader processes are forked from, where none runs: it imports what they need, once."""
+    """Start the process that loader processes are forked from, unless it runs: it imports what they need, once."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["segvol_pl.data.sampling"])
-    # Otherwise started with the server, when it lets SIGTERM through again.
+    # Otherwise it starts with the server, after SIGTERM is unblocked.
     resource_tracker.ensure_running()
-    # SLURM signals every process of a step: held back in the server too, which would end of them, and its children seem
-    # to have ended. This process gets what came meanwhile.
+    # SLURM signals every process of a step. Block the signals in the server too: they would end it, and its children
+    # would seem to have ended. This process receives what came in the meantime.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
     try:
         forkserver.ensure_running()
@@ -246,7 +245,7 @@ def start_fork_server() -> None:
 
 @atexit.register
 def _end_workers() -> None:
-    """At the process's end, before multiprocessing asks them by SIGTERM, which they ignore, and waits for ever."""
+    """Kill loader processes at exit. multiprocessing would send SIGTERM, which they ignore, and wait for ever."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
@@ -254,6 +253,6 @@ def _end_workers() -> None:
 
 def _begin_worker(worker: int) -> None:
     decode_alone()
-    # SLURM signals every process of a step; the training process decides what follows.
+    # SLURM signals every process of a step; the training process decides what to do.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1,9 +1,9 @@
-"""Voxel arrays as Blosc2 frames, of which a crop reads, checks and decodes only what it touches.
+"""Voxel arrays as Blosc2 frames: a crop reads, checks and decodes only the parts that it touches.
 
-1. `encode_array` turns an array into a frame: a head, compressed chunks one behind the other, a tail.
-2. `chunk_table` says where the chunks lie and what they hash to; large members have one in their sample's facts.
-3. `WholeFrame` decodes a slice of a frame that is there; `PartialFrame` first fetches the chunks that the slice touches
-   and holds them against their hashes. Both refuse, before memory is taken, a frame that is not of the stated `Form`.
+1. `encode_array` turns an array into a frame: a head, compressed chunks one after another, a tail.
+2. `chunk_table` lists the chunks' places and hashes; the facts of a sample hold one for each large array.
+3. `WholeFrame` decodes slices of a frame in memory; `PartialFrame` first fetches the chunks that a slice touches and
+   compares their hashes. Both refuse a frame that is not of the stated `Form` before they allocate memory.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from segvol_pl.data.schema import ChunkTable
 from segvol_pl.errors import SampleError
 
 CHUNK = (32, 64, 64)
-"""Voxels that are read at once at most."""
+"""Voxels (d, h, w) that are read together."""
 BLOCK = (8, 32, 32)
-"""Voxels that are compressed together: a crop decodes only the blocks that it touches."""
+"""Voxels (d, h, w) that are compressed together: a crop decodes only the blocks that it touches."""
 
 WORTH_PARTS = 1 << 20
-"""Bytes from which a frame gets a table: smaller ones are read whole."""
+"""Bytes from which a frame gets a table; smaller ones are read completely."""
 GAP = 1 << 17
-"""Bytes between two wanted chunks that are read along rather than asked for apart."""
+"""Two wanted chunks with at most this many bytes between them are read in one request."""
 HEAD = 4096
 """Bytes before the first chunk, at most."""
 CHUNK_HEADER = 32
-"""Bytes of a chunk's own header. Blosc2 looks at the first chunk's to open a frame: it counts as part of the head."""
-DIGITS = 16
+"""Bytes of a chunk's own header. Blosc2 reads the first chunk's to open a frame, so it counts as part of the head."""
+HASH_DIGITS = 16
 """Hex digits kept of a chunk's sha256: 64 bits find every accident."""
 
-Span = tuple[int, int]
+ByteRange = tuple[int, int]
 """First byte, and the byte behind the last."""
 
-Fetch = Callable[[list[Span], Callable[[list[bytes]], bool]], list[bytes]]
-"""Gives the bytes of the spans; the second argument says whether they are those that were packed."""
+FetchChecked = Callable[[list[ByteRange], Callable[[list[bytes]], bool]], list[bytes]]
+"""Reads the bytes of the spans; the second argument checks that they are those that were packed."""
 
 
 def encode_array(array_DHW: np.ndarray) -> bytes:
@@ -61,35 +61,35 @@ class Form:
 
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
-    """Those that it may have, as numpy names them."""
+    """The dtypes that it may have, by numpy's names."""
 
 
 def decode_array(frame: bytes | bytearray, form: Form | None = None) -> blosc2.NDArray:
     """The array of a Blosc2 frame, still encoded: slicing it decodes only what the slice touches.
 
-    Raises SampleError for bytes that are no such frame, or not of the form.
+    Raises SampleError for bytes that are not a frame, or not of the form.
     """
     try:
         array = cast(blosc2.NDArray, blosc2.ndarray_from_cframe(frame))
         kind = array.dtype.kind
     except MemoryError:
         raise
-    except Exception as error:  # what it raises depends on the bytes: it evaluates the dtype that they state
-        raise SampleError(f"{len(frame)} bytes are no Blosc2 frame ({error})") from error
+    except Exception as error:  # any error is possible: it evaluates the dtype in the bytes
+        raise SampleError(f"{len(frame)} bytes are not a Blosc2 frame ({error})") from error
     if kind not in "iu":
-        # Bytes that call themselves objects would be taken for addresses.
+        # Bytes with dtype object would be used as addresses.
         raise SampleError(f"a Blosc2 frame holds {array.dtype}, not whole numbers")
     dtype = array.dtype.newbyteorder("=").name
     if form is not None and (array.shape != form.shape or dtype not in form.dtypes):
         raise SampleError(f"a Blosc2 frame holds {dtype} {array.shape}, not {' or '.join(form.dtypes)} {form.shape}")
-    # A slice takes memory for whole chunks.
+    # A slice allocates memory for complete chunks.
     if len(array.chunks) != len(array.shape) or any(np.greater(array.chunks, array.shape)):
-        raise SampleError(f"a Blosc2 frame of {array.shape} says that its chunks are of {array.chunks}")
+        raise SampleError(f"a Blosc2 frame of {array.shape} has impossible chunks of {array.chunks}")
     return array
 
 
 def decoded(array: blosc2.NDArray, key: slice | tuple[slice, ...]) -> np.ndarray:
-    """A slice. Raises SampleError where a chunk cannot be decoded."""
+    """Decode a slice. Raises SampleError if a chunk cannot be decoded."""
     try:
         return np.asarray(array[key])
     except RuntimeError as error:
@@ -97,15 +97,15 @@ def decoded(array: blosc2.NDArray, key: slice | tuple[slice, ...]) -> np.ndarray
 
 
 def decode_alone() -> None:
-    """From here on this process decodes with one thread: for processes and threads beside which others decode.
+    """Let this process decode with one thread from now on. For processes and threads that decode in parallel.
 
-    Blosc2 would take every core that the process may use, in each of them. To be called before a fork.
+    By default Blosc2 uses all cores in each of them. Call it before a fork.
     """
     blosc2.set_nthreads(1)
 
 
 def chunk_table(frame: bytes, worth: int = WORTH_PARTS) -> ChunkTable | None:
-    """Where the chunks of a frame lie; None for a frame of fewer than `worth` bytes, which is read whole."""
+    """The chunks of a frame; None for a frame of fewer than `worth` bytes, which is read completely."""
     if len(frame) < worth:
         return None
     array = decode_array(frame)
@@ -116,7 +116,7 @@ def chunk_table(frame: bytes, worth: int = WORTH_PARTS) -> ChunkTable | None:
         raise SampleError(f"a Blosc2 frame of {array.shape} does not begin with its first chunk")
     sizes, hashes, place = [], [], start
     for chunk in chunks:
-        # A chunk of one value alone takes no room: the tail states it.
+        # A chunk of a single value takes no space: the tail holds the value.
         stored = chunk if frame.startswith(chunk, place) else b""
         sizes.append(len(stored))
         hashes.append(_digest(stored))
@@ -133,11 +133,11 @@ def chunk_table(frame: bytes, worth: int = WORTH_PARTS) -> ChunkTable | None:
 
 
 def _digest(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:DIGITS]
+    return hashlib.sha256(content).hexdigest()[:HASH_DIGITS]
 
 
 class WholeFrame:
-    """A frame whose bytes are all there; slicing it decodes only what the slice touches."""
+    """A frame in memory; slicing it decodes only what the slice touches."""
 
     def __init__(self, frame: bytes, form: Form | None = None) -> None:
         self._array = decode_array(frame, form)
@@ -149,7 +149,7 @@ class WholeFrame:
 
 
 def _check_table(table: ChunkTable) -> None:
-    """A table is data from elsewhere. Raises SampleError for one that describes no frame."""
+    """Raise SampleError for a table that describes no frame: it comes from a file."""
     lists = [table.shape, table.chunk, table.sizes, [table.bytes, table.start]]
     if (
         all(isinstance(numbers, list) and all(type(number) is int for number in numbers) for numbers in lists)
@@ -159,7 +159,7 @@ def _check_table(table: ChunkTable) -> None:
         and len(table.sizes) == math.prod(map(_parts, table.shape, table.chunk))
         and table.start + max(sum(table.sizes), CHUNK_HEADER) <= table.bytes
         and isinstance(table.hashes, str)
-        and len(table.hashes) == DIGITS * len(table.sizes)
+        and len(table.hashes) == HASH_DIGITS * len(table.sizes)
     ):
         return
     raise SampleError(f"its facts describe no chunks of an array of {table.shape}: pack it again")
@@ -170,32 +170,38 @@ def _parts(extent: int, chunk: int) -> int:
 
 
 class PartialFrame:
-    """A frame of which only the chunks that a slice touches are fetched, each once. Slices are of step 1.
+    """A frame that fetches only the chunks that a slice touches, each once. Slices must have step 1.
 
-    Raises SampleError for a table that describes no frame, or not one of the form.
+    Args:
+        table: the frame's chunks.
+        fetch: reads bytes of the frame.
+        form: shape and dtypes that the array must have.
+
+    Raises:
+        SampleError: the table describes no frame, or not one of the form.
     """
 
-    def __init__(self, table: ChunkTable, fetch: Fetch, form: Form | None = None) -> None:
+    def __init__(self, table: ChunkTable, fetch: FetchChecked, form: Form | None = None) -> None:
         _check_table(table)
         self.table, self.fetch, self.form = table, fetch, form
         self.shape = tuple(table.shape)
         if form is not None and self.shape != form.shape:
             raise SampleError(f"its facts describe chunks of an array of {self.shape}, not {form.shape}")
-        # Pages that are never written take no memory.
+        # Memory pages that are never written are not allocated.
         self.frame = bytearray(table.bytes)
         self.bounds = np.cumsum([table.start, *table.sizes]).tolist()
         self.have: set[int] = set()
         self.opened = False
-        """Whether head and tail are there."""
+        """Whether head and tail are fetched."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the array, read off the frame's ends."""
+        """The array's dtype, from the frame's head."""
         dtype: np.dtype[Any] = self._array().dtype
         return dtype
 
     def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:
-        slices = self._full(key)
+        slices = self._slices_of(key)
         self._load(self._touched(slices))
         return decoded(self._array(), slices)
 
@@ -209,7 +215,7 @@ class PartialFrame:
             )
         return array
 
-    def _full(self, key: slice | tuple[slice, ...]) -> tuple[slice, ...]:
+    def _slices_of(self, key: slice | tuple[slice, ...]) -> tuple[slice, ...]:
         given = key if isinstance(key, tuple) else (key,)
         padded = (*given, *[slice(None)] * (len(self.shape) - len(given)))
         return tuple(slice(*part.indices(extent)[:2]) for part, extent in zip(padded, self.shape, strict=True))
@@ -236,8 +242,8 @@ class PartialFrame:
         self.have.update(number for first, last in runs for number in range(first, last + 1))
         self.opened = True
 
-    def _runs(self, numbers: list[int]) -> Iterator[Span]:
-        """First and last chunk of each stretch that is read at once."""
+    def _runs(self, numbers: list[int]) -> Iterator[ByteRange]:
+        """First and last chunk of each run of chunks that is read in one request."""
         if not numbers:
             return
         first = last = numbers[0]
@@ -248,8 +254,8 @@ class PartialFrame:
             last = number
         yield first, last
 
-    def _sound(self, runs: list[Span], parts: list[bytes]) -> bool:
-        """Whether the parts are what was packed: the runs' chunks one by one, then the ends."""
+    def _sound(self, runs: list[ByteRange], parts: list[bytes]) -> bool:
+        """Whether the parts are what was packed: first the chunks of each run, then the ends."""
         ends = parts[len(runs) :]
         if ends and _digest(b"".join(ends)) != self.table.ends:
             return False
@@ -263,4 +269,4 @@ class PartialFrame:
         )
 
     def _hash(self, number: int) -> str:
-        return self.table.hashes[number * DIGITS : (number + 1) * DIGITS]
+        return self.table.hashes[number * HASH_DIGITS : (number + 1) * HASH_DIGITS]

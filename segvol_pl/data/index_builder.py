@@ -24,21 +24,22 @@ from segvol_pl.data.shard_index import (
     check_keys,
 )
 from segvol_pl.data.shard_reader import parse_facts
-from segvol_pl.data.store import INDEX, Source
+from segvol_pl.data.store import INDEX, ShardSource
 from segvol_pl.errors import ShardError
 
 TAR_END = 1024
-"""A tar ends in two empty records of 512 bytes; without them it was cut off."""
+"""Bytes: a complete tar ends in two empty records of 512 bytes."""
 
 
-def build_index(folder: Source) -> Index:
-    """Walks every tar of a local folder, writes `index.json` there and returns it (verb `index`).
+def build_index(folder: ShardSource) -> Index:
+    """Walk every tar of a local folder, write `index.json` there and return it.
 
-    Raises ShardError where there is no tar, a tar is truncated, a sample lacks a member, or two samples share a key.
+    Raises:
+        ShardError: there is no tar, a tar is truncated, a sample lacks a member, or two samples share a key.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ShardError(f"{root} is no folder: give the folder that holds the shards")
+        raise ShardError(f"{root} is not a folder: give the folder that holds the shards")
     paths = sorted(root.glob("*.tar"))
     if not paths:
         raise ShardError(f"{root} holds no *.tar: pack data into it with segvol-pl pack")
@@ -71,7 +72,7 @@ def _group_members(tar: tarfile.TarFile) -> Iterator[tuple[str, dict[str, tarfil
     key, members = "", dict[str, tarfile.TarInfo]()
     for entry in tar:
         if not entry.isreg():
-            raise tarfile.ReadError(f"{entry.name!r} is no file")
+            raise tarfile.ReadError(f"{entry.name!r} is not a file")
         stem, _, ending = entry.name.partition(".")
         if stem != key and members:
             yield key, members
@@ -115,7 +116,7 @@ def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]], hashe
     check_keys(records, str(found[0][0].parent))
     shapes = sorted({tuple(fact.overview_shape) for fact in facts})
     if len(shapes) != 1:
-        raise ShardError(f"{found[0][0].parent} mixes overviews of shape {shapes}: pack them into folders of their own")
+        raise ShardError(f"{found[0][0].parent} mixes overviews of shapes {shapes}: pack them into separate folders")
     splits = [record.split for record in records]
     return Index(
         dataset="+".join(sorted({fact.dataset for fact in facts})),

@@ -1,12 +1,12 @@
-"""The stream of a source that cannot seek (`pipe:COMMAND {file}`), read through webdataset from front to back.
+"""The stream of a source that cannot seek (`pipe:COMMAND {file}`), read with webdataset from front to back.
 
-1. In every pass the shards are shuffled and dealt to the loader processes of all ranks.
-2. Each reads its shards one after the other, checks every member against its hash, and shuffles in a buffer.
-3. Samples are drawn, collated and counted as in `stream`; what was damaged is left out and said in the next batches.
+1. In every pass the shards are shuffled and divided among the loader processes of all ranks.
+2. Each process reads its shards in turn, checks every member against its hash, and shuffles in a buffer.
+3. Samples are drawn, collated and counted as in `stream`. Damaged ones are left out and reported in the next batches.
 
-Weaker promises than `stream`: the order depends on the number of ranks and workers; passes of different ranks drift
-apart; a resumed run begins a new pass, so that samples may come twice or not at all in the pass that was interrupted;
-with fewer shards than loader processes some shards are read by several. Every rank still gets as many batches.
+The guarantees are weaker than those of `stream`: the order depends on the number of ranks and workers; the passes of
+ranks drift apart; a resumed run begins a new pass, so samples of the interrupted pass may come twice or not at all;
+with fewer shards than loader processes, several processes read the same shard. Every rank still gets as many batches.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import webdataset
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, rng_of
-from segvol_pl.data.damage import Damage, DamagedSample
+from segvol_pl.data.damage import DAMAGES, Damage, DamagedSample
 from segvol_pl.data.schema import Member
 from segvol_pl.data.shard_reader import array_of, arrays_of, facts_of
-from segvol_pl.data.stream import ATTEMPTS, DAMAGES, Draw, Plan, Stream, World, collate
+from segvol_pl.data.stream import ATTEMPTS, BatchPlan, Draw, Stream, World, collate
 from segvol_pl.errors import ShardError
 from segvol_pl.imaging.transforms import Sliceable
 
@@ -37,26 +37,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PipedSample:
-    """A sample as it came through the pipe."""
+    """A sample as read from the pipe."""
 
     row: int
     members: dict[str, bytes]
     copy: int = 0
-    """Which of the draws from it this one is."""
+    """Number of this draw, of those made from it in a pass."""
 
 
 def shards_of(shards: list[str], world: World, rng: np.random.Generator) -> list[str]:
-    """The shards that this worker reads in a pass, at least one; `rng` is the same for all workers of all ranks."""
+    """The shards that this worker reads in a pass, at least one. `rng` must be the same for every worker."""
     order = [shards[number] for number in rng.permutation(len(shards))]
     worker = world.rank * world.num_workers + world.worker
     return order[worker :: world.num_ranks * world.num_workers] or [order[worker % len(order)]]
 
 
 class PipeStream(Stream):
-    """Collated micro-batches of one rank, as `Stream`; `buffer` volumes are held to shuffle."""
+    """Collated micro-batches of one rank, as `Stream`. buffer: volumes held to shuffle."""
 
     def __init__(
-        self, corpus: Corpus, draw: Draw, plan: Plan, world: World | None = None, seen: int = 0, buffer: int = 16
+        self, corpus: Corpus, draw: Draw, plan: BatchPlan, world: World | None = None, seen: int = 0, buffer: int = 16
     ) -> None:
         super().__init__(corpus, draw, plan, world, seen)
         (self.part,) = corpus.parts
@@ -80,7 +80,10 @@ class PipeStream(Stream):
                 yield sample
             if not drawn:
                 found = ", ".join(sorted({damage.value for _, damage in list(self.damaged)[before:]})) or "empty"
-                raise ShardError(f"{self.part.store.folder}: a whole pass gave no usable sample ({found})")
+                raise ShardError(
+                    f"{self.part.store.folder}: a complete pass gave no usable sample ({found}): "
+                    "run segvol-pl verify where the shards lie"
+                )
 
     def _pass(self, world: World, key: tuple[int, int, int]) -> Iterator[Arrays]:
         shards = shards_of(self.shards, world, rng_of(*key))
@@ -93,15 +96,15 @@ class PipeStream(Stream):
             except DamagedSample as error:
                 self.damaged.append((volume.row, error.damage))
             else:
-                yield {**sample, "damaged_A2": self._told(), "row": np.array(volume.row)}
+                yield {**sample, "damaged_A2": self._unreported(), "row": np.array(volume.row)}
 
     def _copies(self, volume: PipedSample, rng: np.random.Generator) -> Iterator[PipedSample]:
-        """The volume as often as a pass draws from it; of a fraction, by chance."""
+        """The volume as often as a pass draws from it; a fractional part is drawn by chance."""
         count = int(self.part.times) + int(rng.random() < self.part.times % 1)
         return (PipedSample(volume.row, volume.members, copy) for copy in range(count))
 
     def _volumes(self, shard: str) -> Iterator[PipedSample]:
-        """The chosen samples of a shard; those that it should hold and did not give are noted."""
+        """The chosen samples of a shard. Those that the index lists and the shard lacks are noted as damaged."""
         missing = {record.key for record in self.part.records if record.shard == shard}
         place = self.part.store.place(shard)
 
@@ -131,11 +134,11 @@ class PipeStream(Stream):
 
         facts = facts_of(content(Member.FACTS), record, store.place(record.shard))
         for member in arrays_of(facts, volume.members):
-            array(member)  # every one is held against its hash, whichever the draw reads
+            array(member)  # check all against their hashes, whichever the draw reads
         return self.draw(facts, array, rng)
 
-    def _told(self) -> np.ndarray:
-        """(row, damage) of what was left out and not yet told, as `Stream.sample` says it."""
+    def _unreported(self) -> np.ndarray:
+        """(row, damage) of samples left out and not yet reported, in the form of `Stream.sample`."""
         damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
         for attempt in range(min(ATTEMPTS, len(self.damaged))):
             row, damage = self.damaged.popleft()

@@ -1,13 +1,13 @@
-"""What one training sample shows, drawn from the sample's own rng.
+"""One training sample of a volume, drawn with the sample's own rng.
 
-1. `sample_crop`: the whole volume (overview) or a window at native resolution, with its label map and regions.
-2. `augment`: flips, and draws of the intensity.
+1. `sample_crop`: the complete volume (overview) or a window at native resolution, with its label map and regions.
+2. `augment`: flips, scale and shift of the intensity.
 3. `segment_sample`: categories with their masks and prompts, pseudo-label prompts (paper Algorithm 1).
    `simmim_sample`: the tokens to hide (paper Sec. 2.2).
 
-Samples are in the form in which they travel, see `batch`.
+Samples are packed for transfer, see `batch`.
 
-The training step draws nothing; hence the same batch gives the same loss on any number of ranks.
+The training step draws nothing, so the same batch gives the same loss on any number of ranks.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from segvol_pl.imaging.intensity import Intensity, normalise
 from segvol_pl.imaging.prompts import ABSENT, gathered_landmarks, jitter_box, sample_landmarks, sample_points
 
 Read = Callable[[Member], Any]
-"""Gives a member of the sample as a sliceable array, decoded only where sliced."""
+"""Returns a member of the sample as a sliceable array, decoded only where sliced."""
 
 FEW_VALUES = 4
 
-MASK = "mask_DHW"
-"""What a prompt was drawn from, bool; masks travel as bits."""
+MASK_KEY = "mask_DHW"
+"""A prompt's mask, bool; `_stack` packs the masks into bits."""
 
 PSEUDO_EXTRA_POSITIVE = (4, 10)
 MERGE_INSIDE = 0.9
-"""A pseudo-label box takes in every region that lies in it by more than this share (published code)."""
+"""A pseudo-label box includes every region of which more than this share lies in it (published code)."""
 
 
 @dataclass(frozen=True)
 class Crop:
-    """What one training image shows; on the same grid its label map and pseudo-label regions, if any."""
+    """One training image, with its label map and pseudo-label regions on the same grid, if there are any."""
 
     image_DHW: np.ndarray
-    """int16 HU, or float32 in [0, 1] where an overview had to be resized."""
+    """int16 HU, or float32 in [0, 1] if an overview had to be resized."""
     intensity: Intensity | None
-    """What makes an image of the HU; none where it is one."""
+    """How to make an image of the HU; None if `image_DHW` is an image already."""
     label_DHW: np.ndarray | None
     regions_DHW: np.ndarray | None
     category: str | None = None
-    """The category that the window was drawn around; none for overviews and unlabelled volumes."""
+    """The category that the window was drawn around; None for overviews and unlabelled volumes."""
     scale: float = 1.0
     shift: float = transforms.NO_SHIFT
-    """What the image is multiplied by and what is then added."""
+    """The image is multiplied by `scale`, then `shift` is added."""
 
 
 def sample_crop(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> Crop:
@@ -106,7 +106,7 @@ def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Genera
 def _window_start(
     facts: Facts, category: str | None, window: Sequence[int], rng: np.random.Generator
 ) -> tuple[int, int, int]:
-    """Around an anchor voxel of the category, which may lie anywhere in the window's middle two thirds."""
+    """A window that holds an anchor voxel of the category anywhere in its middle two thirds."""
     if category is not None:
         anchors = facts.categories[category].anchors
         centre = np.array(anchors[rng.integers(len(anchors))])
@@ -117,7 +117,7 @@ def _window_start(
 
 
 def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int], window: Sequence[int]) -> np.ndarray:
-    """The overview's regions under the window, by nearest; 0 beyond the volume."""
+    """The overview's regions in the window, by nearest neighbour; 0 outside the volume."""
     indices = [
         transforms.nearest_index(coarse, full)[first : first + size]
         for coarse, full, first, size in zip(regions_DHW.shape, facts.shape, start, window, strict=True)
@@ -126,7 +126,7 @@ def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int],
 
 
 def augment(view: Crop, data: DataConfig, rng: np.random.Generator) -> Crop:
-    """The published flips and intensity shifts, alike for image, label and regions."""
+    """The published flips, the same for image, label and regions, and intensity scale and shift."""
     arrays = {name: array for name, array in vars(view).items() if isinstance(array, np.ndarray)}
     flipped = transforms.flip(arrays, data.flip, rng)
     scale, shift = transforms.sample_intensity(data.intensity, rng)
@@ -141,7 +141,7 @@ def augment(view: Crop, data: DataConfig, rng: np.random.Generator) -> Crop:
 
 
 def image_of(view: Crop) -> Arrays:
-    """hu_CDHW int16 and shade_4 float32, which make the image on the device; or image_CDHW float32, as it is."""
+    """hu_CDHW int16 and shade_4 float32, from which the device makes the image; or image_CDHW float32, the image."""
     if view.intensity is None:
         return {"image_CDHW": (view.image_DHW * np.float32(view.scale) + np.float32(view.shift))[None]}
     return {"hu_CDHW": view.image_DHW[None], "shade_4": shade_of(view.intensity, view.scale, view.shift)}
@@ -163,12 +163,21 @@ def segment_sample(
     marked: dict[str, int],
     rng: np.random.Generator,
 ) -> Arrays:
-    """The image, its categories' masks and prompts, and the pseudo-label ones under `pseudo_` names.
+    """The image, with masks and prompts of its categories and of its pseudo-labels.
 
-    Arrays: the image, see `image_of`; of the categories bits_JDHW uint8, their masks packed; per category category_K
-    (row of the text bank), points_KN3, labels_KN, boxes_K6, valid_K, with landmarks of the user's own landmarks_KM3;
-    of the pseudo-labels the same with `pseudo_`, but for the landmarks. A crop without any category, or any region, has
-    valid 0 there and adds nothing to the loss.
+    Args:
+        view: what the sample shows.
+        facts: of its volume.
+        row_of: category -> row of the text bank.
+        config: how many prompts and points to draw.
+        marked: kind of landmark -> number of them.
+        rng: the sample's own.
+
+    Returns:
+        The image, see `image_of`. Of the categories: bits_JDHW uint8, their packed masks; category_K (row of the text
+        bank), points_KN3, labels_KN, boxes_K6, valid_K, and landmarks_KM3 if the model has landmarks. Of the
+        pseudo-labels: the same without landmarks, under names with the prefix `pseudo_`. valid is 0 in a crop without
+        any category, or without any region; such a mask adds nothing to the loss.
     """
     masks = _draw_categories(view, facts, config.categories_per_volume, rng)
     categories = [_draw_prompt(mask, row_of.get(name, 0), config, marked, rng) for name, mask in masks]
@@ -181,7 +190,7 @@ def segment_sample(
 
 
 def _draw_categories(view: Crop, facts: Facts, count: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
-    """`count` categories that the view shows: the one it was drawn around first, each once before any comes twice."""
+    """`count` categories in the crop: first the one it was drawn around; none comes twice before all came once."""
     assert view.label_DHW is not None
     present = np.bincount(view.label_DHW.reshape(-1)) > 0
     shown = [name for name in sorted(facts.categories) if _any(present, facts.categories[name].values)]
@@ -199,7 +208,7 @@ def _any(present: np.ndarray, values: list[int]) -> bool:
 def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
     """Bool mask of a category: a set of label values."""
     if len(values) <= FEW_VALUES:
-        # Comparing is many times faster than looking every voxel up.
+        # Comparing is many times faster than a look-up for every voxel.
         return functools.reduce(np.logical_or, [label_DHW == value for value in values])
     table = np.zeros(int(np.iinfo(label_DHW.dtype).max) + 1, dtype=bool)
     table[list(values)] = True
@@ -228,7 +237,7 @@ def _prompted(
     negative: int,
     box: Box | None = None,
 ) -> Arrays:
-    """A mask with its points and box (`box`, or its own); an empty mask gets none, and is not valid."""
+    """A mask with points and a box (`box`, or its own). An empty mask gets neither and is not valid."""
     width = 1 + config.extra_positive + config.extra_negative
     points_N3, labels_N = np.zeros((width, 3), dtype=np.int64), np.full(width, ABSENT, dtype=np.int64)
     valid = bool(mask_DHW.any())
@@ -237,7 +246,7 @@ def _prompted(
         points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
         box = jitter_box(box or box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
     return {
-        MASK: mask_DHW,
+        MASK_KEY: mask_DHW,
         "category": np.array(row, dtype=np.int64),
         "points_N3": points_N3,
         "labels_N": labels_N,
@@ -257,9 +266,9 @@ def _draw_pseudos(view: Crop, config: PromptConfig, rng: np.random.Generator) ->
 def _draw_pseudo(
     regions_DHW: np.ndarray, sizes: np.ndarray, index: int, config: PromptConfig, rng: np.random.Generator
 ) -> Arrays:
-    """Even indices ask by points, odd ones by a box (published order).
+    """A pseudo-label with its prompt: points for even indices, a box for odd ones (published order).
 
-    The box is that of one region, as published: what is merged into its mask may reach a little beyond it.
+    The box is that of one region, as published; regions merged into its mask may reach a little beyond it.
     """
     ids = np.flatnonzero(sizes[1:]) + 1
     if ids.size == 0:
@@ -274,7 +283,7 @@ def _draw_pseudo(
 
 
 def merged_inside(regions_DHW: np.ndarray, sizes: np.ndarray, box: Box) -> np.ndarray:
-    """All regions that lie almost wholly inside the box, as one mask. `sizes`: voxels of each region, by id."""
+    """All regions that lie almost completely in the box, as one mask. sizes: voxels of each region, by id."""
     inside = np.bincount(regions_DHW[box_slices(box)].reshape(-1), minlength=len(sizes))
     taken = inside > MERGE_INSIDE * sizes
     taken[0] = False
@@ -282,16 +291,16 @@ def merged_inside(regions_DHW: np.ndarray, sizes: np.ndarray, box: Box) -> np.nd
 
 
 def _stack(parts: list[Arrays], prefix: str) -> Arrays:
-    """Stacks along a new first axis: category becomes category_K. Masks become bits_JDHW."""
+    """Stack arrays along a new first axis: category becomes category_K. Masks become bits_JDHW."""
     if not parts:
         return {}
-    names = [name for name in parts[0] if name != MASK]
+    names = [name for name in parts[0] if name != MASK_KEY]
     stacked = {prefix + lettered(name, "K"): np.stack([part[name] for part in parts]) for name in names}
-    return {prefix + "bits_JDHW": packed([part[MASK] for part in parts]), **stacked}
+    return {prefix + "bits_JDHW": packed([part[MASK_KEY] for part in parts]), **stacked}
 
 
 def lettered(name: str, letter: str) -> str:
-    """The name of an array with one axis more in front: points_N3 -> points_KN3, valid -> valid_K."""
+    """The name of an array with one more axis in front: points_N3 -> points_KN3, valid -> valid_K."""
     stem, _, letters = name.rpartition("_")
     return f"{stem}_{letter}{letters}" if stem and (letters[0].isupper() or letters.isdigit()) else f"{name}_{letter}"
 

@@ -34,7 +34,7 @@ class Member(str, Enum):
 
 
 class Split(str, Enum):
-    """What a case is for, decided by the hash of its voxels."""
+    """Train or test, decided by the hash of a case's voxels."""
 
     TRAIN = "train"
     TEST = "test"
@@ -53,22 +53,22 @@ class CategoryFacts:
 
 @dataclass(frozen=True)
 class ChunkTable:
-    """Where the chunks of one member lie, so that a crop reads those it touches alone and can check them."""
+    """The chunks of one member, so that a crop reads and checks only those that it touches."""
 
     shape: list[int]
     """(D,H,W) of the array."""
     chunk: list[int]
     """(D,H,W) of a chunk."""
     bytes: int
-    """Of the whole member."""
+    """Of the complete member."""
     start: int
-    """Byte of the first chunk; the others follow without gaps, in C order."""
+    """First byte of the first chunk; the others follow without gaps, in C order."""
     sizes: list[int]
-    """Bytes of each chunk; 0 where a chunk of one value takes no room."""
+    """Bytes of each chunk; 0 for a chunk of a single value, which takes no space."""
     hashes: str
-    """The first 16 hex digits of each chunk's sha256, one behind the other."""
+    """The first 16 hex digits of each chunk's sha256, concatenated."""
     ends: str
-    """The same of the frame's head, the first chunk's header of 32 bytes, and the frame's tail, put together."""
+    """The same of the frame's head, the 32-byte header of the first chunk, and the frame's tail, concatenated."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Facts:
     shape: list[int]
     """(D,H,W) of the packed volume."""
     spacing: list[float] | None
-    """mm along d, h, w. None: unknown, the source had lost it."""
+    """mm along d, h, w. None: unknown, the source has none."""
     affine: list[list[float]] | None
-    """4x4: packed voxel (d, h, w, 1) -> RAS millimetres. None: unknown likewise."""
+    """4x4: packed voxel (d, h, w, 1) -> RAS millimetres. None: unknown."""
     source: dict[str, str]
     """image, image_sha256 and, where labelled, label, label_sha256. File names, never folders. content_sha256 of the
-    voxels. Where the form lost something: form, published_split, values, axes."""
+    voxels. If the source format lost something: form, published_split, values, axes."""
     dataset: str
     split: str
     modality: str
@@ -96,7 +96,7 @@ class Facts:
     members: dict[str, str] = field(default_factory=dict)
     """Member ending -> sha256 of its bytes."""
     chunks: dict[str, ChunkTable] = field(default_factory=dict)
-    """Member ending -> its chunks, for members that are worth reading in parts."""
+    """Member ending -> its chunks, for large members, which are read in parts."""
     schema: int = SCHEMA
 
     def to_json(self) -> str:
@@ -119,7 +119,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, encoded: what `write_shard` writes."""
+    """One encoded sample, as `write_shard` writes it."""
 
     key: str
     members: dict[Member, bytes]

@@ -2,7 +2,7 @@
 
 1. `load_index` reads `index.json` and refuses what does not describe its shards: an index is data from elsewhere.
 2. `read_index` also compares the sizes of the shards in a local folder with those in the index.
-3. `describe` (command `inspect`) lists the samples.
+3. `list_samples` (command `inspect`) lists the samples.
 
 `index_builder` writes it.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from segvol_pl.data.schema import SCHEMA
-from segvol_pl.data.store import INDEX, Source, Store
+from segvol_pl.data.store import INDEX, ShardSource, Store
 from segvol_pl.errors import ShardError
 
 KEY = re.compile(r"[A-Za-z0-9_-]+")
-"""What a sample is called. Files are named after it: it holds no dot and no slash."""
+"""Form of a sample's key. Files are named after it, so it holds no dot and no slash."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Category:
-    """One category over a whole folder."""
+    """One category over all samples of a folder."""
 
     values: list[int]
     cases: int
@@ -44,7 +44,7 @@ class Category:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """Where one sample lies, and what a loader must know before it reads."""
+    """Where one sample lies, and what a loader needs to know before it reads."""
 
     key: str
     shard: str
@@ -61,10 +61,10 @@ class SampleRecord:
     content: str = ""
     """sha256 of the voxels. Empty in an index written before it held them."""
     facts_sha256: str = ""
-    """sha256 of the facts' bytes, which hold the hashes of the other members. Empty likewise."""
+    """sha256 of the facts' bytes, which hold the hashes of the other members. Empty as `content`."""
 
     def check_kinds(self) -> None:
-        """Raises TypeError for a value that is not what it is declared to be."""
+        """Raise TypeError for a value of another type than declared."""
         require_shape(self.shape, f"shape of sample {self.key}")
         for text in (self.shard, self.split, self.content, self.facts_sha256):
             require_kind(text, str, f"sample {self.key}")
@@ -74,19 +74,19 @@ class SampleRecord:
 
 
 def require_kind(value: object, kind: type, name: str) -> None:
-    # A bool is no number here.
+    # A bool does not count as a number.
     if type(value) is not kind:
-        raise TypeError(f"{name}: {value!r} is no {kind.__name__}")
+        raise TypeError(f"{name}: {value!r} is not of type {kind.__name__}")
 
 
 def require_shape(shape: object, name: str) -> None:
     if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
-        raise TypeError(f"{name}: {shape!r} is no shape of three axes")
+        raise TypeError(f"{name}: {shape!r} is not a shape of three axes")
 
 
 @dataclass(frozen=True)
 class Index:
-    """`index.json`: everything that is known of a folder of shards without opening one."""
+    """`index.json`: what is known of a folder of shards without opening them."""
 
     dataset: str
     overview_shape: list[int]
@@ -103,7 +103,7 @@ class Index:
 
     @classmethod
     def from_json(cls, text: str, place: str) -> Index:
-        """Raises ShardError, naming `place`, for another schema or a file that is no index."""
+        """Parse an index. Raises ShardError, naming `place`, for another schema or a file that is not an index."""
         try:
             raw = json.loads(text)
             if raw["schema"] != SCHEMA:
@@ -121,10 +121,10 @@ class Index:
         except ShardError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ShardError(f"{place} is no index of shards ({error}): {remedy(place)}") from error
+            raise ShardError(f"{place} is not an index of shards ({error}): {remedy(place)}") from error
 
     def _check(self, place: str) -> None:
-        """An index is data from elsewhere: what it names lies within its shards, once. Raises ShardError."""
+        """Raise ShardError unless everything that the index names lies once, and within its shards."""
         sizes: dict[str, int] = {}
         for shard in self.shards:
             require_kind(shard.bytes, int, f"bytes of shard {shard.name}")
@@ -137,7 +137,7 @@ class Index:
             check_key(record.key, place)
             record.check_kinds()
             if record.shard not in sizes:
-                raise ShardError(f"{place}: sample {record.key} is in no shard that it lists: {remedy(place)}")
+                raise ShardError(f"{place}: sample {record.key} is in a shard that it does not list: {remedy(place)}")
             for ending, (offset, size) in record.members.items():
                 if not (0 <= offset <= offset + size <= sizes[record.shard]):
                     raise ShardError(
@@ -147,7 +147,7 @@ class Index:
 
 def check_key(key: str, place: str) -> None:
     if not KEY.fullmatch(key):
-        raise ShardError(f"{place}: {key!r} names no sample (letters, digits, _ and -): pack the data again")
+        raise ShardError(f"{place}: {key!r} is not a key (letters, digits, _ and -): pack the data again")
 
 
 def check_keys(records: list[SampleRecord], place: str) -> None:
@@ -155,16 +155,19 @@ def check_keys(records: list[SampleRecord], place: str) -> None:
     for record in records:
         if record.key in seen:
             raise ShardError(
-                f"{place}: sample {record.key} stands in {seen[record.key]} and in {record.shard}: remove one of them"
+                f"{place}: sample {record.key} is in {seen[record.key]} and in {record.shard}: remove one of them"
             )
         seen[record.key] = record.shard
 
 
 def read_index(store: Store) -> Index:
-    """The index of a folder of shards.
+    """Read the index of a folder, and check the sizes of the shards in a local folder.
 
-    Raises ShardError where it is missing, of another schema, or (in a local folder) names a shard that is missing
-    or has another size. Shards elsewhere are not asked for their sizes: a short read tells.
+    A truncated shard elsewhere is found when a read is too short.
+
+    Raises:
+        ShardError: the index is missing or not valid, or a shard is missing or has another size.
+        StoreError: the store cannot be read.
     """
     index = load_index(store)
     for problem in size_problems(store, index).values():
@@ -173,7 +176,7 @@ def read_index(store: Store) -> Index:
 
 
 def size_problems(store: Store, index: Index) -> dict[str, str]:
-    """Shard -> what is wrong with its size, in words; a local folder's alone."""
+    """Shard -> what is wrong with its size, in words. Empty unless the folder is local."""
     if not store.local:
         return {}
     found = {shard.name: size_problem(Path(store.place(shard.name)), shard) for shard in index.shards}
@@ -181,7 +184,12 @@ def size_problems(store: Store, index: Index) -> dict[str, str]:
 
 
 def load_index(store: Store) -> Index:
-    """The index as it stands, shards not looked at. Raises ShardError where there is none; StoreError, see `store`."""
+    """Read the index of a folder, without checking its shards.
+
+    Raises:
+        ShardError: there is none, or it is not valid.
+        StoreError: the store cannot be read.
+    """
     place = store.place(INDEX)
     try:
         text = store.file(INDEX)
@@ -191,9 +199,9 @@ def load_index(store: Store) -> Index:
 
 
 def size_problem(path: Path, shard: Shard) -> str:
-    """What is wrong with a shard's size, in words; empty where nothing is."""
+    """What is wrong with a shard's size, in words; empty if nothing is."""
     if not path.is_file():
-        return f"shard {path} is missing though the index names it: copy it there, or {remedy(str(path))}"
+        return f"shard {path} is missing although the index names it: copy it there, or {remedy(str(path))}"
     size = path.stat().st_size
     if size == shard.bytes:
         return ""
@@ -205,8 +213,8 @@ def remedy(place: str) -> str:
     return f"run segvol-pl index {place.rpartition('/')[0] or '.'}"
 
 
-def describe(folder: Source) -> list[dict[str, Any]]:
-    """One row a sample, for the verb `inspect`: key, split, shape, spacing (mm), categories, bytes, shard."""
+def list_samples(folder: ShardSource) -> list[dict[str, Any]]:
+    """One row per sample, for the command `inspect`: key, split, shape, spacing (mm), categories, bytes, shard."""
     return [
         {
             "key": record.key,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from segvol_pl.data.damage import Damage, DamagedSample
-from segvol_pl.data.frames import Form, PartialFrame, Span, WholeFrame
+from segvol_pl.data.frames import ByteRange, Form, PartialFrame, WholeFrame
 from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
 from segvol_pl.data.shard_index import (
     SampleRecord,
@@ -39,11 +39,11 @@ DTYPES = {
     Member.OVERVIEW_LABEL: ("uint8", "uint16"),
     Member.REGIONS: ("uint16",),
 }
-"""What the arrays of a sample hold."""
+"""dtypes of a sample's arrays."""
 
 
 ON_OVERVIEW = {Member.OVERVIEW, Member.OVERVIEW_LABEL, Member.REGIONS}
-"""Arrays on the overview's grid; the others are on the volume's."""
+"""Arrays on the overview's grid; the others are on the volume's grid."""
 
 
 def parse_facts(text: bytes, place: str) -> Facts:
@@ -70,9 +70,17 @@ def _require_voxels(held: CategoryFacts, shape: list[int], name: str) -> None:
 
 
 def read_member(store: Store, record: SampleRecord, member: Member, sha256: str = "") -> bytes:
-    """The bytes of one member, by one ranged read, held against their `sha256` where it is given.
+    """Read the bytes of one member in one ranged read.
 
-    Raises DamagedSample, naming shard and key, where they are not whole; StoreError, see `store`.
+    Args:
+        store: the folder.
+        record: the sample.
+        member: which of its members.
+        sha256: what the bytes must hash to; empty: do not check.
+
+    Raises:
+        DamagedSample: the bytes are missing, too few or altered.
+        StoreError: the store cannot be read.
     """
     size = record.members.get(member.value, (0, 0))[1]
     return _read_parts(store, record, member, [(0, size)], lambda parts: _is_sound(parts[0], sha256), sha256)[0]
@@ -82,25 +90,25 @@ def _read_parts(
     store: Store,
     record: SampleRecord,
     member: Member,
-    spans: list[Span],
+    spans: list[ByteRange],
     sound: Callable[[list[bytes]], bool],
     sha256: str,
 ) -> list[bytes]:
-    """The spans of a member; what a cache holds damaged is fetched anew, once."""
+    """Read spans of a member. If a cached copy is damaged, read once more without the cache."""
     parts = _read_spans(store, record, member, spans, sha256)
     if sound(parts):
         return parts
     if store.cache is not None:
         store.cache.forget(sha256)
-        # Past the cache: one that cannot be written has forgotten nothing.
+        # Without the cache: one that is not writable still holds the damaged copy.
         parts = _read_spans(replace(store, cache=None), record, member, spans, sha256)
         if sound(parts):
             return parts
-    raise _altered(_name(store, record, member))
+    raise _altered(_place(store, record, member))
 
 
-def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[Span], sha256: str) -> list[bytes]:
-    place = _name(store, record, member)
+def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[ByteRange], sha256: str) -> list[bytes]:
+    place = _place(store, record, member)
     if member.value not in record.members:
         raise DamagedSample(f"{place} is not there", Damage.MISSING)
     offset, size = record.members[member.value]
@@ -108,27 +116,27 @@ def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[
         parts = store.member(record.shard, offset, size, spans, sha256)
     except FileNotFoundError as error:
         raise DamagedSample(f"{place} cannot be read ({error})", Damage.MISSING) from error
-    got, asked = sum(map(len, parts)), sum(last - first for first, last in spans)
-    if got != asked:
-        raise DamagedSample(f"{place} gave {got} of {asked} bytes: the shard is truncated, copy it again", Damage.SHORT)
+    got, wanted = sum(map(len, parts)), sum(last - first for first, last in spans)
+    if got != wanted:
+        raise DamagedSample(f"{place} gave {got} of {wanted} bytes: copy the truncated shard again", Damage.SHORT)
     return parts
 
 
 def read_sample(store: Store, record: SampleRecord) -> Sample:
-    """All members of one sample, checked. Raises as `read_member`."""
+    """Read and check all members of one sample. Raises as `read_member`."""
     hashes = {**read_facts(store, record).members, Member.FACTS.value: record.facts_sha256}
     members = [member for member in Member if member.value in record.members]
     return Sample(record.key, {one: read_member(store, record, one, hashes.get(one.value, "")) for one in members})
 
 
 def read_facts(store: Store, record: SampleRecord) -> Facts:
-    """The facts of one sample. Raises DamagedSample for bytes that are not this sample's."""
+    """Read the facts of one sample. Raises as `read_member`, and DamagedSample for facts of another sample."""
     text = read_member(store, record, Member.FACTS, record.facts_sha256)
     return facts_of(text, record, store.place(record.shard))
 
 
 def facts_of(text: bytes, record: SampleRecord, place: str) -> Facts:
-    """The facts in a member's bytes. Raises DamagedSample for those of another sample, or for none."""
+    """Parse facts from a member's bytes. Raises DamagedSample if they are not this sample's."""
     facts = parse_facts(text, f"shard {place}, sample {record.key}")
     if facts.key != record.key:
         raise DamagedSample(
@@ -144,51 +152,48 @@ def facts_of(text: bytes, record: SampleRecord, place: str) -> Facts:
 
 
 def read_array(store: Store, record: SampleRecord, facts: Facts, member: Member) -> Sliceable:
-    """One member as an array, still encoded, its bytes being those that were packed.
+    """Open one member as an array that is decoded where it is sliced, and checked against its hashes.
 
-    Raises DamagedSample, here or where it is sliced.
+    Raises DamagedSample, here or when it is sliced.
     """
     sha256, table = facts.members.get(member.value, ""), facts.chunks.get(member.value)
-    place = _name(store, record, member)
+    place = _place(store, record, member)
     if table is None:
-        return _opened(read_member(store, record, member, sha256), facts, member, place)
+        return _open(read_member(store, record, member, sha256), facts, member, place)
     if record.members.get(member.value, (0, 0))[1] != table.bytes:
         raise _altered(place)
-    with _blamed(place):
+    with _as_damage(place):
         partial = PartialFrame(
             table,
             lambda spans, sound: _read_parts(store, record, member, spans, sound, sha256),
             _form(facts, member),
         )
-    return _Blamed(partial, place)
+    return _CheckedArray(partial, place)
 
 
 def array_of(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
-    """The array in a member's bytes, still encoded.
-
-    Raises DamagedSample where they are not what was packed, here or where it is sliced.
-    """
+    """Open the array in a member's bytes, as `read_array`. Raises DamagedSample, here or when it is sliced."""
     if not _is_sound(content, facts.members.get(member.value, "")):
         raise _altered(place)
-    return _opened(content, facts, member, place)
+    return _open(content, facts, member, place)
 
 
 def arrays_of(facts: Facts, stored: Collection[str]) -> list[Member]:
-    """The arrays that a sample has: those that its facts name, and others among the endings of what is `stored`."""
+    """The arrays of a sample: those that its facts name, and others among the member endings in `stored`."""
     return [member for member in DTYPES if member.value in facts.members or member.value in stored]
 
 
-def _opened(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
-    with _blamed(place):
-        return _Blamed(WholeFrame(content, _form(facts, member)), place)
+def _open(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:
+    with _as_damage(place):
+        return _CheckedArray(WholeFrame(content, _form(facts, member)), place)
 
 
 def _form(facts: Facts, member: Member) -> Form:
     return Form(tuple(facts.overview_shape if member in ON_OVERVIEW else facts.shape), DTYPES[member])
 
 
-class _Blamed:
-    """An array of which what cannot be decoded is damage of its sample."""
+class _CheckedArray:
+    """An array that raises DamagedSample if it cannot be decoded."""
 
     def __init__(self, array: Sliceable, place: str) -> None:
         self._array, self._place = array, place
@@ -199,20 +204,20 @@ class _Blamed:
 
     @property
     def dtype(self) -> Any:
-        with _blamed(self._place):
+        with _as_damage(self._place):
             return self._array.dtype
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        with _blamed(self._place):
+        with _as_damage(self._place):
             return self._array[key]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        # Without it numpy takes the whole for one object.
+        # Without it numpy makes an array of one object.
         return np.array(self[:], dtype)
 
 
 @contextmanager
-def _blamed(place: str) -> Iterator[None]:
+def _as_damage(place: str) -> Iterator[None]:
     try:
         yield
     except SampleError as error:
@@ -220,7 +225,7 @@ def _blamed(place: str) -> Iterator[None]:
 
 
 def _is_sound(content: bytes, sha256: str) -> bool:
-    """`sha256` is empty where a tar was not packed here: then there is nothing to compare with."""
+    """Whether the bytes have this hash; True without one, for tars that segvol_pl did not pack."""
     return not sha256 or hashlib.sha256(content).hexdigest() == sha256
 
 
@@ -228,5 +233,5 @@ def _altered(place: str) -> DamagedSample:
     return DamagedSample(f"{place} is not what was packed: copy or pack the shard again", Damage.ALTERED)
 
 
-def _name(store: Store, record: SampleRecord, member: Member) -> str:
+def _place(store: Store, record: SampleRecord, member: Member) -> str:
     return f"shard {store.place(record.shard)}, sample {record.key}: {member.value}"

@@ -17,9 +17,9 @@ from segvol_pl.data.schema import Member, Sample
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> None:
-    """A tar of the samples, members in the order of `Member`; equal samples give equal bytes.
+    """Write a tar of the samples, their members in the order of `Member`. Equal samples give equal bytes.
 
-    Written under a temporary name in the same folder, then renamed.
+    It is written under a temporary name in the same folder, then renamed.
     """
     with atomic_path(path) as part, part.open("wb") as stream:
         _write_tar(stream, samples)
@@ -32,6 +32,6 @@ def _write_tar(stream: IO[bytes], samples: Iterable[Sample]) -> None:
     with webdataset.TarWriter(stream, encoder=False, **fixed) as writer:
         for sample in samples:
             for member in Member:
-                # The writer sorts the members of one call by name; one call each keeps the order of `Member`.
+                # The writer sorts the members of one call by name: one call per member keeps the order of `Member`.
                 if member in sample.members:
                     writer.write({"__key__": sample.key, member.value: sample.members[member]})

@@ -1,15 +1,14 @@
 """The stream: which rank and worker loads which sample, and when.
 
 1. `epoch_order`: the order of an epoch is a pure function of (seed, epoch).
-2. `Plan.positions`: the positions in that order that a worker of a rank loads are a pure function of integers too.
-   Micro-batch k, counted from the start of the run, goes to worker k mod num_workers of each rank, and each rank loads
-   its share of it.
-3. `Stream` reads, samples and collates them, epoch after epoch without end. A damaged sample is replaced by another
-   one, chosen by its position alone, so that the batch count of each rank is unaffected. The batch records what was
-   replaced.
+2. `BatchPlan.positions`: the positions in that order that one worker of one rank loads, again a pure function of
+   integers. Micro-batch k, counted from the run's start, goes to worker k mod num_workers of every rank, and each rank
+   loads its share of it.
+3. `Stream` reads, draws and collates them, epoch after epoch, without end. A damaged sample is replaced by another one,
+   chosen from its position alone, so the number of batches does not change on any rank. The batch reports it.
 
-The state is one integer: the number of samples seen so far over all ranks. Every rank and worker derives its part from
-it, so that a run resumes exactly, in the middle of an epoch, with another number of GPUs.
+The state is one integer: the samples seen so far over all ranks. Every rank and worker derives its part from it, so a
+run resumes exactly, in the middle of an epoch, also on another number of GPUs.
 """
 
 from __future__ import annotations
@@ -24,25 +23,22 @@ from segvol_pl.config import LastBatch
 from segvol_pl.data.batch import Batch, order_of
 from segvol_pl.data.collate import Arrays, stacked
 from segvol_pl.data.corpus import Corpus, rng_of
-from segvol_pl.data.damage import Damage, DamagedSample
+from segvol_pl.data.damage import DAMAGES, DamagedSample
 from segvol_pl.data.sampling import Read, lettered
 from segvol_pl.data.schema import Facts
 from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.errors import ShardError
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
-"""Makes one training sample from the facts and members of a volume, with the sample's own rng."""
+"""Makes one training sample from a volume's facts, its members and the sample's own rng."""
 
 ATTEMPTS = 4
-"""Samples tried for one position: the original and its replacements."""
-
-DAMAGES = list(Damage)
-"""In a batch, a kind of damage is an index into this list."""
+"""Samples tried for one position: the first one and its replacements."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank and worker of a loader process. Passed explicitly, because loader processes cannot find it out reliably."""
+    """The place of one loader process among all. Passed explicitly: a loader process cannot find it out reliably."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -51,12 +47,12 @@ class World:
 
 
 def epoch_order(num_samples: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """Return the order of an epoch: an int64 permutation of range(num_samples)."""
+    """int64 permutation of range(num_samples)."""
     return rng_of(seed, epoch).permutation(num_samples)
 
 
 def _share(first: int, batch: int, world: World) -> np.ndarray:
-    """The positions of the batch from `first` on that the rank loads: int64 (local batch,)."""
+    """The rank's positions of the batch that begins at `first`: int64 (local batch,)."""
     if batch % world.num_ranks:
         raise ValueError(f"global batch {batch} is not a multiple of {world.num_ranks} ranks")
     local = batch // world.num_ranks
@@ -64,8 +60,16 @@ def _share(first: int, batch: int, world: World) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The endless sequence of micro-batches, with `num_samples` positions per epoch."""
+class BatchPlan:
+    """The endless sequence of micro-batches, over `num_samples` positions per epoch.
+
+    Args:
+        num_samples: positions of an epoch.
+        global_batch: samples of an optimiser step, over all ranks.
+        accumulate: micro-batches of a step.
+        seed: decides the order of every epoch.
+        last_batch: drop or complete an epoch's incomplete last batch.
+    """
 
     num_samples: int
     global_batch: int
@@ -75,24 +79,24 @@ class Plan:
 
     @property
     def usable(self) -> int:
-        """Positions per epoch, a multiple of the global batch. With LastBatch.repeat, those past the last wrap around."""
+        """Positions of an epoch that are used, a multiple of the global batch. Those beyond the last restart at 0."""
         rest = self.num_samples % self.global_batch
         if self.last_batch is LastBatch.repeat and rest:
             return self.num_samples - rest + self.global_batch
         return self.num_samples - rest
 
     def positions(self, world: World, seen: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Yield the micro-batches of one worker.
+        """The micro-batches of one worker of one rank, without end.
 
         Args:
-            world: Rank and worker.
-            seen: Samples seen before, over all ranks.
+            world: the worker's place.
+            seen: samples seen before, over all ranks.
 
-        Yields:
-            Epoch, samples seen after the micro-batch, and its positions.
+        Returns:
+            Tuples of epoch, samples seen after the micro-batch, and its positions, int64 (local batch,).
 
         Raises:
-            ValueError: The micro-batch is not a multiple of the number of ranks.
+            ValueError: the micro-batch is not a multiple of the ranks.
         """
         micro = self.global_batch // self.accumulate
         per_epoch = self.usable // micro
@@ -106,16 +110,26 @@ class Plan:
 class Stream(IterableDataset[Batch]):
     """Collated micro-batches of one rank. Wrap in a DataLoader with `batch_size=None, collate_fn=identity_collate`.
 
-    Batches are packed for transport, see `batch.unpacked`. Each has `seen`: the samples seen by all ranks once it has
-    been used.
+    Batches are packed for transfer, see `batch.unpacked`. Each holds `seen`, the samples seen by all ranks after it.
+
+    Args:
+        corpus: the samples to read.
+        draw: makes a training sample of a volume.
+        plan: which positions form which batch.
+        world: this rank's place; a single rank if None. The worker's place is found when iteration starts.
+        seen: samples seen before, over all ranks.
+
+    Raises:
+        ShardError: while iterating, if several samples in a row are damaged.
+        StoreError: while iterating, if the shards cannot be read.
     """
 
-    def __init__(self, corpus: Corpus, draw: Draw, plan: Plan, world: World | None = None, seen: int = 0) -> None:
+    def __init__(self, corpus: Corpus, draw: Draw, plan: BatchPlan, world: World | None = None, seen: int = 0) -> None:
         self.corpus, self.draw = corpus, draw
         self.plan, self.world, self.seen = plan, world or World(), seen
 
     def worker_world(self) -> World:
-        """Return the world with the id of this loader process."""
+        """The place of this loader process."""
         worker = get_worker_info()
         own, of = (worker.id, worker.num_workers) if worker else (0, 1)
         return World(self.world.rank, self.world.num_ranks, own, of)
@@ -129,16 +143,25 @@ class Stream(IterableDataset[Batch]):
             yield collate(samples, seen)
 
     def rows(self, epoch: int) -> np.ndarray:
-        """Return the rows of the corpus in the order of the epoch; a position is an index into it."""
+        """The corpus's rows in the epoch's order; a position is an index into them."""
         dealt = self.corpus.rows(self.plan.seed, epoch)
         rows: np.ndarray = dealt[epoch_order(self.plan.num_samples, self.plan.seed, epoch) % len(dealt)]
         return rows
 
     def sample(self, epoch: int, position: int, rows: np.ndarray) -> Arrays:
-        """Return the sample at `position` of the epoch, sampled with its own rng.
+        """Draw one sample with its own rng.
 
-        In the result, `row` is its index in the corpus, and `damaged_A2` lists what was replaced: (row, damage) for
-        each attempt, -1 if it was not needed. Raises ShardError if `ATTEMPTS` samples in a row are damaged.
+        Args:
+            epoch: counted from 0.
+            position: in the epoch's order.
+            rows: the epoch's order, see `rows`.
+
+        Returns:
+            The sample's arrays; `row`, its row in the corpus; `damaged_A2`, (row, damage) of each replaced sample, -1
+            for none.
+
+        Raises:
+            ShardError: `ATTEMPTS` samples in a row are damaged.
         """
         damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
         row, key = int(rows[position % len(rows)]), [self.plan.seed, epoch, position]

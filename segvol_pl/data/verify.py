@@ -17,21 +17,24 @@ from segvol_pl.data.shard_index import (
     size_problem,
 )
 from segvol_pl.data.shard_reader import arrays_of, read_array, read_facts, read_member
-from segvol_pl.data.store import Source, Store
+from segvol_pl.data.store import ShardSource, Store
 from segvol_pl.errors import ShardError, StoreError
 
 
-def verify(folder: Source) -> list[str]:
-    """The faults of a local folder of shards, one line each: sizes, the sha256 of shards and of members, decoding.
+def verify(folder: ShardSource) -> list[str]:
+    """Check sizes, the sha256 of shards and of members, and decoding, of a local folder of shards. Reads in parallel.
 
-    Each line names the shard, the sample and the byte at which the member starts. Shards are read in parallel. An
-    empty list means that every byte is as it was packed, or, of shards without hashes, that every array can be decoded
-    and is of the stated shape and dtype. Raises ShardError where there is no index.
+    Returns:
+        One line per fault, with shard, sample, and first and last byte of the member. No line means that every byte is
+        as packed; of shards without hashes, that every array can be decoded and has the stated shape and dtype.
+
+    Raises:
+        ShardError: the folder is not local, or has no index.
     """
-    # A check does not wait for a disk that fails: it says where.
+    # No retries: report where a disk fails.
     store = Store(folder, retry_seconds=0.0)
     if not store.local:
-        raise ShardError(f"{folder} is no local folder: run segvol-pl verify where the shards lie")
+        raise ShardError(f"{folder} is not a local folder: run segvol-pl verify where the shards lie")
     index = load_index(store)
     records: dict[str, list[SampleRecord]] = {shard.name: [] for shard in index.shards}
     for record in index.samples:
@@ -48,12 +51,12 @@ def _faults_of(store: Store, shard: Shard, records: list[SampleRecord]) -> list[
         return [problem]
     faults = [fault for record in records for fault in _sample_faults(store, record)]
     if not faults and sha256_of(path) != shard.sha256:
-        return [f"shard {path}: its sha256 is not the indexed one, though all samples are sound: copy it again"]
+        return [f"shard {path}: its sha256 is not the indexed one although all samples are sound: copy it again"]
     return faults
 
 
 def _sample_faults(store: Store, record: SampleRecord) -> list[str]:
-    """Faults that a re-indexed shard would hide: the facts hold the hashes taken at packing."""
+    """The faults of one sample, also those that a new index would hide: its facts hold the hashes taken at packing."""
     try:
         facts = read_facts(store, record)
     except (DamagedSample, StoreError) as error:
@@ -68,9 +71,9 @@ def _sample_faults(store: Store, record: SampleRecord) -> list[str]:
 
 
 def _decode_all(store: Store, record: SampleRecord, facts: Facts, member: Member) -> None:
-    """Decodes every chunk of an array as a loader does, a few at a time. Raises DamagedSample, StoreError."""
+    """Decode every chunk of an array as a loader does, a few at a time. Raises DamagedSample, StoreError."""
     if member.value in facts.chunks:
-        # Read in parts, it is held against the hashes of its chunks alone.
+        # Parts are only checked against the hashes of their chunks.
         read_member(store, record, member, facts.members.get(member.value, ""))
     array = read_array(store, record, facts, member)
     for start in range(0, array.shape[0], CHUNK[0]):

@@ -23,9 +23,10 @@ from segvol_pl.evaluation.prompts import Setting, sample_prompt, split_component
 from segvol_pl.imaging.intensity import Normalised
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.transforms import resize_label
-from segvol_pl.inference.coarse import Coarse, binary
+from segvol_pl.inference.coarse import CoarseLogits, binary
 from segvol_pl.inference.sliding import Slider
-from segvol_pl.inference.zoom import Promptable, Zoomer, scale_prompt
+from segvol_pl.inference.window_prompts import scale_prompt
+from segvol_pl.inference.zoom import Promptable, Zoomer, ZoomRequest
 
 ZOOM_STREAM = 1
 """Last element of the seeds for the points that a zoom-in samples in its windows, see `evaluation.prompts`."""
@@ -107,7 +108,7 @@ class CaseRunner:
         facts = self.case.facts
         seeds = [self.config.seed, *(zlib.crc32(text.encode()) for text in (facts.key, category))]
         seeds += [number] if number else []
-        shape, window = part_DHW.shape, self.zoomer.window
+        shape, window = part_DHW.shape, self.zoomer.window_shape
         if self.config.zoom.reflection is Convention.published and setting.mode != Mode.sliding.value:
             # The published code resizes the truth to the model's input and samples from that.
             resized_DHW = resize_label(part_DHW, window)
@@ -122,17 +123,17 @@ class CaseRunner:
         threshold = self.config.zoom.threshold
         if mode is Mode.zoom:
             rng = np.random.default_rng([*sampled.seeds, ZOOM_STREAM])
-            result = self.zoomer.zoom_in(sampled.prompt, sampled.model_prompt, rng)
+            result = next(self.zoomer.zoom_all([ZoomRequest(sampled.prompt, sampled.model_prompt, rng)]))
             return result.mask(threshold), result.coarse_mask(threshold), result.windows
         if mode is Mode.resize:
             return self._zoom_out(sampled.model_prompt).mask(threshold), None, 0
         slid = self.slider.segment(sampled.prompt)
         return binary(slid.logits_DHW, threshold), None, slid.windows
 
-    def _zoom_out(self, model_prompt: Prompt) -> Coarse:
+    def _zoom_out(self, model_prompt: Prompt) -> CoarseLogits:
         logits_BPDHW = self.model.decode(self.zoomer.encode_overview(), self.model.prompts([[model_prompt]]))
         nearest = self.config.zoom.interpolation is Convention.published
-        return Coarse(logits_BPDHW[0, 0].float().cpu().numpy(), self.image_DHW.shape, nearest)
+        return CoarseLogits(logits_BPDHW[0, 0].float().cpu().numpy(), self.image_DHW.shape, nearest)
 
 
 def _resized_spacing(

@@ -24,6 +24,7 @@ import yaml
 
 from segvol_pl.config import loader
 from segvol_pl.config.loader import PAIR, SECTION_FILE, Written, did_you_mean
+from segvol_pl.config.yaml_nodes import convert
 from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops
 
@@ -127,7 +128,7 @@ def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
     wanted = {"command": str, "out": str, "seeds": list[int], "zip": list[list[str]], "flops": list[float]}
     for key, node in nodes.items():
         try:
-            values[key] = loader.convert(node, wanted[key])
+            values[key] = convert(node, wanted[key])
         except (ValueError, OverflowError, yaml.YAMLError):
             raise ConfigError(f"{key} ({_line(path, node)}): {KEYS[key]}") from None
     for key, holds in (

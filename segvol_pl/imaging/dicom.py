@@ -246,7 +246,7 @@ def _step(slices: list[_Slice], normal: np.ndarray, folder: Path) -> np.ndarray:
 
 def _even_step(slices: list[_Slice], positions_N3: np.ndarray, normal: np.ndarray, folder: Path) -> np.ndarray:
     """Compare each slice with its place between the first and the last, because small deviations may add up."""
-    step = (positions_N3[-1] - positions_N3[0]) / (len(slices) - 1)
+    step: np.ndarray = (positions_N3[-1] - positions_N3[0]) / (len(slices) - 1)
     off_N3 = positions_N3 - positions_N3[0] - np.arange(len(slices))[:, None] * step
     along_N = off_N3 @ normal
     aside_N = np.linalg.norm(off_N3 - along_N[:, None] * normal, axis=1)

@@ -129,7 +129,8 @@ def voxels_of(world_N3: np.ndarray, volume: Volume, lps: bool = False) -> np.nda
 def world_of(voxels_N3: np.ndarray, volume: Volume, lps: bool = False) -> np.ndarray:
     """Convert voxels to millimetres: the inverse of `voxels_of`."""
     ras_4N = volume.affine @ _homogeneous(voxels_N3)
-    return (RAS_FROM_LPS @ ras_4N if lps else ras_4N)[:3].T
+    points_N3: np.ndarray = (RAS_FROM_LPS @ ras_4N if lps else ras_4N)[:3].T
+    return points_N3
 
 
 def lattice(shape: tuple[int, ...], steps: int) -> np.ndarray:
@@ -185,9 +186,9 @@ def right_angled(affine: np.ndarray) -> bool:
 def affine_of(header: ItkHeader) -> np.ndarray:
     """Return native array index -> RAS of an ITK image or reader."""
     affine = np.eye(4)
-    steps = np.array(header.GetDirection()).reshape(3, 3) * np.array(header.GetSpacing())
+    steps = np.array(header.GetDirection()).reshape(3, 3) * np.array(header.GetSpacing())  # type: ignore[no-untyped-call]
     affine[:3, :3] = steps[:, ::-1]
-    affine[:3, 3] = header.GetOrigin()
+    affine[:3, 3] = header.GetOrigin()  # type: ignore[no-untyped-call]
     return RAS_FROM_LPS @ affine
 
 

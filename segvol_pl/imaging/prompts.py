@@ -1,4 +1,4 @@
-"""Prompts, which say what to segment, and drawing them from a mask."""
+"""Prompts: what tells the model which structure to segment, and how training samples them from a mask."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ INSIDE, OUTSIDE, PADDING = 1, 0, -1
 """Labels of points, as in the published model."""
 
 ABSENT = -2
-"""Label of an unused row in an array of points: attention leaves it out. (PADDING is a token, as published.)"""
+"""Label of an unused row of a points array: attention ignores it. (PADDING is a token, as published.)"""
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Any of text, points, a box and landmarks, in voxels of the array that is segmented.
+    """Any combination of text, points, a box and landmarks, in voxels (d, h, w) of the array to segment.
 
     Args:
-        text: Category name, as in the text bank ("liver").
-        points_N3: int, rows (d, h, w).
-        labels_N: One for each point: 1 inside, 0 outside.
+        text: category name, as in the text bank ("liver").
+        points_N3: int, one (d, h, w) row per point.
+        labels_N: int, one label per point: 1 inside the structure, 0 outside.
         box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
-        landmarks: int, rows (d, h, w) for each of the user's own kinds, by their names in the model's configuration.
+        landmarks: int (d, h, w) rows of each custom kind, by its name in the model's configuration.
 
     Raises:
-        ValueError: Nothing is given, a shape is wrong, or the box is inverted.
+        ValueError: nothing is given, shapes are wrong, or the box is inverted.
     """
 
     text: str | None = None
@@ -63,19 +63,19 @@ class Prompt:
 def sample_points(
     mask_DHW: np.ndarray, rng: np.random.Generator, positive: int, negative: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw voxels inside and outside a mask, with replacement. A mask without an outside gets no negative points.
+    """Draw voxels inside and outside a mask, with replacement.
 
     Args:
-        mask_DHW: bool or labels; everything but 0 is inside.
-        rng: Draws the points.
-        positive: Points inside.
-        negative: Points outside.
+        mask_DHW: bool.
+        rng: draws them.
+        positive: number of voxels inside.
+        negative: number of voxels outside; none are drawn if the mask covers everything.
 
     Returns:
         points_N3 (int64) and labels_N (int64: 1 inside, 0 outside).
 
     Raises:
-        ValueError: The mask is empty.
+        ValueError: the mask is empty.
     """
     inside = np.flatnonzero(mask_DHW)
     if inside.size == 0:
@@ -89,7 +89,7 @@ def sample_points(
 
 
 def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    # Most voxels are outside, so rejection is far cheaper than listing every outside voxel.
+    # Most voxels are outside a mask, so rejection is far cheaper than listing all of them.
     flat = mask_DHW.reshape(-1)
     drawn = rng.integers(flat.size, size=8 * count)
     outside = drawn[~flat[drawn].astype(bool)]
@@ -97,15 +97,13 @@ def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) ->
 
 
 def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Call the user's function on a mask that is not empty and return its voxels: int64, rows (d, h, w).
+    """Place landmarks of a custom kind in a mask that is not empty.
 
-    Args:
-        name: `package.module:function`.
-        mask_DHW: The mask.
-        rng: Passed to the function.
+    Returns:
+        int64 (M,3), one (d, h, w) row per landmark.
 
     Raises:
-        ConfigError: There is no such function, or it returns something else.
+        ConfigError: there is no function of this name, or it returns an array of another shape.
     """
     landmarks_M3 = np.asarray(custom_function(name, "model.landmarks")(mask_DHW, rng))
     if landmarks_M3.ndim != 2 or landmarks_M3.shape[1] != 3:
@@ -117,14 +115,17 @@ def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) 
 
 
 def gathered_landmarks(landmarks: dict[str, np.ndarray], counts: dict[str, int]) -> np.ndarray:
-    """Gather a prompt's landmarks into one array (M,3), kind after kind, with zeros for missing kinds.
+    """Put all kinds of landmarks that a model knows into one array, kind after kind.
 
     Args:
-        landmarks: Kind -> rows (d, h, w).
-        counts: Kind -> number of its landmarks, for all kinds that the model knows.
+        landmarks: kind -> int (M,3).
+        counts: kind -> number of landmarks, as the model is configured.
+
+    Returns:
+        int64 (M,3); zeros for missing kinds.
 
     Raises:
-        ConfigError: The model does not know a kind, or expects another number of it.
+        ConfigError: the model does not know a kind, or knows another number of its landmarks.
     """
     for name, landmarks_M3 in landmarks.items():
         if name not in counts:
@@ -132,14 +133,14 @@ def gathered_landmarks(landmarks: dict[str, np.ndarray], counts: dict[str, int])
             raise ConfigError(f"prompts: the model has no landmarks {name}; its model.landmarks: {known}", "prompts")
         if len(landmarks_M3) != counts[name]:
             raise ConfigError(
-                f"model.landmarks: {name} has {len(landmarks_M3)} voxels, not {counts[name]}", "model.landmarks"
+                f"model.landmarks: {name} has {len(landmarks_M3)} landmarks, not {counts[name]}", "model.landmarks"
             )
     rows = [landmarks.get(name, np.zeros((count, 3), np.int64)) for name, count in counts.items()]
     return np.concatenate([np.zeros((0, 3), np.int64), *rows])
 
 
 def jitter_box(box: Box, shape: tuple[int, ...], share: float, rng: np.random.Generator) -> Box:
-    """Move each face of a box by up to `share` of the box's extent, within a volume of `shape` (paper Sec. 2.2)."""
+    """Move each face by up to `share` of the box's extent, but not out of `shape` (paper Sec. 2.2)."""
     low, high = np.array(box[:3]), np.array(box[3:])
     reach = share * (high - low + 1)
     moved = np.rint(rng.uniform(-1, 1, size=(2, 3)) * reach).astype(int)

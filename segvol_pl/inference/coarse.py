@@ -1,10 +1,10 @@
-"""Logits on a volume's grid, worked out only where they are looked at: a large CT never has them all in memory.
+"""What zooming in starts from: logits on the volume's grid, computed only for the voxels that are read.
 
-1. `Coarse` holds what zooming out gave, at the model's input shape: a few MB, whatever the volume.
-2. `logits(box)` brings the part inside a box to the volume's grid, slice by slice.
-3. `mask(threshold)` enlarges only the surroundings of what exceeds the threshold at the input shape: interpolation
-   gives nothing above its highest neighbour.
-4. `Certain` is a mask that is already known, in the same place.
+1. `CoarseLogits` holds the zoom-out's logits at the model's input shape: a few MB, however large the volume.
+2. `logits(box)` interpolates the part inside a box to the volume's grid, slice by slice.
+3. `mask(threshold)` interpolates only around what exceeds the threshold at the input shape: no interpolated value
+   exceeds its highest neighbour.
+4. `KnownMask` takes its place when a mask is refined.
 
 Letters: D H W voxels; B and C are one.
 """
@@ -26,7 +26,7 @@ from segvol_pl.imaging.transforms import resize_tensor
 Logits = TypeVar("Logits", np.ndarray, torch.Tensor)
 
 SURE = 10.0
-"""Logit of a voxel that is known to belong to a mask; its negative where it is known not to."""
+"""Logit of a voxel inside a known mask; its negative outside."""
 
 
 def logit(probability: float) -> float:
@@ -35,32 +35,32 @@ def logit(probability: float) -> float:
 
 
 def binary(logits_DHW: Logits, threshold: float) -> Logits:
-    """Bool mask of the voxels whose probability exceeds `threshold`; of a tensor on its device."""
+    """Bool mask of the voxels whose probability exceeds `threshold`; a tensor's mask is on its device."""
     return logits_DHW > logit(threshold)
 
 
-class Ground(Protocol):
-    """What zooming in starts from, and what stays outside of its windows."""
+class BaseLogits(Protocol):
+    """What zooming in starts from, and the result outside its windows."""
 
     shape: tuple[int, ...]
 
     def logits(self, box: Box) -> np.ndarray:
-        """Float32, the part of the volume inside the box (inclusive)."""
+        """Float32 logits of the part of the volume inside the box (inclusive)."""
 
     def mask(self, threshold: float) -> np.ndarray:
-        """Bool (D,H,W), on the volume's grid. threshold: a probability."""
+        """Bool mask (D,H,W) on the volume's grid. threshold: a probability."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Taps:
-    """One axis: for each voxel of the volume the two voxels before it is interpolated from, and the second's share."""
+    """Interpolation along one axis: for each voxel of the volume two coarse voxels, and the weight of the second."""
 
     first: np.ndarray
     second: np.ndarray
     share: np.ndarray
 
     def within(self, low: int, high: int) -> slice:
-        """The voxels of the volume that look at any of `low` to `high`."""
+        """The voxels of the volume that are interpolated from any of `low` to `high`."""
         near = np.flatnonzero((self.second >= low) & (self.first <= high))
         return slice(int(near[0]), int(near[-1]) + 1) if near.size else slice(0, 0)
 
@@ -74,17 +74,17 @@ class _Taps:
         return between
 
 
-def _linear(old: int, new: int) -> _Taps:
-    """Voxel extents coincide, half-pixel centres, as `F.interpolate` without align_corners. Only for axes that grow."""
+def _linear_taps(old: int, new: int) -> _Taps:
+    """Linear interpolation as by `F.interpolate` without align_corners. Only for axes that grow."""
     place = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
     first = np.floor(place).astype(np.int64)
     return _Taps(first, np.minimum(first + 1, old - 1), (place - first).astype(np.float32))
 
 
-def _nearest(old: int, new: int) -> _Taps:
-    """torch's own nearest neighbour, which takes the voxel under a cell's first corner, not its centre.
+def _nearest_taps(old: int, new: int) -> _Taps:
+    """torch's nearest neighbour, as published: the voxel under a cell's first corner, not its centre.
 
-    Its rounding in float32 is part of it: a whole number of voxels may fall to the voxel before.
+    torch computes the index, because its rounding in float32 counts: a corner between two voxels may fall to the first.
     """
     source = torch.arange(old, dtype=torch.float32)[None, None]
     index = F.interpolate(source, size=new, mode="nearest")[0, 0].long().numpy()
@@ -92,17 +92,20 @@ def _nearest(old: int, new: int) -> _Taps:
 
 
 def enlarge(array_DHW: np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """By the published nearest neighbour, see `_nearest`."""
-    taps = [_nearest(old, new) for old, new in zip(array_DHW.shape, shape, strict=True)]
+    """The array on a grid of `shape`, by the published nearest neighbour, see `_nearest_taps`."""
+    taps = [_nearest_taps(old, new) for old, new in zip(array_DHW.shape, shape, strict=True)]
     taken_DHW: np.ndarray = array_DHW[np.ix_(*(axis.first for axis in taps))]
     return taken_DHW
 
 
-class Coarse:
-    """The logits of zooming out. low_DHW: float32 at the model's input shape; `shape`: that of the volume.
+class CoarseLogits:
+    """The zoom-out's logits.
 
-    Axes along which the volume is shorter than the input are averaged, the others interpolated linearly; with `nearest`
-    all go by the published nearest neighbour.
+    Args:
+        low_DHW: float32, at the model's input shape.
+        shape: voxels (d, h, w) of the volume.
+        nearest: interpolate by the published nearest neighbour. Otherwise axes along which the volume is shorter than
+            the input are averaged, and the others interpolated linearly.
     """
 
     def __init__(self, low_DHW: np.ndarray, shape: Sequence[int], nearest: bool) -> None:
@@ -111,11 +114,11 @@ class Coarse:
             smaller = [min(old, new) for old, new in zip(low_DHW.shape, self.shape, strict=True)]
             low_DHW = resize_tensor(torch.from_numpy(low_DHW)[None, None], smaller)[0, 0].numpy()
         self._low_DHW = low_DHW
-        taps = _nearest if nearest else _linear
+        taps = _nearest_taps if nearest else _linear_taps
         self._taps = [taps(old, new) for old, new in zip(low_DHW.shape, self.shape, strict=True)]
 
     def logits(self, box: Box) -> np.ndarray:
-        """Float32, the part of the volume inside the box."""
+        """Float32 logits of the part of the volume inside the box (inclusive)."""
         part = box_slices(box)
         logits_DHW = np.empty([voxels.stop - voxels.start for voxels in part], np.float32)
         for place, plane_HW in enumerate(self._planes(part)):
@@ -123,7 +126,7 @@ class Coarse:
         return logits_DHW
 
     def mask(self, threshold: float) -> np.ndarray:
-        """Bool (D,H,W), on the volume's grid."""
+        """Bool mask (D,H,W) on the volume's grid. threshold: a probability."""
         mask_DHW = np.zeros(self.shape, bool)
         above_DHW = binary(self._low_DHW, threshold)
         if not above_DHW.any():
@@ -135,7 +138,7 @@ class Coarse:
         return mask_DHW
 
     def _planes(self, part: tuple[slice, slice, slice]) -> Iterator[np.ndarray]:
-        """The volume's slices of `part`, one after the other."""
+        """Float32 logits of `part`, slice by slice."""
         deep, high, wide = (axis.part(voxels) for axis, voxels in zip(self._taps, part, strict=True))
         if not len(deep.first):
             return
@@ -148,16 +151,16 @@ class Coarse:
             yield plane_HW
 
 
-class Certain:
-    """A mask that is already known. mask_DHW: bool, on the volume's grid."""
+class KnownMask:
+    """A mask found before, as logits. mask_DHW: bool, on the volume's grid."""
 
     def __init__(self, mask_DHW: np.ndarray) -> None:
         self.shape, self._mask_DHW = mask_DHW.shape, mask_DHW
 
     def logits(self, box: Box) -> np.ndarray:
-        """Float32, SURE inside the mask and its negative outside, for the part inside the box."""
+        """Float32 logits of the part inside the box (inclusive): SURE inside the mask, its negative outside."""
         return np.where(self._mask_DHW[box_slices(box)], np.float32(SURE), np.float32(-SURE))
 
     def mask(self, threshold: float) -> np.ndarray:
-        """The mask itself, whatever the threshold."""
+        """The mask, at every threshold."""
         return self._mask_DHW

@@ -1,10 +1,12 @@
 """From a CT file and prompts to masks on the CT's own grid.
 
-1. `Predictor.from_checkpoint` loads the model once.
+1. `Predictor.from_checkpoint` loads the model.
 2. `Predictor.open` reads a CT, measures its intensity, crops it to the body and encodes it once.
-3. `Session.segment` answers any number of prompts about it, each a zoom-out-zoom-in, or refines a mask found before;
+3. `Session.segment` segments by a prompt, with zoom-out-zoom-in, or refines a mask found before;
    `Session.segment_all` puts many categories into one label map.
-4. `Mask.save` and `LabelMap.save` write on the grid of the file that the CT came from.
+4. `Mask.save` and `LabelMap.save` write on the grid of the CT's file.
+
+`predict` is the command.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.imaging.write import WRITABLE, write_mask
 from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
-from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomResult
+from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomRequest
+from segvol_pl.inference.zoom_result import ZoomResult
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
 
@@ -43,20 +46,23 @@ log = logging.getLogger(__name__)
 
 DICOM_SEG = ".dcm"
 
-AIR = -200
-"""HU. Every CT holds air somewhere, in the lungs, the bowel or around the body; an MR has no values this low."""
+AIR_BELOW = -200
+"""HU. Every CT holds air, in the lungs, the bowel or around the body; an MR has no values this low."""
 
-SAY_EVERY = 5.0
+LOG_PERIOD = 5.0
 """Seconds between two lines of progress."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A structure found in a CT.
+    """A structure found in a CT. numpy takes a Mask as its `array_DHW`.
 
-    array_DHW: bool, on the CT's grid in canonical axes (superior, anterior, right). numpy takes a Mask as this array.
-    roi: region that was zoomed into, in the CT's voxels; None where zooming out found nothing.
-    prompt: what was asked, in the CT's voxels. probability: mean over the mask as the model states it; 0 without one.
+    Args:
+        array_DHW: bool, on the CT's grid in canonical axes (superior, anterior, right).
+        volume: the CT.
+        roi: region that was zoomed into, in the CT's voxels, inclusive; None if zooming out found nothing.
+        prompt: the prompt, in the CT's voxels.
+        probability: the model's mean probability over the mask, not calibrated; 0 for an empty mask.
     """
 
     array_DHW: np.ndarray
@@ -67,7 +73,7 @@ class Mask:
 
     @property
     def voxels(self) -> int:
-        """Voxels inside."""
+        """Number of voxels inside."""
         return int(np.count_nonzero(self.array_DHW))
 
     @property
@@ -76,13 +82,14 @@ class Mask:
         return self.voxels * float(np.prod(self.volume.spacing)) / 1000
 
     def native(self) -> np.ndarray:
-        """The mask as bool array on the grid of the CT's file, indexed slowest axis first, as in SimpleITK."""
+        """The mask on the grid of the CT's file: a bool array, slowest axis first, as in SimpleITK."""
         return to_native(self.array_DHW, self.volume)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask (uint8, 0 and 1) on the grid of the CT's file; as DICOM SEG where the name ends in .dcm.
+        """Write the mask (uint8, 0 and 1) on the grid of the CT's file; as DICOM SEG if the name ends in .dcm.
 
-        Raises VolumeError for an unknown ending.
+        Raises:
+            VolumeError: the file name has an unknown ending.
         """
         _save(self.array_DHW, [self.prompt.text or "structure"], self.volume, Path(path))
 
@@ -101,16 +108,23 @@ class Score:
     """In the label map."""
     millilitres: float
     found: int
-    """Voxels of its own mask, before other categories took their share."""
+    """Voxels of its own mask, before voxels were assigned to other categories."""
     probability: float
-    """Mean over its own mask, as the model states it; 0 where nothing was found. Not calibrated."""
+    """The model's mean probability over its own mask, not calibrated; 0 if nothing was found."""
     roi: Box | None
-    """Region that was zoomed into, in the CT's voxels (canonical axes, inclusive); none where nothing was found."""
+    """Region that was zoomed into, in the CT's voxels (canonical axes, inclusive); None if nothing was found."""
 
 
 @dataclass(frozen=True, eq=False)
 class LabelMap:
-    """Several categories found in a CT. array_DHW: uint8, or uint16 beyond 255 of them, 0 where there is none."""
+    """Several categories found in a CT. numpy takes a LabelMap as its `array_DHW`.
+
+    Args:
+        array_DHW: uint8, or uint16 if there are more than 255 categories; 0 is background.
+        volume: the CT.
+        scores: one per category.
+        overlaps: how voxels claimed by several categories were assigned.
+    """
 
     array_DHW: np.ndarray
     volume: Volume
@@ -118,27 +132,31 @@ class LabelMap:
     overlaps: Overlaps
 
     def save(self, path: str | Path) -> Path:
-        """Write the map on the grid of the CT's file, and names and scores as JSON beside it, whose path it returns.
+        """Write the map on the grid of the CT's file, and a JSON file of names and scores next to it.
 
-        Raises VolumeError for an unknown ending.
+        Returns:
+            The path of the JSON file.
+
+        Raises:
+            VolumeError: the file name has an unknown ending.
         """
         path = Path(path)
         _save(self.array_DHW, [score.category for score in self.scores], self.volume, path)
-        beside = scores_file(path)
-        told = {
+        scores_path = scores_file(path)
+        content = {
             "image": self.volume.path.name,
             "overlaps": self.overlaps.value,
             "categories": [asdict(score) for score in self.scores],
         }
-        write_text(beside, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-        return beside
+        write_text(scores_path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        return scores_path
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.array_DHW, dtype=dtype, copy=copy)
 
 
 def scores_file(path: Path) -> Path:
-    """`organs.json` for `organs.nii.gz`."""
+    """The JSON file of a label map: `organs.json` for `organs.nii.gz`."""
     ending = next((ending for ending in (".nii.gz", *WRITABLE) if path.name.lower().endswith(ending)), path.suffix)
     return path.with_name(path.name[: len(path.name) - len(ending)] + ".json")
 
@@ -151,7 +169,14 @@ def _save(array_DHW: np.ndarray, names: list[str], volume: Volume, path: Path) -
 
 
 class Predictor:
-    """A loaded model. `seed` draws the points of zoom-in windows, afresh for every prompt."""
+    """A loaded model, ready to segment CTs.
+
+    Args:
+        model: in eval mode.
+        zoom: how to zoom; the defaults if None.
+        precision: what to compute in.
+        seed: draws the points in zoom-in windows. Every prompt starts from it, so results do not depend on the order.
+    """
 
     def __init__(
         self,
@@ -172,16 +197,32 @@ class Predictor:
         precision: Precision = Precision.auto,
         seed: int = 0,
     ) -> Predictor:
-        """From a training checkpoint (.ckpt) or an exported model (.safetensors). Raises CheckpointError.
+        """Load a training checkpoint (.ckpt) or an exported model (.safetensors).
 
-        device: of several GPUs, `auto` and `cuda` take the one of this process's number on its node, see `own_device`.
+        Args:
+            path: the file.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`. On a node with several GPUs, `auto` and `cuda` choose by this
+                process's number on the node, see `own_device`.
+            zoom: how to zoom; the defaults if None.
+            precision: what to compute in.
+            seed: draws the points in zoom-in windows.
+
+        Raises:
+            CheckpointError: the file cannot be read or holds no model.
+            ConfigError: there is no such device.
         """
         return cls(load_model(path, own_device(device)), zoom, precision, seed)
 
     def open(self, source: str | Path | Volume, progress: Progress | None = None) -> Session:
-        """Read a CT (NIfTI, NRRD, MHA, DICOM folder) and encode it once. Raises VolumeError or SampleError.
+        """Read a CT and encode it once.
 
-        progress: told the windows decoded and those to be decoded, of the prompts that are worked on.
+        Args:
+            source: a NIfTI, NRRD or MHA file, a DICOM folder, or a volume that was read before.
+            progress: called with the windows decoded so far and those to decode, for the current group of prompts.
+
+        Raises:
+            VolumeError: the file cannot be read.
+            SampleError: it holds nothing to segment, such as air alone.
         """
         volume = source if isinstance(source, Volume) else read_volume(source)
         try:
@@ -191,23 +232,29 @@ class Predictor:
 
     @property
     def categories(self) -> list[str]:
-        """The names that a text prompt may have. Raises UnknownCategory where the model has no text bank."""
+        """The categories that a text prompt may name. Raises UnknownCategory if the model has no text bank."""
         bank: TextBank | None = getattr(self.model, "bank", None)
         if bank is None or not bank.names:
             raise UnknownCategory("this model holds no text bank: import its weights with categories=FILE")
         return bank.names
 
     def check(self, prompt: Prompt) -> None:
-        """Raises UnknownCategory, with the nearest names, where the model does not know the prompt's text."""
+        """Raise UnknownCategory, with the nearest names, if the model does not know the prompt's text."""
         self.model.prompts([[prompt]])
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision to compute in, as a context."""
+        """A context in which the model computes in the configured precision."""
         return autocast(self.device, self.precision)
 
 
 class Session:
-    """One CT before one model; prompts are in voxels of the CT in canonical axes (superior, anterior, right)."""
+    """One CT and one model. Prompts are in voxels of the CT in canonical axes (superior, anterior, right).
+
+    Args:
+        predictor: the model.
+        volume: the CT.
+        progress: called as windows are decoded, see `Predictor.open`.
+    """
 
     def __init__(self, predictor: Predictor, volume: Volume, progress: Progress | None = None) -> None:
         self.predictor, self.volume = predictor, volume
@@ -220,39 +267,59 @@ class Session:
             self.zoomer.encode_overview()
 
     def segment(self, prompt: Prompt, previous: Mask | np.ndarray | None = None) -> Mask:
-        """The structure that the prompt means. Raises PromptError, or UnknownCategory with the nearest names.
+        """Segment one structure, or refine a mask of it.
 
-        previous: a mask found before (bool on the CT's grid), to be refined. The model takes no masks: instead of the
-        zoom-out this one says where to zoom in, gives each window points and its box, and what the windows say replaces
-        it. Of a Mask, text and points of its prompt count on. An empty one is as none.
+        To refine, the previous mask takes the place of the zoom-out: it decides which windows are decoded, and gives
+        them points and boxes, because the model takes no masks. The windows' logits replace it.
+
+        Args:
+            prompt: in the CT's voxels.
+            previous: a mask to refine, bool on the CT's grid. The text, points and landmarks of a Mask's own prompt are
+                used again. An empty mask is ignored.
+
+        Raises:
+            PromptError: the prompt does not fit the CT.
+            UnknownCategory: the model does not know the text; the message lists the nearest names.
         """
         return next(self.segment_each([prompt])) if previous is None else self._refined(prompt, previous)
 
     def segment_each(self, prompts: Sequence[Prompt]) -> Iterator[Mask]:
-        """The structures of several prompts, in their order. A window that several need is encoded once for all.
+        """Segment several structures. A window that several prompts need is encoded once.
 
-        Raises as `segment` does, before the first of them is answered.
+        Args:
+            prompts: in the CT's voxels.
+
+        Returns:
+            An iterator over one mask per prompt, in their order.
+
+        Raises:
+            PromptError, UnknownCategory: as `segment`, when it is called.
         """
-        return (self._mask(result, prompt) for prompt, result in self._answers(prompts))
+        return (self._mask(result, prompt) for prompt, result in self._results(prompts))
 
     def segment_all(
         self, categories: Sequence[str] | None = None, overlaps: Overlaps = Overlaps.probability
     ) -> LabelMap:
-        """One label map of categories, asked by text alone: value 1 for the first; None: all that the model knows.
+        """Segment many categories, by text alone, into one label map.
 
-        overlaps: whose voxels they are that several categories claim. Raises UnknownCategory, with the nearest names.
+        Args:
+            categories: the first gets value 1. None: all that the model knows.
+            overlaps: how to assign voxels that several categories claim.
+
+        Raises:
+            UnknownCategory: the model does not know a category; the message lists the nearest names.
         """
         names = list(self.predictor.categories if categories is None else categories)
         label_DHW = np.zeros(self.volume.array_DHW.shape, np.uint8 if len(names) < 256 else np.uint16)
         inside_DHW = label_DHW[box_slices(self.body)]
         best_DHW = np.full(inside_DHW.shape, -np.inf, np.float16) if overlaps is Overlaps.probability else None
         found: list[tuple[int, float, Box | None]] = []
-        for value, (_, result) in enumerate(self._answers([Prompt(text=name) for name in names]), start=1):
+        for value, (_, result) in enumerate(self._results([Prompt(text=name) for name in names]), start=1):
             own_DHW, logits_N = result.found(self.predictor.zoom.threshold)
             if result.roi is not None:
                 self._claim(value, own_DHW, logits_N, box_slices(result.roi), inside_DHW, best_DHW)
             found.append((logits_N.size, _probability(logits_N), result.roi))
-        # Of a whole volume bincount would make an int64 copy.
+        # Slice by slice: of the complete volume bincount would make an int64 copy.
         counts = np.sum([np.bincount(label_HW.reshape(-1), minlength=len(names) + 1) for label_HW in inside_DHW], 0)
         litres = float(np.prod(self.volume.spacing)) / 1000
         scores = [
@@ -270,7 +337,7 @@ class Session:
         label_DHW: np.ndarray,
         best_DHW: np.ndarray | None,
     ) -> None:
-        """Slice by slice: whole volumes of temporary arrays would not fit. logits_N: of the voxels of `own_DHW`."""
+        """Assign a category's voxels to it, slice by slice to save memory. logits_N: of the voxels of `own_DHW`."""
         labels, best = label_DHW[place], None if best_DHW is None else best_DHW[place]
         ends = np.cumsum([np.count_nonzero(own_HW) for own_HW in own_DHW])[:-1]
         for depth, (own_HW, sure_N) in enumerate(zip(own_DHW, np.split(logits_N, ends), strict=True)):
@@ -282,18 +349,18 @@ class Session:
                 best[depth][claimed_HW] = sure_N[higher_N]
             labels[depth][claimed_HW] = value
 
-    def _answers(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, ZoomResult]]:
+    def _results(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, ZoomResult]]:
         for prompt in prompts:
             self.predictor.check(prompt)
         local = [into_crop(prompt, self.volume.array_DHW.shape, self.body) for prompt in prompts]
-        asked = [self.zoomer.prompted(prompt, np.random.default_rng(self.predictor.seed)) for prompt in local]
-        return zip(prompts, self._zoomed(asked), strict=True)
+        requests = [self.zoomer.request(prompt, np.random.default_rng(self.predictor.seed)) for prompt in local]
+        return zip(prompts, self._zoomed(requests), strict=True)
 
-    def _zoomed(self, asked: list[Any]) -> Iterator[ZoomResult]:
-        results = self.zoomer.zoom_all(asked)
+    def _zoomed(self, requests: list[ZoomRequest]) -> Iterator[ZoomResult]:
+        results = self.zoomer.zoom_all(requests)
         while True:
-            # Entered for each result: left open across `yield`, it would hold for the caller's own code, for good
-            # where two such iterators end in another order than they began.
+            # Entered for each result: open across `yield`, it would apply to the caller's code, and never end if two
+            # such iterators overlap.
             with self.predictor.autocast():
                 result = next(results, None)
             if result is None:
@@ -303,7 +370,7 @@ class Session:
     def _refined(self, prompt: Prompt, previous: Mask | np.ndarray) -> Mask:
         array_DHW, shape = np.asarray(previous, dtype=bool), self.volume.array_DHW.shape
         if array_DHW.shape != shape:
-            raise PromptError(f"previous: a mask of {list(array_DHW.shape)}, while the CT is {list(shape)}")
+            raise PromptError(f"previous: the mask has {list(array_DHW.shape)} voxels, the CT has {list(shape)}")
         if isinstance(previous, Mask):
             prompt = _continued(previous.prompt, prompt)
         inside_DHW = array_DHW[box_slices(self.body)]
@@ -330,7 +397,7 @@ class Session:
 
 
 def _probability(logits_N: np.ndarray) -> float:
-    """Mean over a mask, by the logits inside it; 0 for an empty one."""
+    """Mean probability over a mask, from the logits inside it; 0 for an empty mask."""
     return float(np.mean(1 / (1 + np.exp(-logits_N)))) if logits_N.size else 0.0
 
 
@@ -347,27 +414,28 @@ def _continued(earlier: Prompt, later: Prompt) -> Prompt:
 
 
 def _warn_unless_ct(intensity: Intensity, path: Path) -> None:
-    if intensity.minimum > AIR:
+    if intensity.minimum > AIR_BELOW:
         log.warning(
             "%s: values from %d to %d, no air: not a CT in Hounsfield units, perhaps an MR; do not trust its masks",
             *(path, intensity.minimum, intensity.maximum),
         )
 
 
-# ---- the verb ----
+# ---- the command ----
 
 
 def predict(config: PredictConfig) -> Mask | LabelMap:
-    """Write the mask, or the label map, of `config.image` to `config.out` and say what was found.
+    """Segment `config.image`, write the mask or label map to `config.out`, and log its size.
 
-    Raises PromptError, UnknownCategory, TextError, CheckpointError, VolumeError or SampleError, each in one line.
+    Raises:
+        PromptError, UnknownCategory, TextError, CheckpointError, VolumeError, SampleError: each in one line.
     """
     check_prompt(config)
     _check_out(config)
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
-    names = _names(predictor, config)
+    names = _category_names(predictor, config)
     start = time.perf_counter()
-    session = predictor.open(config.image, _progress())
+    session = predictor.open(config.image, _log_progress())
     log.info("%s: read and encoded in %.1f s", config.image, time.perf_counter() - start)
     if len(names) > 1 or config.everything:
         return _predict_all(session, names, config)
@@ -378,7 +446,7 @@ def _predict_one(session: Session, name: str | None, config: PredictConfig) -> M
     start = time.perf_counter()
     previous = None if config.previous is None else read_label(config.previous, session.volume) > 0
     if previous is not None and not previous.any():
-        log.warning("%s: the mask to refine is empty, so this is a first prompt", config.previous)
+        log.warning("%s: the mask to refine is empty and is ignored", config.previous)
     mask = session.segment(prompt_of(config, name, session.volume), previous)
     mask.save(config.out)
     if mask.roi is None:
@@ -393,18 +461,23 @@ def _predict_one(session: Session, name: str | None, config: PredictConfig) -> M
 def _predict_all(session: Session, names: list[str], config: PredictConfig) -> LabelMap:
     start = time.perf_counter()
     labels = session.segment_all(names, config.overlaps)
-    beside = labels.save(config.out)
+    scores_path = labels.save(config.out)
     for score in labels.scores:
         log.info("%5d  %-30s %10.1f ml  %.2f", score.value, score.category, score.millilitres, score.probability)
     missing = [score.category for score in labels.scores if score.roi is None]
     if missing:
         log.warning("%s: zooming out found nothing of %s", config.image, ", ".join(missing))
-    log.info("%s: %d categories in %.1f s, scores in %s", config.out, len(names), time.perf_counter() - start, beside)
+    log.info(
+        "%s: %d categories in %.1f s, scores in %s", config.out, len(names), time.perf_counter() - start, scores_path
+    )
     return labels
 
 
-def _names(predictor: Predictor, config: PredictConfig) -> list[str]:
-    """The categories asked for, all of them known. Raises UnknownCategory, TextError."""
+def _category_names(predictor: Predictor, config: PredictConfig) -> list[str]:
+    """The configured categories; unknown ones are added to the text bank if `clip_model` is set.
+
+    Raises UnknownCategory, TextError.
+    """
     if config.everything:
         return predictor.categories
     bank: TextBank = predictor.model.bank  # type: ignore[attr-defined]
@@ -416,49 +489,57 @@ def _names(predictor: Predictor, config: PredictConfig) -> list[str]:
             bank.index(unknown[0])
         except UnknownCategory as error:
             raise UnknownCategory(
-                f"{error}; other names need clip_model=FOLDER, the CLIP that made the bank"
+                f"{error}; for other names set clip_model=FOLDER, with the CLIP model that made the text bank"
             ) from error
     return config.text
 
 
 def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
-    """Give the model's text bank further names, by the CLIP in the folder (or hub name) `clip`.
+    """Add names to the model's text bank.
 
-    Raises TextError where CLIP cannot be loaded, or is not the one that made the bank: its vectors would mean nothing.
+    Args:
+        model: a SegVol; its bank is replaced.
+        names: to add.
+        clip: folder, or hub name, of the CLIP model that made the bank.
+
+    Raises:
+        TextError: CLIP cannot be loaded, or did not make the bank, so that its vectors would be meaningless.
     """
     held: TextBank = model.bank
     try:
         made = TextBank.from_clip([*held.names[:1], *names], TextConfig(clip_model=clip))
     except TextError as error:
-        raise TextError(f"clip: cannot load {clip}: give a local folder, or the hub name, of CLIP's files") from error
+        raise TextError(f"clip_model: cannot load {clip}: give a folder with CLIP's files, or a hub name") from error
     fits = made.vectors_KE.shape[1] == held.vectors_KE.shape[1]
     if not held.names or not fits or not made.vectors_KE[:1].allclose(held.vectors_KE[:1].cpu(), atol=1e-3):
-        raise TextError(f"clip: {clip} did not make this model's text bank: give the one that did, or leave it out")
+        raise TextError(
+            f"clip_model: {clip} did not make this model's text bank: give the one that did, or leave it out"
+        )
     vectors_KE = made.vectors_KE[1:].to(model.text_encoder.bank_KE)
     model.text_encoder.bank_KE = torch.cat([model.text_encoder.bank_KE, vectors_KE])
     model.bank = TextBank([*held.names, *names], model.text_encoder.bank_KE)
 
 
 def _check_out(config: PredictConfig) -> None:
-    # What would fail at the end must fail before the work.
+    # Fail before the work, not at its end.
     path = Path(config.out)
     if not path.name.lower().endswith((*WRITABLE, DICOM_SEG)):
         raise VolumeError(f"out: {path} must end in one of {', '.join(WRITABLE)}, or {DICOM_SEG} for a DICOM SEG")
     if not path.parent.is_dir():
-        raise VolumeError(f"out: there is no folder {path.parent}: make it first")
+        raise VolumeError(f"out: folder {path.parent} does not exist: create it first")
     if path.suffix.lower() == DICOM_SEG:
         check_dicom_seg(Path(config.image))
 
 
-def _progress() -> Progress:
-    """Says at most every few seconds how many windows are decoded, and how fast."""
-    started = said = time.perf_counter()
+def _log_progress() -> Progress:
+    """Log how many windows are decoded, and how fast, at most every few seconds."""
+    started = logged = time.perf_counter()
 
-    def tell(done: int, wanted: int) -> None:
-        nonlocal said
+    def report(done: int, wanted: int) -> None:
+        nonlocal logged
         now = time.perf_counter()
-        if now - said > SAY_EVERY:
-            said = now
-            log.info("%d of %d windows (%.2f a second)", done, wanted, done / (now - started))
+        if now - logged > LOG_PERIOD:
+            logged = now
+            log.info("%d of %d windows (%.2f per second)", done, wanted, done / (now - started))
 
-    return tell
+    return report

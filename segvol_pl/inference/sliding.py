@@ -1,9 +1,9 @@
-"""Segmentation by windows over the whole volume at native resolution: the paper's comparison (Table 3).
+"""Sliding-window segmentation of the complete volume at native resolution: the paper's comparison (Table 3).
 
-1. The volume is padded at its far ends to one window at least, and covered by a grid of overlapping windows (MONAI's).
-2. Each window is asked with what of the prompt lies inside it. A window that a spatial prompt does not touch is not
-   asked and says nothing: what only such windows see is outside the mask.
-3. The windows' logits are averaged where they overlap, alike or weighted towards their middles.
+1. Pad the volume at its far ends to at least one window, and cover it with MONAI's grid of overlapping windows.
+2. Decode each window with the part of the prompt that lies inside it. A window that a spatial prompt does not touch is
+   skipped; voxels that only such windows cover are outside the mask.
+3. Average the windows' logits where they overlap, with equal weights or with more weight on the windows' middles.
 
 Letters: B windows, T tokens, E embedding.
 """
@@ -21,10 +21,12 @@ from segvol_pl.config import SlidingConfig
 from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.imaging.transforms import Sliceable, crop
-from segvol_pl.inference.zoom import Promptable, Start, clip_box, clip_landmarks, points_inside
+from segvol_pl.inference.window_prompts import clip_box, clip_landmarks, points_inside
+from segvol_pl.inference.windows import Start
+from segvol_pl.inference.zoom import Promptable
 
 OUTSIDE_LOGIT = -100.0
-"""Of voxels that no window saw: surely not inside, and finite."""
+"""Logit of voxels that no window covers: certainly outside, and finite."""
 
 KEPT_WINDOWS = 64
 """Windows whose tokens are kept for further prompts: about 400 MB at the published size."""
@@ -32,43 +34,49 @@ KEPT_WINDOWS = 64
 
 @dataclass(frozen=True, eq=False)
 class SlidingResult:
-    """Logits of one prompt on the volume's grid, float32, and how many windows were asked."""
+    """Logits of one prompt, float32 on the volume's grid, and the number of windows decoded."""
 
     logits_DHW: np.ndarray
     windows: int
 
 
 class Slider:
-    """One volume before one model. image_DHW: in [0, 1], the body crop. The model is expected in eval mode."""
+    """One volume and one model.
+
+    Args:
+        model: in eval mode.
+        image_DHW: float32 in [0, 1], the body crop.
+        config: overlap, blending and batch size.
+    """
 
     def __init__(self, model: Promptable, image_DHW: Sliceable, config: SlidingConfig) -> None:
         self.model, self.image_DHW, self.config = model, image_DHW, config
-        self.window = tuple(int(size) for size in model.config.input_shape)
-        self.starts = grid(image_DHW.shape, self.window, config.overlap)
-        self.weight_DHW = compute_importance_map(self.window, mode=config.blend.value).numpy().astype(np.float32)
+        self.window_shape = tuple(int(size) for size in model.config.input_shape)
+        self.starts = grid(image_DHW.shape, self.window_shape, config.overlap)
+        self.weight_DHW = compute_importance_map(self.window_shape, mode=config.blend.value).numpy().astype(np.float32)
         self._tokens: dict[Start, torch.Tensor] = {}
 
     @torch.inference_mode()
     def segment(self, prompt: Prompt) -> SlidingResult:
-        """The logits of a prompt, given in the volume's voxels."""
-        asked = [(start, local) for start in self.starts if (local := within(prompt, start, self.window))]
+        """Segment by a prompt, given in the volume's voxels."""
+        windows = [(start, local) for start in self.starts if (local := within(prompt, start, self.window_shape))]
         total_DHW = np.zeros(self.image_DHW.shape, np.float32)
         weight_DHW = np.zeros(self.image_DHW.shape, np.float32)
-        for first in range(0, len(asked), self.config.batch):
-            batch = asked[first : first + self.config.batch]
+        for first in range(0, len(windows), self.config.batch):
+            batch = windows[first : first + self.config.batch]
             for (start, _), logits_DHW in zip(batch, self._decode(batch), strict=True):
-                place, seen = self._slices(start)
-                total_DHW[place] += (logits_DHW * self.weight_DHW)[seen]
-                weight_DHW[place] += self.weight_DHW[seen]
-        unseen_DHW = np.full(total_DHW.shape, OUTSIDE_LOGIT, np.float32)
-        logits_DHW = np.divide(total_DHW, weight_DHW, out=unseen_DHW, where=weight_DHW > 0)
-        return SlidingResult(logits_DHW, len(asked))
+                place, part = self._slices(start)
+                total_DHW[place] += (logits_DHW * self.weight_DHW)[part]
+                weight_DHW[place] += self.weight_DHW[part]
+        outside_DHW = np.full(total_DHW.shape, OUTSIDE_LOGIT, np.float32)
+        logits_DHW = np.divide(total_DHW, weight_DHW, out=outside_DHW, where=weight_DHW > 0)
+        return SlidingResult(logits_DHW, len(windows))
 
     def _slices(self, start: Start) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Where a window lies in the volume, and the part of it that does."""
+        """The part of the volume that a window covers, and the part of the window that covers it."""
         sizes = [
             min(size, extent - first)
-            for first, size, extent in zip(start, self.window, self.image_DHW.shape, strict=True)
+            for first, size, extent in zip(start, self.window_shape, self.image_DHW.shape, strict=True)
         ]
         place = tuple(slice(first, first + size) for first, size in zip(start, sizes, strict=True))
         return place, tuple(slice(0, size) for size in sizes)
@@ -82,7 +90,7 @@ class Slider:
         new = [start for start in starts if start not in self._tokens]
         fresh: dict[Start, torch.Tensor] = {}
         if new:
-            windows = np.stack([crop(self.image_DHW, start, self.window) for start in new])
+            windows = np.stack([crop(self.image_DHW, start, self.window_shape) for start in new])
             image_BCDHW = torch.from_numpy(windows[:, None]).to(next(self.model.parameters()).device)
             fresh = dict(zip(new, self.model.encode(image_BCDHW).split(1), strict=True))
         # A grid is walked in one order: keeping its first windows serves the next prompt, keeping its last would not.
@@ -99,20 +107,20 @@ def grid(shape: Sequence[int], window: Sequence[int], overlap: float) -> list[St
 
 
 def within(prompt: Prompt, start: Start, window: Sequence[int]) -> Prompt | None:
-    """What of a prompt lies in the window at `start`, in its voxels; None where the window is not to be asked.
+    """The part of a prompt in the window at `start`, in the window's voxels; None if the window is to be skipped.
 
-    Text is kept. A spatial prompt asks the windows that hold a part of its box, or one of its points inside; landmarks
-    alone those that hold a part of the box around them.
+    Text is kept. A box needs the windows that hold a part of it; points without a box those that hold a point inside
+    the structure; landmarks alone need those that hold a part of the box around them.
     """
     box = None if prompt.box is None else clip_box(prompt.box, start, window)
     points_N3, labels_N = points_inside(prompt, start, window)
     if prompt.box is not None:
-        asked = box is not None
+        needed = box is not None
     elif prompt.points_N3 is not None:
-        asked = INSIDE in labels_N
+        needed = INSIDE in labels_N
     else:
-        asked = not prompt.landmarks or clip_box(_around(prompt), start, window) is not None
-    if not asked:
+        needed = not prompt.landmarks or clip_box(_around(prompt), start, window) is not None
+    if not needed:
         return None
     prompt = replace(prompt, box=box, landmarks=clip_landmarks(prompt, start, window))
     if len(points_N3) == 0:

@@ -1,11 +1,11 @@
-"""A page on this machine to prompt a CT by hand: scroll, click, draw, type, see the mask. Needs bokeh (extra `viewer`).
+"""A web page to prompt a CT by hand: scroll, click, draw, type, see the mask. Needs bokeh (extra `viewer`).
 
-1. `view` opens the CT once and starts Bokeh's server, on the loopback interface unless told otherwise. Bokeh brings its
-   browser's part in its own package; nothing comes from the network, and no other file is served. The page's address
-   holds a secret, as others on a shared node reach its ports too; they see the browser's arguments as well, so it gets
-   the address from a file.
-2. `Asked` is what the user has said so far: clicks, a box, a category; `Plane` turns places on the screen to voxels.
-3. `Page` is one browser tab: three planes, and what is said in them goes to `Session.segment` on a thread of its own.
+1. `view` opens the CT and starts Bokeh's server, by default on the loopback interface. Bokeh's package holds its part
+   for the browser: nothing is loaded from the network, and no other file is served. The page's address holds a secret,
+   because other users of a shared node reach its ports. They also see a browser's arguments, so the browser gets the
+   address from a file.
+2. `UserPrompt` collects clicks, a box and a category; `SlicePlane` converts positions on the screen to voxels.
+3. `Page` is one browser tab with three planes. It sends prompts to `Session.segment` on a separate thread.
 
 Letters: D H W voxels of the CT in canonical axes; Y X rows and columns of a slice as it is shown.
 """
@@ -43,24 +43,24 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WINDOWS = {"soft tissue": (-160, 240), "lung": (-1350, 150), "bone": (-500, 1300)}
-"""HU shown from black to white."""
+"""HU shown as black and as white."""
 PIXELS = 420
-"""Of the longer side of a plane on the screen."""
+"""Length of the longer side of a plane on the screen."""
 SECRET_BYTES = 16
-"""Of the page's address: not to be guessed."""
+"""Length of the secret in the page's address."""
 RED = 0x780000FF
 """The mask's colour: alpha, blue, green, red."""
-COLOURS = {INSIDE: "#2bd966", OUTSIDE: "#ff9f1c"}
+POINT_COLOURS = {INSIDE: "#2bd966", OUTSIDE: "#ff9f1c"}
 
-OTHER_NAMES = r"(?!(localhost|127(\.\d+){3}|\[?::1\]?)$).*"
-"""Hosts that a request to the loopback interface does not name, unless it was led there."""
+OTHER_HOSTS = r"(?!(localhost|127(\.\d+){3}|\[?::1\]?)$).*"
+"""Host names of requests to refuse: a request to the loopback interface has another one only if DNS was abused."""
 
-KEPT = {
+SECURITY_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
 }
-"""Headers of every answer."""
+"""Sent with every response."""
 
 SAVE_AS = """
 const bytes = Uint8Array.from(atob(file.data.content[0]), (letter) => letter.charCodeAt(0));
@@ -73,8 +73,8 @@ URL.revokeObjectURL(link.href);
 
 
 @dataclass(frozen=True)
-class Plane:
-    """A way to cut the CT. `across` is the axis that one scrolls along, `down` and `along` are the slice's Y and X."""
+class SlicePlane:
+    """An anatomical plane. `across` is the axis to scroll along; `down` and `along` are the slice's Y and X."""
 
     name: str
     across: int
@@ -87,7 +87,7 @@ class Plane:
         return plane
 
     def voxel(self, x: float, y: float, place: int, spacing: Sequence[float]) -> tuple[int, int, int]:
-        """(d, h, w) of a place on the slice, given in millimetres from its corner."""
+        """(d, h, w) of a position on the slice, given in millimetres from the slice's corner."""
         found = [0, 0, 0]
         found[self.across], found[self.down], found[self.along] = (
             place,
@@ -97,12 +97,12 @@ class Plane:
         return found[0], found[1], found[2]
 
 
-PLANES = (Plane("axial", 0, 1, 2), Plane("coronal", 1, 0, 2), Plane("sagittal", 2, 0, 1))
+PLANES = (SlicePlane("axial", 0, 1, 2), SlicePlane("coronal", 1, 0, 2), SlicePlane("sagittal", 2, 0, 1))
 
 
 @dataclass
-class Asked:
-    """What the user has said about one structure, in voxels of the CT of `shape`."""
+class UserPrompt:
+    """The user's prompt for one structure so far, in voxels of the CT of `shape`; spacing in mm."""
 
     shape: tuple[int, ...]
     spacing: tuple[float, float, float]
@@ -112,14 +112,17 @@ class Asked:
     """Axis -> first and last voxel of the box."""
 
     def click(self, voxel: tuple[int, int, int], label: int) -> bool:
-        """Whether the place lies in the CT, and hence counts."""
+        """Add a point, if it lies in the CT; return whether it does."""
         inside = all(0 <= place < size for place, size in zip(voxel, self.shape, strict=True))
         if inside:
             self.points.append((voxel, label))
         return inside
 
-    def draw(self, plane: Plane, corners: Sequence[tuple[int, int, int]]) -> None:
-        """A rectangle on a slice. Along the third axis the box stays as drawn elsewhere, or is as deep as wide."""
+    def draw(self, plane: SlicePlane, corners: Sequence[tuple[int, int, int]]) -> None:
+        """Set the box from a rectangle on a slice.
+
+        Along the third axis it keeps the extent drawn in another plane; without one it gets the mean of the two sides.
+        """
         low, high = np.min(corners, axis=0), np.max(corners, axis=0)
         for axis in (plane.down, plane.along):
             self.spans[axis] = self._within(axis, int(low[axis]), int(high[axis]))
@@ -135,7 +138,7 @@ class Asked:
 
     @property
     def box(self) -> Box | None:
-        """Inclusive, in voxels of the CT; None where nothing was drawn."""
+        """Inclusive, in voxels of the CT; None if none was drawn."""
         if len(self.spans) < len(self.shape):
             return None
         (d0, d1), (h0, h1), (w0, w1) = (self.spans[axis] for axis in range(3))
@@ -143,21 +146,26 @@ class Asked:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was said yet."""
+        """Whether there is no text, point or box yet."""
         return not (self.text or self.points or self.box)
 
     def prompt(self) -> Prompt:
-        """Raises ValueError where nothing was said."""
+        """The prompt for the model. Raises ValueError if it is empty."""
         points_N3 = np.array([voxel for voxel, _ in self.points], np.int64) if self.points else None
         labels_N = np.array([label for _, label in self.points], np.int64) if self.points else None
         return Prompt(text=self.text or None, points_N3=points_N3, labels_N=labels_N, box=self.box)
 
 
 def view(config: ViewConfig) -> None:
-    """Serve the page until interrupted. Raises ViewError, VolumeError, SampleError, CheckpointError."""
+    """Serve the page until interrupted.
+
+    Raises:
+        ViewError: bokeh is missing, or the port is taken.
+        VolumeError, SampleError, CheckpointError: CT or model cannot be used.
+    """
     server = make_server(config)
     address = f"http://{config.host}:{server.port}{server.prefix}/"
-    log.info("%s is open at %s (stop with Ctrl-C); who knows the address sees the CT", config.image, address)
+    log.info("%s is open at %s (stop with Ctrl-C); anyone who knows this address can see the CT", config.image, address)
     with tempfile.TemporaryDirectory(prefix="segvol-view.") as folder:
         if config.show:
             server.io_loop.add_callback(_show, address, Path(folder))
@@ -168,7 +176,7 @@ def view(config: ViewConfig) -> None:
 
 
 def _show(address: str, folder: Path) -> None:
-    """Opens the page in a browser, by way of a file that only this user reads: everybody sees a program's arguments."""
+    """Open the page in a browser through a file that only this user can read: everybody sees a program's arguments."""
     from bokeh.util.browser import view as open_file
 
     door, quoted = folder / "view.html", html.escape(address)
@@ -190,33 +198,35 @@ def make_server(config: ViewConfig) -> Any:
     from bokeh.server.server import Server
 
     if not _loopback(config.host):
-        log.warning("host: %s may be reached from other machines", config.host)
+        log.warning("host: other machines may reach %s", config.host)
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     session = predictor.open(config.image)
-    # One thread: the model answers one question after the other, whichever tab it comes from.
+    # One thread: the model segments one prompt at a time, for all tabs.
     worker = ThreadPoolExecutor(1)
     application = Application(FunctionHandler(lambda document: Page(session, worker, document).lay_out()))
     try:
         secret = secrets.token_urlsafe(SECRET_BYTES)
         server = Server({"/": application}, address=config.host, port=config.port, prefix=secret)
     except OSError as error:
-        raise ViewError(f"port: {config.port} is taken ({error.strerror}): give another, or 0 for any") from error
+        raise ViewError(
+            f"port: {config.port} is taken ({error.strerror}): choose another, or 0 for any free one"
+        ) from error
     if _loopback(config.host):
-        _refuse_other_names(server)
-    _keep_to_itself(server)
+        _refuse_other_hosts(server)
+    _add_security_headers(server)
     server.start()
     return server
 
 
-def _refuse_other_names(server: Any) -> None:
-    """A site may have its own name lead to this machine: its scripts would then read the page, which names the CT."""
+def _refuse_other_hosts(server: Any) -> None:
+    """Refuse other host names: a site could point its own name at this machine, and its scripts read the page."""
     from tornado.web import ErrorHandler
 
-    server._tornado.add_handlers(OTHER_NAMES, [(r".*", ErrorHandler, {"status_code": 403})])
+    server._tornado.add_handlers(OTHER_HOSTS, [(r".*", ErrorHandler, {"status_code": 403})])
 
 
-def _keep_to_itself(server: Any) -> None:
-    """No other page shows this one in a frame, and none that is gone to from here learns its address."""
+def _add_security_headers(server: Any) -> None:
+    """Let no other page show this one in a frame, and send no other site this page's address."""
     from tornado.httputil import HTTPHeaders
     from tornado.web import OutputTransform
 
@@ -224,7 +234,7 @@ def _keep_to_itself(server: Any) -> None:
         def transform_first_chunk(
             self, status_code: int, headers: HTTPHeaders, chunk: bytes, finishing: bool
         ) -> tuple[int, HTTPHeaders, bytes]:
-            headers.update(KEPT)
+            headers.update(SECURITY_HEADERS)
             return status_code, headers, chunk
 
     server._tornado.add_transform(Headers)
@@ -238,14 +248,14 @@ def _loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One plane on the page."""
+class Panel:
+    """One plane on the page, and its data sources."""
 
-    plane: Plane
+    plane: SlicePlane
     figure: figure
     slice: ColumnDataSource
     mask: ColumnDataSource
-    landmarks: ColumnDataSource
+    points: ColumnDataSource
     box: ColumnDataSource
     scroll: Any
 
@@ -254,6 +264,16 @@ class Page:
     """One browser tab. Its models are named, so that a test finds them: status, category, label, download, clear."""
 
     def __init__(self, session: Session, worker: ThreadPoolExecutor, document: Document) -> None:
+        self.session, self.worker, self.document = session, worker, document
+        self.volume = session.volume
+        self.mask: Mask | None = None
+        self.user_prompt = self._empty_prompt()
+        self._controls()
+        self.panels = [self._panel(plane) for plane in PLANES]
+        self._connect()
+
+    def _controls(self) -> None:
+        """Create the widgets."""
         from bokeh.models import (
             AutocompleteInput,
             Button,
@@ -265,13 +285,9 @@ class Page:
             Select,
         )
 
-        self.session, self.worker, self.document = session, worker, document
-        self.volume = session.volume
-        self.mask: Mask | None = None
-        self.asked = self._anew()
         try:
-            names = session.predictor.categories
-        except UnknownCategory:  # weights without text are prompted by clicks and boxes
+            names = self.session.predictor.categories
+        except UnknownCategory:  # weights without a text bank are prompted by clicks and boxes
             names = []
         self.status = Div(name="status", text="Click a structure, draw a box, or type a category.", width=900)
         self.category = AutocompleteInput(
@@ -284,26 +300,24 @@ class Page:
         self.download = Button(name="download", label="Download NIfTI", disabled=True)
         self.file = ColumnDataSource({"name": [""], "content": [""]}, name="file")
         self.file.js_on_change("data", CustomJS(args={"file": self.file}, code=SAVE_AS))
-        self.planes = [self._shown(plane) for plane in PLANES]
-        self._connect()
 
     def lay_out(self) -> None:
-        """Puts the page into the document."""
+        """Add the page to the document."""
         from bokeh.layouts import column, row
 
         controls = column(self.category, self.label, self.refine, self.window, self.clear, self.download)
-        views = [column(shown.figure, shown.scroll) for shown in self.planes]
+        views = [column(panel.figure, panel.scroll) for panel in self.panels]
         self.document.add_root(column(self.status, row(controls, *views)))
         self.document.add_root(self.file)
         self.document.title = f"SegVol: {self.volume.path.name}"
-        for shown in self.planes:
-            self._draw(shown)
+        for panel in self.panels:
+            self._draw(panel)
 
-    def _anew(self) -> Asked:
-        return Asked(self.volume.array_DHW.shape, self.volume.spacing)
+    def _empty_prompt(self) -> UserPrompt:
+        return UserPrompt(self.volume.array_DHW.shape, self.volume.spacing)
 
-    def _shown(self, plane: Plane) -> Shown:
-        """Seen from the front or from the feet, as radiologists do: the body's right is on the left."""
+    def _panel(self, plane: SlicePlane) -> Panel:
+        """In radiological convention: seen from the front or from the feet, the body's right is on the left."""
         from bokeh.models import ColumnDataSource, LinearColorMapper, Range1d, Slider
         from bokeh.plotting import figure
 
@@ -326,58 +340,58 @@ class Page:
         greys = LinearColorMapper(palette="Greys256", low=0, high=255)
         plot.image("image", source=hu, color_mapper=greys, **place)
         plot.image_rgba("image", source=mask, **place)
-        landmarks = ColumnDataSource({"x": [], "y": [], "colour": []})
-        plot.scatter("x", "y", source=landmarks, size=10, fill_color="colour", line_color="white")
+        points = ColumnDataSource({"x": [], "y": [], "colour": []})
+        plot.scatter("x", "y", source=points, size=10, fill_color="colour", line_color="white")
         box = ColumnDataSource({"left": [], "right": [], "bottom": [], "top": []}, name=f"{plane.name} box")
         plot.quad("left", "right", "bottom", "top", source=box, fill_alpha=0, line_color="#29b6f6", line_width=2)
         last = shape[plane.across] - 1
         scroll = Slider(name=f"{plane.name} slice", title=plane.name, start=0, end=last, value=last // 2, step=1)
-        return Shown(plane, plot, hu, mask, landmarks, box, scroll)
+        return Panel(plane, plot, hu, mask, points, box, scroll)
 
     def _connect(self) -> None:
         from bokeh.events import MouseWheel, SelectionGeometry, Tap
 
-        for shown in self.planes:
-            shown.figure.on_event(Tap, partial(self._tapped, shown))
-            shown.figure.on_event(SelectionGeometry, partial(self._selected, shown))
-            shown.figure.on_event(MouseWheel, partial(self._wheeled, shown))
-            shown.scroll.on_change("value", lambda attribute, old, new, shown=shown: self._draw(shown))
+        for panel in self.panels:
+            panel.figure.on_event(Tap, partial(self._tapped, panel))
+            panel.figure.on_event(SelectionGeometry, partial(self._selected, panel))
+            panel.figure.on_event(MouseWheel, partial(self._wheeled, panel))
+            panel.scroll.on_change("value", lambda attribute, old, new, panel=panel: self._draw(panel))
         self.window.on_change("value", lambda attribute, old, new: self._draw_all())
         self.category.on_change("value", lambda attribute, old, new: self._typed(new))
         self.clear.on_click(self._cleared)
         self.download.on_click(self._downloaded)
 
-    # what the user does
+    # ---- events ----
 
-    def _tapped(self, shown: Shown, event: Tap) -> None:
+    def _tapped(self, panel: Panel, event: Tap) -> None:
         label = INSIDE if self.label.active == 0 else OUTSIDE
-        voxel = self._voxel(shown, event.x, event.y)
-        if self.asked.click(voxel, label):
-            for other in self.planes:
+        voxel = self._voxel(panel, event.x, event.y)
+        if self.user_prompt.click(voxel, label):
+            for other in self.panels:
                 other.scroll.value = voxel[other.plane.across]
-            self._ask()
+            self._segment()
 
-    def _selected(self, shown: Shown, event: SelectionGeometry) -> None:
+    def _selected(self, panel: Panel, event: SelectionGeometry) -> None:
         if event.final:
             rectangle = event.geometry
-            corners = [self._voxel(shown, rectangle[f"x{end}"], rectangle[f"y{end}"]) for end in (0, 1)]
-            self.asked.draw(shown.plane, corners)
-            self._ask()
+            corners = [self._voxel(panel, rectangle[f"x{end}"], rectangle[f"y{end}"]) for end in (0, 1)]
+            self.user_prompt.draw(panel.plane, corners)
+            self._segment()
 
-    def _voxel(self, shown: Shown, x: float, y: float) -> tuple[int, int, int]:
-        return shown.plane.voxel(x, y, int(shown.scroll.value), self.volume.spacing)
+    def _voxel(self, panel: Panel, x: float, y: float) -> tuple[int, int, int]:
+        return panel.plane.voxel(x, y, int(panel.scroll.value), self.volume.spacing)
 
-    def _wheeled(self, shown: Shown, event: MouseWheel) -> None:
+    def _wheeled(self, panel: Panel, event: MouseWheel) -> None:
         step = 1 if event.delta > 0 else -1
-        shown.scroll.value = min(max(shown.scroll.value + step, shown.scroll.start), shown.scroll.end)
+        panel.scroll.value = min(max(panel.scroll.value + step, panel.scroll.start), panel.scroll.end)
 
     def _typed(self, name: str) -> None:
-        self.asked.text = name.strip()
-        if not self.asked.empty:
-            self._ask()
+        self.user_prompt.text = name.strip()
+        if not self.user_prompt.empty:
+            self._segment()
 
     def _cleared(self) -> None:
-        self.asked, self.mask = self._anew(), None
+        self.user_prompt, self.mask = self._empty_prompt(), None
         self.category.value = ""
         self.download.disabled = True
         self.status.text = "Cleared."
@@ -386,26 +400,26 @@ class Page:
     def _downloaded(self) -> None:
         if self.mask is None:
             return
-        name = f"{self.asked.text or 'mask'}.nii.gz".replace("/", "_")
+        name = f"{self.user_prompt.text or 'mask'}.nii.gz".replace("/", "_")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "mask.nii.gz"
             self.mask.save(path)
             content = base64.b64encode(path.read_bytes()).decode()
         self.file.data = {"name": [name], "content": [content]}
 
-    # what the model answers
+    # ---- segmentation ----
 
-    def _ask(self) -> None:
+    def _segment(self) -> None:
         self.status.text = "Segmenting ..."
         self._draw_all()
         previous = self.mask.array_DHW if self.mask is not None and self.refine.active else None
-        future = self.worker.submit(self.session.segment, self.asked.prompt(), previous)
-        future.add_done_callback(lambda done: self.document.add_next_tick_callback(partial(self._answered, done)))
+        future = self.worker.submit(self.session.segment, self.user_prompt.prompt(), previous)
+        future.add_done_callback(lambda done: self.document.add_next_tick_callback(partial(self._finished, done)))
 
-    def _answered(self, done: Future[Mask]) -> None:
+    def _finished(self, done: Future[Mask]) -> None:
         try:
             self.mask = done.result()
-        except ValueError as error:  # a prompt that does not fit: the user is told, and goes on
+        except ValueError as error:  # a prompt that does not fit: show the error and go on
             self.status.text = html.escape(f"{type(error).__name__}: {error}", quote=False)
             return
         found = f"{self.mask.voxels} voxels, {self.mask.millilitres:.1f} ml"
@@ -413,34 +427,34 @@ class Page:
         self.download.disabled = self.mask.roi is None
         self._draw_all()
 
-    # what is seen
+    # ---- drawing ----
 
     def _draw_all(self) -> None:
-        for shown in self.planes:
-            self._draw(shown)
+        for panel in self.panels:
+            self._draw(panel)
 
-    def _draw(self, shown: Shown) -> None:
-        plane, place = shown.plane, int(shown.scroll.value)
+    def _draw(self, panel: Panel) -> None:
+        plane, place = panel.plane, int(panel.scroll.value)
         low, high = WINDOWS[self.window.value]
         hu_YX = plane.cut(self.volume.array_DHW, place).astype(np.float32)
         grey_YX = ((hu_YX - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
-        shown.slice.data = {"image": [grey_YX]}
+        panel.slice.data = {"image": [grey_YX]}
         mask_YX = np.zeros(grey_YX.shape, bool) if self.mask is None else plane.cut(self.mask.array_DHW, place)
-        shown.mask.data = {"image": [mask_YX.astype(np.uint32) * np.uint32(RED)]}
-        self._draw_prompt(shown, place)
+        panel.mask.data = {"image": [mask_YX.astype(np.uint32) * np.uint32(RED)]}
+        self._draw_prompt(panel, place)
 
-    def _draw_prompt(self, shown: Shown, place: int) -> None:
-        plane, spacing = shown.plane, self.volume.spacing
-        here = [(voxel, label) for voxel, label in self.asked.points if voxel[plane.across] == place]
-        shown.landmarks.data = {
+    def _draw_prompt(self, panel: Panel, place: int) -> None:
+        plane, spacing = panel.plane, self.volume.spacing
+        here = [(voxel, label) for voxel, label in self.user_prompt.points if voxel[plane.across] == place]
+        panel.points.data = {
             "x": [(voxel[plane.along] + 0.5) * spacing[plane.along] for voxel, _ in here],
             "y": [(voxel[plane.down] + 0.5) * spacing[plane.down] for voxel, _ in here],
-            "colour": [COLOURS[label] for _, label in here],
+            "colour": [POINT_COLOURS[label] for _, label in here],
         }
-        box = self.asked.box
+        box = self.user_prompt.box
         cut = box is not None and box[plane.across] <= place <= box[plane.across + 3]
-        spans = self.asked.spans if cut else {}
+        spans = self.user_prompt.spans if cut else {}
         edges = {"left": (plane.along, 0), "right": (plane.along, 1), "bottom": (plane.down, 0), "top": (plane.down, 1)}
-        shown.box.data = {
+        panel.box.data = {
             edge: [(spans[axis][end] + end) * spacing[axis]] if spans else [] for edge, (axis, end) in edges.items()
         }

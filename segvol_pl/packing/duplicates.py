@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from segvol_pl.credentials import masked
 from segvol_pl.data.shard_index import load_index
-from segvol_pl.data.store import Source, Store
+from segvol_pl.data.store import ShardSource, Store
 from segvol_pl.errors import ShardError
 
 
@@ -24,7 +24,7 @@ class Copy:
     split: str
 
 
-def find_duplicates(folders: Sequence[Source]) -> list[list[Copy]]:
+def find_duplicates(folders: Sequence[ShardSource]) -> list[list[Copy]]:
     """Return the groups of samples that hold equal voxels, first those in different splits.
 
     Raises ShardError for a folder that cannot be read, or whose index is older than the hashes.

@@ -61,14 +61,14 @@ class DataHealth(pl.Callback):
 
     def _check(self, trainer: pl.Trainer, module: pl.LightningModule, due: bool) -> None:
         health = trainer.datamodule.health  # type: ignore[attr-defined]
-        unshared, replaced = len(health.untold), health.replaced
-        # A single rank has nobody to ask, so that checking at every step does not synchronise with the GPU.
+        unreported, replaced = len(health.unreported), health.replaced
+        # A single rank has no other to ask, so that checking at every step does not synchronise with the GPU.
         if trainer.world_size > 1:
-            counts = torch.tensor([unshared, replaced], dtype=torch.float64, device=module.device)
-            unshared, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
-        if unshared:
-            for found in gathered(health.told(), trainer.world_size):
-                health.hear(found)
+            counts = torch.tensor([unreported, replaced], dtype=torch.float64, device=module.device)
+            unreported, replaced = (int(count) for count in trainer.strategy.reduce(counts, reduce_op="sum"))
+        if unreported:
+            for found in gathered(health.take_unreported(), trainer.world_size):
+                health.merge(found)
         if due:
             metrics: dict[str, float] = {"data/damaged": len(health.damaged), "data/replaced": replaced}
             for logger in trainer.loggers:

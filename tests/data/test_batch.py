@@ -22,7 +22,7 @@ from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import Plan, Stream, collate
+from segvol_pl.data.stream import BatchPlan, Stream, collate
 from segvol_pl.imaging import transforms
 from segvol_pl.imaging.intensity import Intensity, normalise
 from segvol_pl.planning.plan import sample_bytes
@@ -123,7 +123,7 @@ def _stream(folder: Path, model: SegVolConfig, data: DataConfig, prompts: Prompt
     def draw(facts: sampling.Facts, read: sampling.Read, rng: np.random.Generator) -> Arrays:
         return sampling.sample_segmentation(facts, read, rng, model=model, data=data, prompts=prompts, row_of=rows)
 
-    return Stream(Corpus([Part(Store(folder), records, 6)]), draw, Plan(6 * len(records), 2, seed=5))
+    return Stream(Corpus([Part(Store(folder), records, 6)]), draw, BatchPlan(6 * len(records), 2, seed=5))
 
 
 def test_the_planner_states_the_bytes_that_travel(phantom_shards: Path) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segvol_pl.data.cache import BLOCK, Cache
-from segvol_pl.data.frames import Span
+from segvol_pl.data.cache import BLOCK_BYTES, Cache
+from segvol_pl.data.frames import ByteRange
 
-SIZE = 2 * BLOCK + 1000
+SIZE = 2 * BLOCK_BYTES + 1000
 CONTENT = np.random.default_rng(0).bytes(SIZE)
 
 
@@ -20,16 +20,16 @@ class Far:
     """A member far away, which counts what it is asked for."""
 
     def __init__(self, content: bytes = CONTENT) -> None:
-        self.content, self.asked = content, list[Span]()
+        self.content, self.asked = content, list[ByteRange]()
 
-    def fetch(self, spans: list[Span]) -> list[bytes]:
+    def fetch(self, spans: list[ByteRange]) -> list[bytes]:
         self.asked += spans
         return [self.content[first:last] for first, last in spans]
 
 
 @given(st.lists(st.tuples(st.integers(0, SIZE), st.integers(0, SIZE)).map(lambda ends: (min(ends), max(ends)))))
 @settings(max_examples=30, deadline=None)
-def test_spans_are_those_of_the_member(tmp_path_factory: object, spans: list[Span]) -> None:
+def test_spans_are_those_of_the_member(tmp_path_factory: object, spans: list[ByteRange]) -> None:
     folder = tmp_path_factory.mktemp("cache")  # type: ignore[attr-defined]
     for _ in range(2):
         cache, far = Cache(str(folder), 10 * SIZE), Far()
@@ -40,10 +40,10 @@ def test_spans_are_those_of_the_member(tmp_path_factory: object, spans: list[Spa
 def test_what_one_process_read_another_has(tmp_path: Path) -> None:
     first, second, far = Cache(str(tmp_path), 10 * SIZE), Cache(str(tmp_path), 10 * SIZE), Far()
     first.read("key", SIZE, [(0, 10)], far.fetch)
-    second.read("key", SIZE, [(5, BLOCK + 5)], far.fetch)
-    assert far.asked == [(0, BLOCK), (BLOCK, 2 * BLOCK)]
+    second.read("key", SIZE, [(5, BLOCK_BYTES + 5)], far.fetch)
+    assert far.asked == [(0, BLOCK_BYTES), (BLOCK_BYTES, 2 * BLOCK_BYTES)]
     second.read("other", SIZE, [(0, 10)], far.fetch)
-    assert far.asked[2:] == [(0, BLOCK)]
+    assert far.asked[2:] == [(0, BLOCK_BYTES)]
 
 
 def test_a_forgotten_member_is_fetched_anew(tmp_path: Path) -> None:
@@ -56,24 +56,24 @@ def test_a_forgotten_member_is_fetched_anew(tmp_path: Path) -> None:
 def test_a_block_that_is_not_whole_is_fetched_anew(tmp_path: Path) -> None:
     """Neither what a shard gave while it was cut, nor what is left of a block on the disk, is taken for the member."""
     cache = Cache(str(tmp_path), 10 * SIZE)
-    assert cache.read("key", SIZE, [(0, SIZE)], Far(CONTENT[: BLOCK + 5]).fetch) == [CONTENT[: BLOCK + 5]]
+    assert cache.read("key", SIZE, [(0, SIZE)], Far(CONTENT[: BLOCK_BYTES + 5]).fetch) == [CONTENT[: BLOCK_BYTES + 5]]
     far = Far()
     assert cache.read("key", SIZE, [(0, SIZE)], far.fetch) == [CONTENT]
-    assert far.asked == [(BLOCK, 2 * BLOCK), (2 * BLOCK, SIZE)]
+    assert far.asked == [(BLOCK_BYTES, 2 * BLOCK_BYTES), (2 * BLOCK_BYTES, SIZE)]
     for path in tmp_path.glob("??/*.0"):
         os.truncate(path, 7)
     assert cache.read("key", SIZE, [(0, SIZE)], far.fetch) == [CONTENT]
 
 
 def test_it_stays_within_its_bound_and_keeps_what_was_used_last(tmp_path: Path) -> None:
-    limit = 20 * BLOCK
+    limit = 20 * BLOCK_BYTES
     cache, far = Cache(str(tmp_path), limit), Far()
     for number in range(40):
-        cache.read(f"key{number}", BLOCK, [(0, 10)], far.fetch)
+        cache.read(f"key{number}", BLOCK_BYTES, [(0, 10)], far.fetch)
         for path in tmp_path.glob("??/*"):
             # The clock of some file systems is coarser than this loop.
             os.utime(path, ns=(0, path.stat().st_mtime_ns - 10**9))
-        cache.read("kept", BLOCK, [(0, 10)], far.fetch)
+        cache.read("kept", BLOCK_BYTES, [(0, 10)], far.fetch)
     held = sum(path.stat().st_size for path in tmp_path.glob("??/*"))
     assert limit / 2 < held <= limit
     assert len(far.asked) == 41

@@ -128,7 +128,7 @@ def test_a_folder_without_a_test_split_is_mixed_in_to_train_on(
     assert [str(part.store.folder) for part in module.train_corpus.parts] == [str(phantom_shards), str(train_only)]
     assert [str(part.store.folder) for part in module.val_corpus.parts] == [str(phantom_shards)]
     assert {record.split for record in module.val_corpus.records} == {"test"}
-    assert f"{train_only} holds nothing of 'test'" in caplog.text
+    assert f"{train_only} has no samples in 'test'" in caplog.text
     with pytest.raises(ConfigError, match=rf"data\.val_split: {train_only} holds no labelled samples in 'test'"):
         held_out_corpus(open_folders(replace(data, shards=str(train_only), mix=[])), "test", labelled=True)
     with pytest.raises(ConfigError, match=rf"{train_only} holds no labelled samples in 'test'"):
@@ -144,12 +144,12 @@ def test_a_missing_shard_is_borne_within_the_bound(
     data = DataConfig(shards=str(folder), max_bad_fraction=0.5)
     corpus = held_out_corpus(open_folders(data), "all", labelled=True)
     assert len(corpus.records) == 6 and f"{lost} is missing" in caplog.text
-    with pytest.raises(ShardError, match=f"{lost.name} is missing though the index names it"):
+    with pytest.raises(ShardError, match=f"{lost.name} is missing although the index names it"):
         open_folders(replace(data, max_bad_fraction=0.001))
 
 
 def test_a_store_that_is_away_is_waited_for_as_long_as_stated() -> None:
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
     data = DataConfig(shards="http://127.0.0.1:9/shards", retry_seconds=0.2)
-    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9/shards/index\.json: the store gave no answer for 0 s"):
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9/shards/index\.json: the store gave no response for 0 s"):
         open_folders(data)

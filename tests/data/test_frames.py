@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from segvol_pl.data.frames import CHUNK_HEADER, PartialFrame, Span, chunk_table, decode_array, encode_array
+from segvol_pl.data.frames import CHUNK_HEADER, ByteRange, PartialFrame, chunk_table, decode_array, encode_array
 
 SHAPE = (70, 150, 140)
 
@@ -32,10 +32,10 @@ class Bytes:
         self.content = bytearray(content)
         table = chunk_table(bytes(self.content))
         assert table is not None
-        self.table, self.asked = table, list[Span]()
+        self.table, self.asked = table, list[ByteRange]()
         self.frame = PartialFrame(table, self.fetch)
 
-    def fetch(self, spans: list[Span], sound: object) -> list[bytes]:
+    def fetch(self, spans: list[ByteRange], sound: object) -> list[bytes]:
         self.asked += spans
         parts = [bytes(self.content[first:last]) for first, last in spans]
         assert callable(sound)

@@ -27,7 +27,7 @@ from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
 from segvol_pl.data.index_builder import build_index, walk_shard
 from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
-from segvol_pl.data.shard_index import Index, SampleRecord, describe, read_index
+from segvol_pl.data.shard_index import Index, SampleRecord, list_samples, read_index
 from segvol_pl.data.shard_reader import read_array, read_facts, read_member
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import INDEX, Store
@@ -103,7 +103,7 @@ def test_a_slice_is_decoded_alone() -> None:
 
 
 def test_bytes_that_are_no_frame() -> None:
-    with pytest.raises(SampleError, match="5 bytes are no Blosc2 frame"):
+    with pytest.raises(SampleError, match="5 bytes are not a Blosc2 frame"):
         decode_array(b"hello")
 
 
@@ -158,7 +158,7 @@ def test_the_index_says_what_the_shards_hold(folder: Path) -> None:
         ("c", "a-00001.tar", False),
     ]
     assert [shard.samples for shard in index.shards] == [2, 1]
-    assert [row["key"] for row in describe(folder)] == ["a", "b", "c"]
+    assert [row["key"] for row in list_samples(folder)] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -215,17 +215,17 @@ def test_a_folder_without_index_says_how_to_get_one(tmp_path: Path) -> None:
             read_index(Store(place))
     with pytest.raises(ShardError, match=r"holds no \*\.tar"):
         build_index(tmp_path)
-    with pytest.raises(ShardError, match="is no folder"):
+    with pytest.raises(ShardError, match="is not a folder"):
         build_index(tmp_path / "gone")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("hello", "is no index of shards"),
-        ("{}", "is no index of shards"),
+        ("hello", "is not an index of shards"),
+        ("{}", "is not an index of shards"),
         ('{"schema": 7}', "schema 7 but this version reads 1"),
-        ('{"schema": 1, "shards": 3}', "is no index of shards"),
+        ('{"schema": 1, "shards": 3}', "is not an index of shards"),
     ],
 )
 def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
@@ -237,13 +237,13 @@ def test_a_wrong_index(folder: Path, text: str, message: str) -> None:
 def test_an_index_cannot_lead_out_of_its_folder(folder: Path) -> None:
     index = read_index(Store(folder))
     record = replace(index.samples[0], shard="../a-00000.tar")
-    with pytest.raises(StoreError, match="lies outside: index the folder anew"):
+    with pytest.raises(StoreError, match="outside the folder: run segvol-pl index"):
         read_member(Store(folder), record, Member.CT)
 
 
 def test_a_missing_shard(folder: Path) -> None:
     (folder / "a-00001.tar").unlink()
-    with pytest.raises(ShardError, match=r"a-00001\.tar is missing though the index names it"):
+    with pytest.raises(ShardError, match=r"a-00001\.tar is missing although the index names it"):
         read_index(Store(folder))
 
 
@@ -290,7 +290,7 @@ def test_a_sample_without_its_label_is_not_indexed(tmp_path: Path) -> None:
 def test_samples_that_do_not_belong_together(tmp_path: Path) -> None:
     write_shard(tmp_path / "a.tar", [_sample("a")])
     write_shard(tmp_path / "b.tar", [_sample("a")])
-    with pytest.raises(ShardError, match=r"sample a stands in a\.tar and in b\.tar"):
+    with pytest.raises(ShardError, match=r"sample a is in a\.tar and in b\.tar"):
         build_index(tmp_path)
     _, facts = walk_shard(tmp_path / "b.tar")[0]
     other = replace(facts, key="b", overview_shape=[8, 8, 8]).to_json().encode()
@@ -414,11 +414,11 @@ LIVER = {"values": [1], "voxels": 10, "box": [0, 0, 0, 1, 1, 1], "anchors": [[0,
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"shape": [9, 40, 33.5]}, r"no shape of three axes"),
-        ({"shape": [9, 40]}, r"no shape of three axes"),
-        ({"overview_shape": [4, 8, -8]}, r"no shape of three axes"),
+        ({"shape": [9, 40, 33.5]}, r"not a shape of three axes"),
+        ({"shape": [9, 40]}, r"not a shape of three axes"),
+        ({"overview_shape": [4, 8, -8]}, r"not a shape of three axes"),
         ({"members": {"note.txt": ""}}, r"'note.txt' is not a valid Member"),
-        ({"members": {"ct.b2nd": 7}}, r"hash of ct.b2nd: 7 is no str"),
+        ({"members": {"ct.b2nd": 7}}, r"hash of ct.b2nd: 7 is not of type str"),
         ({"categories": {"liver": {**LIVER, "anchors": []}}}, r"anchors of liver are no voxels of"),
         ({"categories": {"liver": {**LIVER, "anchors": [[0, 40, 0]]}}}, r"anchors of liver are no voxels of"),
         ({"categories": {"liver": {**LIVER, "anchors": [[0, 1], [2]]}}}, r"inhomogeneous"),
@@ -439,7 +439,7 @@ def test_facts_of_another_shape_than_the_index_says(folder: Path) -> None:
 @pytest.mark.parametrize("deep", ["[" * 200_000, '{"a":' * 200_000])
 def test_what_is_nested_too_deep_is_no_index_and_no_facts(folder: Path, deep: str) -> None:
     (folder / INDEX).write_text(deep)
-    with pytest.raises(ShardError, match=r"index\.json is no index of shards"):
+    with pytest.raises(ShardError, match=r"index\.json is not an index of shards"):
         read_index(Store(folder))
     write_shard(folder / "a-00000.tar", [Sample("a", {Member.FACTS: deep.encode()})])
     with pytest.raises(DamagedSample, match=r"a-00000\.tar, sample a: .*recursion"):
@@ -467,7 +467,7 @@ def test_verify_finds_what_lies_between_the_members(folder: Path) -> None:
     content[300] ^= 0xFF  # in the first header, where tar keeps nothing
     path.write_bytes(content)
     assert verify(folder) == [
-        f"shard {path}: its sha256 is not the indexed one, though all samples are sound: copy it again"
+        f"shard {path}: its sha256 is not the indexed one although all samples are sound: copy it again"
     ]
 
 

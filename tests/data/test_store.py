@@ -40,7 +40,7 @@ class Moody(BaseHTTPRequestHandler):
             self._answer(mood)
 
     def _answer(self, mood: str) -> None:
-        content, wanted = CONTENT, self.headers.get("Range") if mood != "no ranges" else None
+        content, wanted = CONTENT, self.headers.get("Range") if mood != "ignores ranges" else None
         if mood == "delay":
             time.sleep(1.0)
         if wanted:
@@ -101,13 +101,13 @@ def test_a_store_that_stays_away_is_named_within_the_stated_time(moody: tuple[st
     place, handler = moody
     handler.moods[:] = ["500"] * 1000
     started = time.monotonic()
-    with pytest.raises(StoreError, match=r"http://127.*no answer for \d s .*500.*goes on where it stopped"):
+    with pytest.raises(StoreError, match=r"http://127.*no response for \d s .*500.*resumes where it stopped"):
         read(place, 0, 10, retry_seconds=1.0)
     assert time.monotonic() - started < 10 and handler.asked > 2
 
 
 def test_no_server_at_all() -> None:
-    with pytest.raises(StoreError, match="no answer"):
+    with pytest.raises(StoreError, match="no response"):
         read("http://127.0.0.1:9", 0, 10, retry_seconds=0.2)
 
 
@@ -139,8 +139,8 @@ def test_a_range_behind_the_end_is_none_of_the_stores_faults(moody: tuple[str, t
 
 def test_a_server_without_ranges_is_named_before_a_shard_is_fetched(moody: tuple[str, type[Moody]]) -> None:
     place, handler = moody
-    handler.moods[:] = ["no ranges"] * 1000
-    with pytest.raises(StoreError, match=r"shard\.tar: the server takes no ranges.*pipe:curl"):
+    handler.moods[:] = ["ignores ranges"] * 1000
+    with pytest.raises(StoreError, match=r"shard\.tar: the server ignores ranges.*pipe:curl"):
         read(place, 300, 10)
     assert handler.asked == 1
     assert Store(place).file("shard.tar") == CONTENT
@@ -211,14 +211,14 @@ def test_a_folder_that_is_away_for_a_while_is_waited_for(folder: Path, caplog: p
     back.start()
     assert read(folder, 300, 500) == CONTENT[300:800]
     back.join()
-    assert "shard.tar cannot be read (No such file or directory): trying again for 60 s" in caplog.text
+    assert "shard.tar cannot be read (No such file or directory): retrying for 60 s" in caplog.text
 
 
 def test_a_folder_that_stays_away_is_named_within_the_stated_time(folder: Path) -> None:
     folder.parent.rename(folder.parent.with_name("away"))
     (folder.parent / "shards").mkdir(parents=True)  # as a mount point is without its mount
     started = time.monotonic()
-    with pytest.raises(StoreError, match=rf"{folder}/shard\.tar could not be read for \d s .*mounted.*goes on where"):
+    with pytest.raises(StoreError, match=rf"{folder}/shard\.tar could not be read for \d s .*mounted.*resumes where"):
         read(folder, 0, 10, retry_seconds=0.5)
     assert 0.1 < time.monotonic() - started < 10
 
@@ -310,7 +310,7 @@ def test_an_s3_server_that_is_away(bucket: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()
     started = time.monotonic()
-    with pytest.raises(StoreError, match=r"s3://volumes/mine/shard.tar: the store gave no answer for"):
+    with pytest.raises(StoreError, match=r"s3://volumes/mine/shard.tar: the store gave no response for"):
         read(bucket, 0, 10, retry_seconds=1.0)
     assert time.monotonic() - started < 30
 

@@ -30,8 +30,8 @@ from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
-from segvol_pl.data.damage import Damage
-from segvol_pl.data.damage_tally import Health
+from segvol_pl.data.damage import DAMAGES, Damage
+from segvol_pl.data.damage_tally import DamageTally
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.index_builder import build_index, walk_shard
 from segvol_pl.data.sampling import Read
@@ -40,7 +40,7 @@ from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_sample
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import DAMAGES, Plan, Stream, World, epoch_order
+from segvol_pl.data.stream import BatchPlan, Stream, World, epoch_order
 from segvol_pl.errors import ShardError, StoreError
 
 
@@ -53,7 +53,7 @@ def test_the_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
     assert not np.array_equal(order, epoch_order(1000, seed=4, epoch=5))
 
 
-def dealt(plan: Plan, world: World, seen: int, until: int) -> list[np.ndarray]:
+def dealt(plan: BatchPlan, world: World, seen: int, until: int) -> list[np.ndarray]:
     """The positions of each micro-batch that this worker loads between two numbers of samples seen."""
     taken = takewhile(lambda micro: micro[1] <= until, plan.positions(world, seen))
     return [positions for _, _, positions in taken]
@@ -68,7 +68,7 @@ def test_every_position_is_loaded_once_by_some_worker(drawn: tuple[int, int, int
     ranks, workers, local, extra, skipped = drawn
     batch = ranks * local
     samples = batch * (skipped + 1) + extra
-    start, plan = skipped * batch, Plan(samples, batch)
+    start, plan = skipped * batch, BatchPlan(samples, batch)
     parts = [
         positions
         for rank in range(ranks)
@@ -89,20 +89,20 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world(ranks: int, workers: i
         return
     got = []
     for rank in range(ranks):
-        mine = dealt(Plan(samples, batch), World(rank, ranks, step % workers, workers), 0, samples)
+        mine = dealt(BatchPlan(samples, batch), World(rank, ranks, step % workers, workers), 0, samples)
         got.append(mine[step // workers])
     assert np.array_equal(np.sort(np.concatenate(got)), np.arange(step * batch, (step + 1) * batch))
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="global batch 8 is not a multiple of 3 ranks"):
-        next(Plan(100, 8).positions(World(0, 3), 0))
+        next(BatchPlan(100, 8).positions(World(0, 3), 0))
 
 
 @given(st.integers(0, 40), st.integers(1, 4), st.sampled_from([1, 2, 4]))
 @settings(max_examples=60, deadline=None)
 def test_a_plan_goes_on_where_it_stopped(step: int, workers: int, accumulate: int) -> None:
-    plan = Plan(num_samples=29, global_batch=8, accumulate=accumulate, seed=1)
+    plan = BatchPlan(num_samples=29, global_batch=8, accumulate=accumulate, seed=1)
     micro = 8 // accumulate
 
     def taken(seen: int, count: int) -> list[tuple[int, int, list[int]]]:
@@ -119,7 +119,9 @@ def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int 
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
     draw = functools.partial(sampling.sample_segmentation, model=TINY, data=DataConfig(), prompts=prompts, row_of=rows)
-    return Stream(Corpus([Part(Store(folder), records, 3)]), draw, Plan(3 * len(records), batch, seed=7), world, seen)
+    return Stream(
+        Corpus([Part(Store(folder), records, 3)]), draw, BatchPlan(3 * len(records), batch, seed=7), world, seen
+    )
 
 
 def _equal(a: Batch, b: Batch) -> bool:
@@ -168,7 +170,7 @@ def test_any_world_sees_the_same_samples_in_every_step(data: st.DataObject) -> N
         batch * data.draw(st.integers(1, 5)) + data.draw(st.integers(0, batch - 1)),
         data.draw(st.sampled_from(LastBatch)),
     )
-    plan, step = Plan(samples, batch, accumulate, last_batch=tail), data.draw(st.integers(0, 12))
+    plan, step = BatchPlan(samples, batch, accumulate, last_batch=tail), data.draw(st.integers(0, 12))
     steps_per_epoch = plan.usable // batch
     epoch, index = divmod(step, steps_per_epoch)
     rank, got = data.draw(st.integers(0, ranks - 1)), []
@@ -187,7 +189,7 @@ def test_any_world_sees_the_same_samples_in_every_step(data: st.DataObject) -> N
 
 def test_an_epoch_sees_every_sample_once_but_for_its_tail() -> None:
     for tail, usable in ((LastBatch.drop, 24), (LastBatch.repeat, 32)):
-        plan = Plan(29, 8, last_batch=tail)
+        plan = BatchPlan(29, 8, last_batch=tail)
         positions = np.concatenate([next(islice(plan.positions(World(), 0), n, None))[2] for n in range(usable // 8)])
         assert np.array_equal(positions, np.arange(usable)) and plan.usable == usable
 
@@ -317,7 +319,7 @@ def test_damage_is_counted_by_shard_and_cause_said_once_and_bounded(
     broken: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stream = _stream(broken)
-    health = Health(stream.corpus)
+    health = DamageTally(stream.corpus)
     record = stream.corpus.records[2]
     flip(broken, record, Member.FACTS)
     for batch in islice(iter(stream), 8):
@@ -365,5 +367,5 @@ def test_a_folder_that_is_away_is_no_damage(broken: Path) -> None:
     stream = _stream(broken)
     stream.corpus = Corpus([replace(part, store=Store(broken, retry_seconds=0.2)) for part in stream.corpus.parts])
     broken.rename(broken.with_name("away"))
-    with pytest.raises(StoreError, match=r"could not be read for 0 s .*see that its folder is mounted"):
+    with pytest.raises(StoreError, match=r"could not be read for 0 s .*check that its folder is mounted"):
         next(iter(stream))

@@ -15,8 +15,9 @@ from segvol_pl.imaging.box import box_of, box_slices
 from segvol_pl.imaging.intensity import Normalised, intensity_of
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.inference import zoom
-from segvol_pl.inference.coarse import Coarse
-from segvol_pl.inference.zoom import Zoomer, ZoomResult, _Plan
+from segvol_pl.inference.coarse import CoarseLogits
+from segvol_pl.inference.zoom import Zoomer
+from segvol_pl.inference.zoom_result import ZoomIn, ZoomResult
 from segvol_pl.model import SegVol
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.packing.phantom import make_phantom
@@ -32,23 +33,23 @@ SAME = ZoomConfig(batch=2, decode_batch=4)
 class Boxed(Zoomer):
     """The coarse mask, once decoded, is the prompt's box: an untrained model's would hang on its last digits."""
 
-    def _coarse(self, shrunk: list[Prompt]) -> list[Coarse]:
-        super()._coarse(shrunk)
-        return [self._boxed(prompt) for prompt in shrunk]
+    def _zoom_out(self, scaled: list[Prompt]) -> list[CoarseLogits]:
+        super()._zoom_out(scaled)
+        return [self._boxed(prompt) for prompt in scaled]
 
-    def _boxed(self, prompt: Prompt) -> Coarse:
-        low_DHW = np.full(self.window, -4, np.float32)
+    def _boxed(self, prompt: Prompt) -> CoarseLogits:
+        low_DHW = np.full(self.window_shape, -4, np.float32)
         low_DHW[box_slices(prompt.box or (2, 8, 8, 6, 24, 24))] = 4
-        return Coarse(low_DHW, self.image_DHW.shape, nearest=False)
+        return CoarseLogits(low_DHW, self.image_DHW.shape, nearest=False)
 
 
 class Unwaiting(Boxed):
     """Raises where the windows' loop waits for the GPU."""
 
-    def _look(self, plans: list[_Plan]) -> None:
+    def _decode_windows(self, group: list[ZoomIn]) -> None:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            super()._look(plans)
+            super()._decode_windows(group)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -84,7 +85,7 @@ def answers(
 ) -> list[ZoomResult]:
     zoomer = kind(copy.deepcopy(model).to(device), image, config)
     prompts = prompts_for(image.shape)
-    return list(zoomer.zoom_all([zoomer.prompted(prompt, np.random.default_rng(5)) for prompt in prompts]))
+    return list(zoomer.zoom_all([zoomer.request(prompt, np.random.default_rng(5)) for prompt in prompts]))
 
 
 def assert_alike(got: list[ZoomResult], wanted: list[ZoomResult]) -> None:
@@ -138,8 +139,8 @@ def test_between_the_coarse_logits_and_the_masks_the_host_waits_for_nothing(
 def test_without_room_the_sums_go_to_main_memory_and_one_line_says_so(
     model: SegVol, image: Normalised, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert zoom.room(GPU) > 2**20
-    monkeypatch.setattr(zoom, "room", lambda device: 0.0)
+    assert zoom.free_bytes(GPU) > 2**20
+    monkeypatch.setattr(zoom, "free_bytes", lambda device: 0.0)
     with caplog.at_level(logging.INFO):
         got = answers(Boxed, model, GPU, image)
     assert all(one.patch_DHW.device.type == "cpu" for one in got)

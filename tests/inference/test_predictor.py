@@ -388,8 +388,8 @@ def test_prompt_of_configuration(tmp_path: Path, ct: Path) -> None:
     ("changes", "message"),
     [
         ({"box": [4, 0, 0, 1, 5, 5]}, "inverted"),
-        ({"points": [[1, 2, 3, 2]]}, "label of each row"),
-        ({"points": [[1, 2.5, 3, 1]]}, "2.5 is no voxel; for millimetres give coordinates=ras"),
+        ({"points": [[1, 2, 3, 2]]}, "fourth number of each row"),
+        ({"points": [[1, 2.5, 3, 1]]}, "2.5 is not a whole voxel; for millimetres set coordinates=ras"),
     ],
 )
 def test_wrong_prompts_in_the_configuration(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -492,7 +492,7 @@ def say(
         ({"text": "[liver, liver]"}, 2, "text .*names a category twice"),
         ({"text": "liver", "image": "gone.nii.gz"}, 1, "gone.nii.gz does not exist"),
         ({"text": "liver", "out": "mask.png"}, 1, "out: mask.png must end in one of .nii"),
-        ({"text": "liver", "out": "nowhere/mask.nii.gz"}, 1, "out: there is no folder nowhere"),
+        ({"text": "liver", "out": "nowhere/mask.nii.gz"}, 1, "out: folder nowhere does not exist"),
         ({"text": "liver", "out": "mask.dcm"}, 1, "out: a DICOM SEG refers to the slices of a DICOM folder"),
         ({"text": "liver", "checkpoint": "gone.ckpt"}, 1, "gone.ckpt: no such checkpoint"),
         ({"text": "liver", "previous": "gone.nii.gz"}, 1, "gone.nii.gz does not exist"),

@@ -26,7 +26,7 @@ from PIL import Image
 from segvol_pl.__main__ import main
 from segvol_pl.config import ViewConfig
 from segvol_pl.errors import ViewError
-from segvol_pl.inference.viewer import PLANES, Asked, make_server
+from segvol_pl.inference.viewer import PLANES, UserPrompt, make_server
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
@@ -52,7 +52,7 @@ def test_a_place_on_a_slice_is_a_voxel() -> None:
 
 
 def test_clicks_text_and_rectangles_become_a_prompt() -> None:
-    asked = Asked(SHAPE, SPACING)
+    asked = UserPrompt(SHAPE, SPACING)
     assert asked.empty and asked.box is None
     with pytest.raises(ValueError, match="at least one of"):
         asked.prompt()
@@ -64,7 +64,7 @@ def test_clicks_text_and_rectangles_become_a_prompt() -> None:
 
 
 def test_a_rectangle_is_as_deep_as_wide_until_another_plane_says_more() -> None:
-    asked = Asked(SHAPE, SPACING)
+    asked = UserPrompt(SHAPE, SPACING)
     asked.draw(AXIAL, [(10, 20, 12), (10, 9, 7)])  # 12 mm by 12 mm
     assert asked.box == (8, 9, 7, 12, 20, 12)
     asked.draw(SAGITTAL, [(3, 15, 9), (11, 30, 9)])
@@ -96,7 +96,7 @@ def test_only_the_loopback_is_listened_at_by_default(
     server.stop()
     open_to_all = make_server(ViewConfig(str(checkpoint), str(image), host="0.0.0.0", port=0, device="cpu"))
     open_to_all.stop()
-    assert "may be reached from other machines" in caplog.text
+    assert "other machines may reach" in caplog.text
 
 
 def test_the_verb_takes_one_ct(capsys: pytest.CaptureFixture[str], files: tuple[Path, Path]) -> None:

@@ -15,22 +15,14 @@ from segvol_pl.config import Convention, ZoomConfig
 from segvol_pl.imaging.box import Box, box_of, box_slices
 from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt
 from segvol_pl.imaging.transforms import resize_label, resize_tensor
-from segvol_pl.inference.coarse import Certain, Coarse, binary, enlarge
+from segvol_pl.inference.coarse import CoarseLogits, KnownMask, binary, enlarge
+from segvol_pl.inference.gpu_memory import free_bytes
+from segvol_pl.inference.published_zoom import published_region, published_windows
 from segvol_pl.inference.token_cache import TokenStore
-from segvol_pl.inference.zoom import (
-    Zoomer,
-    _Plan,
-    clip_box,
-    cut_off_region,
-    reflect,
-    region_of,
-    room,
-    scale_box,
-    scale_prompt,
-    tiles,
-    widened_box,
-    zoom,
-)
+from segvol_pl.inference.window_prompts import clip_box, reflect, scale_box, scale_prompt
+from segvol_pl.inference.windows import Window, region_of, widened_box, windows_over
+from segvol_pl.inference.zoom import Zoomer, zoom
+from segvol_pl.inference.zoom_result import ZoomIn
 from segvol_pl.model.checkpoint import load_model
 
 WINDOW = (8, 16, 16)
@@ -41,6 +33,13 @@ def bright_box(shape: tuple[int, ...], box: Box) -> np.ndarray:
     image_DHW = np.zeros(shape, np.float32)
     image_DHW[box_slices(box)] = 1.0
     return image_DHW
+
+
+def windows_of(box: Box, shape: tuple[int, ...], config: ZoomConfig) -> list[Window]:
+    """The windows that a zoomer lays over a region."""
+    if config.grid is Convention.published:
+        return published_windows(box, WINDOW, config.overlap)
+    return windows_over(box, WINDOW, shape, config.overlap)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -149,11 +148,11 @@ def test_windows_cover_the_region_and_stay_inside_it(
 ) -> None:
     shape, box = case
     mask_DHW = bright_box(shape, box) > 0
-    asked = cut_off_region(mask_DHW, WINDOW) if rule is Convention.published else widened_box(mask_DHW, WINDOW, 1.0)
-    grid = tiles(asked, WINDOW, shape, ZoomConfig(overlap=overlap, grid=rule))
+    asked = published_region(mask_DHW, WINDOW) if rule is Convention.published else widened_box(mask_DHW, WINDOW, 1.0)
+    grid = windows_of(asked, shape, ZoomConfig(overlap=overlap, grid=rule))
     covered_DHW = np.zeros(shape, bool)
-    for tile in grid:
-        covered_DHW[tile.slices(WINDOW, tile.bound, (0, 0, 0))] = True
+    for window in grid:
+        covered_DHW[window.slices(WINDOW, window.bound, (0, 0, 0))] = True
     assert covered_DHW[box_slices(asked)].all() and covered_DHW[mask_DHW].all()
     assert rule is Convention.consistent or box_of(covered_DHW) == asked
     assert len(set(grid)) == len(grid)
@@ -167,11 +166,11 @@ def test_windows_lie_on_one_grid_and_are_as_few_as_cover_the_box(
     shape, box = case
     config = ZoomConfig(overlap=overlap)
     d, h, w = shape
-    every = tiles((0, 0, 0, d - 1, h - 1, w - 1), WINDOW, shape, config)
-    chosen = tiles(box, WINDOW, shape, config)
+    every = windows_of((0, 0, 0, d - 1, h - 1, w - 1), shape, config)
+    chosen = windows_of(box, shape, config)
     assert set(chosen) <= set(every)
     for axis, size in enumerate(WINDOW):
-        starts = sorted({tile.start[axis] for tile in chosen})
+        starts = sorted({window.start[axis] for window in chosen})
         if len(starts) > 1:  # without the first or the last of them the box would stick out
             assert box[axis] < starts[1] and box[axis + 3] >= starts[-2] + size
 
@@ -253,7 +252,7 @@ def test_windows_without_coarse_mask_are_not_decoded() -> None:
     image_DHW = bright_box((32, 64, 64), (0, 0, 0, 7, 15, 15)) + bright_box((32, 64, 64), (24, 48, 48, 31, 63, 63))
     result = zoom(Oracle(WINDOW), image_DHW, Prompt(text="kidneys"), CONFIG, rng())
     assert result.roi is not None
-    assert 2 <= result.windows < len(tiles(result.roi, WINDOW, image_DHW.shape, CONFIG))
+    assert 2 <= result.windows < len(windows_of(result.roi, image_DHW.shape, CONFIG))
     np.testing.assert_array_equal(binary(result.final_DHW, 0.5), image_DHW > 0.5)
 
 
@@ -302,7 +301,7 @@ def test_prompts_answered_together_are_answered_as_alone() -> None:
     points = Prompt(points_N3=np.array([[25, 45, 45]]), labels_N=np.array([1]))
     alone, together = Oracle(WINDOW), Oracle(WINDOW)
     zoomer, other = (Zoomer(model, image_DHW, ZoomConfig(decode_batch=3)) for model in (alone, together))
-    answers = list(other.zoom_all([other.prompted(prompt, rng(5)) for prompt in [*prompts, points]]))
+    answers = list(other.zoom_all([other.request(prompt, rng(5)) for prompt in [*prompts, points]]))
     for prompt, got in zip([*prompts, points], answers, strict=True):
         want = zoomer.zoom(prompt, rng(5))
         assert (got.roi, got.windows) == (want.roi, want.windows)
@@ -319,8 +318,8 @@ def test_in_float32_neither_how_many_prompts_are_decoded_at_once_nor_their_order
     points = Prompt(points_N3=np.array([[10, 30, 30]]), labels_N=np.array([1]))
     prompts = [Prompt(text="liver"), Prompt(text="spleen"), boxed(2, 5, 6, 15, 50, 40), points]
     usual, other = (Zoomer(model, image_DHW, ZoomConfig(decode_batch=size)) for size in (4, decode_batch))
-    wanted = list(usual.zoom_all([usual.prompted(prompt, rng(5)) for prompt in prompts]))
-    answers = other.zoom_all([other.prompted(prompts[place], rng(5)) for place in order])
+    wanted = list(usual.zoom_all([usual.request(prompt, rng(5)) for prompt in prompts]))
+    answers = other.zoom_all([other.request(prompts[place], rng(5)) for place in order])
     for place, got in zip(order, answers, strict=True):
         assert (got.roi, got.windows) == (wanted[place].roi, wanted[place].windows)
         np.testing.assert_allclose(got.final_DHW, wanted[place].final_DHW, rtol=0, atol=1e-5)
@@ -330,7 +329,7 @@ def test_without_room_for_tokens_prompts_answered_together_still_encode_a_window
     image_DHW = bright_box((40, 60, 60), (3, 8, 8, 17, 30, 30))
     model = Oracle(WINDOW)
     zoomer = Zoomer(model, image_DHW, ZoomConfig(cache_gb=0))
-    first, second = zoomer.zoom_all([zoomer.prompted(Prompt(text=name), rng()) for name in ("liver", "tumour")])
+    first, second = zoomer.zoom_all([zoomer.request(Prompt(text=name), rng()) for name in ("liver", "tumour")])
     assert first.windows == second.windows > 1 and model.encoded == 1 + first.windows and len(zoomer.tokens) == 0
 
 
@@ -357,16 +356,16 @@ def test_windows_are_averaged_voxel_by_voxel_and_the_rest_is_coarse(
     case: tuple[tuple[int, ...], Box], rule: Convention, seed: int
 ) -> None:
     shape, roi = case
-    draw, ground = rng(seed), Coarse(rng(seed).normal(size=WINDOW).astype(np.float32), shape, nearest=True)
-    grid = tiles(roi, WINDOW, shape, ZoomConfig(overlap=0.5, grid=rule))
-    looked = [(tile, Prompt(text="x")) for tile in grid if draw.random() < 0.7]
+    draw, ground = rng(seed), CoarseLogits(rng(seed).normal(size=WINDOW).astype(np.float32), shape, nearest=True)
+    grid = windows_of(roi, shape, ZoomConfig(overlap=0.5, grid=rule))
+    looked = [(window, Prompt(text="x")) for window in grid if draw.random() < 0.7]
     region = [high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)]
-    plan = _Plan(ground, roi, looked, WINDOW, torch.zeros(region))
+    plan = ZoomIn(ground, roi, looked, WINDOW, torch.zeros(region))
     total_DHW, count_DHW = np.zeros(region, np.float32), np.zeros(region, np.float32)
-    for tile, _ in looked:
-        logits_DHW, place = draw.normal(size=WINDOW).astype(np.float32), tile.slices(WINDOW, roi, roi[:3])
-        plan.add(tile, torch.from_numpy(logits_DHW))
-        total_DHW[place] += logits_DHW[tile.slices(WINDOW, roi, tile.start)]
+    for window, _ in looked:
+        logits_DHW, place = draw.normal(size=WINDOW).astype(np.float32), window.slices(WINDOW, roi, roi[:3])
+        plan.add(window, torch.from_numpy(logits_DHW))
+        total_DHW[place] += logits_DHW[window.slices(WINDOW, roi, window.start)]
         count_DHW[place] += 1
     want_DHW = np.where(count_DHW > 0, total_DHW / np.maximum(count_DHW, 1), ground.logits(roi))
     result = plan.result()
@@ -388,7 +387,7 @@ def test_the_room_on_a_gpu_is_what_is_free_and_what_torch_keeps_for_itself(monke
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
-    assert room(torch.device("cuda", 1)) == 25 and room(torch.device("cpu")) == np.inf
+    assert free_bytes(torch.device("cuda", 1)) == 25 and free_bytes(torch.device("cpu")) == np.inf
 
 
 def test_regions_without_room_beside_the_model_are_summed_in_main_memory_which_is_said_once(
@@ -396,10 +395,10 @@ def test_regions_without_room_beside_the_model_are_summed_in_main_memory_which_i
 ) -> None:
     zoomer = Zoomer(Oracle(WINDOW), np.zeros((20, 30, 30), np.float32), CONFIG)
     zoomer.device = torch.device("cuda", 1)
-    monkeypatch.setattr("segvol_pl.inference.zoom.room", lambda device: 10 * 4 * 5 * 6)  # twice 5 bytes a voxel
+    monkeypatch.setattr("segvol_pl.inference.zoom.free_bytes", lambda device: 10 * 4 * 5 * 6)  # twice 5 bytes a voxel
     with caplog.at_level("INFO"):
-        assert zoomer._place((4, 5, 6)) == torch.device("cuda", 1) and not caplog.messages
-        assert zoomer._place((4, 5, 7)) == zoomer._place((9, 9, 9)) == torch.device("cpu")
+        assert zoomer._device_for((4, 5, 6)) == torch.device("cuda", 1) and not caplog.messages
+        assert zoomer._device_for((4, 5, 7)) == zoomer._device_for((9, 9, 9)) == torch.device("cpu")
     (line,) = caplog.messages
     assert "4 x 5 x 7 voxels" in line and "summed in main memory" in line
 
@@ -443,7 +442,7 @@ def test_coarse_logits_are_those_of_the_whole_volume(
     low_DHW = rng(seed).normal(-1, 2, WINDOW).astype(np.float32)
     low = torch.from_numpy(low_DHW)[None, None]
     want_DHW = enlarge(low_DHW, shape) if nearest else resize_tensor(low, shape)[0, 0].numpy()
-    coarse = Coarse(low_DHW, shape, nearest)
+    coarse = CoarseLogits(low_DHW, shape, nearest)
     np.testing.assert_allclose(coarse.logits(box), want_DHW[box_slices(box)], atol=1e-4)
     # Rounding may decide about a voxel that lies at the threshold.
     clear_DHW = np.abs(want_DHW - np.log(threshold / (1 - threshold))) > 1e-4
@@ -452,7 +451,7 @@ def test_coarse_logits_are_those_of_the_whole_volume(
 
 def test_a_certain_mask_is_its_own_logits() -> None:
     mask_DHW = bright_box(WINDOW, (1, 2, 3, 4, 5, 6)) > 0
-    known = Certain(mask_DHW)
+    known = KnownMask(mask_DHW)
     np.testing.assert_array_equal(binary(known.logits((0, 0, 0, 7, 15, 15)), 0.99), mask_DHW)
     np.testing.assert_array_equal(known.logits((1, 2, 3, 2, 2, 4)) > 0, np.ones((2, 1, 2), bool))
 
@@ -502,19 +501,19 @@ def test_the_published_rules_find_the_truth_too(kind: str) -> None:
     prompt = Prompt(text="liver", box=box if "box" in kind else None, **points)
     result = zoom(Oracle(WINDOW), image_DHW, prompt, PUBLISHED, rng())
     np.testing.assert_array_equal(binary(result.final_DHW, 0.5), image_DHW > 0.5)
-    assert result.roi is not None and result.windows == len(tiles(result.roi, WINDOW, image_DHW.shape, PUBLISHED))
+    assert result.roi is not None and result.windows == len(windows_of(result.roi, image_DHW.shape, PUBLISHED))
 
 
 def test_the_published_region_is_cut_off_at_the_border() -> None:
     mask_DHW = bright_box((20, 40, 40), (0, 0, 30, 1, 3, 39)) > 0
-    assert cut_off_region(mask_DHW, WINDOW) == (0, 0, 27, 4, 9, 39)
+    assert published_region(mask_DHW, WINDOW) == (0, 0, 27, 4, 9, 39)
 
 
 def test_a_published_window_sees_its_region_alone_and_stands_in_its_middle() -> None:
     image_DHW = np.ones((20, 40, 40), np.float32)
-    (tile,) = tiles((0, 0, 27, 4, 9, 39), WINDOW, image_DHW.shape, PUBLISHED)
-    assert tile.start == (-1, -3, 26)
-    seen_DHW = tile.cut(image_DHW, WINDOW)
+    (window,) = windows_of((0, 0, 27, 4, 9, 39), image_DHW.shape, PUBLISHED)
+    assert window.start == (-1, -3, 26)
+    seen_DHW = window.cut(image_DHW, WINDOW)
     assert seen_DHW.shape == WINDOW and box_of(seen_DHW > 0) == (1, 3, 1, 5, 12, 13)
 
 

@@ -60,7 +60,7 @@ def test_training_says_what_it_tests_on_too(two: tuple[Path, Path], caplog: pyte
     alone = DataConfig(shards=str(two[0]), samples_per_volume=8, global_batch=2)
     run = RunConfig(out="unused")
     VolumeModule(replace(alone, mix=[str(two[1])]), run, None, None, labelled=True)  # type: ignore[arg-type]
-    assert "held-out volumes are trained on too: run segvol-pl overlap" in caplog.text
+    assert "held-out volumes are also trained on: run segvol-pl overlap" in caplog.text
     caplog.clear()
     VolumeModule(alone, run, None, None, labelled=True)  # type: ignore[arg-type]
-    assert "trained on too" not in caplog.text
+    assert "also trained on" not in caplog.text

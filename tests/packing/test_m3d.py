@@ -15,7 +15,7 @@ from scipy import sparse
 from segvol_pl.__main__ import main
 from segvol_pl.config import PackConfig
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shard_index import describe, read_index
+from segvol_pl.data.shard_index import list_samples, read_index
 from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CaseError, VolumeError
@@ -74,7 +74,7 @@ def test_the_form_becomes_shards(listed: Path, tmp_path: Path) -> None:
         assert sorted(facts.categories) == ["left lung", "liver"]
         for name, value in (("liver", 1), ("left lung", 2)):
             assert np.isin(packed, facts.categories[name].values).sum() == (label_DHW == value).sum()
-    assert {row["spacing"] for row in describe(str(tmp_path / "out"))} == {"unknown"}
+    assert {row["spacing"] for row in list_samples(str(tmp_path / "out"))} == {"unknown"}
 
 
 def test_the_stated_formula_gives_the_published_values(listed: Path) -> None:

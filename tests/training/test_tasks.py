@@ -27,7 +27,7 @@ from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import Draw, Plan, Stream
+from segvol_pl.data.stream import BatchPlan, Draw, Stream
 from segvol_pl.model import TextBank
 from segvol_pl.planning import memory
 from segvol_pl.training.module import Sharding, optimizer, schedule
@@ -41,7 +41,7 @@ OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
 
 def _batch(folder: Path, draw: Draw, size: int = 2) -> Batch:
     records = [record for record in read_index(Store(folder)).samples if record.labelled]
-    return unpacked(next(iter(Stream(Corpus([Part(Store(folder), records)]), draw, Plan(len(records), size)))))
+    return unpacked(next(iter(Stream(Corpus([Part(Store(folder), records)]), draw, BatchPlan(len(records), size)))))
 
 
 @pytest.fixture(scope="module")
