@@ -103,7 +103,7 @@ def test_folders_open_as_one_corpus(phantom_shards: Path) -> None:
     assert [len(part.records) for part in corpus.parts] == [3, 3] and corpus.num_samples == 9
     assert [part.dealt for part in held_out.parts] == [len(part.records) for part in held_out.parts] == [3, 3]
     assert [folder.index.dataset for folder in folders] == ["phantoms", "phantoms"]
-    with pytest.raises(ConfigError, match=r"data\.split, .*holds no labelled samples in 'none'"):
+    with pytest.raises(ConfigError, match=r"data\.split, .*has no labelled samples in 'none'"):
         held_out_corpus(folders, "none", labelled=True)
     with pytest.raises(ShardError, match=INDEX):
         open_folders(replace(data, mix=["nowhere"]))
@@ -129,9 +129,9 @@ def test_a_folder_without_a_test_split_is_mixed_in_to_train_on(
     assert [str(part.store.folder) for part in module.val_corpus.parts] == [str(phantom_shards)]
     assert {record.split for record in module.val_corpus.records} == {"test"}
     assert f"{train_only} has no samples in 'test'" in caplog.text
-    with pytest.raises(ConfigError, match=rf"data\.val_split: {train_only} holds no labelled samples in 'test'"):
+    with pytest.raises(ConfigError, match=rf"data\.val_split: {train_only} has no labelled samples in 'test'"):
         held_out_corpus(open_folders(replace(data, shards=str(train_only), mix=[])), "test", labelled=True)
-    with pytest.raises(ConfigError, match=rf"{train_only} holds no labelled samples in 'test'"):
+    with pytest.raises(ConfigError, match=rf"{train_only} has no labelled samples in 'test'"):
         training_corpus(open_folders(data), replace(data, split="test"), labelled=True)
 
 

@@ -194,7 +194,7 @@ def test_wandb_writes_an_offline_run_without_a_key(
     ("change", "message"),
     [
         ({"global_batch": 500}, r"data\.samples_per_volume: .* set data\.samples_per_volume="),
-        ({"split": "nowhere"}, r"data\.split, .* holds no samples in 'nowhere'"),
+        ({"split": "nowhere"}, r"data\.split, .* has no samples in 'nowhere'"),
     ],
 )
 def test_data_that_cannot_fill_a_batch_is_refused(
