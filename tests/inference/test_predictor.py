@@ -282,7 +282,7 @@ def test_a_follow_up_prompt_refines_the_previous_mask(ct: Path) -> None:
     third = session.segment(Prompt(points_N3=np.array([[2, 10, 10]]), labels_N=np.array([0])), previous=second)
     assert third.prompt.labels_N is not None and third.prompt.labels_N.tolist() == [1, 0]
     np.testing.assert_array_equal(session.segment(Prompt(box=SPLEEN), previous=truth()), truth(SPLEEN))
-    with pytest.raises(PromptError, match=r"previous: a mask of \[1, 2, 3\]"):
+    with pytest.raises(PromptError, match=r"previous: the mask has \[1, 2, 3\]"):
         session.segment(Prompt(box=LIVER), previous=np.ones((1, 2, 3), bool))
 
 
@@ -488,7 +488,7 @@ def say(
         ({"points": [[5, 500, 5, 1]], "coordinates": "lps"}, 1, r"lies outside the CT, which spans .* mm \(lps\)"),
         ({"text": "liver tumor"}, 1, "'liver tumor' is not in the text bank.*nearest: liver tumour.*clip_model=FOLDER"),
         ({"text": "[liver, spline]"}, 1, "'spline' is not in the text bank"),
-        ({"text": "spline", "clip": "./nowhere"}, 1, r"error: clip: cannot load \./nowhere"),
+        ({"text": "spline", "clip_model": "./nowhere"}, 1, r"error: clip_model: cannot load \./nowhere"),
         ({"text": "[liver, liver]"}, 2, "text .*names a category twice"),
         ({"text": "liver", "image": "gone.nii.gz"}, 1, "gone.nii.gz does not exist"),
         ({"text": "liver", "out": "mask.png"}, 1, "out: mask.png must end in one of .nii"),
