@@ -43,6 +43,7 @@ from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import accelerator
 from segvol_pl.run_folder import read_metrics
 from segvol_pl.training import strategies
+from segvol_pl.training.graph import StepGraph
 from segvol_pl.training.module import optimizer, poisoned
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
@@ -146,8 +147,7 @@ class Step:
     def loss(self) -> Tensor:
         """Under the step's precision."""
         with autocast(self.device, self.precision):
-            task = self.task
-            return task.losses(self.batch)[0] if isinstance(task, SegVolTask) else task.loss(self.batch)
+            return self.task.step_losses(self.batch)[0]
 
     def __call__(self) -> None:
         """A whole step."""
@@ -232,9 +232,9 @@ def steps(bench: Bench) -> None:
             del step
 
 
-def note_rates(bench: Bench, step: Step, ms: float, measured: float) -> None:
+def note_rates(bench: Bench, step: Step, ms: float, measured: float, **told: Any) -> None:
     """What a step of so many milliseconds is worth, and how long the host alone takes for it."""
-    note = functools.partial(bench.note, **step.settings)
+    note = functools.partial(bench.note, **step.settings, **told)
     achieved, known = step.operations / (ms / 1000), accelerator(bench.card)
     note("ms", round(ms, 2), "ms")
     note("volumes/s", round(1000 * step.volumes / ms, 2), "1/s")
@@ -621,7 +621,7 @@ def pack(bench: Bench) -> None:
 
 
 def loader(bench: Bench) -> None:
-    """Batches a second of the loader with so many workers, pinned, and what the step of the stage `steps` would take.
+    """Batches a second of the loader with so many workers, pinned, and what the fastest step so far would take.
 
     Then milliseconds to copy a batch and to make of it what the task reads. Shards of full-size volumes, in the page
     cache; batches as the trainer's.
@@ -642,13 +642,14 @@ def loader(bench: Bench) -> None:
 
 
 def _step_rate(bench: Bench, command: str) -> float:
-    """The fastest volumes/s of the stage `steps` of that command's default step; 0 where it has none."""
+    """The fastest volumes/s of that command's default step, as it comes or compiled; 0 where there is none."""
     begins = "SimMIM" if command == "pretrain" else "2 volumes" if bench.small else "4 volumes"
     return max(
         (
             float(one.value)
             for one in read(bench.out)
-            if (one.stage, one.name, one.card) == ("steps", "volumes/s", bench.card)
+            if one.stage in ("steps", "compiled")
+            and (one.name, one.card) == ("volumes/s", bench.card)
             and one.settings["step"].startswith(begins)
         ),
         default=0.0,
@@ -719,35 +720,60 @@ def _note_transfer(bench: Bench, task: Any, module: Any, batch: Any) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """A step with run.compile: the first step's seconds, ms, and graphs compiled after the first validation."""
+    """A step as it comes, recorded as one CUDA graph, compiled, and both, as run.compile has it on a single GPU.
+
+    ms and peak memory of each; of what is compiled, the first step's seconds and graphs compiled after the first
+    validation.
+    """
     volumes, pseudo = (2, 2) if bench.small else (4, 6)
     makers: list[Callable[[], Step]] = [lambda: simmim_step(bench, 2 if bench.small else 8)]
     if bench.gpu:
         makers.append(lambda: supervised_step(bench, volumes, 4, pseudo, 0))
-    counters = torch._dynamo.utils.counters["stats"]
     measured = matrix_rate(bench.device, torch.bfloat16 if bench.bf16 else torch.float32, 8192 if bench.gpu else 512)
     for make in makers:
         with bench.part():
             torch._dynamo.reset()
             step = make()
-            plain = milliseconds(step, bench.device, repeats=8 if bench.gpu else 2, warm=2)
-            strategies.compile_parts(step.task, step.config.run)
-            started = time.perf_counter()
-            step()
+            _note_form(bench, step, measured, "as it comes")
             if bench.gpu:
-                torch.cuda.synchronize()
-            bench.note("first step", round(time.perf_counter() - started, 1), "s", **step.settings)
-            _validate(step)
-            step()
-            before = counters["unique_graphs"]
-            ms = milliseconds(step, bench.device, repeats=8 if bench.gpu else 2, warm=2)
-            _validate(step)
-            step()
-            note_rates(bench, step, ms, measured)
-            bench.note("of the plain step", round(ms / plain, 3), "", **step.settings)
-            bench.note("graphs", before, "", **step.settings)
-            bench.note("compiled again", counters["unique_graphs"] - before, "", **step.settings)
+                step.task.graph = StepGraph(step.task, step.task.losses)
+                _note_form(bench, step, measured, "recorded")
+                step.task.graph = None
+            _compile(bench, step, measured)
+            if bench.gpu:
+                step.task.graph = StepGraph(step.task, step.task.losses)
+                _note_form(bench, step, measured, "compiled, recorded")
             del step
+
+
+def _compile(bench: Bench, step: Step, measured: float) -> None:
+    told = {**step.settings, "form": "compiled"}
+    counters = torch._dynamo.utils.counters["stats"]
+    strategies.compile_parts(step.task, step.config.run)
+    started = time.perf_counter()
+    step()
+    if bench.gpu:
+        torch.cuda.synchronize()
+    bench.note("first step", round(time.perf_counter() - started, 1), "s", **told)
+    _validate(step)
+    step()
+    before = counters["unique_graphs"]
+    _note_form(bench, step, measured, "compiled")
+    _validate(step)
+    step()
+    bench.note("graphs", before, "", **told)
+    bench.note("compiled again", counters["unique_graphs"] - before, "", **told)
+
+
+def _note_form(bench: Bench, step: Step, measured: float, form: str) -> None:
+    if bench.gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    # A step that is recorded computes as it comes once, and is recorded the second time.
+    ms = milliseconds(step, bench.device, repeats=8 if bench.gpu else 2, warm=3)
+    note_rates(bench, step, ms, measured, form=form)
+    if bench.gpu:
+        bench.note("peak", round(torch.cuda.max_memory_allocated() / 2**30, 2), "GiB", **step.settings, form=form)
 
 
 def _validate(step: Step) -> None:

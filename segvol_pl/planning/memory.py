@@ -89,17 +89,26 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
     encoder = volumes * encoder_bytes(config.model, config.run.recompute, bf16)
     # Without buckets that outlive it, a gradient is there from the backward pass to the optimizer's step alone.
     lasting = 0.0 if _plain(config.run) else gradients
+    # A recorded step keeps its own, and all that it computes with.
+    recorded = on_gpu and replays(config.run)
+    lasting = 2 * gradients if recorded else lasting
     if isinstance(config, PretrainConfig):
         decoding, early = volumes * head_bytes(config, bf16), 0.0
     else:
         decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16, on_gpu))
         early = float(WIDE * (trained - parts["image_encoder"])) if weights_resident(config.run) else 0.0
     block = volumes * block_bytes(config.model, bf16)
+    kept = cast + encoder + max(decoding, block) if recorded else 0.0
     return [
         Memory(weights, lasting + early, optimizer, cast + encoder + decoding),
         Memory(weights, max(lasting, 2 * early), optimizer, cast + encoder + block),
-        Memory(weights, gradients, optimizer, 0.0),
+        Memory(weights, 2 * gradients if recorded else gradients, optimizer, kept),
     ]
+
+
+def replays(run: RunConfig) -> bool:
+    """Whether on a GPU a step is recorded once and replayed, see `training/graph.py`."""
+    return run.compile and _plain(run) and not run.custom_strategy
 
 
 def _plain(run: RunConfig) -> bool:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from segvol_pl.config import OptimConfig
 from segvol_pl.data.batch import Batch
+from segvol_pl.training.graph import StepGraph
 
 
 def schedule(step: int, config: OptimConfig) -> float:
@@ -88,6 +89,21 @@ class Task(pl.LightningModule):
         self.sharding = Sharding()
         self.step_norm: Tensor | None = None
         """Norm of the last step's gradients before clipping, (); None under DeepSpeed, which computes its own."""
+        self.graph: StepGraph | None = None
+        """Computes losses and gradients of a step as one recorded CUDA graph, if set."""
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss to minimise, (), and its parts by name."""
+        raise NotImplementedError
+
+    def step_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the same for a training step, which may be recorded."""
+        return self.losses(batch) if self.graph is None else self.graph(batch)
+
+    def on_validation_start(self) -> None:
+        """Free the memory that a recorded step holds."""
+        if self.graph is not None:
+            self.graph.release()
 
     def configure_model(self) -> None:
         """Split the weights. Lightning calls this before each validation, training and test."""

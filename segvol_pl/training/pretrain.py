@@ -49,10 +49,15 @@ class SimMIMTask(Task):
         predicted_BMV = self.head(tokens_BTE.take_along_dim(hidden_BM1, dim=1))
         return simmim_loss(predicted_BMV, patches_BTV.take_along_dim(hidden_BM1, dim=1))
 
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss (); its only part is the same, detached."""
+        loss = self.loss(batch)
+        return loss, {"loss": loss.detach()}
+
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Compute the loss () of a micro-batch, and log it."""
-        loss = self.loss(batch)
-        self.means.log(self, {"loss": loss.detach()})
+        loss, parts = self.step_losses(batch)
+        self.means.log(self, parts)
         return poisoned(loss)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:

@@ -53,7 +53,7 @@ class SegVolTask(Task):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Compute the loss () of a micro-batch, and log it and its parts."""
-        loss, parts = self.losses(batch)
+        loss, parts = self.step_losses(batch)
         self.means.log(self, parts)
         return poisoned(loss)
 

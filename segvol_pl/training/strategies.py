@@ -27,6 +27,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.nn.parallel import DistributedDataParallel
 
 from segvol_pl.config import RunConfig, Strategy
 from segvol_pl.config.loader import custom_function
@@ -35,7 +36,9 @@ from segvol_pl.errors import ConfigError
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
 from segvol_pl.model.prompt_encoder import PromptEncoder
-from segvol_pl.training.module import Sharding
+from segvol_pl.planning import memory
+from segvol_pl.training.graph import StepGraph
+from segvol_pl.training.module import Sharding, Task
 
 STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
@@ -132,11 +135,33 @@ def _strategy(run: RunConfig, accelerator: str) -> Any:
         from segvol_pl.training.deepspeed import ZeRO
 
         return ZeRO(run, STAGES[run.strategy], backend, timeout)
+    return replicated(run, backend, timeout)
+
+
+def replicated(run: RunConfig, backend: str, timeout: timedelta) -> Replicated:
+    """Make the strategy of DDP.
+
+    With a static graph, or if no weight can be unused, torch moves the gradients into another order after the first
+    step. The order in which a norm is summed, and on several GPUs that in which ranks are, depends on where a gradient
+    lies: a resumed run would differ from an uninterrupted one. Looking for unused weights keeps the order.
+    """
     # torch fails if the first backward pass of a static graph does not synchronise, as under accumulation.
-    static = run.accumulate == 1
-    return DDPStrategy(
-        process_group_backend=backend, gradient_as_bucket_view=True, static_graph=static, timeout=timeout
+    static = run.accumulate == 1 and not run.deterministic
+    return Replicated(
+        process_group_backend=backend,
+        gradient_as_bucket_view=True,
+        static_graph=static,
+        find_unused_parameters=run.deterministic,
+        timeout=timeout,
     )
+
+
+class Replicated(DDPStrategy):
+    """DDP: a whole model on each rank."""
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        # Lightning builds it on a stream of its own, to which every gradient would then be brought, one by one.
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 class FullyShard(ModelParallelStrategy):
@@ -228,6 +253,9 @@ def sharded_blocks(module: torch.nn.Module) -> list[torch.nn.Module]:
 def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
     """Compile the encoder's blocks (equal ones once), the prompt encoder and the mask decoder, with static shapes.
 
+    A single process on a GPU also records its step as one CUDA graph. Ranks do not: their gradients would all be there
+    at the end only, so that no exchange could overlap with the backward pass.
+
     Under fsdp only the blocks: its hooks stay outside of them, and groups of prompts are recomputed, for which a
     compiled part does not save the same tensors twice.
     """
@@ -238,3 +266,5 @@ def compile_parts(module: torch.nn.Module, run: RunConfig) -> None:
     for part in module.modules():
         if isinstance(part, kinds):
             part.forward = torch.compile(part.forward, dynamic=False)
+    if isinstance(module, Task) and memory.replays(run) and run_device(run).type == "cuda":
+        module.graph = StepGraph(module, module.losses)

@@ -41,8 +41,12 @@ KEYS = {
     "zero3": ["run.strategy=zero3"],
     "fsdp-bf16": ["run.strategy=fsdp", "run.precision=bf16"],
     "ddp-bf16": ["run.strategy=ddp", "run.precision=bf16"],
-    "same-1": ["run.strategy=ddp", "run.deterministic=true"],
-    "same-2": ["run.strategy=ddp", "run.deterministic=true"],
+    "same-1": ["run.deterministic=true"],
+    "same-2": ["run.deterministic=true"],
+    "same-bf16-1": ["run.deterministic=true", "run.precision=bf16"],
+    "same-bf16-2": ["run.deterministic=true", "run.precision=bf16"],
+    "same-ddp-1": ["run.strategy=ddp", "run.deterministic=true"],
+    "same-ddp-2": ["run.strategy=ddp", "run.deterministic=true"],
 }
 """Name of a run -> what it is given."""
 STRATEGIES = ["ddp", "fsdp", "fsdp-offload", "zero1", "zero2", "zero2-offload", "zero3"]
@@ -61,9 +65,10 @@ class Runs:
         began = {name: self._begin(KEYS[name], name + suffix) for name in names}
         for name, process in began.items():
             if process.wait(timeout=200):
-                self.said[name + suffix] = self._log(name + suffix).read_text()[-3000:]
+                self.said[name + suffix] = self.log(name + suffix).read_text()[-3000:]
 
-    def _log(self, name: str) -> Path:
+    def log(self, name: str) -> Path:
+        """What a run said."""
         return self.folder / f"{name}.log"
 
     def _begin(self, keys: list[str], name: str) -> subprocess.Popen[bytes]:
@@ -72,7 +77,7 @@ class Runs:
             free.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         command = [sys.executable, "-m", "segvol_pl", "train", *keys]
-        with self._log(name).open("w") as log:
+        with self.log(name).open("w") as log:
             return subprocess.Popen(command, env={**os.environ, **place}, stdout=log, stderr=log)
 
     def losses(self, name: str) -> dict[int, float]:
@@ -136,10 +141,18 @@ def test_fsdp_in_bf16_is_near_ddp(runs: Runs) -> None:
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-2)
 
 
-def test_deterministic_runs_have_equal_losses_to_the_bit(runs: Runs) -> None:
-    """Two of them, and one that goes on. Weights after the last step are not compared: some were found to differ."""
-    assert runs.losses("same-1") == runs.losses("same-2")
-    assert runs.losses("same-1-again").items() <= runs.losses("same-1").items()
+@pytest.mark.parametrize("kind", ["same", "same-bf16", "same-ddp"])
+def test_deterministic_runs_are_equal_to_the_bit(runs: Runs, kind: str) -> None:
+    """Two of them, and one that goes on: losses, and every weight after the last step."""
+    first, *others = (f"{kind}-1", f"{kind}-2", f"{kind}-1-again")
+    for other in others:
+        assert runs.losses(other).items() <= runs.losses(first).items()
+        theirs = runs.weights(other)
+        assert {name for name, weight in runs.weights(first).items() if not torch.equal(weight, theirs[name])} == set()
+
+
+def test_ddp_brings_no_gradient_to_another_stream(runs: Runs) -> None:
+    assert runs.losses("ddp") and "AccumulateGrad" not in runs.log("ddp").read_text()
 
 
 def test_copies_of_a_gpu_are_whole_and_their_memory_is_used_again(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from factories import train_config
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.torch_version import TorchVersion
 
 from segvol_pl.config import Precision, RunConfig, Strategy, TrainConfig
@@ -27,7 +28,7 @@ from segvol_pl.planning.plan import sample_bytes
 from segvol_pl.training.deepspeed import ZeRO
 from segvol_pl.training.ranks import host_group
 from segvol_pl.training.startup import check_room, check_shared_memory, compare, compare_clocks, shared_bytes
-from segvol_pl.training.strategies import FullyShard, environments, trainer_placement
+from segvol_pl.training.strategies import FullyShard, environments, replicated, trainer_placement
 
 SAME = {"configuration": "1", "packages": "torch 2", "samples": "3"}
 
@@ -210,3 +211,33 @@ def test_too_few_gpus_are_told(
         monkeypatch.setenv("LOCAL_RANK", "3")
     with pytest.raises(ConfigError, match=rf"run\.devices: 8 requested, but this process sees {seen} GPU"):
         trainer_placement(RunConfig(out="out", strategy=Strategy.ddp, devices=8, accelerator="cuda"))
+
+
+def _places(model: torch.nn.Module) -> list[int]:
+    """Where each gradient lies behind the first."""
+    places = [weight.grad.data_ptr() for weight in model.parameters() if weight.grad is not None]
+    return [place - min(places) for place in places]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_gradients_lie_where_they_lay_at_the_first_step(deterministic: bool) -> None:
+    """A sum's last digits depend on that. A run that goes on has its first step where another has a later one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        run = RunConfig(strategy=Strategy.ddp, deterministic=deterministic)
+        strategy = replicated(run, "gloo", timedelta(seconds=60))
+        # The gradients do not come in the order in which the weights stand.
+        parts = torch.nn.ModuleList([torch.nn.Linear(5, 3), torch.nn.Linear(3, 7), torch.nn.Linear(7, 5)])
+        parts.forward = lambda x: parts[0](parts[2](parts[1](x)))  # type: ignore[method-assign]
+        strategy.parallel_devices = [torch.device("cpu")]
+        strategy.cluster_environment = LightningEnvironment()
+        model = strategy._setup_model(parts)
+        places = []
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.ones(2, 3)).sum().backward()
+            places.append(_places(model))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (places[0] == places[2]) is deterministic

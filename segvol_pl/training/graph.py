@@ -1,0 +1,164 @@
+"""A step's loss and gradients as one CUDA graph: a host that is slow to launch kernels launches one thing a step.
+
+1. The first step of its shape computes as it comes. The second is recorded, forward and backward pass at once.
+2. From then on a batch is copied to where the recorded one lay, and the graph runs again on the weights as they are.
+3. `_Handed` gives autograd the gradients that are there already; what follows takes them as those of any loss.
+
+A batch of another shape, or weights that lie elsewhere, computes as it comes, and is recorded when it comes twice in a
+row. Whatever a step keeps for its backward pass stays until `release`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from segvol_pl.data.batch import HOST, Batch
+
+Losses = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
+"""The loss to descend, and parts of it by name, (), of a batch."""
+Like = tuple[Any, ...]
+"""Shapes of a batch, and where the weights lie."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a step comes to."""
+
+    names: list[str]
+    losses_N: Tensor
+    """The loss and its parts, float32."""
+    gradients: list[Tensor | None]
+    """Of every weight that trains."""
+
+
+Record = Callable[[Callable[[], Found]], tuple[Found, Callable[[], Any]]]
+"""work -> what it gave, and what does the same again, into the same memory."""
+
+
+def recorded(work: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
+    """As a CUDA graph. Nothing in `work` may wait for the GPU."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads go on: they pin the next batches, and write checkpoints.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        found = work()
+    return found, graph.replay
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded step."""
+
+    like: Like
+    batch: Batch
+    """What it reads."""
+    found: Found
+    """What it writes."""
+    again: Callable[[], Any]
+
+    def of(self, batch: Batch) -> Found:
+        """The same of another batch."""
+        for name, value in self.batch.items():
+            value.copy_(batch[name], non_blocking=True)
+        self.again()
+        return self.found
+
+
+class StepGraph:
+    """`losses` of a module, with the gradients of its weights: called as `losses` is."""
+
+    def __init__(self, module: nn.Module, losses: Losses, record: Record = recorded) -> None:
+        self.module, self.losses, self.record = module, losses, record
+        self.before: Like | None = None
+        """The step before was like this."""
+        self.recording: Recording | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts; parts are detached."""
+        given = {name: value for name, value in batch.items() if name not in HOST}
+        like = self._like(given)
+        if like == self.before and (self.recording is None or self.recording.like != like):
+            self.recording = self._recording(given, like)
+        self.before = like
+        recording = self.recording
+        found = recording.of(given) if recording is not None and recording.like == like else self._found(given)
+        loss, parts_N = _Handed.apply(found.losses_N, found.gradients, *self._weights())
+        return loss, dict(zip(found.names, parts_N.unbind(), strict=True))
+
+    def release(self) -> None:
+        """Gives back the memory of the recorded step, which is recorded anew when the next one comes."""
+        self.recording = None
+
+    def _weights(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def _like(self, batch: Batch) -> Like:
+        shapes = tuple((name, value.shape, value.dtype) for name, value in batch.items())
+        held = (*self.module.parameters(), *self.module.buffers())
+        return shapes, tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in held)
+
+    def _recording(self, batch: Batch, like: Like) -> Recording:
+        self.recording = None
+        own = {name: value.clone() for name, value in batch.items()}
+        found, again = self.record(lambda: self._found(own))
+        return Recording(like, own, found, again)
+
+    def _found(self, batch: Batch) -> Found:
+        with aliased(self.module), torch.enable_grad():
+            loss, parts = self.losses(batch)
+            weights = self._weights()
+        # Autocast is for the forward pass alone.
+        with torch.autocast(loss.device.type, enabled=False):
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        losses_N = torch.stack([loss.detach().float(), *(part.detach().float() for part in parts.values())])
+        return Found(list(parts), losses_N, list(gradients))
+
+
+@contextlib.contextmanager
+def aliased(module: nn.Module) -> Iterator[None]:
+    """The weights that train are other tensors of the same memory.
+
+    Autograd brings a weight's gradient to the stream on which it first met it, which is not the one of a recording.
+    """
+    held = [
+        (part, name, weight)
+        for part in module.modules()
+        for name, weight in part._parameters.items()
+        if weight is not None and weight.requires_grad
+    ]
+    own = {weight: nn.Parameter(weight.detach()) for _, _, weight in held}
+    try:
+        for part, name, weight in held:
+            part._parameters[name] = own[weight]
+        yield
+    finally:
+        for part, name, weight in held:
+            part._parameters[name] = weight
+
+
+class _Handed(torch.autograd.Function):
+    """Losses whose gradients are known."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, losses_N: Tensor, gradients: Sequence[Tensor | None], *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*gradients)
+        # The next step writes to where these lie.
+        copied_N = losses_N.clone()
+        loss, parts_N = copied_N[0].clone(), copied_N[1:]
+        ctx.mark_non_differentiable(parts_N)
+        return loss, parts_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
+        # All in one operation, of which a GPU makes a few launches.
+        scaled = iter(torch._foreach_mul([grad for grad in ctx.saved_tensors if grad is not None], grad_loss))
+        return None, None, *(None if grad is None else next(scaled) for grad in ctx.saved_tensors)
