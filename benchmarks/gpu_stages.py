@@ -743,6 +743,7 @@ def compiled(bench: Bench) -> None:
             if bench.gpu:
                 step.task.graph = StepGraph(step.task, step.task.losses)
                 _note_form(bench, step, measured, "compiled, recorded")
+                _note_kernels(bench, step, form="compiled, recorded")
             del step
 
 
@@ -786,11 +787,6 @@ def _validate(step: Step) -> None:
 
 def profile(bench: Bench) -> None:
     """A step by kernels: the 30 that take longest into profile.txt, a trace beside it; how many, and for how long."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
-
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.gpu else [])]
-    order = "self_device_time_total" if bench.gpu else "self_cpu_time_total"
     volumes, categories, pseudo = (2, 1, 2) if bench.small else (4, 4, 6)
     makers: dict[str, Callable[[], Step]] = {
         "simmim": lambda: simmim_step(bench, 2 if bench.small else 8),
@@ -801,23 +797,35 @@ def profile(bench: Bench) -> None:
             step = make()
             for _ in range(3 if bench.gpu else 1):
                 step()
-            with torch.profiler.profile(activities=activities) as found:
-                step()
-                if bench.gpu:
-                    torch.cuda.synchronize()
-            with (bench.out / "profile.txt").open("a", encoding="utf-8") as text:
-                print(f"==== {bench.card}, {step.settings}, {now()}", file=text)
-                print(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90), file=text)
-            events = found.events() or []
-            on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-            kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
-            if bench.gpu:
-                bench.note("kernels", len(kernels), "", **step.settings)
-                busy = sum(event.time_range.elapsed_us() for event in kernels) / 1000
-                bench.note("kernels' time", round(busy, 2), "ms", **step.settings)
-            bench.note("operations", len(events) - len(on_device), "", **step.settings)
+            found = _note_kernels(bench, step)
             _write_trace(bench, found, bench.out / f"trace-{name}.json.gz")
             del step
+
+
+def _note_kernels(bench: Bench, step: Step, **told: Any) -> Any:
+    """The profile of a step, whose table is added to profile.txt."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if bench.gpu else [])]
+    order = "self_device_time_total" if bench.gpu else "self_cpu_time_total"
+    with torch.profiler.profile(activities=activities) as found:
+        step()
+        if bench.gpu:
+            torch.cuda.synchronize()
+    settings = {**step.settings, **told}
+    with (bench.out / "profile.txt").open("a", encoding="utf-8") as text:
+        print(f"==== {bench.card}, {settings}, {now()}", file=text)
+        print(found.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=90), file=text)
+    events = found.events() or []
+    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in on_device if not getattr(event, "is_user_annotation", False)]
+    if bench.gpu:
+        bench.note("kernels", len(kernels), "", **settings)
+        busy = sum(event.time_range.elapsed_us() for event in kernels) / 1000
+        bench.note("kernels' time", round(busy, 2), "ms", **settings)
+    bench.note("operations", len(events) - len(on_device), "", **settings)
+    return found
 
 
 def _write_trace(bench: Bench, found: Any, path: Path) -> None:
