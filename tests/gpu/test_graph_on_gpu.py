@@ -80,7 +80,7 @@ def test_a_compiled_run_is_recorded_and_has_the_plain_one_s_losses(phantom_shard
     # The second step, and the first one after a validation in the run's middle.
     assert len(recorded) == 2
     for metric in ("train/loss", "val/loss"):
-        assert logged(tmp_path / "compiled", metric) == pytest.approx(logged(tmp_path / "plain", metric), rel=1e-3)
+        assert logged(tmp_path / "compiled", metric) == pytest.approx(logged(tmp_path / "plain", metric), rel=5e-3)
 
 
 def test_loader_processes_beside_a_gpu_give_what_the_trainer_s_own_does(phantom_shards: Path, tmp_path: Path) -> None:
