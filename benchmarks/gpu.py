@@ -40,11 +40,11 @@ LIMITS = {
     "parity": 80,
     "syncs": 60,
     "steps": 80,
-    "runs": 100,
+    "runs": 130,
     "micro": 50,
     "pack": 90,
     "zoom": 60,
-    "loader": 70,
+    "loader": 120,
     "profile": 50,
     "compiled": 120,
 }

@@ -41,14 +41,34 @@ def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @triton.jit
-def _normal_share(z: tensor) -> tensor:
-    """The normal distribution below z; z times it is GELU."""
-    return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+def _normal(z: tensor) -> tensor:
+    """The normal distribution below z, and its density there; z times the first is GELU.
+
+    Beyond |z| the distribution is the bell times a polynomial of 1 / (1 + c |z|), here that of degree 8 whose relative
+    error is least, 3e-7. GELU is as exact by it as by `tl.erf`, which takes twice the time that the memory does.
+    """
+    bell = tl.exp(-0.5 * z * z)
+    near = 1.0 / (1.0 + 0.42426406871192845 * tl.abs(z))
+    beyond = -0.0460446310 * near + 0.2059877844
+    beyond = beyond * near - 0.3222545570
+    beyond = beyond * near + 0.1419107866
+    beyond = beyond * near + 0.0366914647
+    beyond = beyond * near + 0.1458050927
+    beyond = beyond * near + 0.1686238195
+    beyond = (beyond * near + 0.1692800883) * near * bell
+    return tl.where(z < 0, beyond, 1.0 - beyond), 0.3989422804014327 * bell
+
+
+@triton.jit
+def _gelu(z: tensor) -> tensor:
+    share, _ = _normal(z)
+    return z * share
 
 
 @triton.jit
 def _gelu_slope(z: tensor) -> tensor:
-    return _normal_share(z) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    share, density = _normal(z)
+    return share + z * density
 
 
 @triton.jit
@@ -103,7 +123,7 @@ def _norm_gelu(
     normed = (value - tl.load(mean + row)) * tl.load(inverse + row)
     z = normed * tl.load(scale + element, mask=inside, other=0.0).to(tl.float32)
     z += tl.load(shift + element, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + start + element, (z * _normal_share(z)).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + start + element, _gelu(z).to(out.dtype.element_ty), mask=inside)
 
 
 def norm_gelu(x_AN: Tensor, scale_N: Tensor, shift_N: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +226,7 @@ def _gelu_product(
         value = tl.load(x + start * E + (within[:, None] * E + channel[None, :]), mask=known, other=0.0)
         value = value.to(tl.float32)
         weight = tl.load(weights + row * E + channel, mask=channel < E, other=0.0).to(tl.float32)
-        total += value * _normal_share(value) * weight[None, :]
+        total += _gelu(value) * weight[None, :]
     tl.store(out + start + within, tl.sum(total, 1), mask=inside)
 
 
@@ -232,8 +252,8 @@ def _gelu_product_backward(
         tile = within[:, None] * E + channel[None, :]
         value = tl.load(x + start * E + tile, mask=known, other=0.0).to(tl.float32)
         above = tl.load(grad + start + within, mask=inside, other=0.0)[:, None]
-        share = _normal_share(value)
-        slope = share + value * 0.3989422804014327 * tl.exp(-0.5 * value * value)
+        share, density = _normal(value)
+        slope = share + value * density
         tl.store(to_x + start * E + tile, (above * weight[None, :] * slope).to(to_x.dtype.element_ty), mask=known)
         total += above * value * share
     tl.store(to_weights + span * E + channel, tl.sum(total, 0), mask=channel < E)
