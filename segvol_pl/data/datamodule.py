@@ -231,7 +231,8 @@ def corpus_summary(corpus: Corpus) -> dict[str, Any]:
 
 def start_fork_server() -> None:
     """Start the process that loader processes are forked from, unless it runs: it imports what they need, once."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["segvol_pl.data.sampling"])
+    # This file: loader processes get functions of it, and would each import it, and Lightning with it.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
     # Otherwise it starts with the server, after SIGTERM is unblocked.
     resource_tracker.ensure_running()
     # SLURM signals every process of a step. Block the signals in the server too: they would end it, and its children

@@ -187,6 +187,7 @@ def _series_files(folder: Path) -> tuple[str, ...]:
     if len(series) > 1:
         counts = ", ".join(f"{uid} ({len(names)} slices)" for uid, names in sorted(series.items()))
         raise VolumeError(f"{folder} holds {len(series)} series: {counts}: move each into a folder of its own")
+    names: tuple[str, ...]
     (names,) = series.values()
     # GDCM leaves out a damaged file without a warning. If it is the first or last slice, there is not even a gap.
     expected = {Path(name).name for name in names} | {"DICOMDIR"}

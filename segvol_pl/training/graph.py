@@ -88,7 +88,7 @@ class StepGraph:
         self.before = like
         recording = self.recording
         found = recording.of(given) if recording is not None and recording.like == like else self._found(given)
-        loss, parts_N = _Handed.apply(found.losses_N, found.gradients, *self._weights())
+        loss, parts_N = _Handed.apply(found.losses_N, found.gradients, *self._weights())  # type: ignore[no-untyped-call]
         return loss, dict(zip(found.names, parts_N.unbind(), strict=True))
 
     def release(self) -> None:

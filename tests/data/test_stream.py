@@ -277,6 +277,20 @@ def test_signals_to_all_processes_of_a_job_do_not_end_the_fork_server(phantom_sh
     next(loader)
 
 
+def test_the_fork_server_imports_once_what_loader_processes_need(phantom_shards: Path, tmp_path: Path) -> None:
+    """They were handed functions of the DataModule's file: each of them imported it, and Lightning, by itself."""
+    forkserver._forkserver._stop()
+    context = _module(phantom_shards, StartMethod.forkserver)._context()
+    said = tmp_path / "said"
+    look = (
+        f"import sys, pathlib; pathlib.Path({str(said)!r}).write_text(str('segvol_pl.data.datamodule' in sys.modules))"
+    )
+    process = context.Process(target=exec, args=(look,))  # type: ignore[attr-defined]
+    process.start()
+    process.join()
+    assert said.read_text() == "True"
+
+
 # ---- damage ----
 
 
