@@ -116,8 +116,8 @@ class RunConfig(Keys):
     """Let GPUs multiply float32 matrices as TF32 (10-bit mantissa) where bf16 is not used; with precision=fp32 this
     means all of them. The trilinear weights of upsampling are exact in TF32."""
     deterministic: bool = False
-    """Use only operations that torch considers deterministic. This is slower on GPUs. On the GPU tested, losses were
-    bit-identical, but not every weight. CPUs do not need this key."""
+    """Use only deterministic operations. This is slower on GPUs. Two runs, and a resumed one, were bit-identical on one
+    H200 with one rank. CPUs do not need this key."""
     accumulate: int = ranged(1, least=1)
     """Micro-batches per optimizer step. The global batch does not change."""
     prompts_at_once: int = ranged(0, least=0)
@@ -128,7 +128,8 @@ class RunConfig(Keys):
     matrix products and attention (not with zero3). blocks: everything inside a block, which takes a third more time."""
     compile: bool = False
     """Compile the encoder blocks and the decoder with torch.compile. The first steps take up to minutes longer, the
-    others are faster. With fsdp only the encoder blocks are compiled. Not with zero3."""
+    others are faster. A single process on a GPU also records its step as one CUDA graph, and keeps the memory of a
+    step between steps. With fsdp only the encoder blocks are compiled. Not with zero3."""
     peak_tflops: float = ranged(0.0, least=0)
     """Peak matrix throughput of one device (TFLOP/s), used to compute MFU. 0: the bf16 value from
     segvol_pl/planning/devices.py; no MFU if the device is not listed."""

@@ -45,7 +45,7 @@ def _normal(z: tensor) -> tensor:
     """The normal distribution below z, and its density there; z times the first is GELU.
 
     Beyond |z| the distribution is the bell times a polynomial of 1 / (1 + c |z|), here that of degree 8 whose relative
-    error is least, 3e-7. GELU is as exact by it as by `tl.erf`, which takes twice the time that the memory does.
+    error is least, 3e-7. GELU is as exact by it as by `tl.erf`, in fewer instructions, and its slope shares the bell.
     """
     bell = tl.exp(-0.5 * z * z)
     near = 1.0 / (1.0 + 0.42426406871192845 * tl.abs(z))

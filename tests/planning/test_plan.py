@@ -15,7 +15,7 @@ from segvol_pl.config import PretrainConfig, Strategy, TrainConfig
 from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import ACCELERATORS
-from segvol_pl.planning.plan import REACHED, Plan, lines, plan, strategies
+from segvol_pl.planning.plan import REACHED, RECORDED, Plan, lines, plan, strategies
 
 ROOT = Path(__file__).parents[2]
 TRAIN, PRETRAIN = str(ROOT / "configs" / "train.yaml"), str(ROOT / "configs" / "pretrain.yaml")
@@ -117,6 +117,9 @@ def test_rates_are_the_peaks_share_over_the_operations() -> None:
     low, high = REACHED["pretrain"]
     assert made.rates() == pytest.approx((2 * low * 312e12 / operations, 2 * high * 312e12 / operations))
     assert any(f"{made.rates()[0]:.1f} to {made.rates()[1]:.1f}" in line for line in lines(made))
+    # A single process records its step.
+    alone = plan([PRETRAIN, "gpus=1", "device=a100"])
+    assert alone.rates() == pytest.approx((low * 312e12 / operations, RECORDED["pretrain"] * 312e12 / operations))
 
 
 @pytest.mark.parametrize("device", [one.name for one in ACCELERATORS])
