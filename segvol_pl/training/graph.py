@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from segvol_pl.data.batch import HOST, Batch
+from segvol_pl.errors import ConfigError
 
 Losses = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 """The loss to descend, and parts of it by name, (), of a batch."""
@@ -43,11 +44,19 @@ Record = Callable[[Callable[[], Found]], tuple[Found, Callable[[], Any]]]
 
 
 def recorded(work: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
-    """As a CUDA graph. Nothing in `work` may wait for the GPU."""
+    """As a CUDA graph. Raises ConfigError where something in `work` waits for the GPU, as parts of one's own may."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads go on: they pin the next batches, and write checkpoints.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        found = work()
+    try:
+        # Other threads go on: they pin the next batches, and write checkpoints.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            found = work()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ConfigError(
+            f"run.compile: the step cannot be recorded as one CUDA graph ({str(error).splitlines()[0]}): set "
+            "run.strategy=ddp, under which its parts are compiled and nothing is recorded"
+        ) from error
     return found, graph.replay
 
 

@@ -6,6 +6,8 @@ Here what is recorded is done again by the CPU, into the same memory; tests/gpu/
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,9 @@ from torch import Tensor
 
 from segvol_pl.config import RunConfig, Strategy
 from segvol_pl.data.batch import Batch
+from segvol_pl.errors import ConfigError
 from segvol_pl.planning.memory import replays
-from segvol_pl.training.graph import Found, StepGraph
+from segvol_pl.training.graph import Found, StepGraph, recorded
 from segvol_pl.training.module import Task, optimizer, poisoned
 
 
@@ -116,6 +119,21 @@ def test_weights_that_moved_are_not_taken_for_those_that_were_recorded() -> None
     task.mask_token.data = task.mask_token.data + 1.0
     expected = task.losses(simmim_batch())[0]
     assert torch.equal(task.step_losses(simmim_batch())[0], expected) and recorder.replayed == before
+
+
+def test_a_step_that_waits_for_the_gpu_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits() -> Found:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def fills() -> Found:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    with pytest.raises(ConfigError, match=r"^run\.compile: .*\(operation not .* capturing\): set run\.strategy=ddp"):
+        recorded(waits)
+    with pytest.raises(torch.OutOfMemoryError):
+        recorded(fills)
 
 
 @pytest.mark.parametrize(
