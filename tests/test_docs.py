@@ -119,8 +119,9 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 # ---- commands and keys ----
 
 WORKING = (
-    *("data.inventory", "data.overlap", "data.pack", "data.shards", "demo", "evaluate", "predict", "release"),
-    *("run.trainer", "scaling.compare", "scaling.fit", "shipped", "view"),
+    *("data.index_builder", "data.shard_index", "data.verify", "demo", "evaluation.run", "experiments.compare"),
+    *("experiments.fit", "inference.predictor", "inference.viewer", "model.convert", "packing.duplicates"),
+    *("packing.inventory", "packing.pack", "resources", "training.run"),
 )
 """Modules that a command calls once it has read its arguments."""
 
@@ -170,7 +171,12 @@ def test_every_command_is_one(
     monkeypatch.chdir(ROOT)
     for name in WORKING:
         monkeypatch.setitem(sys.modules, f"segvol_pl.{name}", Idle(name))
-    for name in ("launch.held_out", "launch.start", "launch.start_all", "data.whole.write_text"):
+    for name in (
+        "experiments.launch.held_out",
+        "experiments.launch.start",
+        "experiments.launch.start_all",
+        "atomic.write_text",
+    ):
         monkeypatch.setattr(f"segvol_pl.{name}", lambda *_: [])
     assert program.main(words_of(line)) == program.DONE, capsys.readouterr().err
 
@@ -191,12 +197,15 @@ DOTTED = re.compile(r"`(?P<key>(?:" + "|".join(sorted(SECTIONS)) + r")\.(?!py`)[
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)
 def test_every_key_that_is_spoken_of_exists(page: Path) -> None:
-    spoken = {found["key"] for found in DOTTED.finditer(page.read_text(encoding="utf-8"))}
+    lines = page.read_text(encoding="utf-8").splitlines()
+    if page.name == "CHANGELOG.md":  # its table of names shows the old ones too
+        lines = [line for line in lines if not line.startswith("| ")]
+    spoken = {found["key"] for found in DOTTED.finditer("\n".join(lines))}
     assert sorted(spoken - KEYS - MODULE_NAMES) == []
 
 
 MODULE_NAMES = {".".join(path.relative_to(ROOT / "segvol_pl").with_suffix("").parts) for path in MODULES}
-"""`data.whole` is a module, not a key."""
+"""`data.stream` is a module, not a key."""
 
 
 # ---- configurations ----

@@ -74,12 +74,14 @@ class SampleRecord:
 
 
 def require_kind(value: object, kind: type, name: str) -> None:
+    """Raise TypeError unless the value called `name` is exactly of that type."""
     # A bool does not count as a number.
     if type(value) is not kind:
         raise TypeError(f"{name}: {value!r} is not of type {kind.__name__}")
 
 
 def require_shape(shape: object, name: str) -> None:
+    """Raise TypeError unless the value called `name` is a list of three whole numbers above 0."""
     if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
         raise TypeError(f"{name}: {shape!r} is not a shape of three axes")
 
@@ -146,11 +148,13 @@ class Index:
 
 
 def check_key(key: str, place: str) -> None:
+    """Raise ShardError, naming `place`, if a sample's key could not name a file."""
     if not KEY.fullmatch(key):
         raise ShardError(f"{place}: {key!r} is not a key (letters, digits, _ and -): pack the data again")
 
 
 def check_keys(records: list[SampleRecord], place: str) -> None:
+    """Raise ShardError, naming both shards, if two samples have one key."""
     seen: dict[str, str] = {}
     for record in records:
         if record.key in seen:
@@ -210,6 +214,7 @@ def size_problem(path: Path, shard: Shard) -> str:
 
 
 def remedy(place: str) -> str:
+    """The command that writes a damaged index again."""
     return f"run segvol-pl index {place.rpartition('/')[0] or '.'}"
 
 

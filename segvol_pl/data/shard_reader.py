@@ -47,6 +47,7 @@ ON_OVERVIEW = {Member.OVERVIEW, Member.OVERVIEW_LABEL, Member.REGIONS}
 
 
 def parse_facts(text: bytes, place: str) -> Facts:
+    """Decode the facts of a sample. Raises DamagedSample, naming `place`, if the bytes are not facts."""
     try:
         facts = Facts.from_dict(json.loads(text))
         require_shape(facts.shape, "shape")

@@ -20,8 +20,8 @@ GIB = 2**30
 RESERVE = 2.0
 """GiB of a device that a run cannot use: context, libraries, fragmentation."""
 REACHED = {"pretrain": (0.25, 0.35), "train": (0.11, 0.21)}
-"""Shares of the peak measured on one H200 with the full model in bf16: by default, and with compiled parts. Its host was
-slow at launching kernels; see benchmarks/results."""
+"""Shares of the peak measured on one H200 with the full model in bf16: by default, and with compiled parts. Its host
+was slow at launching kernels; see benchmarks/results."""
 RECORDED = {"pretrain": 0.45, "train": 0.28}
 """The same for a single process with run.compile, which records its step as one CUDA graph."""
 DEVICE = "h100"

@@ -75,6 +75,7 @@ class EagerGradSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> Any:
+        """Scale the stored gradients by the gradient of the loss."""
         # One fused operation: a few kernel launches on a GPU.
         scaled = iter(torch._foreach_mul([grad for grad in ctx.saved_tensors if grad is not None], grad_loss))
         return None, None, None, *(None if grad is None else next(scaled) for grad in ctx.saved_tensors)
