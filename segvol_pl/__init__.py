@@ -1,6 +1,6 @@
 """SegVol, universal and interactive volumetric CT segmentation, in PyTorch Lightning.
 
-`Predictor` and `Prompt` are loaded when they are first asked for, so that `import segvol_pl` stays light.
+`Predictor` and `Prompt` are imported at first use, so that `import segvol_pl` stays light.
 """
 
 from __future__ import annotations

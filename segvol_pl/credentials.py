@@ -1,7 +1,7 @@
-"""Credentials in the names of places, as `https://user:secret@host/folder`: masked wherever a name is written or told.
+"""Credentials in the names of places, as `https://user:secret@host/folder`: masked wherever a name is written.
 
 `masked` takes any text, so that what a client library says of a URL is covered too. What reads the place is given its
-true name. A masked name cannot be read: `is_masked` tells it, to ask for the true one.
+true name. A masked name cannot be read: `is_masked` recognises one, to request the true one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The errors that a user can cause and mend: one line each, which names the file, key or sample and the remedy.
+"""The errors that a user can cause and fix: one line each, which names the file, key or sample and the remedy.
 
 The command line prints the message of a `SegVolError` alone; any other error counts as a fault of the program. `code`
 names the kind of error for scripts and tests; `status` is the exit status of a command that ends with it.
@@ -28,7 +28,7 @@ def listed(names: Iterable[str], between: str = ", ") -> str:
 
 
 class SegVolError(ValueError):
-    """Every error of this package that a user can mend."""
+    """Every error of this package that a user can fix."""
 
     status: ClassVar[int] = FAILED
 

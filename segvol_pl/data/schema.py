@@ -28,7 +28,7 @@ class Member(str, Enum):
     FACTS = "json"
     CT = "ct.b2nd"  # int16 (D,H,W), HU at native resolution, cropped to the body
     LABEL = "label.b2nd"  # uint8 or uint16 (D,H,W); absent for unlabelled volumes
-    OVERVIEW = "overview.b2nd"  # int16, the whole volume at the model's input shape
+    OVERVIEW = "overview.b2nd"  # int16, the complete volume at the model's input shape
     OVERVIEW_LABEL = "overview_label.b2nd"  # the label map by nearest, at the same shape
     REGIONS = "regions.b2nd"  # uint16, cleaned pseudo-label regions on the overview's grid, 0 = none
 

@@ -175,7 +175,7 @@ def _axes(path: Path, command: str, node: yaml.Node) -> Axes:
     for name, points in node.value:
         axis = name.value
         if axis in (SEED, BUDGET, *axes):
-            why = "is given twice" if axis in axes else "has a key of its own beside `axes`"
+            why = "is given twice" if axis in axes else "has a key of its own next to `axes`"
             raise ConfigError(f"axes.{axis} ({_line(path, name)}): {why}")
         axes[axis] = _points(path, command, axis, points)
         labels = [point.label for point in axes[axis]]

@@ -1,4 +1,4 @@
-"""Prompts: what tells the model which structure to segment, and how training samples them from a mask."""
+"""Prompts, which say which structure to segment, and how training samples them from a mask."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def check_prompt(config: PredictConfig) -> None:
     if config.coordinates is Coordinates.voxel and any(number != int(number) for number in numbers):
         given = next(number for number in numbers if number != int(number))
         raise PromptError(
-            f"box, points: {given} is not a whole voxel; for millimetres set coordinates=ras or coordinates=lps"
+            f"box, points: {given} is not a whole number; for millimetres set coordinates=ras or coordinates=lps"
         )
     if config.box and any(low > high for low, high in zip(config.box[:3], config.box[3:], strict=True)):
         raise PromptError(f"box {config.box} is inverted: its minimum exceeds its maximum")

@@ -419,7 +419,7 @@ class Page:
     def _finished(self, done: Future[Mask]) -> None:
         try:
             self.mask = done.result()
-        except ValueError as error:  # a prompt that does not fit: show the error and go on
+        except ValueError as error:  # a prompt that does not fit: show the error and continue
             self.status.text = html.escape(f"{type(error).__name__}: {error}", quote=False)
             return
         found = f"{self.mask.voxels} voxels, {self.mask.millilitres:.1f} ml"

@@ -1,6 +1,6 @@
 """A prompt on other grids than the one it was given on: scaled to the overview, or reflected into a zoom-in window.
 
-1. `scale_prompt` brings it to a grid that spans the same extent: the model's input for the whole volume.
+1. `scale_prompt` brings it to a grid that spans the same extent: the model's input for the complete volume.
 2. `reflect` makes the prompt of one window from the user's prompt and the coarse mask (paper Sec. 2.3).
 3. `points_inside`, `clip_box` and `clip_landmarks` say what of it lies in a window.
 """

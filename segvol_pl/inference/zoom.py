@@ -179,7 +179,7 @@ class Zoomer:
 
     @torch.inference_mode()
     def encode_overview(self) -> torch.Tensor:
-        """Tokens (1, T, E) of the whole volume at the model's input shape; computed at the first call."""
+        """Tokens (1, T, E) of the complete volume at the model's input shape; computed at the first call."""
         if self._overview_BTE is None:
             shrink = resize_label if self._nearest else resize_image
             self._overview_BTE = self._encode([shrink(self.image_DHW, self.window_shape)])

@@ -1,6 +1,6 @@
 """The two elementwise steps of the decoder's upscaling, each reading its large tensor as few times as it can.
 
-1. `norm_gelu`: a norm over the whole of a row, then GELU. Statistics in float32; forward reads twice and writes once,
+1. `norm_gelu`: a norm over a complete row, then GELU. Statistics in float32; forward reads twice and writes once,
    backward reads twice two tensors and writes one. What autograd keeps is the input alone.
 2. `gelu_product`: GELU, then the product with a vector, a row's own. Forward reads once; backward computes GELU again,
    reads once and writes once.

@@ -1,7 +1,7 @@
 """Worker processes that stage cases: one case in hand each, and a killed worker costs one case, not the run.
 
 1. `run_jobs` stages all jobs, in this process or in several, and shows the progress.
-2. Each worker is a process pool of its own, with one process: a larger pool ends as a whole when one of its processes
+2. Each worker is a process pool of its own, with one process: a larger pool ends entirely when one of its processes
    is killed, and does not say over which case.
 3. A case whose worker was killed is tried again at the end, alone. If that kills its worker too, it is a `BadCase`.
 4. Log records travel back with the outcome: only the parent process knows where they should go.
@@ -150,7 +150,7 @@ class _Worker:
 
 
 def _prepare_worker() -> None:
-    # Ctrl-C reaches the whole process group: the parent cancels what waits, and the cases in hand are staged first.
+    # Ctrl-C reaches the entire process group: the parent cancels what waits, and the cases in hand are staged first.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)

@@ -44,10 +44,10 @@ Record = Callable[[Callable[[], Found]], tuple[Found, Callable[[], Any]]]
 
 
 def recorded(work: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
-    """As a CUDA graph. Raises ConfigError where something in `work` waits for the GPU, as parts of one's own may."""
+    """Record as a CUDA graph. Raises ConfigError if something in `work` waits for the GPU, as custom parts may."""
     graph = torch.cuda.CUDAGraph()
     try:
-        # Other threads go on: they pin the next batches, and write checkpoints.
+        # Other threads continue: they pin the next batches, and write checkpoints.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             found = work()
     except torch.OutOfMemoryError:
@@ -101,7 +101,7 @@ class StepGraph:
         return loss, dict(zip(found.names, parts_N.unbind(), strict=True))
 
     def release(self) -> None:
-        """Gives back the memory of the recorded step, which is recorded anew when the next one comes."""
+        """Free the memory of the recorded step. The next step is recorded again."""
         self.recording = None
 
     def _weights(self) -> list[nn.Parameter]:

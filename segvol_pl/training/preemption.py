@@ -61,7 +61,7 @@ class StopSignal:
 
 
 class Preemption(pl.Callback):
-    """Save and end the run between two steps once any rank was signalled; tell `checkpoints` when a save is due.
+    """Save and end the run between two steps once any rank was signalled. Marks in `checkpoints` that a save is due.
 
     Exits with 128 + the signal's number. In a SLURM job, if `requeue` is set, the job is requeued.
     """

@@ -157,7 +157,7 @@ def replicated(run: RunConfig, backend: str, timeout: timedelta) -> Replicated:
 
 
 class Replicated(DDPStrategy):
-    """DDP: a whole model on each rank."""
+    """DDP: a complete model on each rank."""
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         # Lightning builds it on a stream of its own, to which every gradient would then be brought, one by one.

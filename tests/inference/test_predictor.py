@@ -389,7 +389,7 @@ def test_prompt_of_configuration(tmp_path: Path, ct: Path) -> None:
     [
         ({"box": [4, 0, 0, 1, 5, 5]}, "inverted"),
         ({"points": [[1, 2, 3, 2]]}, "fourth number of each row"),
-        ({"points": [[1, 2.5, 3, 1]]}, "2.5 is not a whole voxel; for millimetres set coordinates=ras"),
+        ({"points": [[1, 2.5, 3, 1]]}, "2.5 is not a whole number; for millimetres set coordinates=ras"),
     ],
 )
 def test_wrong_prompts_in_the_configuration(tmp_path: Path, changes: dict[str, object], message: str) -> None:
