@@ -13,8 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from segvol_pl.atomic import write_text
 
 GRID_ENTRY = "grid.json"
@@ -44,7 +42,6 @@ def read_places(out: Path) -> dict[str, str]:
 PACKAGES = ("segvol-pl", "torch", "lightning", "monai", "webdataset", "blosc2", "numpy", "omegaconf", "wandb")
 
 
-@rank_zero_only
 def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str] = ()) -> None:
     """Write config.yaml, which reproduces the run, and manifest.json: git commit, versions, and all starts.
 

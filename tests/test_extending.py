@@ -76,7 +76,7 @@ def test_an_error_in_a_loader_process_is_one_line_and_ends_the_run(phantom_shard
         command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True, timeout=100
     )
     said = done.stderr.splitlines()[-1]
-    assert said == "segvol-pl train: error: model.landmarks: toys:extremes has 6 voxels, not 5"
+    assert said == "segvol-pl train: error: model.landmarks: toys:extremes has 6 landmarks, not 5"
     assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
@@ -84,7 +84,7 @@ def test_a_function_that_marks_other_than_voxels_is_named(phantom_shards: Path, 
     config = train_config(phantom_shards, tmp_path / "run", steps=3)
     with pytest.raises(ConfigError, match=r"model\.landmarks: toys:f: toys has no 'f'"):
         train(replace(config, model=replace(config.model, landmarks=["6*toys:f"])))
-    with pytest.raises(ConfigError, match=r"toys:flat gave an array of \[3\], not rows of d h w"):
+    with pytest.raises(ConfigError, match=r"toys:flat returned an array of shape \[3\], not rows of d h w"):
         sample_landmarks("toys:flat", np.ones((2, 2, 2), bool), np.random.default_rng(0))
 
 

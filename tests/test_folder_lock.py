@@ -21,7 +21,7 @@ COUNTING = """
 import sys, time
 from dataclasses import replace
 from pathlib import Path
-from segvol_pl import folder_lock as lock
+from segvol_pl import folder_lock
 path = Path(sys.argv[1])
 holder = folder_lock.read_holder(path)
 for count in range(300):

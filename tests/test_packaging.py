@@ -228,7 +228,7 @@ def test_it_is_laid_out_beside_what_is_there(tmp_path: Path) -> None:
 
 def test_what_cannot_be_moved_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "shards" / "datasets" / "odd").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="cannot be laid out"):
+    with pytest.raises(ConfigError, match="cannot be written"):
         resources.lay_out(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
 

@@ -57,7 +57,7 @@ def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], abou
             for category in summary.categories
             if any(row.category == category and not row.empty for row in summary.rows)
         },
-        reading_plots={
+        match_plots={
             category: png_of(_reading_plot(category, read)) for category, read in summary.matches_by_category.items()
         },
         pictures=pictures,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from factories import tiny_model
 from torch import Tensor
 
 from segvol_pl.config import OptimConfig, PretrainConfig, PromptConfig, RunConfig, TrainConfig
+from segvol_pl.config.loader import load
 from segvol_pl.model import TextBank
+from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
 
@@ -25,6 +28,8 @@ MODEL = tiny_model(
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
 OPTIM = OptimConfig(lr=1e-3, warmup_steps=2, max_steps=10)
 VOLUMES = 2
+TINY = Path(__file__).parents[2] / "configs" / "tiny"
+STEPS = 6
 
 
 def supervised_task(**run: Any) -> SegVolTask:
@@ -69,3 +74,15 @@ def simmim_batch() -> dict[str, Tensor]:
     order_BT = torch.rand(VOLUMES, tokens, generator=generator).argsort(1)
     image_BCDHW = torch.rand(VOLUMES, 1, *MODEL.input_shape, generator=generator)
     return {"image_BCDHW": image_BCDHW, "mask_BT": order_BT < round(0.6 * tokens)}
+
+
+def configured(command: str, shards: Path, out: Path, *more: str) -> Any:
+    """configs/tiny on the GPU, in the precision that `auto` gives there."""
+    keys = [f"data.shards={shards}", f"run.out={out}", f"optim.max_steps={STEPS}", "track.wandb=disabled"]
+    run = ["run.accelerator=cuda", "run.precision=auto", "run.log_every=2", "run.val_batches=1"]
+    return load(command, [str(TINY / f"{command}.yaml"), *keys, *run, "data.samples_per_volume=8", *more])
+
+
+def logged(out: Path, metric: str) -> list[float]:
+    """Its values, in order."""
+    return [value for _, value in read_metrics(out / "metrics.csv", metric)]

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import simmim_batch, simmim_task, supervised_batch, supervised_task
-from test_smoke import configured, logged
+from steps import configured, logged, simmim_batch, simmim_task, supervised_batch, supervised_task
 from torch import Tensor
 
 from segvol_pl.data.batch import Batch

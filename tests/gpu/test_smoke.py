@@ -4,32 +4,16 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from steps import STEPS, TINY, configured, logged
 
 from segvol_pl.config.loader import load
-from segvol_pl.run_folder import read_metrics
 from segvol_pl.training import run
 from segvol_pl.training.strategies import trainer_precision
 
 pytestmark = pytest.mark.gpu
-
-TINY = Path(__file__).parents[2] / "configs" / "tiny"
-STEPS = 6
-
-
-def configured(command: str, shards: Path, out: Path, *more: str) -> Any:
-    """configs/tiny on the GPU, in the precision that `auto` gives there."""
-    keys = [f"data.shards={shards}", f"run.out={out}", f"optim.max_steps={STEPS}", "track.wandb=disabled"]
-    run = ["run.accelerator=cuda", "run.precision=auto", "run.log_every=2", "run.val_batches=1"]
-    return load(command, [str(TINY / f"{command}.yaml"), *keys, *run, "data.samples_per_volume=8", *more])
-
-
-def logged(out: Path, metric: str) -> list[float]:
-    """Its values, in order."""
-    return [value for _, value in read_metrics(out / "metrics.csv", metric)]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from segvol_pl.model.checkpoint import load_encoder, load_model, load_weights, r
 from segvol_pl.model.convert import export, import_weights
 from segvol_pl.training.run import train
 
-MODEL = tiny_model(hidden_size=32, num_layers=2, text_dim=16)
+MODEL = tiny_model(hidden_size=32, num_layers=2, text_dim=16, coordinates=Convention.published)
 TOWER = CLIPTextConfig(
     vocab_size=len(WORDS),
     hidden_size=16,

@@ -56,6 +56,13 @@ def found_inf_skips_a_step() -> bool:
     return bool((weight == 1).all()) and float(adamw.state[weight]["step"]) == 0
 
 
+def parameters_may_be_replaced() -> bool:
+    """As the graph does while a step is recorded: by any tensor, which the forward pass then uses."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    layer._parameters["weight"] = torch.full((1, 2), 3.0)  # type: ignore[assignment]
+    return bool(layer(torch.ones(1, 2)).item() == 6)
+
+
 def backends_are_listed_by_device() -> bool:
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -130,6 +137,7 @@ ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
 )
 TORCH = [
+    Internal("Module._parameters", "training.graph", parameters_may_be_replaced),
     Internal("_is_amx_tile_supported", "device", lambda: isinstance(torch.cpu._is_amx_tile_supported(), bool)),
     Internal(
         "_foreach_mul",
@@ -143,6 +151,9 @@ TORCH = [
     Internal("get_backend_config", "training.ranks", backends_are_listed_by_device),
 ]
 LIGHTNING = [
+    Internal(
+        "DDPStrategy._ddp_kwargs", "training.strategies", lambda: says(DDPStrategy._setup_model, "self._ddp_kwargs")
+    ),
     Internal("_update_properties", "training.strategies", properties_are_set_without_moving_weights),
     Internal("_device", "training.strategies", lambda: says(_DeviceDtypeModuleMixin, "self._device")),
     Internal(

@@ -553,6 +553,7 @@ AFTER = {
 def test_callbacks_are_called_in_the_order_that_correctness_needs(tmp_path: Path) -> None:
     config = train_config(tmp_path, tmp_path / "run")
     config = replace(config, run=replace(config.run, profile=1))
+    (tmp_path / "run").mkdir()
     trainer = _trainer(config, tmp_path / "run", 0, StopSignal())
     names = [type(each).__name__ for each in trainer.callbacks]  # type: ignore[attr-defined]
     ours = [name for name in names if hasattr(training_run, name)]
