@@ -60,7 +60,7 @@ def test_a_kind_of_prompt_of_ones_own_is_trained_evaluated_and_predicted(phantom
     assert session.segment(Prompt(landmarks=landmarks)).array_DHW.shape == session.volume.array_DHW.shape
     with pytest.raises(PromptError, match="lies outside the CT"):
         session.segment(Prompt(landmarks={EXTREMES: landmarks[EXTREMES] + 100}))
-    with pytest.raises(ConfigError, match=r"model\.landmarks: toys:extremes has 5 voxels, not 6"):
+    with pytest.raises(ConfigError, match=r"model\.landmarks: toys:extremes has 5 landmarks, not 6"):
         session.segment(Prompt(landmarks={EXTREMES: landmarks[EXTREMES][:5]}))
     with pytest.raises(ConfigError, match=r"no landmarks toys:other; its model\.landmarks: toys:extremes"):
         session.segment(Prompt(landmarks={"toys:other": landmarks[EXTREMES]}))
@@ -100,7 +100,7 @@ def test_prompts_and_figures_of_ones_own_stand_in_rows_summary_and_report(tmp_pa
         assert float(row["jaccard"]) == pytest.approx(float(row["dice"]) / (2 - float(row["dice"])), abs=1e-5)
     overall = json.loads((out / "summary.json").read_text())["overall"]
     half, exact = (next(one for one in overall if one["box"] == name) for name in ("toys:half", "exact"))
-    assert half["own"]["jaccard"] < exact["own"]["jaccard"] == pytest.approx(1.0)
+    assert half["custom"]["jaccard"] < exact["custom"]["jaccard"] == pytest.approx(1.0)
     assert "<th>jaccard</th>" in (out / "report.html").read_text() and summary.custom == ["jaccard"]
     again = evaluated(config)
     assert again.rows == summary.rows

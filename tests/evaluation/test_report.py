@@ -138,7 +138,7 @@ def test_empty_truths_stand_apart(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, small_summary(), [], ABOUT)
     page = path.read_text(encoding="utf-8")
-    section = page[page.index("Empty truths") : page.index("Stats")]
+    section = page[page.index("Empty truths") : page.index("Spread")]
     assert "<td>liver</td><td>text</td><td>zoom</td><td>1</td><td>1</td>" in section
     write_report(path, replace(small_summary(), rows=small_summary().rows[:-1]), [], ABOUT)
     assert "Empty truths" not in path.read_text(encoding="utf-8")
