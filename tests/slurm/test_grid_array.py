@@ -64,7 +64,7 @@ def test_an_array_survives_a_node_and_gives_the_results_of_the_runs_at_home(
     job = lab.sbatch(*SIZE, *places, script=ROOT / "slurm/grid.sbatch", arguments=arguments)
 
     deadline = time.monotonic() + 120
-    names = [f"hidden_size-{hidden}_seed-{seed}" for hidden in (16, 32) for seed in (0, 1)]
+    names = [f"hidden-size-{hidden}_seed-{seed}" for hidden in (16, 32) for seed in (0, 1)]
     while not (
         lost := [
             name for name in names if node_of(here / name) == "n2" and 30 < max(losses(here / name), default=0) < STEPS
