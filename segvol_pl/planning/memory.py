@@ -87,11 +87,11 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
     weights, gradients, optimizer = state(config.run, config.model, trained, bf16)
     cast = NARROW * trained if bf16 else 0
     encoder = volumes * encoder_bytes(config.model, config.run.recompute, bf16)
-    # Without buckets that outlive it, a gradient is there from the backward pass to the optimizer's step alone.
-    lasting = 0.0 if _plain(config.run) else gradients
-    # A recorded step keeps its own, and all that it computes with.
     recorded = on_gpu and replays(config.run)
-    lasting = 2 * gradients if recorded else lasting
+    if recorded:  # it keeps gradients of its own, and all that it computes with
+        gradients *= 2
+    # Without buckets that outlive it, a gradient exists only from the backward pass to the optimizer's step.
+    lasting = 0.0 if _plain(config.run) and not recorded else gradients
     if isinstance(config, PretrainConfig):
         decoding, early = volumes * head_bytes(config, bf16), 0.0
     else:
@@ -102,13 +102,18 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
     return [
         Memory(weights, lasting + early, optimizer, cast + encoder + decoding),
         Memory(weights, max(lasting, 2 * early), optimizer, cast + encoder + block),
-        Memory(weights, 2 * gradients if recorded else gradients, optimizer, kept),
+        Memory(weights, gradients, optimizer, kept),
     ]
 
 
 def replays(run: RunConfig) -> bool:
-    """Whether on a GPU a step is recorded once and replayed, see `training/graph.py`."""
-    return run.compile and _plain(run) and not run.custom_strategy
+    """Whether a step on a GPU is recorded once and replayed, see `training/graph.py`."""
+    return run.compile and recordable(run)
+
+
+def recordable(run: RunConfig) -> bool:
+    """Whether `run.compile` also records the step on a GPU."""
+    return _plain(run) and not run.custom_strategy
 
 
 def _plain(run: RunConfig) -> bool:

@@ -103,7 +103,7 @@ class Plan:
     def reached(self) -> tuple[float, float]:
         """Shares of the devices' peak, from and to."""
         low, high = REACHED[self.kind]
-        return low, RECORDED[self.kind] if self.ranks == 1 else high
+        return low, RECORDED[self.kind] if memory.recordable(self.config.run) else high
 
     def rates(self) -> tuple[float, float]:
         """Lower and upper estimate of volumes/s of all devices together."""

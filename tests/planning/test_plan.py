@@ -120,6 +120,9 @@ def test_rates_are_the_peaks_share_over_the_operations() -> None:
     # A single process records its step.
     alone = plan([PRETRAIN, "gpus=1", "device=a100"])
     assert alone.rates() == pytest.approx((low * 312e12 / operations, RECORDED["pretrain"] * 312e12 / operations))
+    # A strategy of ranks does not, even with one rank.
+    rank = plan([PRETRAIN, "gpus=1", "device=a100", "run.strategy=ddp"])
+    assert rank.rates() == pytest.approx((low * 312e12 / operations, high * 312e12 / operations))
 
 
 @pytest.mark.parametrize("device", [one.name for one in ACCELERATORS])
