@@ -14,13 +14,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from resident import NOW, resident
 from rich.console import Console
 from rich.table import Table
-from training import OPTIM, train_batch, train_config
+from training import OPTIM, SMALL, train_batch, train_config
 
 from segvol_pl.config import Precision, PretrainConfig, SegVolConfig, TrainConfig
 from segvol_pl.config.loader import load
@@ -31,16 +32,7 @@ from segvol_pl.training.module import optimizer
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
 
-MINI = SegVolConfig(
-    input_shape=[32, 128, 128],
-    patch_size=[4, 8, 8],
-    hidden_size=192,
-    num_layers=4,
-    num_heads=4,
-    mlp_dim=768,
-    decoder_heads=4,
-    decoder_mlp_dim=256,
-)
+MINI = replace(SMALL, input_shape=[32, 128, 128])
 ROWS = [f"{command} {size}" for size in ("mini", "small", "base") for command in ("train", "pretrain")]
 STEPS = 3
 MAPPED = "MALLOC_MMAP_THRESHOLD_"

@@ -1,7 +1,7 @@
 """The errors that a user can cause and fix: one line each, which names the file, key or sample and the remedy.
 
-The command line prints the message of a `SegVolError` alone; any other error counts as a fault of the program. `code`
-names the kind of error for scripts and tests; `status` is the exit status of a command that ends with it.
+The command line prints the message of a `SegVolError` alone; any other error counts as a fault of the program. `status`
+is the exit status of a command that ends with it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,6 @@ class SegVolError(ValueError):
     """Every error of this package that a user can fix."""
 
     status: ClassVar[int] = FAILED
-
-    @property
-    def code(self) -> str:
-        """The kind of error, as `config` of ConfigError."""
-        return type(self).__name__.removesuffix("Error").lower()
 
 
 class ConfigError(SegVolError):

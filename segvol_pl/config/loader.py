@@ -127,17 +127,11 @@ def load_run(arguments: Sequence[str]) -> Any:
             raise error from None
 
 
-def imported(name: str) -> Any:
-    """Import `package.module:name`. Raises ImportError or AttributeError."""
-    module, _, inner = name.partition(":")
-    return getattr(importlib.import_module(module), inner)
-
-
 def custom_function(name: str, key: str) -> Callable[..., Any]:
     """Import the user's function `package.module:function` for a key. Raises ConfigError if it is not found."""
     module, _, function = name.partition(":")
     try:
-        found = imported(name)
+        found = getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise ConfigError(
             f"{key}: {name}: {error}: install the package, or name its folder in PYTHONPATH", key
@@ -191,7 +185,7 @@ def _escaped(value: Any) -> Any:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Compare two plain configurations: key -> (before, now) for each difference."""
-    old, new = _flat(plain(before)), _flat(plain(now))  # an older run's may hold credentials
+    old, new = flat(plain(before)), flat(plain(now))  # an older run's may hold credentials
     return {key: (old.get(key), new[key]) for key in new if old.get(key) != new[key]}
 
 
@@ -201,11 +195,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [f"{key} {old} -> {new}" for key, (old, new) in changed if not key.startswith(MAY_CHANGE)]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten a plain configuration: dotted key -> value."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
-    return flat
+        found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return found
 
 
 def fields_help(command: str) -> list[Field]:

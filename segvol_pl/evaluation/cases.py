@@ -20,7 +20,7 @@ from segvol_pl.data.shard_index import SampleRecord, read_index
 from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
 from segvol_pl.errors import EvaluateError
-from segvol_pl.imaging.box import Box, box_slices
+from segvol_pl.imaging.box import Box, box_slices, whole_box
 from segvol_pl.imaging.geometry import NativeGrid, Volume
 from segvol_pl.imaging.write import write_mask
 from segvol_pl.packing.pack import list_jobs
@@ -103,8 +103,7 @@ class ShardCases:
         hu_DHW, label_DHW = (
             np.asarray(read_array(self.store, record, facts, member)[:]) for member in (Member.CT, Member.LABEL)
         )
-        d, h, w = facts.shape
-        return EvalCase(facts, hu_DHW, label_DHW, _packed_grid(facts, hu_DHW), (0, 0, 0, d - 1, h - 1, w - 1))
+        return EvalCase(facts, hu_DHW, label_DHW, _packed_grid(facts, hu_DHW), whole_box(facts.shape))
 
 
 def _splits(samples: list[SampleRecord]) -> str:
@@ -143,8 +142,7 @@ class FileCases:
         assert found.label_DHW is not None
         if found.volume is not None:
             return EvalCase(found.facts, found.hu_DHW, found.label_DHW, found.volume, found.body)
-        d, h, w = found.facts.shape
-        return EvalCase(found.facts, found.hu_DHW, found.label_DHW, None, (0, 0, 0, d - 1, h - 1, w - 1))
+        return EvalCase(found.facts, found.hu_DHW, found.label_DHW, None, whole_box(found.facts.shape))
 
 
 def _as_packed(data: CasesConfig) -> PackConfig:

@@ -58,7 +58,7 @@ def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], abou
             if any(row.category == category and not row.empty for row in summary.rows)
         },
         match_plots={
-            category: png_of(_reading_plot(category, read)) for category, read in summary.matches_by_category.items()
+            category: png_of(_match_plot(category, match)) for category, match in summary.matches_by_category.items()
         },
         pictures=pictures,
         masks=masks,
@@ -124,16 +124,16 @@ def _one_box(axes: Axes, place: float, values: Sequence[float], colour: str) -> 
     axes.plot([place] * len(values), values, ".", color=colour, markersize=3, alpha=0.6)
 
 
-def _reading_plot(category: str, read: MatchSummary) -> Figure:
+def _match_plot(category: str, match: MatchSummary) -> Figure:
     figure = Figure(figsize=(3.3, 2.4), layout="constrained")
     axes = figure.add_subplot()
-    names = list(read.soft_dice)
+    names = list(match.soft_dice)
     colours = [FINAL if name == category else FINAL + "33" for name in names]
-    axes.barh(range(len(names)), list(read.soft_dice.values()), color=colours)
+    axes.barh(range(len(names)), list(match.soft_dice.values()), color=colours)
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1))
     axes.tick_params(axis="x", labelsize=7)
-    axes.set_title(f"{category}: first in {read.first:.0%} of {read.n}", fontsize=9)
+    axes.set_title(f"{category}: first in {match.first:.0%} of {match.n}", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

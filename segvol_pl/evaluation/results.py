@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, parse_part
-from segvol_pl.config.loader import plain
+from segvol_pl.config.loader import flat, plain
 from segvol_pl.errors import EvaluateError
 from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.summary import Row
@@ -105,21 +105,12 @@ class CaseResult:
         return cls(**{**raw, "rows": rows, "matches": matches})
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and their values."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 class ResultStore:
     """The results of an evaluation in its folder."""
 
     def __init__(self, out: Path, config: EvaluateConfig, model: str) -> None:
         self.out, self.folder = out, out / CASES
-        deciding = {key: value for key, value in _flat(plain(config)) if not key.startswith(NEUTRAL_KEYS)}
+        deciding = {key: value for key, value in flat(plain(config)).items() if not key.startswith(NEUTRAL_KEYS)}
         self.settings = {"schema": SCHEMA, "model": model, **deciding}
 
     def open(self, restart: bool) -> None:

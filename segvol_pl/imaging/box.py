@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 Box = tuple[int, int, int, int, int, int]
@@ -22,3 +24,9 @@ def box_of(mask_DHW: np.ndarray) -> Box:
 def box_slices(box: Box) -> tuple[slice, slice, slice]:
     """Return the slices of an array (D,H,W) that a box covers."""
     return slice(box[0], box[3] + 1), slice(box[1], box[4] + 1), slice(box[2], box[5] + 1)
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """The box of all voxels of a volume."""
+    d, h, w = shape
+    return 0, 0, 0, d - 1, h - 1, w - 1

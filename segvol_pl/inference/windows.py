@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 
-from segvol_pl.imaging.box import Box, box_of
+from segvol_pl.imaging.box import Box, box_of, whole_box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.imaging.transforms import Sliceable
 from segvol_pl.inference.window_prompts import clip_box, points_inside
@@ -47,12 +47,6 @@ class Window:
         window_DHW = np.zeros(tuple(window_shape), array_DHW.dtype)
         window_DHW[self.slices(window_shape, self.bound, self.start)] = inside_DHW
         return window_DHW
-
-
-def whole_box(shape: Sequence[int]) -> Box:
-    """The box of all voxels of a volume."""
-    d, h, w = shape
-    return 0, 0, 0, d - 1, h - 1, w - 1
 
 
 def region_of(mask_DHW: np.ndarray, prompt: Prompt, window_shape: Sequence[int], reach: float) -> Box:

@@ -17,11 +17,11 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from segvol_pl.imaging.box import Box, box_slices
+from segvol_pl.imaging.box import Box, box_slices, whole_box
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.inference.coarse import BaseLogits, binary
 from segvol_pl.inference.gpu_memory import send
-from segvol_pl.inference.windows import Window, whole_box
+from segvol_pl.inference.windows import Window
 
 INDEXED_AT_ONCE = 2**22
 """Voxels that are indexed by a mask at once: the list of those inside takes up to 8 bytes each."""

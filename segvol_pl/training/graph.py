@@ -1,11 +1,12 @@
-"""A step's loss and gradients as one CUDA graph: a host that is slow to launch kernels launches one thing a step.
+"""A step's loss and gradients as one CUDA graph: a host that is slow to launch kernels makes one launch per step.
 
-1. The first step of its shape computes as it comes. The second is recorded, forward and backward pass at once.
-2. From then on a batch is copied to where the recorded one lay, and the graph runs again on the weights as they are.
-3. `_Handed` gives autograd the gradients that are there already; what follows takes them as those of any loss.
+1. The first step with a batch of its shapes runs without recording. The second is recorded, forward and backward pass.
+2. From then on each batch is copied into the memory of the recorded one, and the graph is replayed on the current
+   weights.
+3. `_Handed` passes the computed gradients to autograd, which treats them as those of any loss.
 
-A batch of another shape, or weights that lie elsewhere, computes as it comes, and is recorded when it comes twice in a
-row. Whatever a step keeps for its backward pass stays until `release`.
+A batch of other shapes, or weights at other addresses, run without recording, and are recorded when they come twice in
+a row. All that a step keeps for its backward pass stays in memory until `release`.
 """
 
 from __future__ import annotations
@@ -21,26 +22,27 @@ from torch.autograd.function import once_differentiable
 
 from segvol_pl.data.batch import HOST, Batch
 from segvol_pl.errors import ConfigError
+from segvol_pl.training.grouped_loss import scaled
 
 Losses = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
-"""The loss to descend, and parts of it by name, (), of a batch."""
+"""batch -> the loss to minimise, (), and its parts by name."""
 Like = tuple[Any, ...]
-"""Shapes of a batch, and where the weights lie."""
+"""Shapes of a batch and addresses of the weights: a recording is valid while these are equal."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a step comes to."""
+    """Losses and gradients of a step."""
 
     names: list[str]
     losses_N: Tensor
     """The loss and its parts, float32."""
     gradients: list[Tensor | None]
-    """Of every weight that trains."""
+    """One for each trained weight."""
 
 
 Record = Callable[[Callable[[], Found]], tuple[Found, Callable[[], Any]]]
-"""work -> what it gave, and what does the same again, into the same memory."""
+"""work -> its result, and a function that repeats the work into the same memory."""
 
 
 def recorded(work: Callable[[], Found]) -> tuple[Found, Callable[[], None]]:
@@ -66,13 +68,13 @@ class Recording:
 
     like: Like
     batch: Batch
-    """What it reads."""
+    """Its input."""
     found: Found
-    """What it writes."""
+    """Its output."""
     again: Callable[[], Any]
 
     def of(self, batch: Batch) -> Found:
-        """The same of another batch."""
+        """Replay the step with another batch."""
         for name, value in self.batch.items():
             value.copy_(batch[name], non_blocking=True)
         self.again()
@@ -80,16 +82,16 @@ class Recording:
 
 
 class StepGraph:
-    """`losses` of a module, with the gradients of its weights: called as `losses` is."""
+    """`losses` of a module, together with the gradients of its weights. Called like `losses`."""
 
     def __init__(self, module: nn.Module, losses: Losses, record: Record = recorded) -> None:
         self.module, self.losses, self.record = module, losses, record
         self.before: Like | None = None
-        """The step before was like this."""
+        """Of the previous step."""
         self.recording: Recording | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts; parts are detached."""
+        """Compute the loss and its parts; parts are detached."""
         given = {name: value for name, value in batch.items() if name not in HOST}
         like = self._like(given)
         if like == self.before and (self.recording is None or self.recording.like != like):
@@ -131,9 +133,9 @@ class StepGraph:
 
 @contextlib.contextmanager
 def aliased(module: nn.Module) -> Iterator[None]:
-    """The weights that train are other tensors of the same memory.
+    """Replace the trained weights, for a while, by other tensors that share their memory.
 
-    Autograd brings a weight's gradient to the stream on which it first met it, which is not the one of a recording.
+    Autograd moves a weight's gradient to the stream on which the weight was first used, not to that of a recording.
     """
     held = [
         (part, name, weight)
@@ -152,14 +154,14 @@ def aliased(module: nn.Module) -> Iterator[None]:
 
 
 class _Handed(torch.autograd.Function):
-    """Losses whose gradients are known."""
+    """Losses whose gradients are already known."""
 
     @staticmethod
     def forward(
         ctx: Any, losses_N: Tensor, gradients: Sequence[Tensor | None], *weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*gradients)
-        # The next step writes to where these lie.
+        # The next step overwrites these.
         copied_N = losses_N.clone()
         loss, parts_N = copied_N[0].clone(), copied_N[1:]
         ctx.mark_non_differentiable(parts_N)
@@ -168,6 +170,4 @@ class _Handed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> Any:
-        # All in one operation, of which a GPU makes a few launches.
-        scaled = iter(torch._foreach_mul([grad for grad in ctx.saved_tensors if grad is not None], grad_loss))
-        return None, None, *(None if grad is None else next(scaled) for grad in ctx.saved_tensors)
+        return None, None, *scaled(ctx.saved_tensors, grad_loss)
