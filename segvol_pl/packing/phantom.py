@@ -1,50 +1,46 @@
 """Synthetic CTs with organs, for the demo and the tests. Each is a pure function of its seed.
 
-1. `_Anatomy.draw` draws sizes, positions and Hounsfield units.
-2. A patient frame (millimetres; z superior, y anterior, x right) is laid over the voxel grid, then tilted,
-   shifted and bent by a smooth random field: every organ is a simple solid in that frame.
-3. The body wall, distractors without a label (heart, stomach, bowel, ribs, vena cava) and the organs are painted,
-   later ones over earlier ones.
-4. Partial volume, a table and correlated noise make it a CT.
+1. `phantom_body` draws a body: its structures and their places. `phantom_anatomy` holds the tables, and draws the
+   Hounsfield units in a contrast phase.
+2. A patient frame (millimetres; z superior, y anterior, x right) is laid over the voxel grid: scaled to a body size,
+   tilted, shifted and bent by a smooth random field. Every part is a simple shape in that frame.
+3. The parts are painted in their order, later ones over earlier ones. What reaches out of the scanned range is cut off.
+4. `phantom_scan` makes a CT of it: partial volume, table, noise and artefacts.
 5. `write_phantoms` writes NIfTI files in many orientations, so that a reader that ignores the affine fails.
 """
 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
 
 from segvol_pl.atomic import atomic_path
+from segvol_pl.packing.phantom_anatomy import CATEGORIES, VALUE, draw_tissues
+from segvol_pl.packing.phantom_body import Part, Solid, Tube, draw_anatomy
+from segvol_pl.packing.phantom_scan import AIR_HU, draw_field, scan
 
-LUNG_LEFT, LUNG_RIGHT, SPLEEN, KIDNEY_LEFT, LIVER, KIDNEY_RIGHT, SPINE, AORTA, TUMOUR = range(1, 10)
+FIELD_OF_VIEW = (440.0, 260.0, 340.0)
+"""mm along d, h, w, of a scan of the complete trunk."""
 
-CATEGORIES: dict[str, list[int]] = {
-    "lung left": [LUNG_LEFT],
-    "lung right": [LUNG_RIGHT],
-    "liver": [LIVER, TUMOUR],
-    "spleen": [SPLEEN],
-    "kidney left": [KIDNEY_LEFT],
-    "kidney right": [KIDNEY_RIGHT],
-    "spine": [SPINE],
-    "aorta": [AORTA],
-    "liver tumour": [TUMOUR],
-}
-"""Category -> label values; the liver holds its tumour."""
+MIDDLE_Z = -22.0
+"""Height in the patient's frame of the middle of the trunk, in mm."""
 
-FIELD_OF_VIEW = (320.0, 260.0, 340.0)
-"""mm along d, h, w."""
+PARTIAL = 0.3
+"""Share of phantoms whose scan covers a part of the trunk only."""
 
-AIR_HU = -1000.0
-VOXEL_MM3 = 25.0
+LEAST_COVER = 0.6
+"""Smallest part of the trunk that a scan covers."""
+
+VOXEL_MM3 = 34.0
 """Smallest voxel at scale 1: a phantom stays under 1.2 million voxels."""
 
 PerAxis = tuple[float, float, float]
+Window = tuple[slice, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,73 +64,10 @@ class Phantom:
         return affine
 
 
-@dataclass(frozen=True)
-class _Solid:
-    """An ellipsoid in the patient frame: centre and radii in mm, order (z, y, x); a radius may be infinite."""
-
-    centre: PerAxis
-    radii: PerAxis
-
-    @classmethod
-    def draw(
-        cls, rng: np.random.Generator, centre: PerAxis, radii: PerAxis, shift: float = 5, size: float = 0.1
-    ) -> _Solid:
-        """Draw a solid: the centre moved by up to `shift` mm, the radii changed by up to the share `size`."""
-        moved = np.array(centre) + rng.uniform(-shift, shift, 3)
-        scaled = np.array(radii) * rng.uniform(1 - size, 1 + size, 3)
-        return cls((moved[0], moved[1], moved[2]), (scaled[0], scaled[1], scaled[2]))
-
-    def within(self, rng: np.random.Generator, reach: float, radius: float) -> _Solid:
-        """Draw a solid of about `radius` mm around a random point at most `reach` radii from this one's centre."""
-        direction = rng.standard_normal(3)
-        offset = direction / np.linalg.norm(direction) * rng.uniform(0, reach) * np.array(self.radii)
-        centre = np.array(self.centre) + offset
-        return _Solid.draw(rng, (centre[0], centre[1], centre[2]), (radius, radius, radius), shift=0)
-
-
-class _Canvas:
-    """The voxels that are painted, and the patient frame over them."""
-
-    def __init__(self, shape: tuple[int, int, int], spacing: PerAxis, rng: np.random.Generator) -> None:
-        self.shape = shape
-        self.lines = [(np.arange(n, dtype=np.float32) - (n - 1) / 2) * s for n, s in zip(shape, spacing, strict=True)]
-        self.frame = _patient_frame(self.lines, rng)
-        grids = np.meshgrid(*self.lines, indexing="ij", sparse=True)
-        self.margin = [float(np.abs(bent - grid).max()) for bent, grid in zip(self.frame, grids, strict=True)]
-        self.hu_DHW = np.full(shape, AIR_HU, dtype=np.float32)
-        self.label_DHW = np.zeros(shape, dtype=np.uint8)
-
-    def distance(self, solid: _Solid) -> tuple[tuple[slice, ...], np.ndarray]:
-        """Return a window that holds the solid, and in it the squared distance from the solid's centre, in radii."""
-        window = tuple(
-            slice(*np.searchsorted(line, (middle - radius - margin, middle + radius + margin)))
-            for line, middle, radius, margin in zip(self.lines, solid.centre, solid.radii, self.margin, strict=True)
-        )
-        total = np.zeros(self.hu_DHW[window].shape, dtype=np.float32)
-        for axis_DHW, middle, radius in zip(self.frame, solid.centre, solid.radii, strict=True):
-            if np.isfinite(radius):
-                total += np.square((axis_DHW[window] - np.float32(middle)) / np.float32(radius))
-        return window, total
-
-    def paint(self, solid: _Solid, hu: float, label: int = 0, where: np.ndarray | None = None) -> None:
-        """Paint the solid, or its part in the mask `where`."""
-        window, distance = self.distance(solid)
-        inside = distance <= 1
-        if where is not None:
-            inside &= where[window]
-        self.hu_DHW[window][inside] = hu
-        self.label_DHW[window][inside] = label
-
-    def inside(self, solid: _Solid) -> np.ndarray:
-        """Return the mask of the solid over the volume."""
-        mask_DHW = np.zeros(self.shape, dtype=bool)
-        window, distance = self.distance(solid)
-        mask_DHW[window] = distance <= 1
-        return mask_DHW
-
-
 def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
-    """Make a synthetic CT of a trunk, 320 x 260 x 340 mm, with the organs of `CATEGORIES`.
+    """Make a synthetic CT of a trunk, with the organs of `CATEGORIES`.
+
+    A body may lack an organ and has some of the lesions; a scan may leave out the upper or lower part of the trunk.
 
     Args:
         seed: Determines the CT.
@@ -147,175 +80,157 @@ def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
         raise ValueError(f"scale is {scale}, must be positive")
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
     spacing = _draw_spacing(rng, scale)
-    depth, height, width = (round(extent / step) for extent, step in zip(FIELD_OF_VIEW, spacing, strict=True))
-    canvas = _Canvas((depth, height, width), spacing, rng)
-    cavity_DHW = _paint_wall(canvas, rng)
-    _paint_chest(canvas, rng, cavity_DHW)
-    _paint_distractors(canvas, rng, cavity_DHW)
-    _paint_abdomen(canvas, rng, cavity_DHW)
-    _paint_vessels(canvas, rng)
-    _paint_spine(canvas, rng)
-    return Phantom(_scan(canvas, rng), canvas.label_DHW, spacing)
+    anatomy, tissues = draw_anatomy(rng), draw_tissues(rng)
+    canvas = _Canvas(_draw_lines(rng, spacing), rng)
+    canvas.cavity_DHW = canvas.mask(anatomy.cavity)
+    for part in anatomy.parts:
+        canvas.paint(part, tissues[part.tissue])
+    return Phantom(scan(canvas.hu_DHW, canvas.lines, rng), canvas.label_DHW, spacing)
 
 
 def _draw_spacing(rng: np.random.Generator, scale: float) -> PerAxis:
-    slices = rng.uniform(4.0, 6.0)
-    plane = rng.uniform(max(2.2, np.sqrt(VOXEL_MM3 / slices)), 3.0)
+    slices = rng.uniform(4.4, 5.4)
+    plane = rng.uniform(max(2.5, np.sqrt(VOXEL_MM3 / slices)), 3.0)
     return float(slices / scale), float(plane / scale), float(plane / scale)
 
 
-def _spline_basis(size: int, cells: int) -> np.ndarray:
-    """Return float32 (size, cells + 3): the uniform cubic B-spline weight of each control point at `size` points."""
-    place = np.linspace(0, cells, size)
-    cell = np.minimum(place.astype(int), cells - 1)
-    t = place - cell
-    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
-    basis = np.zeros((size, cells + 3), dtype=np.float32)
-    np.put_along_axis(basis, cell[:, None] + np.arange(4), weights.astype(np.float32), axis=1)
-    return basis
+def _draw_lines(rng: np.random.Generator, spacing: PerAxis) -> list[np.ndarray]:
+    """Draw the scanned range, and return the places of the voxels along d, h, w in mm from the trunk's middle."""
+    cover = rng.uniform(LEAST_COVER, 0.85) if rng.random() < PARTIAL else 1.0
+    middle = rng.uniform(-0.5, 0.5) * (1 - cover) * FIELD_OF_VIEW[0]
+    lines = []
+    for extent, step in zip((FIELD_OF_VIEW[0] * cover, *FIELD_OF_VIEW[1:]), spacing, strict=True):
+        count = round(extent / step)
+        lines.append((np.arange(count, dtype=np.float32) - (count - 1) / 2) * np.float32(step))
+    lines[0] += np.float32(middle)
+    return lines
 
 
-def _smooth_field(rng: np.random.Generator, shape: tuple[int, int, int], cells: PerAxis) -> np.ndarray:
-    """Draw a float32 (D,H,W) field of mean about 0 and standard deviation 1, smooth over 1/cells of each axis."""
-    counts = [max(1, round(cell)) for cell in cells]
-    control = rng.standard_normal([count + 3 for count in counts], dtype=np.float32)
-    rows, columns, bars = (_spline_basis(size, count) for size, count in zip(shape, counts, strict=True))
-    field_DHW = np.tensordot(rows, columns @ control @ bars.T, axes=(1, 0))
-    return np.asarray(field_DHW / field_DHW.std(), dtype=np.float32)
+class _Canvas:
+    """The voxels that are painted, and the patient frame over them.
 
+    lines: places of the voxels along d, h, w, in mm. frame_CDHW: z, y, x of the patient at each voxel, in mm.
+    """
 
-def _patient_frame(lines: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """Draw z, y, x of the patient (mm) at each voxel: tilted by a few degrees, shifted, and bent smoothly."""
-    shape = (len(lines[0]), len(lines[1]), len(lines[2]))
-    tilt = np.deg2rad(rng.uniform(-4, 4, 3))
-    rotation = np.eye(3) + np.array([[0, -tilt[0], tilt[1]], [tilt[0], 0, -tilt[2]], [-tilt[1], tilt[2], 0]])
-    grids = np.meshgrid(*lines, indexing="ij", sparse=True)
-    shift = rng.uniform(-1, 1, 3) * (12, 6, 6)
-    frame = []
-    for row, offset in zip(rotation.astype(np.float32), shift.astype(np.float32), strict=True):
-        axis_DHW = _smooth_field(rng, shape, (2, 2, 2)) * np.float32(4.0)
-        axis_DHW += offset
-        for factor, grid in zip(row, grids, strict=True):
-            axis_DHW += factor * grid
-        frame.append(axis_DHW)
-    return frame
+    def __init__(self, lines: list[np.ndarray], rng: np.random.Generator) -> None:
+        self.lines = lines
+        self.shape = (len(lines[0]), len(lines[1]), len(lines[2]))
+        self.rng = rng
+        tilt = np.deg2rad(rng.uniform(-4, 4, 3))
+        rotation = np.eye(3) + np.array([[0, -tilt[0], tilt[1]], [tilt[0], 0, -tilt[2]], [-tilt[1], tilt[2], 0]])
+        size = rng.uniform(0.9, 1.06) * rng.uniform(0.94, 1.06, 3)
+        self._to_patient = rotation / size[:, None]
+        self._to_grid = np.linalg.inv(self._to_patient)
+        self._offset = rng.uniform(-1, 1, 3) * (14, 6, 6) + (MIDDLE_Z, 0, 0)
+        self.frame_CDHW, self._bend = self._draw_frame()
+        self._rough_DHW = np.clip(self._field(55, 45, 45), -2, 2)
+        self._patterns: dict[str, np.ndarray] = {}
+        self.hu_DHW = np.full(self.shape, AIR_HU, dtype=np.float32)
+        self.label_DHW = np.zeros(self.shape, dtype=np.uint8)
+        self.cavity_DHW = np.ones(self.shape, dtype=bool)
 
+    def _field(self, *period: float) -> np.ndarray:
+        """Draw a smooth field (D,H,W) that varies over this many mm along each axis."""
+        extents = [abs(float(line[-1] - line[0])) for line in self.lines]
+        cells = [extent / length for extent, length in zip(extents, period, strict=True)]
+        return draw_field(self.rng, self.shape, (cells[0], cells[1], cells[2]))
 
-def _paint_wall(canvas: _Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Paint skin, fat, muscle and ribs. Return the mask of the cavity inside them, which is filled with fat."""
-    outer = np.array([rng.uniform(95, 108), rng.uniform(138, 154)])
-    fat, muscle = rng.uniform(6, 18), rng.uniform(9, 14)
-    for inset, hu in ((0.0, 20.0), (3.0, rng.uniform(-110, -95)), (3 + fat, rng.uniform(45, 60))):
-        canvas.paint(_Solid((0, 0, 0), (np.inf, *(outer - inset))), hu)
-    _paint_ribs(canvas, rng, outer - 3 - fat, muscle)
-    cavity = _Solid((0, 4, 0), (np.inf, *(outer - 3 - fat - muscle)))
-    canvas.paint(cavity, rng.uniform(-105, -90))
-    return canvas.inside(cavity)
+    def _draw_frame(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the frame, and how far it is bent at most along each axis."""
+        grids = np.meshgrid(*self.lines, indexing="ij", sparse=True)
+        frame_CDHW, bend = np.empty((3, *self.shape), dtype=np.float32), []
+        for axis_DHW, row, offset, amplitude in zip(frame_CDHW, self._to_patient, self._offset, (7, 5, 6), strict=True):
+            axis_DHW[...] = self._field(160, 130, 150) * np.float32(amplitude)
+            bend.append(float(np.abs(axis_DHW).max()))
+            axis_DHW += np.float32(offset)
+            for factor, grid in zip(row.astype(np.float32), grids, strict=True):
+                axis_DHW += factor * grid
+        return frame_CDHW, np.array(bend)
 
+    def _windows(self, low_N3: np.ndarray, high_N3: np.ndarray) -> list[Window]:
+        """Return for each box of the patient's frame the voxels that may lie in it."""
+        middle_N3 = ((low_N3 + high_N3) / 2 - self._offset) @ self._to_grid.T
+        reach_N3 = ((high_N3 - low_N3) / 2 + self._bend) @ np.abs(self._to_grid).T
+        first = np.array([line[0] for line in self.lines])
+        step = np.array([line[1] - line[0] for line in self.lines])
+        start_N3 = np.clip(np.ceil((middle_N3 - reach_N3 - first) / step), 0, self.shape).astype(int)
+        stop_N3 = np.clip(np.floor((middle_N3 + reach_N3 - first) / step) + 1, start_N3, self.shape).astype(int)
+        return [
+            tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
+            for starts, stops in zip(start_N3.tolist(), stop_N3.tolist(), strict=True)
+        ]
 
-def _paint_ribs(canvas: _Canvas, rng: np.random.Generator, wall: np.ndarray, thickness: float) -> None:
-    z_DHW, y_DHW, _ = canvas.frame
-    phase = (z_DHW + np.float32(0.35) * y_DHW) / np.float32(rng.uniform(26, 32)) + np.float32(rng.uniform())
-    ribs_DHW = (phase % 1 < 0.38) & (z_DHW > -25)
-    canvas.paint(_Solid((0, 0, 0), (np.inf, *(wall - 2))), rng.uniform(300, 450), where=ribs_DHW)
-    canvas.paint(_Solid((0, 0, 0), (np.inf, *(wall - thickness + 2))), 50)
+    def _offsets(self, window: Window, origin: np.ndarray) -> np.ndarray:
+        """Return z, y, x from the origin (3,d,h,w) at each voxel of the window."""
+        return np.asarray(self.frame_CDHW[(slice(None), *window)] - origin.astype(np.float32)[:, None, None, None])
 
+    def _in_solid(self, solid: Solid) -> Iterator[tuple[Window, np.ndarray]]:
+        reach = np.linalg.norm(solid.turn * solid.radii[:, None], axis=0) * (1 + 2 * solid.rough)
+        (window,) = self._windows((solid.centre - reach)[None], (solid.centre + reach)[None])
+        axes = (solid.turn / solid.radii[:, None]).astype(np.float32)
+        along_CDHW = np.tensordot(axes, self._offsets(window, solid.centre), axes=1)
+        if solid.power == 4:
+            along_CDHW = np.square(along_CDHW)
+        distance_DHW = np.einsum("cdhw,cdhw->dhw", along_CDHW, along_CDHW)
+        yield window, distance_DHW <= np.square(1 + np.float32(solid.rough) * self._rough_DHW[window])
 
-def _paint_chest(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    """Paint mediastinum, lungs with vessels, and heart."""
-    above_DHW = cavity_DHW & (canvas.frame[0] > 40)
-    canvas.paint(_Solid((170, 0, 0), (140, 90, 60)), 30, where=above_DHW)
-    hu = rng.uniform(-870, -820)
-    for side, label in ((-1.0, LUNG_LEFT), (1.0, LUNG_RIGHT)):
-        lung = _Solid.draw(rng, (115, 2, 74 * side), (88, 76, 56))
-        canvas.paint(lung, hu, label, where=cavity_DHW)
-    _paint_lung_vessels(canvas, rng)
-    canvas.paint(_Solid.draw(rng, (85, 28, -22), (42, 42, 48)), rng.uniform(110, 160), where=cavity_DHW)
+    def _in_tube(self, tube: Tube) -> Iterator[tuple[Window, np.ndarray]]:
+        """Each stretch between two points, with round ends."""
+        starts, ends = tube.points_N3[:-1], tube.points_N3[1:]
+        thick_N1 = np.maximum(tube.radii_N[:-1], tube.radii_N[1:])[:, None]
+        windows = self._windows(np.minimum(starts, ends) - thick_N1, np.maximum(starts, ends) + thick_N1)
+        stretches = zip(windows, starts, ends - starts, tube.radii_N[:-1], np.diff(tube.radii_N), strict=True)
+        for window, start, step, radius, growth in stretches:
+            offset_CDHW, step_C = self._offsets(window, start), step.astype(np.float32)
+            length = np.float32(step_C @ step_C)
+            along_DHW = np.einsum("c,cdhw->dhw", step_C, offset_CDHW)
+            share_DHW = np.clip(along_DHW / length, 0, 1)
+            square_DHW = np.einsum("cdhw,cdhw->dhw", offset_CDHW, offset_CDHW)
+            square_DHW += share_DHW * (share_DHW * length - 2 * along_DHW)
+            yield window, square_DHW <= np.square(np.float32(radius) + share_DHW * np.float32(growth))
 
+    def _covered(self, shape: Solid | Tube) -> Iterator[tuple[Window, np.ndarray]]:
+        """Yield windows, and in each the voxels inside the shape."""
+        return self._in_solid(shape) if isinstance(shape, Solid) else self._in_tube(shape)
 
-def _paint_lung_vessels(canvas: _Canvas, rng: np.random.Generator) -> None:
-    # Where two smooth fields are both 0 there are curves: a cheap texture like a tree of vessels.
-    cells = (FIELD_OF_VIEW[0] / 30, FIELD_OF_VIEW[1] / 26, FIELD_OF_VIEW[2] / 26)
-    first_DHW, second_DHW = (_smooth_field(rng, canvas.shape, cells) for _ in range(2))
-    lungs_DHW = (canvas.label_DHW == LUNG_LEFT) | (canvas.label_DHW == LUNG_RIGHT)
-    canvas.hu_DHW[lungs_DHW & (first_DHW**2 + second_DHW**2 < 0.05)] = -150
+    def mask(self, shape: Solid | Tube) -> np.ndarray:
+        """Return the mask of the shape over the volume."""
+        mask_DHW = np.zeros(self.shape, dtype=bool)
+        for window, inside in self._covered(shape):
+            mask_DHW[window] |= inside
+        return mask_DHW
 
+    def paint(self, part: Part, hu: float) -> None:
+        """Paint the part, within its limits."""
+        for window, inside in self._covered(part.shape):
+            if part.within == "cavity":
+                inside &= self.cavity_DHW[window]
+            elif part.within:
+                inside &= self.label_DHW[window] == VALUE[part.within]
+            if part.pattern:
+                inside &= self._pattern(part.pattern)[window]
+            self.hu_DHW[window][inside] = hu
+            self.label_DHW[window][inside] = VALUE[part.label] if part.label else 0
 
-def _paint_distractors(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    """Paint psoas, bowel and stomach: tissue with the density of organs but without a label."""
-    for side in (-1.0, 1.0):
-        canvas.paint(_Solid((-150, -42, 38 * side), (110, 18, 18)), 55, where=cavity_DHW)
-    loops_DHW = np.abs(_smooth_field(rng, canvas.shape, (8, 8, 10))) < 0.55
-    loops_DHW &= cavity_DHW & (canvas.frame[0] < -20) & (canvas.frame[1] > -12)
-    canvas.paint(_Solid((-120, 30, 0), (100, 75, 120)), rng.uniform(20, 45), where=loops_DHW)
-    stomach = _Solid.draw(rng, (5, 30, -62), (34, 32, 36))
-    canvas.paint(stomach, rng.uniform(15, 35), where=cavity_DHW)
-    canvas.paint(stomach.within(rng, 0.3, rng.uniform(8, 15)), -900, where=cavity_DHW)
+    def _pattern(self, name: str) -> np.ndarray:
+        if name not in self._patterns:
+            self._patterns[name] = getattr(self, f"_draw_{name}")()
+        return self._patterns[name]
 
+    def _draw_ribs(self) -> np.ndarray:
+        z_DHW, y_DHW, _ = self.frame_CDHW
+        phase_DHW = (z_DHW + np.float32(0.35) * y_DHW) / np.float32(self.rng.uniform(22, 28))
+        return np.asarray((phase_DHW % 1 < 0.38) & (z_DHW > -25))
 
-def _paint_abdomen(canvas: _Canvas, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    """Paint liver with tumour, spleen and kidneys."""
-    hu = rng.uniform(78, 102)
-    liver = _Solid.draw(rng, (-2, 4, 74), (62, 68, 58))
-    left_lobe = _Solid.draw(rng, (12, 38, 18), (32, 32, 62))
-    for part in (left_lobe, liver):
-        canvas.paint(part, hu, LIVER, where=cavity_DHW)
-    spleen = _Solid.draw(rng, (8, -30, -96), (40, 38, 25))
-    canvas.paint(spleen, rng.uniform(104, 120), SPLEEN, where=cavity_DHW)
-    for side, label, z in ((-1.0, KIDNEY_LEFT, -58.0), (1.0, KIDNEY_RIGHT, -72.0)):
-        _paint_kidney(canvas, _Solid.draw(rng, (z, -42, 64 * side), (48, 23, 25), shift=6), label, rng, cavity_DHW)
-    canvas.paint(liver.within(rng, 0.5, rng.uniform(11, 21)), rng.uniform(20, 38), TUMOUR, where=cavity_DHW)
+    def _draw_loops(self) -> np.ndarray:
+        return np.asarray(np.abs(self._field(40, 32, 34)) < 0.6)
 
+    def _draw_gas(self) -> np.ndarray:
+        return np.asarray((self._field(36, 30, 32) > 1.1) & self._pattern("loops"))
 
-def _paint_kidney(canvas: _Canvas, solid: _Solid, label: int, rng: np.random.Generator, cavity_DHW: np.ndarray) -> None:
-    canvas.paint(solid, rng.uniform(175, 200), label, where=cavity_DHW)
-    medulla = _Solid(solid.centre, tuple(0.6 * radius for radius in solid.radii))  # type: ignore[arg-type]
-    canvas.paint(medulla, rng.uniform(130, 155), label, where=cavity_DHW)
-
-
-def _paint_vessels(canvas: _Canvas, rng: np.random.Generator) -> None:
-    radius = rng.uniform(9, 13)
-    canvas.paint(_Solid.draw(rng, (0, -24, -14), (np.inf, radius, radius), shift=3), rng.uniform(190, 300), AORTA)
-    canvas.paint(_Solid.draw(rng, (0, -22, 20), (np.inf, radius, radius), shift=3), rng.uniform(90, 130))
-
-
-def _paint_spine(canvas: _Canvas, rng: np.random.Generator) -> None:
-    """Paint vertebral bodies with a dense shell and softer discs, arches around the canal, spinous processes."""
-    period, phase, marrow = rng.uniform(30, 38), rng.uniform(), rng.uniform(300, 400)
-    place_DHW = canvas.frame[0] / np.float32(period) + np.float32(phase)
-    place_DHW -= np.floor(place_DHW)
-    body = _Solid((0, -57, 0), (np.inf, rng.uniform(17, 20), rng.uniform(21, 25)))
-    parts: list[tuple[_Solid, float, Callable[[np.ndarray], np.ndarray] | None]] = [
-        (_Solid((0, -80, 0), (np.inf, 13, 16)), rng.uniform(400, 500), None),
-        (_Solid((0, -88, 0), (np.inf, 13, 5)), rng.uniform(350, 450), lambda place: place < 0.6),
-        (body, rng.uniform(520, 680), None),
-        (_Solid(body.centre, (np.inf, body.radii[1] - 4, body.radii[2] - 4)), marrow, None),
-        (body, 110, lambda place: place < 0.16),
-    ]
-    for solid, hu, where in parts:
-        canvas.paint(solid, hu, SPINE, where=None if where is None else where(place_DHW))
-    canvas.paint(_Solid((0, -81, 0), (np.inf, 7, 9)), 30)
-
-
-def _scan(canvas: _Canvas, rng: np.random.Generator) -> np.ndarray:
-    """Return the canvas as a scanner shows it, int16."""
-    hu_DHW = ndimage.gaussian_filter(canvas.hu_DHW, (0.4, 0.6, 0.6), truncate=3)
-    if rng.random() < 0.5:
-        _add_table(hu_DHW, canvas)
-    noise_DHW = rng.standard_normal(canvas.shape, dtype=np.float32)
-    noise_DHW = ndimage.gaussian_filter(noise_DHW, (0.0, 0.8, 0.8), truncate=3)
-    hu_DHW += noise_DHW * np.float32(rng.uniform(8, 16) / noise_DHW.std())
-    stored_DHW: np.ndarray = np.clip(np.rint(hu_DHW), -1024, 3071).astype(np.int16)
-    return stored_DHW
-
-
-def _add_table(hu_DHW: np.ndarray, canvas: _Canvas) -> None:
-    """Add a curved couch under the patient, straight through all slices: it does not follow the patient's shape."""
-    _, y_H, x_W = canvas.lines
-    height_HW = y_H[:, None] + 120 - np.square(x_W)[None, :] / 1500
-    table_HW = (np.abs(height_HW) < 4) & (np.abs(x_W) < 150)[None, :]
-    air_DHW = hu_DHW[:, table_HW]
-    hu_DHW[:, table_HW] = np.where(air_DHW < -500, np.float32(-250), air_DHW)
+    def _draw_vessels(self) -> np.ndarray:
+        # Where two smooth fields are both 0 there are curves: a cheap texture like a tree of vessels.
+        return np.asarray(np.square(self._field(30, 26, 26)) + np.square(self._field(30, 26, 26)) < 0.05)
 
 
 def write_phantoms(folder: Path, count: int, seed: int, unlabelled: int = 0, scale: float = 1.0) -> Path:

@@ -15,6 +15,7 @@ from segvol_pl.errors import ConfigError
 from segvol_pl.imaging.intensity import intensity_of, normalise
 from segvol_pl.imaging.transforms import resize_image, resize_label
 from segvol_pl.packing.phantom import make_phantom
+from segvol_pl.packing.phantom_anatomy import VALUE
 from segvol_pl.packing.regions import clean, felzenszwalb, overlay, pseudo_regions
 
 STEPS = [(0, 1, 0), (1, 0, 0), (1, 1, 0), (1, -1, 0), (0, 0, 1)]
@@ -226,10 +227,10 @@ def test_pseudo_regions_are_parts_of_one_source_each(overview: tuple[np.ndarray,
 def test_a_labelled_organ_is_one_region(overview: tuple[np.ndarray, np.ndarray]) -> None:
     image_DHW, label_DHW = overview
     regions_DHW = pseudo_regions(image_DHW, label_DHW, RegionsConfig())
-    liver_DHW = label_DHW == 5
-    inside = np.bincount(regions_DHW[liver_DHW])
+    lung_DHW = label_DHW == VALUE["lung right"]
+    inside = np.bincount(regions_DHW[lung_DHW])
     region = int(inside[1:].argmax()) + 1
-    assert inside[region] > 0.8 * liver_DHW.sum()
+    assert inside[region] > 0.8 * lung_DHW.sum()
     assert inside[region] > 0.8 * (regions_DHW == region).sum()
 
 
