@@ -362,7 +362,8 @@ def test_files_are_evaluated_as_packed_cases_are(tmp_path: Path) -> None:
     }
     pack(PackConfig(**files, out=str(tmp_path / "shards"), overview_shape=list(WINDOW), workers=1))
     model = NamedOracle(sorted(load_categories(files["categories"])))
-    kinds = {"prompts": ["box", "points"], "pictures": 1}
+    names = ["aorta", "bladder", "heart", "kidney left", "liver", "liver tumour", "lung right", "spine", "stomach"]
+    kinds = {"prompts": ["box", "points"], "pictures": 1, "categories": names}
     packed = evaluated(evaluate_config(tmp_path / "shards", tmp_path / "packed", split="all", **kinds), model)
     config = evaluate_config(CasesConfig(**files), tmp_path / "files", masks=True, **kinds)
     found = evaluated(config, model)

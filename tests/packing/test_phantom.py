@@ -18,14 +18,14 @@ MEDIAN_HU = {
     "lung left": (-900, -780),
     "lung right": (-900, -780),
     "liver": (0, 130),
-    "spleen": (35, 150),
+    "spleen": (15, 160),
     "kidney left": (20, 240),
     "kidney right": (20, 240),
     "spine": (150, 700),
-    "aorta": (30, 390),
+    "aorta": (0, 390),
     "trachea": (-1010, -400),
     "pancreas": (0, 150),
-    "inferior vena cava": (30, 180),
+    "inferior vena cava": (0, 190),
 }
 LARGE = ("liver", "stomach", "spine", "aorta", "inferior vena cava", "pancreas")
 """Seen in every scan: no range leaves them out."""
