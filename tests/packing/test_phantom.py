@@ -15,8 +15,8 @@ from segvol_pl.packing.phantom_anatomy import CATEGORIES, LESIONS, LUMBAR, MISSI
 SMALL = 0.5
 
 MEDIAN_HU = {
-    "lung left": (-900, -780),
-    "lung right": (-900, -780),
+    "lung left": (-900, -740),
+    "lung right": (-900, -740),
     "liver": (0, 130),
     "spleen": (15, 160),
     "kidney left": (20, 240),
@@ -24,7 +24,6 @@ MEDIAN_HU = {
     "spine": (150, 700),
     "aorta": (0, 390),
     "trachea": (-1010, -400),
-    "pancreas": (0, 150),
     "inferior vena cava": (0, 190),
 }
 LARGE = ("liver", "stomach", "spine", "aorta", "inferior vena cava", "pancreas")

@@ -29,6 +29,7 @@ from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import BatchPlan, Draw, Stream
 from segvol_pl.model import TextBank
+from segvol_pl.packing.phantom_anatomy import CATEGORIES
 from segvol_pl.planning import memory
 from segvol_pl.training.module import Sharding, optimizer, schedule
 from segvol_pl.training.pretrain import SimMIMTask
@@ -62,9 +63,7 @@ def simmim_batch(phantom_shards: Path) -> Batch:
 
 def _segment_task() -> SegVolTask:
     torch.manual_seed(0)
-    return SegVolTask(
-        TrainConfig(model=MODEL, prompts=PROMPTS, optim=OPTIM), TextBank.seeded([str(i) for i in range(9)], 512)
-    )
+    return SegVolTask(TrainConfig(model=MODEL, prompts=PROMPTS, optim=OPTIM), TextBank.seeded(sorted(CATEGORIES), 512))
 
 
 def _simmim_task() -> SimMIMTask:
