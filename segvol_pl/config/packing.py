@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from segvol_pl.config.fields import MISSING, Keys, check_triple, ranged, require
+from segvol_pl.config.fields import HIGHEST_SEED, MISSING, Keys, check_triple, ranged, require
+
+
+@dataclass
+class PhantomsConfig(Keys):
+    """Make synthetic CTs with label maps, as NIfTI files, for trying things out without data."""
+
+    out: str = MISSING
+    """Folder for images/, labels/ and categories.yaml."""
+    volumes: int = ranged(48, least=1)
+    """Synthetic CTs to make."""
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
+    """Seed that determines all of them."""
+    scale: float = ranged(1.0, above=0)
+    """Multiplies the voxels along each axis, and divides their size. At 1, slices are about 5 mm apart."""
+    variation: float = ranged(1.0, least=0, most=1)
+    """How much bodies and scans differ. Below 1, ranges are narrower, and partial scans, artefacts, missing organs and
+    contrast phases other than portal venous are rarer."""
+    categories: list[str] = field(default_factory=list)
+    """Categories to list in categories.yaml, as in a data set that labels only some organs. Empty: all."""
+    workers: int = ranged(0, least=0)
+    """Processes. 0: one per core."""
 
 
 @dataclass

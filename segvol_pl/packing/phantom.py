@@ -11,8 +11,12 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +24,11 @@ import nibabel as nib
 import numpy as np
 
 from segvol_pl.atomic import atomic_path
+from segvol_pl.config import PhantomsConfig
+from segvol_pl.errors import CaseError, listed
 from segvol_pl.packing.phantom_anatomy import CATEGORIES, VALUE, draw_tissues
 from segvol_pl.packing.phantom_body import Part, Solid, Tube, draw_anatomy
+from segvol_pl.packing.phantom_draws import Draws
 from segvol_pl.packing.phantom_scan import AIR_HU, draw_field, scan
 
 FIELD_OF_VIEW = (440.0, 260.0, 340.0)
@@ -64,7 +71,7 @@ class Phantom:
         return affine
 
 
-def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
+def make_phantom(seed: int, scale: float = 1.0, variation: float = 1.0) -> Phantom:
     """Make a synthetic CT of a trunk, with the organs of `CATEGORIES`.
 
     A body may lack an organ and has some of the lesions; a scan may leave out the upper or lower part of the trunk.
@@ -72,13 +79,16 @@ def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
     Args:
         seed: Determines the CT.
         scale: Multiplies the voxels along each axis, and divides the spacing.
+        variation: How far bodies and scans differ, from 0 to 1, see `phantom_draws`.
 
     Raises:
-        ValueError: `scale` is not positive.
+        ValueError: `scale` is not positive, or `variation` out of range.
     """
     if scale <= 0:
         raise ValueError(f"scale is {scale}, must be positive")
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
+    if not 0 <= variation <= 1:
+        raise ValueError(f"variation is {variation}, must be from 0 to 1")
+    rng = Draws(np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed))), variation)
     spacing = _draw_spacing(rng, scale)
     anatomy, tissues = draw_anatomy(rng), draw_tissues(rng)
     canvas = _Canvas(_draw_lines(rng, spacing), rng)
@@ -88,15 +98,15 @@ def make_phantom(seed: int, scale: float = 1.0) -> Phantom:
     return Phantom(scan(canvas.hu_DHW, canvas.lines, rng), canvas.label_DHW, spacing)
 
 
-def _draw_spacing(rng: np.random.Generator, scale: float) -> PerAxis:
+def _draw_spacing(rng: Draws, scale: float) -> PerAxis:
     slices = rng.uniform(4.4, 5.4)
     plane = rng.uniform(max(2.5, np.sqrt(VOXEL_MM3 / slices)), 3.0)
     return float(slices / scale), float(plane / scale), float(plane / scale)
 
 
-def _draw_lines(rng: np.random.Generator, spacing: PerAxis) -> list[np.ndarray]:
+def _draw_lines(rng: Draws, spacing: PerAxis) -> list[np.ndarray]:
     """Draw the scanned range, and return the places of the voxels along d, h, w in mm from the trunk's middle."""
-    cover = rng.uniform(LEAST_COVER, 0.85) if rng.random() < PARTIAL else 1.0
+    cover = rng.uniform(LEAST_COVER, 0.85) if rng.unusual(PARTIAL) else 1.0
     middle = rng.uniform(-0.5, 0.5) * (1 - cover) * FIELD_OF_VIEW[0]
     lines = []
     for extent, step in zip((FIELD_OF_VIEW[0] * cover, *FIELD_OF_VIEW[1:]), spacing, strict=True):
@@ -112,7 +122,7 @@ class _Canvas:
     lines: places of the voxels along d, h, w, in mm. frame_CDHW: z, y, x of the patient at each voxel, in mm.
     """
 
-    def __init__(self, lines: list[np.ndarray], rng: np.random.Generator) -> None:
+    def __init__(self, lines: list[np.ndarray], rng: Draws) -> None:
         self.lines = lines
         self.shape = (len(lines[0]), len(lines[1]), len(lines[2]))
         self.rng = rng
@@ -233,7 +243,29 @@ class _Canvas:
         return np.asarray(np.square(self._field(30, 26, 26)) + np.square(self._field(30, 26, 26)) < 0.05)
 
 
-def write_phantoms(folder: Path, count: int, seed: int, unlabelled: int = 0, scale: float = 1.0) -> Path:
+def phantoms(config: PhantomsConfig) -> Path:
+    """Write the phantoms that a configuration describes, see `write_phantoms`."""
+    return write_phantoms(
+        Path(config.out),
+        config.volumes,
+        config.seed,
+        scale=config.scale,
+        variation=config.variation,
+        categories=config.categories,
+        workers=config.workers,
+    )
+
+
+def write_phantoms(
+    folder: Path,
+    count: int,
+    seed: int,
+    unlabelled: int = 0,
+    scale: float = 1.0,
+    variation: float = 1.0,
+    categories: Sequence[str] = (),
+    workers: int = 1,
+) -> Path:
     """Write phantoms as NIfTI files and return `folder`.
 
     It will hold images/phantom_000_ct.nii.gz, labels/phantom_000_seg.nii.gz, unlabelled/phantom_001_ct.nii.gz (numbers
@@ -246,19 +278,37 @@ def write_phantoms(folder: Path, count: int, seed: int, unlabelled: int = 0, sca
         seed: Determines all of them.
         unlabelled: Phantoms without a label map.
         scale: As for `make_phantom`.
+        variation: As for `make_phantom`.
+        categories: Categories that categories.yaml lists; all if empty. The label maps hold all in any case.
+        workers: Processes; 0 for one per core. Their number changes nothing in the files.
+
+    Raises:
+        CaseError: No category has one of these names.
     """
-    for index in range(count + unlabelled):
-        case = np.random.SeedSequence([seed, index])
-        phantom = make_phantom(int(case.generate_state(1)[0]), scale)
-        rng = np.random.Generator(np.random.PCG64(case.spawn(1)[0]))
-        name = f"phantom_{index:03d}"
-        images = folder / ("images" if index < count else "unlabelled")
-        _write_nifti(images / f"{name}_ct.nii.gz", phantom.hu_DHW, phantom.affine, rng)
-        if index < count:
-            _write_nifti(folder / "labels" / f"{name}_seg.nii.gz", phantom.label_DHW, phantom.affine, rng)
-    lines = [f"{name}: {values}\n" for name, values in CATEGORIES.items()]
+    if unknown := [name for name in categories if name not in CATEGORIES]:
+        raise CaseError(f"categories: a phantom has no {listed(unknown)}; there are {', '.join(CATEGORIES)}")
+    write = functools.partial(_write_phantom, folder, seed, count, scale, variation)
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1:
+        list(map(write, range(count + unlabelled)))
+    else:
+        # A fork of a process with torch's threads may hang.
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(write, range(count + unlabelled)))
+    lines = [f"{name}: {CATEGORIES[name]}\n" for name in categories or CATEGORIES]
     _write_whole(folder / "categories.yaml", "".join(lines).encode())
     return folder
+
+
+def _write_phantom(folder: Path, seed: int, labelled: int, scale: float, variation: float, index: int) -> None:
+    case = np.random.SeedSequence([seed, index])
+    phantom = make_phantom(int(case.generate_state(1)[0]), scale, variation)
+    rng = np.random.Generator(np.random.PCG64(case.spawn(1)[0]))
+    name = f"phantom_{index:03d}"
+    images = folder / ("images" if index < labelled else "unlabelled")
+    _write_nifti(images / f"{name}_ct.nii.gz", phantom.hu_DHW, phantom.affine, rng)
+    if index < labelled:
+        _write_nifti(folder / "labels" / f"{name}_seg.nii.gz", phantom.label_DHW, phantom.affine, rng)
 
 
 def _write_nifti(path: Path, array_DHW: np.ndarray, affine: np.ndarray, rng: np.random.Generator) -> None:

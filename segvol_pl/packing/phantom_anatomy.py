@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+from segvol_pl.packing.phantom_draws import Draws
 
 LUMBAR = ("vertebra L1", "vertebra L2", "vertebra L3", "vertebra L4", "vertebra L5")
 
@@ -129,13 +129,13 @@ ORGANS = {
 }
 
 
-def draw_tissues(rng: np.random.Generator) -> dict[str, float]:
+def draw_tissues(rng: Draws) -> dict[str, float]:
     """Draw a contrast phase and return the Hounsfield units of each tissue in it."""
-    phase = int(rng.choice(len(PHASES), p=list(PHASES.values())))
+    phase = int(rng.choice(range(len(PHASES)), list(PHASES.values())))
     strength = rng.uniform(0.8, 1.2)
     tissues = {}
     for name, levels in _ENHANCED.items():
         tissues[name] = levels[0] + strength * (levels[phase] - levels[0]) + rng.uniform(-6, 6)
-    if rng.random() < 0.15:  # a fatty liver
+    if rng.unusual(0.15):  # a fatty liver
         tissues["liver"] -= rng.uniform(15, 45)
     return tissues | {name: float(rng.uniform(low, high)) for name, (low, high) in _PLAIN.items()}

@@ -15,6 +15,7 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation
 
 from segvol_pl.packing.phantom_anatomy import CYST, LESIONS, LUMBAR, MISSING, ORGANS
+from segvol_pl.packing.phantom_draws import Draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def moved(point: np.ndarray, z: float, y: float, x: float) -> np.ndarray:
     return np.asarray(point + np.array((z, y, x)))
 
 
-def draw_anatomy(rng: np.random.Generator) -> Anatomy:
+def draw_anatomy(rng: Draws) -> Anatomy:
     """Draw a body: the parts in the order of painting, later ones over earlier ones."""
     return _Body(rng).anatomy()
 
@@ -83,7 +84,7 @@ def draw_anatomy(rng: np.random.Generator) -> Anatomy:
 class _Body:
     """One body while it is drawn. Sides are -1 (left) and 1 (right), as x is."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(self, rng: Draws) -> None:
         self.rng = rng
         self.breath = float(rng.uniform(-16, 16))
         self.parts: list[Part] = []
@@ -109,9 +110,6 @@ class _Body:
     ) -> Solid | Tube:
         self.parts.append(Part(shape, tissue, label, within, pattern))
         return shape
-
-    def chance(self, share: float) -> bool:
-        return bool(self.rng.random() < share)
 
     def solid(self, name: str, side: float = -1.0, rough: float = 0.08, near: np.ndarray | None = None) -> Solid:
         """Draw the organ; of a pair the one on `side`; moved by `near`, if given, with what it hangs on."""
@@ -168,8 +166,8 @@ class _Body:
             label = LUMBAR[4 - level] if level < 5 else "thoracic spine"
             bodies.append(self._vertebra(float(z), float(height), size * min(1.0, 1.12 - 0.03 * level), label))
         self.add(self.tube(canal, [8 * size] * len(canal), sway=0), "cord", within="")
-        if self.chance(LESIONS["bone lesion"]):
-            tissue = "nodule" if self.chance(0.6) else "cortical bone"
+        if self.rng.present(LESIONS["bone lesion"]):
+            tissue = "nodule" if self.rng.present(0.6) else "cortical bone"
             self._lesion(bodies[int(self.rng.integers(5, 15))], (6, 11), tissue, "bone lesion", "thoracic spine")
 
     def _vertebra(self, z: float, height: float, size: float, label: str) -> Solid:
@@ -212,7 +210,7 @@ class _Body:
         self.add(heart, "heart wall", "heart")
         self.add(heart.shrunk(rng.uniform(8, 12)), "heart blood", "heart")
         for end, lung in lungs.items():
-            if self.chance(LESIONS["lung nodule"] / 2):
+            if self.rng.present(LESIONS["lung nodule"] / 2):
                 self._lesion(lung, (6, 14), "nodule", f"nodule {end}", f"lung {end}")
 
     def _airway(self, cardia: np.ndarray) -> None:
@@ -220,7 +218,7 @@ class _Body:
         gullet = [self.beside_spine(z, 27, -2) for z in (250.0, 200, 150, 100, 60)]
         oesophagus = self.tube([*gullet, moved(cardia, 14, -6, 10), cardia], [6.5] * 7, sway=5)
         self.add(oesophagus, "gut wall", "oesophagus")
-        if self.chance(0.4):
+        if self.rng.present(0.4):
             self.add(replace(oesophagus, radii_N=oesophagus.radii_N * 0.4), "gas", "oesophagus")
         carina = self.beside_spine(128 + self.rng.uniform(-10, 10), 42, 3)
         top = self.beside_spine(250, 42, 0)
@@ -260,7 +258,7 @@ class _Body:
         for points in courses:
             tube = self.tube(points, [self.rng.uniform(11, 17)] * len(points), sway=10)
             self.add(tube, "gut wall")
-            inner = "gas" if self.chance(0.4) else "stool"
+            inner = "gas" if self.rng.present(0.4) else "stool"
             self.add(replace(tube, radii_N=tube.radii_N - 3), inner)
 
     def _abdomen(self) -> None:
@@ -268,11 +266,11 @@ class _Body:
         stomach = self.solid("stomach", rough=0.12)
         self.add(stomach, "gut wall", "stomach")
         self.add(stomach.shrunk(4), str(self.rng.choice(("fluid", "stool", "gut wall"))), "stomach")
-        if self.chance(0.6):
+        if self.rng.present(0.6):
             bubble = replace(stomach, centre=moved(stomach.centre, 2, 8, 0), radii=stomach.radii * 0.5)
             self.add(bubble, "gas", "stomach", "stomach")
         self._airway(stomach.at((0.5, -0.3, 0.6)))
-        if not self.chance(MISSING["spleen"]):
+        if not self.rng.unusual(MISSING["spleen"]):
             self.add(self.solid("spleen", rough=0.1), "spleen", "spleen")
         liver = self.solid("liver", rough=0.1)
         self.add(self.solid("left lobe", rough=0.1), "liver", "liver")
@@ -283,11 +281,11 @@ class _Body:
         self.add(bladder, "urine", "bladder")
         for side, end in ((-1.0, "left"), (1.0, "right")):
             self._kidney(side, end, bladder)
-        if self.chance(LESIONS["liver tumour"]):
+        if self.rng.present(LESIONS["liver tumour"]):
             for _ in range(int(self.rng.integers(1, 4))):
                 self._lesion(liver, (8, 20), "liver tumour", "liver tumour", "liver")
         pushed = liver.centre - np.array(ORGANS["liver"].centre) - (self.breath, 0, 0)
-        if not self.chance(MISSING["gallbladder"]):
+        if not self.rng.unusual(MISSING["gallbladder"]):
             self.add(self.solid("gallbladder", near=pushed), "bile", "gallbladder")
         self._portal(self._pancreas(), liver)
 
@@ -296,12 +294,12 @@ class _Body:
         kidney, inward = self.solid("kidney", side, near=np.array((-8.0 * (side > 0), 0, 0))), np.array((0, 0, -side))
         name = f"kidney {end}"
         apex = kidney.centre + inward * 16 + (kidney.radii[0] * 0.95, 10, 0)
-        if not self.chance(MISSING[name]):
+        if not self.rng.unusual(MISSING[name]):
             self.add(kidney, "cortex", name)
             self.add(kidney.shrunk(kidney.radii * 0.38), "medulla", name)
-            if self.chance(CYST):
+            if self.rng.present(CYST):
                 self._lesion(kidney, (5, 10), "bile", name, name)
-            if self.chance(LESIONS["kidney tumour"] / 2):
+            if self.rng.present(LESIONS["kidney tumour"] / 2):
                 self._lesion(kidney, (8, 15), "kidney tumour", f"kidney tumour {end}", name)
             hilum = kidney.centre + inward * kidney.radii[2] * 0.75 + (0, 3, 0)
             self.add(Solid(hilum, np.array((11.0, 5, 7))), "urine")
@@ -324,7 +322,7 @@ class _Body:
         course = ((-72, 6, 34), (-54, 10, 24), (-42, 18, 0), (-30, 4, -34), (-18, -14, -66))
         points = [np.array(point) + shift for point in course]
         self.add(self.tube(points, [10, 11, 7.5, 8, 6.5]), "pancreas", "pancreas")
-        return points[2]
+        return np.asarray(points[2])
 
     def _portal(self, neck: np.ndarray, liver: Solid) -> None:
         """Add the portal vein: from behind the pancreas into both lobes of the liver."""

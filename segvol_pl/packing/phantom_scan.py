@@ -9,13 +9,15 @@ from __future__ import annotations
 import numpy as np
 from scipy import ndimage
 
+from segvol_pl.packing.phantom_draws import Draws
+
 AIR_HU = -1000.0
 
 SHARES = {"table": 0.6, "shading": 0.3, "starvation": 0.3, "metal": 0.1}
 """Artefact -> share of phantoms that have it."""
 
 
-def scan(hu_DHW: np.ndarray, lines: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+def scan(hu_DHW: np.ndarray, lines: list[np.ndarray], rng: Draws) -> np.ndarray:
     """Return the painted Hounsfield units as a scanner shows them.
 
     Args:
@@ -26,7 +28,7 @@ def scan(hu_DHW: np.ndarray, lines: list[np.ndarray], rng: np.random.Generator) 
     Returns:
         int16 (D,H,W) in [-1024, 3071].
     """
-    has = {name: bool(rng.random() < share) for name, share in SHARES.items()}
+    has = {name: rng.unusual(share) for name, share in SHARES.items()}
     if has["metal"]:
         hu_DHW = _with_metal(hu_DHW, lines, rng)
     body_DHW = hu_DHW > -500
@@ -42,7 +44,7 @@ def scan(hu_DHW: np.ndarray, lines: list[np.ndarray], rng: np.random.Generator) 
     return stored_DHW
 
 
-def draw_field(rng: np.random.Generator, shape: tuple[int, int, int], cells: tuple[float, float, float]) -> np.ndarray:
+def draw_field(rng: Draws, shape: tuple[int, int, int], cells: tuple[float, float, float]) -> np.ndarray:
     """Draw a float32 (D,H,W) field of mean about 0 and standard deviation 1, smooth over 1/cells of each axis."""
     counts = [max(1, round(cell)) for cell in cells]
     control = rng.standard_normal([count + 3 for count in counts], dtype=np.float32)
@@ -62,7 +64,7 @@ def _spline_basis(size: int, cells: int) -> np.ndarray:
     return basis
 
 
-def _noise(shape: tuple[int, ...], rng: np.random.Generator, starved: bool) -> np.ndarray:
+def _noise(shape: tuple[int, ...], rng: Draws, starved: bool) -> np.ndarray:
     """Draw noise; if `starved`, with streaks from side to side near both ends of the range."""
     noise_DHW = rng.standard_normal(shape, dtype=np.float32)
     grain = rng.uniform(0.5, 0.9)
@@ -76,7 +78,7 @@ def _noise(shape: tuple[int, ...], rng: np.random.Generator, starved: bool) -> n
     return np.asarray(noise_DHW)
 
 
-def _with_metal(hu_DHW: np.ndarray, lines: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+def _with_metal(hu_DHW: np.ndarray, lines: list[np.ndarray], rng: Draws) -> np.ndarray:
     """Put a piece of metal into a bone, with bright and dark streaks that run away from it in its slices."""
     bone = np.argwhere(hu_DHW > 300)
     if not len(bone):

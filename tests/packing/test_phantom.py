@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from segvol_pl.errors import CaseError
 from segvol_pl.packing.phantom import FIELD_OF_VIEW, LEAST_COVER, Phantom, make_phantom, write_phantoms
 from segvol_pl.packing.phantom_anatomy import CATEGORIES, LESIONS, LUMBAR, MISSING, STRUCTURES, VALUE, draw_tissues
+from segvol_pl.packing.phantom_draws import Draws
 
 SMALL = 0.5
 
@@ -130,7 +132,7 @@ def test_organs_do_not_keep_to_one_place_and_size(many: list[Phantom]) -> None:
 
 
 def test_contrast_phases_change_tissues_together() -> None:
-    drawn = [draw_tissues(np.random.default_rng(seed)) for seed in range(60)]
+    drawn = [draw_tissues(Draws(np.random.default_rng(seed), 1.0)) for seed in range(60)]
     native = [tissues for tissues in drawn if tissues["aorta"] < 60]
     arterial = [tissues for tissues in drawn if tissues["aorta"] > 230]
     late = [tissues for tissues in drawn if tissues["urine"] > 100]
@@ -159,6 +161,33 @@ def test_a_lesion_lies_inside_its_organ(lesion: str, hosts: list[str], many: lis
         around.append(np.logical_or.reduce([_mask(phantom, host) for host in hosts])[around_DHW])
     inside = np.concatenate(around)
     assert len(inside) > 50 and inside.mean() > (0.6 if lesion == "bone lesion" else 0.8)
+
+
+def test_less_variation_makes_phantoms_alike_and_complete(many: list[Phantom]) -> None:
+    alike = [make_phantom(seed, SMALL, variation=0.1) for seed in range(8)]
+
+    def spread(phantoms: list[Phantom], category: str) -> np.ndarray:
+        kept = [each for each in phantoms if _mask(each, category).any()]
+        return np.std([_centre_mm(each, category) for each in kept], axis=0)
+
+    for category in ("liver", "kidney left", "bladder"):
+        assert spread(alike, category).mean() < 0.6 * spread(many, category).mean()
+    assert min(len(each.hu_DHW) * each.spacing[0] for each in alike) > 0.98 * FIELD_OF_VIEW[0]  # no partial scan
+    assert all(_mask(each, organ).any() for each in alike for organ in MISSING)
+    lesions = sum(_mask(each, "liver tumour").any() for each in alike)
+    assert 2 <= lesions < len(alike) and len({each.label_DHW.tobytes() for each in alike}) == len(alike)
+
+
+@pytest.mark.parametrize("variation", [-0.1, 1.1])
+def test_variation_is_a_share(variation: float) -> None:
+    with pytest.raises(ValueError, match="variation"):
+        make_phantom(0, SMALL, variation)
+
+
+def test_categories_that_no_phantom_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CaseError, match=r"^categories: a phantom has no appendix; there are lung left"):
+        write_phantoms(tmp_path, 1, 0, categories=["appendix"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scale_must_be_positive() -> None:
@@ -207,6 +236,6 @@ def test_canonical_content_does_not_depend_on_the_orientation(folder: Path) -> N
 
 
 def test_writing_again_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    again = write_phantoms(tmp_path, count=1, seed=5, scale=0.3)
+    again = write_phantoms(tmp_path, count=2, seed=5, scale=0.3, workers=2)
     name = "images/phantom_000_ct.nii.gz"
     assert (again / name).read_bytes() == (folder / name).read_bytes()
