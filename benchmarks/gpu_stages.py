@@ -184,7 +184,7 @@ def supervised_step(bench: Bench, volumes: int, categories: int, pseudo: int, at
     """at_once: prompts of a volume; 0: all."""
     torch.manual_seed(0)
     config = train_config(bench.model, categories, pseudo)
-    prompts = flops.prompts_per_volume(config.prompts)
+    prompts = config.prompts.per_volume
     config = replace(config, run=RunConfig(precision=bench.precision, prompts_at_once=at_once or prompts))
     task = SegVolTask(config, TextBank.seeded(["one"], config.model.text_dim))
     name = f"{volumes} volume{'s' * (volumes > 1)} x {prompts} prompts"

@@ -23,7 +23,6 @@ from training import OPTIM, train_batch, train_config
 
 from segvol_pl.config import PretrainConfig, SegVolConfig
 from segvol_pl.model import TextBank
-from segvol_pl.planning import flops
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.segment import SegVolTask
 
@@ -43,7 +42,7 @@ def simmim(volumes: int) -> Counts:
 def supervised(volumes: int, categories: int, pseudo: int, at_once: int | None = None) -> Counts:
     """Six combinations of so many categories, and pseudo-labels, of each volume; all at once unless it is said."""
     config = train_config(SegVolConfig(), categories, pseudo)
-    count = flops.prompts_per_volume(config.prompts)
+    count = config.prompts.per_volume
     at_once = at_once or count
     config = replace(config, run=replace(config.run, prompts_at_once=at_once))
 

@@ -94,7 +94,7 @@ class Oracle(nn.Module):
 
     def __init__(self, input_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.config = SimpleNamespace(input_shape=list(input_shape))
+        self.config = SimpleNamespace(input_shape=list(input_shape), mask_prompt=False)
         self.place = nn.Parameter(torch.zeros(1))
         self.encoded = 0
         self.seen: list[Prompt] = []

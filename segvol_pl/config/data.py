@@ -89,6 +89,9 @@ class DataConfig(Keys):
     """Samples drawn from each volume per epoch, each with different random choices."""
     overview_fraction: float = ranged(0.5, least=0, most=1)
     """Fraction of samples that show the full volume. The others are crops at native resolution."""
+    grid_fraction: float = ranged(0.0, least=0, most=1)
+    """Fraction of crops that lie on the grid of zoom-in windows. The others lie around a voxel of a category. Both hold
+    such a voxel."""
     max_bad_fraction: float = ranged(0.001, least=0, most=1)
     """Fraction of the corpus that may be damaged. Damaged samples are replaced by others; above this fraction the run
     aborts."""
@@ -117,6 +120,14 @@ class PromptConfig(Keys):
     """Prompt combinations to train for every category."""
     categories_per_volume: int = ranged(4, least=1)
     """Categories drawn from each volume per step."""
+    per_category: int = ranged(0, least=0)
+    """Combinations drawn for each of these categories, without repetition. The loss estimates that over all of them.
+    0: all combinations."""
+    absent_fraction: float = ranged(0.0, least=0, most=1)
+    """Fraction of these categories that are drawn from those that the crop does not show, prompted by text, to be
+    segmented as nothing. Needs prompts.per_category."""
+    mask_fraction: float = ranged(0.0, least=0, most=1)
+    """Fraction of the categories in crops whose prompts come with a simulated coarse mask. Needs model.mask_prompt."""
     pseudo_per_volume: int = ranged(6, least=0)
     """Pseudo-label prompts drawn from each volume per step: even ones are points, odd ones boxes. 0 disables."""
     extra_positive: int = ranged(10, least=0)
@@ -129,3 +140,14 @@ class PromptConfig(Keys):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_combinations("prompts.combinations", self.combinations)
+        most = len(self.combinations)
+        require(self.per_category <= most, "prompts.per_category", f"there are only {most} prompts.combinations")
+        if self.absent_fraction:
+            require(self.per_category > 0, "prompts.absent_fraction", "set prompts.per_category")
+            require("text" in self.combinations, "prompts.absent_fraction", "needs text among prompts.combinations")
+
+    @property
+    def per_volume(self) -> int:
+        """Prompts that are decoded from one volume in a step."""
+        drawn = self.per_category or len(self.combinations)
+        return self.categories_per_volume * drawn + self.pseudo_per_volume

@@ -70,10 +70,14 @@ class ZoomConfig(Keys):
     and the points inside the structure are always within reach. Farther away, where zooming out found nothing, windows
     mostly find other organs, but also parts too small for the overview. Ignored with `grid: published`, which uses the
     published region."""
+    mix: float = ranged(0.0, least=0)
+    """Weight of the coarse logits in the region of interest; that of the windows' mean is 1. 0: the windows alone, as
+    published."""
     reflection: Convention = Convention.consistent
-    """Which prompts a window gets. consistent: the user's own prompt where it lies in the window; windows without any
-    prompt are skipped. published: the box of the coarse mask instead of the user's box, and points drawn from the
-    user's enlarged points; no window is skipped."""
+    """Which prompts a window gets. consistent: the user's own prompt where it lies in the window, points drawn from the
+    coarse mask if there are any, and the coarse mask if model.mask_prompt; windows without any prompt are skipped.
+    published: the box of the coarse mask instead of the user's box, and points drawn from the user's enlarged points;
+    no window is skipped."""
 
     def batches(self, kind: str) -> tuple[int, int]:
         """How many windows to encode and prompts to decode together on a device of type `cuda` or `cpu`."""

@@ -36,6 +36,9 @@ class TextSource(StrEnum):
 LANDMARKS = re.compile(rf"([1-9]\d*)\*({CUSTOM.pattern})")
 """A custom prompt type, `N*package.module:function`: the function marks N voxels of a structure."""
 
+FINER = 4
+"""Voxels of the decoder's masks along each axis of a token."""
+
 MASK_TOKENS = 4
 """Mask tokens of the decoder, as in SAM; SegVol uses only the mask of the first."""
 
@@ -69,6 +72,9 @@ class SegVolConfig(Keys):
     coordinates: Convention = Convention.consistent
     """Positional encoding of prompts and tokens. published: reproduce the released weights' training, which divided d
     and h by each other's extent and ordered the axes of the tokens h, d, w."""
+    mask_prompt: bool = False
+    """Whether a prompt may come with a mask found before: the coarse mask in zoom-in windows, the previous mask when
+    refining. Not in the paper. Train it with prompts.mask_fraction."""
     landmarks: list[str] = field(default_factory=list)
     """Custom prompt types, each as `N*package.module:function`. The function marks N voxels, and each of them gets its
     own embedding, like the corners of a box. Prompt combinations name the function without `N*`."""
@@ -103,6 +109,12 @@ class SegVolConfig(Keys):
     def grid(self) -> tuple[int, int, int]:
         """Tokens along (d, h, w)."""
         d, h, w = (size // patch for size, patch in zip(self.input_shape, self.patch_size, strict=True))
+        return d, h, w
+
+    @property
+    def mask_shape(self) -> tuple[int, int, int]:
+        """Voxels along (d, h, w) of the decoder's masks, and of the masks that prompts come with."""
+        d, h, w = (FINER * size for size in self.grid)
         return d, h, w
 
     @property

@@ -238,6 +238,11 @@ class TrainConfig(Keys):
             "pretrained",
             "weights=FILE already contains an image encoder: give one of them",
         )
+        require(
+            self.model.mask_prompt or not self.prompts.mask_fraction,
+            "prompts.mask_fraction",
+            "needs model.mask_prompt=true",
+        )
         for name in landmarks_in(self.prompts.combinations):
             require(
                 name in self.model.landmark_counts,

@@ -21,6 +21,7 @@ import numpy as np
 
 from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data.batch import packed, shade_of
+from segvol_pl.data.coarse_masks import simulated_coarse
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
@@ -32,6 +33,12 @@ Read = Callable[[Member], Any]
 """Returns a member of the sample as a sliceable array, decoded only where sliced."""
 
 FEW_VALUES = 4
+
+GRID_OVERLAP = 0.5
+"""Overlap of neighbouring windows on the grid, the default of `zoom.overlap`."""
+
+BYTE = 255
+"""A coarse mask's probability of 1, in a sample."""
 
 MASK_KEY = "mask_DHW"
 """A prompt's mask, bool; `_stack` packs the masks into bits."""
@@ -56,12 +63,14 @@ class Crop:
     scale: float = 1.0
     shift: float = transforms.NO_SHIFT
     """The image is multiplied by `scale`, then `shift` is added."""
+    step_3: tuple[float, ...] | None = None
+    """Voxels of a window per voxel of the overview along (d, h, w), at least 1; None for overviews."""
 
 
 def sample_crop(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> Crop:
     """The overview with probability `data.overview_fraction`, else a window at native resolution."""
     overview = rng.random() < data.overview_fraction
-    view = _overview(facts, read, model) if overview else _window(facts, read, model, rng)
+    view = _overview(facts, read, model) if overview else _window(facts, read, model, data.grid_fraction, rng)
     return augment(view, data, rng)
 
 
@@ -89,10 +98,12 @@ def has_regions(facts: Facts) -> bool:
     return Member.REGIONS.value in facts.members
 
 
-def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Generator) -> Crop:
+def _window(facts: Facts, read: Read, model: SegVolConfig, grid_fraction: float, rng: np.random.Generator) -> Crop:
     window = model.input_shape
     category = sorted(facts.categories)[rng.integers(len(facts.categories))] if facts.categories else None
-    start = _window_start(facts, category, window, rng)
+    # No number is drawn for a share of 0, so that samples are those of a run without it.
+    on_grid = grid_fraction > 0 and rng.random() < grid_fraction
+    start = (_grid_start if on_grid else window_start)(facts, category, window, rng)
     hu_DHW = transforms.crop(read(Member.CT), start, window, fill=facts.intensity.minimum)
     return Crop(
         image_DHW=hu_DHW,
@@ -100,20 +111,42 @@ def _window(facts: Facts, read: Read, model: SegVolConfig, rng: np.random.Genera
         label_DHW=transforms.crop(read(Member.LABEL), start, window) if facts.labelled else None,
         regions_DHW=_window_regions(facts, read(Member.REGIONS)[:], start, window) if has_regions(facts) else None,
         category=category,
+        step_3=overview_step(facts, window),
     )
 
 
-def _window_start(
+def overview_step(facts: Facts, window: Sequence[int]) -> tuple[float, ...]:
+    """Voxels of a window per voxel of the overview along (d, h, w), at least 1."""
+    return tuple(max(full / size, 1.0) for full, size in zip(facts.shape, window, strict=True))
+
+
+def window_start(
     facts: Facts, category: str | None, window: Sequence[int], rng: np.random.Generator
 ) -> tuple[int, int, int]:
     """A window that holds an anchor voxel of the category anywhere in its middle two thirds."""
+    centre = _anchor(facts, category, rng)
     if category is not None:
-        anchors = facts.categories[category].anchors
-        centre = np.array(anchors[rng.integers(len(anchors))])
         centre = centre + np.rint(rng.uniform(-1 / 3, 1 / 3, size=3) * window).astype(int)
-    else:
-        centre = rng.integers(facts.shape)
     return transforms.window_around(list(centre), window, facts.shape)
+
+
+def _anchor(facts: Facts, category: str | None, rng: np.random.Generator) -> np.ndarray:
+    """A voxel (d, h, w) of the category, or any voxel."""
+    if category is None:
+        return rng.integers(facts.shape)
+    anchors = facts.categories[category].anchors
+    return np.array(anchors[rng.integers(len(anchors))])
+
+
+def _grid_start(
+    facts: Facts, category: str | None, window: Sequence[int], rng: np.random.Generator
+) -> tuple[int, int, int]:
+    """A window of zooming in's grid, of those that hold an anchor voxel of the category."""
+    starts = []
+    for at, size, extent in zip(_anchor(facts, category, rng), window, facts.shape, strict=True):
+        axis = transforms.grid_starts(0, extent, size, GRID_OVERLAP)
+        starts.append(int(rng.choice([start for start in axis if start <= at < start + size])))
+    return starts[0], starts[1], starts[2]
 
 
 def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int], window: Sequence[int]) -> np.ndarray:
@@ -160,7 +193,7 @@ def segment_sample(
     facts: Facts,
     row_of: dict[str, int],
     config: PromptConfig,
-    marked: dict[str, int],
+    model: SegVolConfig,
     rng: np.random.Generator,
 ) -> Arrays:
     """The image, with masks and prompts of its categories and of its pseudo-labels.
@@ -170,17 +203,22 @@ def segment_sample(
         facts: of its volume.
         row_of: category -> row of the text bank.
         config: how many prompts and points to draw.
-        marked: kind of landmark -> number of them.
+        model: which landmarks it has, and whether it takes masks.
         rng: the sample's own.
 
     Returns:
         The image, see `image_of`. Of the categories: bits_JDHW uint8, their packed masks; category_K (row of the text
-        bank), points_KN3, labels_KN, boxes_K6, valid_K, and landmarks_KM3 if the model has landmarks. Of the
-        pseudo-labels: the same without landmarks, under names with the prefix `pseudo_`. valid is 0 in a crop without
-        any category, or without any region; such a mask adds nothing to the loss.
+        bank), points_KN3, labels_KN, boxes_K6, valid_K; landmarks_KM3 if the model has landmarks; combination_KC
+        int64 if combinations are drawn; coarse_KDHW uint8 and has_coarse_K if the model takes masks. Of the
+        pseudo-labels: masks, category, points, labels, boxes and valid, under names with the prefix `pseudo_`. valid is
+        0 in a crop without any category, or without any region; such a mask adds nothing to the loss.
     """
-    masks = _draw_categories(view, facts, config.categories_per_volume, rng)
-    categories = [_draw_prompt(mask, row_of.get(name, 0), config, marked, rng) for name, mask in masks]
+    drawn = _draw_categories(view, facts, config, rng)
+    categories = [_draw_prompt(each, row_of, config, model.landmark_counts, rng) for each in drawn]
+    if config.per_category:
+        categories = [{**each, "combination_C": _draw_combinations(each, config, rng)} for each in categories]
+    if model.mask_prompt:
+        categories = [{**each, **_draw_coarse(each, view, config, model, rng)} for each in categories]
     pseudo = _draw_pseudos(view, config, rng)
     return {
         **image_of(view),
@@ -189,16 +227,27 @@ def segment_sample(
     }
 
 
-def _draw_categories(view: Crop, facts: Facts, count: int, rng: np.random.Generator) -> list[tuple[str, np.ndarray]]:
-    """`count` categories in the crop: first the one it was drawn around; none comes twice before all came once."""
+def _draw_categories(
+    view: Crop, facts: Facts, config: PromptConfig, rng: np.random.Generator
+) -> list[tuple[str, np.ndarray]]:
+    """Names and masks of categories in the crop, and of absent ones, whose masks are empty.
+
+    First comes the category that the crop was drawn around; none comes twice before all came once. A crop that shows
+    none has nameless empty masks.
+    """
     assert view.label_DHW is not None
+    count = config.categories_per_volume
     present = np.bincount(view.label_DHW.reshape(-1)) > 0
     shown = [name for name in sorted(facts.categories) if _any(present, facts.categories[name].values)]
     if not shown:
         return [("", np.zeros(view.image_DHW.shape, dtype=bool))] * count
     order = sorted((str(name) for name in rng.permutation(shown)), key=lambda name: name != view.category)
     repeats = -(-count // len(order))
-    return [(name, mask_of(view.label_DHW, facts.categories[name].values)) for name in (order * repeats)[:count]]
+    chosen = (order * repeats)[:count]
+    absent = sorted(set(facts.categories) - set(shown))
+    if absent and config.absent_fraction:
+        chosen = [str(rng.choice(absent)) if rng.random() < config.absent_fraction else name for name in chosen]
+    return [(name, mask_of(view.label_DHW, facts.categories[name].values)) for name in chosen]
 
 
 def _any(present: np.ndarray, values: list[int]) -> bool:
@@ -217,15 +266,39 @@ def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
 
 
 def _draw_prompt(
-    mask_DHW: np.ndarray, row: int, config: PromptConfig, marked: dict[str, int], rng: np.random.Generator
+    drawn: tuple[str, np.ndarray],
+    row_of: dict[str, int],
+    config: PromptConfig,
+    marked: dict[str, int],
+    rng: np.random.Generator,
 ) -> Arrays:
+    name, mask_DHW = drawn
     positive = 1 + int(rng.integers(config.extra_positive + 1))
     negative = int(rng.integers(config.extra_negative + 1))
-    prompted = _prompted(mask_DHW, row, config, rng, positive, negative)
-    if not marked:
-        return prompted
-    landmarks = {name: sample_landmarks(name, mask_DHW, rng) for name in marked} if prompted["valid"] else {}
-    return {**prompted, "landmarks_M3": gathered_landmarks(landmarks, marked)}
+    prompted = _prompted(mask_DHW, row_of.get(name, 0), config, rng, positive, negative)
+    if marked:
+        landmarks = {kind: sample_landmarks(kind, mask_DHW, rng) for kind in marked} if prompted["valid"] else {}
+        prompted["landmarks_M3"] = gathered_landmarks(landmarks, marked)
+    # An absent category has a name and an empty mask, which is what to segment.
+    prompted["valid"] = np.array(name != "")
+    return prompted
+
+
+def _draw_combinations(prompted: Arrays, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the combinations of one category, int64 (C,); of an absent one that of text."""
+    if prompted["valid"] and not prompted[MASK_KEY].any():
+        return np.full(config.per_category, config.combinations.index("text"))
+    return rng.permutation(len(config.combinations))[: config.per_category]
+
+
+def _draw_coarse(
+    prompted: Arrays, view: Crop, config: PromptConfig, model: SegVolConfig, rng: np.random.Generator
+) -> Arrays:
+    """A simulated coarse mask, which comes with `mask_fraction` of the prompts in windows; else zeros."""
+    if view.step_3 is None or not prompted["valid"] or rng.random() >= config.mask_fraction:
+        return {"coarse_DHW": np.zeros(model.mask_shape, np.uint8), "has_coarse": np.array(False)}
+    likely_DHW = simulated_coarse(prompted[MASK_KEY], view.step_3, model.mask_shape, rng)
+    return {"coarse_DHW": np.rint(likely_DHW * BYTE).astype(np.uint8), "has_coarse": np.array(True)}
 
 
 def _prompted(
@@ -323,6 +396,4 @@ def sample_segmentation(
     row_of: dict[str, int],
 ) -> Arrays:
     """A supervised sample of a volume, see `segment_sample`."""
-    return segment_sample(
-        sample_crop(facts, read, model, data, rng), facts, row_of, prompts, model.landmark_counts, rng
-    )
+    return segment_sample(sample_crop(facts, read, model, data, rng), facts, row_of, prompts, model, rng)

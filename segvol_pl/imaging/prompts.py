@@ -27,6 +27,7 @@ class Prompt:
         labels_N: int, one label per point: 1 inside the structure, 0 outside.
         box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
         landmarks: int (d, h, w) rows of each custom kind, by its name in the model's configuration.
+        mask_DHW: float32 probabilities of a mask found before, on a grid of any shape that spans the array to segment.
 
     Raises:
         ValueError: nothing is given, shapes are wrong, or the box is inverted.
@@ -37,6 +38,7 @@ class Prompt:
     labels_N: np.ndarray | None = None
     box: Box | None = None
     landmarks: dict[str, np.ndarray] = field(default_factory=dict)
+    mask_DHW: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.text is None and self.points_N3 is None and self.box is None and not self.landmarks:

@@ -1,12 +1,13 @@
 """Resizing, cropping and augmenting volumes: one set of transforms for packing, training and inference.
 
 1. `resize_image` and `resize_label` make the overview of a volume.
-2. `window_around` and `crop` make windows at native resolution.
+2. `window_around`, `grid_starts` and `crop` make windows at native resolution.
 3. `flip` and `sample_intensity` augment; they draw from the sample's own rng.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -90,6 +91,15 @@ def window_around(centre: Sequence[int], window: Sequence[int], shape: Sequence[
         for middle, size, extent in zip(centre, window, shape, strict=True)
     ]
     return starts[0], starts[1], starts[2]
+
+
+def grid_starts(low: int, extent: int, size: int, overlap: float) -> list[int]:
+    """First voxels, along one axis, of windows of `size` over the `extent` voxels from `low` on."""
+    if extent <= size:
+        return [low]
+    step = max(int(size * (1 - overlap)), 1)
+    count = math.ceil((extent - size) / step) + 1
+    return [low + min(index * step, extent - size) for index in range(count)]
 
 
 def crop(array_DHW: Sliceable, start: Sequence[int], window: Sequence[int], fill: int = 0) -> np.ndarray:

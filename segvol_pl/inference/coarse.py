@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from segvol_pl.imaging.box import Box, box_of, box_slices
-from segvol_pl.imaging.transforms import resize_tensor
+from segvol_pl.imaging.transforms import crop, resize_image, resize_tensor
 
 Logits = TypeVar("Logits", np.ndarray, torch.Tensor)
 
@@ -50,6 +50,9 @@ class BaseLogits(Protocol):
     def mask(self, threshold: float) -> np.ndarray:
         """Bool mask (D,H,W) on the volume's grid. threshold: a probability."""
 
+    def probabilities(self, start: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+        """Float32 probabilities of `shape` over the window of `extent` voxels at `start`; 0 outside the volume."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Taps:
@@ -76,7 +79,12 @@ class _Taps:
 
 def _linear_taps(old: int, new: int) -> _Taps:
     """Linear interpolation as by `F.interpolate` without align_corners. Only for axes that grow."""
-    place = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0)
+    return _taps_at((np.arange(new) + 0.5) * (old / new) - 0.5, old)
+
+
+def _taps_at(place: np.ndarray, old: int) -> _Taps:
+    """Linear interpolation at places of an axis of `old` voxels, constant beyond the middles of the outer ones."""
+    place = np.clip(place, 0, old - 1)
     first = np.floor(place).astype(np.int64)
     return _Taps(first, np.minimum(first + 1, old - 1), (place - first).astype(np.float32))
 
@@ -137,6 +145,18 @@ class CoarseLogits:
             mask_DHW[place, h, w] = binary(plane_HW, threshold)
         return mask_DHW
 
+    def probabilities(self, start: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+        """Float32 probabilities of `shape` over the window of `extent` voxels at `start`; 0 outside the volume."""
+        sampled_DHW, inside_DHW = self._low_DHW, np.ones((1, 1, 1), bool)
+        axes = zip(start, extent, shape, self._low_DHW.shape, self.shape, strict=True)
+        for axis, (first, size, count, old, full) in enumerate(axes):
+            place = first + (np.arange(count) + 0.5) * (size / count)
+            sampled_DHW = _taps_at(place * (old / full) - 0.5, old).mix(sampled_DHW, axis)
+            within = (place > 0) & (place < full)
+            inside_DHW = inside_DHW & within.reshape([-1 if at == axis else 1 for at in range(3)])
+        likely_DHW: np.ndarray = np.where(inside_DHW, 1 / (1 + np.exp(-sampled_DHW)), 0).astype(np.float32)
+        return likely_DHW
+
     def _planes(self, part: tuple[slice, slice, slice]) -> Iterator[np.ndarray]:
         """Float32 logits of `part`, slice by slice."""
         deep, high, wide = (axis.part(voxels) for axis, voxels in zip(self._taps, part, strict=True))
@@ -164,3 +184,7 @@ class KnownMask:
     def mask(self, threshold: float) -> np.ndarray:
         """The mask, at every threshold."""
         return self._mask_DHW
+
+    def probabilities(self, start: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> np.ndarray:
+        """Float32 shares of `shape` that are inside the mask, over the window of `extent` voxels at `start`."""
+        return resize_image(crop(self._mask_DHW, start, extent), shape)

@@ -17,9 +17,10 @@ import numpy as np
 
 from segvol_pl.imaging.box import Box, box_of
 from segvol_pl.imaging.prompts import PADDING, Prompt, sample_points
+from segvol_pl.imaging.transforms import grid_starts
 from segvol_pl.inference.coarse import enlarge
 from segvol_pl.inference.window_prompts import clip_landmarks, prompt_map
-from segvol_pl.inference.windows import Window, grid_starts
+from segvol_pl.inference.windows import Window
 
 NOWHERE: Box = (-1, -1, -1, -1, -1, -1)
 """The published code's box of an empty mask."""

@@ -28,8 +28,8 @@ from segvol_pl.inference.zoom import Promptable
 OUTSIDE_LOGIT = -100.0
 """Logit of voxels that no window covers: certainly outside, and finite."""
 
-KEPT_WINDOWS = 64
-"""Windows whose tokens are kept for further prompts: about 400 MB at the published size."""
+KEPT_BYTES = 400e6
+"""Tokens that are kept for further prompts: of 64 windows at the published size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,9 @@ class Slider:
             image_BCDHW = torch.from_numpy(windows[:, None]).to(next(self.model.parameters()).device)
             fresh = dict(zip(new, self.model.encode(image_BCDHW).split(1), strict=True))
         # A grid is walked in one order: keeping its first windows serves the next prompt, keeping its last would not.
-        self._tokens.update(list(fresh.items())[: max(KEPT_WINDOWS - len(self._tokens), 0)])
+        for start, tokens_BTE in fresh.items():
+            if (len(self._tokens) + 1) * tokens_BTE.nbytes <= KEPT_BYTES:
+                self._tokens[start] = tokens_BTE.clone()
         return torch.cat([fresh[start] if start in fresh else self._tokens[start] for start in starts])
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.prompts import INSIDE, Prompt, sample_points
 
 
@@ -52,7 +52,8 @@ def reflect(
     Text is kept, and landmarks outside the window move to its edge. A box prompt becomes the part of the user's box
     inside the window. (The published code takes the coarse mask's box if the region is more than one window, and so
     repeats the mistakes of zooming out.) A points prompt keeps the user's points inside the window, and gets `points`
-    more that are drawn from the coarse mask, and the coarse mask's box.
+    more that are drawn from the coarse mask. (The published code adds the coarse mask's box, and so prompts by points,
+    text and a box together, which no training combination does.)
 
     Args:
         prompt: in the volume's voxels.
@@ -79,7 +80,7 @@ def reflect(
         prompt,
         points_N3=np.concatenate([points_N3, drawn_N3]),
         labels_N=np.concatenate([labels_N, drawn_N]),
-        box=box or box_of(coarse_DHW),
+        box=box,
     )
 
 

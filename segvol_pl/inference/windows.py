@@ -18,7 +18,7 @@ import numpy as np
 
 from segvol_pl.imaging.box import Box, box_of, whole_box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
-from segvol_pl.imaging.transforms import Sliceable
+from segvol_pl.imaging.transforms import Sliceable, grid_starts
 from segvol_pl.inference.window_prompts import clip_box, points_inside
 
 Start = tuple[int, int, int]
@@ -99,12 +99,3 @@ def _covering(starts: list[int], size: int, low: int, high: int) -> list[int]:
     if last > first:
         return starts[first : last + 1]
     return [min(starts[last : first + 1], key=lambda start: abs(2 * start + size - low - high))]
-
-
-def grid_starts(low: int, extent: int, size: int, overlap: float) -> list[int]:
-    """First voxels, along one axis, of windows of `size` over the `extent` voxels from `low` on."""
-    if extent <= size:
-        return [low]
-    step = max(int(size * (1 - overlap)), 1)
-    count = math.ceil((extent - size) / step) + 1
-    return [low + min(index * step, extent - size) for index in range(count)]

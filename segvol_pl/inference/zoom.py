@@ -61,7 +61,8 @@ class Promptable(Protocol):
     """What zooming needs of a model; SegVol satisfies it."""
 
     config: Any
-    """Holds `input_shape`, the voxels (d, h, w) that the model sees."""
+    """Holds `input_shape`, the voxels (d, h, w) that the model sees; `mask_prompt`, whether prompts may come with a
+    mask; and `mask_shape`, the voxels of such a mask."""
 
     def encode(self, image_BCDHW: torch.Tensor) -> torch.Tensor:
         """tokens_BTE of images (B, 1, *config.input_shape) in [0, 1]."""
@@ -150,9 +151,9 @@ class Zoomer:
     def refine(self, prompt: Prompt, previous_DHW: np.ndarray, rng: np.random.Generator) -> ZoomResult:
         """Zoom in again, with a mask found before in place of the coarse mask.
 
-        The model takes no masks: the previous mask decides which windows are decoded, and is reflected into each of
-        them as a coarse mask is. Their logits replace it. A prompt without a box gets the box around that mask and the
-        points inside the structure.
+        The previous mask decides which windows are decoded, and is reflected into each of them as a coarse mask is; a
+        model with `mask_prompt` sees it there. Their logits replace it. A prompt without a box gets the box around that
+        mask and the points inside the structure, unless it has points and text: no training combination has all three.
 
         Args:
             prompt: in the volume's voxels.
@@ -160,7 +161,7 @@ class Zoomer:
             rng: draws the points in windows.
         """
         mask_DHW = previous_DHW | (prompt_map(prompt, previous_DHW.shape) if prompt.points_N3 is not None else False)
-        if prompt.box is None:
+        if prompt.box is None and not (prompt.text is not None and prompt.points_N3 is not None):
             prompt = replace(prompt, box=box_of(mask_DHW))
         zoom_in = self._choose_windows(self.request(prompt, rng), KnownMask(mask_DHW), Convention.consistent)
         return next(self._zoom_in([zoom_in]))
@@ -200,19 +201,27 @@ class Zoomer:
         reflect_all = self._reflected_as_published if reflection is Convention.published else self._reflected
         shape = [high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)]
         total_DHW = torch.zeros(shape, device=self._device_for(shape))
-        return ZoomIn(base, roi, list(reflect_all(request, mask_DHW, windows)), self.window_shape, total_DHW)
+        prompted = list(reflect_all(request, base, mask_DHW, windows))
+        # A known mask is no logits: mixed in, it would decide every voxel.
+        mix = 0.0 if isinstance(base, KnownMask) else self.config.mix
+        return ZoomIn(base, roi, prompted, self.window_shape, total_DHW, mix)
 
     def _reflected(
-        self, request: ZoomRequest, mask_DHW: np.ndarray, windows: list[Window]
+        self, request: ZoomRequest, base: BaseLogits, mask_DHW: np.ndarray, windows: list[Window]
     ) -> Iterator[tuple[Window, Prompt]]:
+        config = self.model.config
         for window in windows:
             inside_DHW = window.cut(mask_DHW, self.window_shape)
             local = reflect(request.prompt, inside_DHW, window.start, self.config.points, request.rng)
-            if local is not None:
-                yield window, local
+            if local is None:
+                continue
+            if config.mask_prompt:
+                likely_DHW = base.probabilities(window.start, self.window_shape, config.mask_shape)
+                local = replace(local, mask_DHW=likely_DHW)
+            yield window, local
 
     def _reflected_as_published(
-        self, request: ZoomRequest, mask_DHW: np.ndarray, windows: list[Window]
+        self, request: ZoomRequest, base: BaseLogits, mask_DHW: np.ndarray, windows: list[Window]
     ) -> Iterator[tuple[Window, Prompt]]:
         return published_reflections(
             *(request.prompt, request.scaled, mask_DHW, windows, self.window_shape, self.config.points, request.rng)

@@ -89,6 +89,8 @@ class ZoomIn:
     window_shape: tuple[int, ...]
     total_DHW: torch.Tensor
     """Over the region of interest."""
+    mix: float = 0.0
+    """Weight of the coarse logits, relative to the windows' mean."""
 
     def add(self, window: Window, logits_DHW: torch.Tensor) -> None:
         """Add the logits of one window."""
@@ -98,7 +100,7 @@ class ZoomIn:
         self.total_DHW[place].add_(inside_DHW.to(self.total_DHW.device))
 
     def result(self) -> ZoomResult:
-        """The windows' mean. Voxels that no window covers keep their coarse logits."""
+        """The windows' mean, mixed with the coarse logits. Voxels that no window covers keep their coarse logits."""
         if self.roi is not None:
             self._average(self.roi)
         return ZoomResult(self.base, self.roi, self.total_DHW, len(self.windows))
@@ -107,11 +109,14 @@ class ZoomIn:
         d, h, w = roi[:3]
         for slab, count_HW in self._covered(roi):
             part_DHW, number_HW = self.total_DHW[slab], send(count_HW, self.total_DHW.device)
-            if not count_HW.all():
-                coarse_DHW = self.base.logits((d + slab.start, h, w, d + slab.stop - 1, *roi[4:]))
-                torch.where(number_HW == 0, send(coarse_DHW, number_HW.device), part_DHW, out=part_DHW)
+            if self.mix or not count_HW.all():
+                box = (d + slab.start, h, w, d + slab.stop - 1, *roi[4:])
+                coarse_DHW = send(self.base.logits(box), number_HW.device)
+                torch.where(number_HW == 0, coarse_DHW, part_DHW, out=part_DHW)
             if count_HW.max() > 1:
                 part_DHW.div_(number_HW.clamp_(min=1))
+            if self.mix:
+                part_DHW.lerp_(coarse_DHW, self.mix / (1 + self.mix))
 
     def _covered(self, roi: Box) -> Iterator[tuple[slice, np.ndarray]]:
         """Slabs of the region, none deeper than a window, and how many windows cover each voxel (H,W) of their slices.

@@ -45,6 +45,8 @@ from segvol_pl.model.text_encoder import TextBank
 __all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_model", "load_weights", "read_weights"]
 
 BANK = "text_encoder.bank_KE"
+MASK_EMBEDDING = "prompt_encoder.mask_embedding."
+"""Prefix of tensors that a model with `mask_prompt` adds: without training they change nothing."""
 FORMAT = "segvol_pl/1"
 STACKS = {"num_layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
 """Keys of the model that count blocks -> prefix of the blocks' tensors."""
@@ -107,12 +109,15 @@ def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[st
     Args:
         model: the model, which keeps its own text bank.
         source: a file of this package or a released one, or its content.
-        allow: patterns (`image_encoder.*`) of names that may be missing, unexpected or of another shape.
+        allow: patterns (`image_encoder.*`) of names that may be missing, unexpected or of another shape. The mask
+            embedding may always be missing.
 
     Raises:
         CheckpointError: the file cannot be read, or tensors do not match, which are listed.
     """
     weights = source if isinstance(source, Weights) else read_weights(Path(source), model.config)
+    if not any(name.startswith(MASK_EMBEDDING) for name in weights.tensors):
+        allow = [*allow, f"{MASK_EMBEDDING}*"]
     return load_exactly(model, {**weights.tensors, BANK: model.text_encoder.bank_KE}, weights.path, allow)
 
 

@@ -164,6 +164,15 @@ class TwoWayAttentionBlock(nn.Module):
         keys, queries, values = _projections(image_BTE, place_TE, (to_image.k_proj, to_token.q_proj), to_image.v_proj)
         return ImageContext(image_BTE, place_TE, keys, values, queries)
 
+    def add_dense(self, context: ImageContext, dense_ATE: Tensor) -> ImageContext:
+        """Add each prompt's dense embedding to the tokens of its image. As `project_image`, FSDP2 gathers for it."""
+        to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        image_ATE, place_TE, *projected = context.spread(len(dense_ATE) // len(context.image_BTE))
+        layers = (to_image.k_proj, to_image.v_proj, to_token.q_proj)
+        # Projections are linear: those of the images stay as they are.
+        added = (x + F.linear(dense_ATE, layer.weight) for x, layer in zip(projected, layers, strict=True))
+        return ImageContext(image_ATE + dense_ATE, place_TE, *added)
+
     def forward(
         self, tokens_ASE: Tensor, seen: ImageContext | tuple[Tensor, Tensor], prompt_ASE: Tensor, keep_AS: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -201,6 +210,12 @@ class TwoWayTransformer(nn.Module):
         first = self.layers[0]
         assert isinstance(first, TwoWayAttentionBlock)
         return first.project_image(image_BTE, place_TE)
+
+    def add_dense(self, context: ImageContext, dense_ATE: Tensor) -> ImageContext:
+        """Make the context of the images that of each prompt, whose dense embedding is added to the image's tokens."""
+        first = self.layers[0]
+        assert isinstance(first, TwoWayAttentionBlock)
+        return first.add_dense(context, dense_ATE)
 
     def forward(self, prompt_ASE: Tensor, context: ImageContext, keep_AS: Tensor) -> tuple[Tensor, Tensor]:
         """Return tokens_ASE and image_ATE. context: of all A prompts, or on a GPU of the B images."""

@@ -1,7 +1,8 @@
 """The prompt encoder: points, boxes, text and landmarks become tokens (SAM's encoder in 3-D; paper Sec. 2.1).
 
 All prompts of all images are encoded at once. Parts that a prompt lacks are tokens that attention masks out, so that
-any mixture of prompt kinds is one batch.
+any mixture of prompt kinds is one batch. A mask that comes with a prompt is not a token: it becomes a summand of every
+image token, SAM's dense embedding.
 
 Letters: B batch, P prompts of one image, N points, M landmarks of all kinds, S prompt tokens, E embedding, T image
 tokens.
@@ -15,10 +16,13 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from segvol_pl.config import Convention, SegVolConfig
+from segvol_pl.config import FINER, Convention, SegVolConfig
+from segvol_pl.errors import ConfigError
 from segvol_pl.imaging.prompts import ABSENT, PADDING, Prompt, gathered_landmarks
+from segvol_pl.imaging.transforms import resize_image
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class PromptTensors:
 
     points_BPN3 float32, labels_BPN int64 (1, 0, -1 = padding, -2 = absent), boxes_BP6 float32 (inclusive maximum),
     text_BP int64 (row of the text bank), landmarks_BPM3 float32; has_* bool (B,P), for landmarks (B,P,M): which
-    parts the prompt has.
+    parts the prompt has. masks_BPDHW float32, probabilities at the decoder's resolution; None if no prompt of the batch
+    comes with a mask.
     """
 
     points_BPN3: Tensor
@@ -39,10 +44,17 @@ class PromptTensors:
     has_box_BP: Tensor
     has_text_BP: Tensor
     has_landmarks_BPM: Tensor
+    masks_BPDHW: Tensor | None = None
+    has_mask_BP: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> PromptTensors:
         """Copy to a device; to a GPU in one asynchronous copy."""
-        own = {item.name: getattr(self, item.name) for item in fields(self)}
+        own = self.tensors()
         if torch.device(device).type != "cuda":
             return PromptTensors(**{name: tensor.to(device) for name, tensor in own.items()})
         packed = pack(own.values()).pin_memory().to(device, non_blocking=True)
@@ -50,19 +62,19 @@ class PromptTensors:
 
     def at(self, places: slice) -> PromptTensors:
         """Select prompts of each image."""
-        return PromptTensors(**{item.name: getattr(self, item.name)[:, places] for item in fields(self)})
+        return PromptTensors(**{name: tensor[:, places] for name, tensor in self.tensors().items()})
 
     def joined(self, other: PromptTensors) -> PromptTensors:
-        """Append the other's prompts of the same images, which must have the same number of points."""
-        pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in fields(self)}
-        return PromptTensors(**{name: torch.cat(pair, dim=1) for name, pair in pairs.items()})
+        """Append the other's prompts of the same images, equally many points each, with masks if these have any."""
+        others = other.tensors()
+        return PromptTensors(**{name: torch.cat([own, others[name]], dim=1) for name, own in self.tensors().items()})
 
     @classmethod
     def from_prompts(
         cls,
         prompts: Sequence[Sequence[Prompt]],
         index_of: Callable[[str], int],
-        landmark_counts: dict[str, int],
+        config: SegVolConfig,
         step: int = 1,
     ) -> PromptTensors:
         """Convert prompts to tensors.
@@ -70,12 +82,13 @@ class PromptTensors:
         Args:
             prompts: the prompts of each image, equally many for all.
             index_of: row of a category name in the text bank.
-            landmark_counts: number of landmarks of each kind that the model has.
+            config: the model that they are for.
             step: the number of points is padded to a multiple of this.
 
         Raises:
-            ConfigError: the model does not have the landmarks of a prompt.
+            ConfigError: the model does not have the landmarks of a prompt, or takes no masks.
         """
+        landmark_counts = config.landmark_counts
         shape = (len(prompts), len(prompts[0]))
         flat = [prompt for row in prompts for prompt in row]
         most = max([len(prompt.points_N3) for prompt in flat if prompt.points_N3 is not None], default=1)
@@ -98,6 +111,7 @@ class PromptTensors:
             has_box_BP=torch.tensor([prompt.box is not None for prompt in flat]).view(shape),
             has_text_BP=torch.tensor([prompt.text is not None for prompt in flat]).view(shape),
             has_landmarks_BPM=torch.tensor(has_landmarks, dtype=torch.bool).view(*shape, -1),
+            **_mask_tensors(flat, shape, config),
         )
 
 
@@ -118,6 +132,23 @@ def unpack(packed_N: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
 def _wide_first(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Largest element size first, so that each tensor is aligned to its elements, as views require."""
     return sorted(tensors, key=lambda tensor: -tensor.element_size())
+
+
+def _mask_tensors(flat: Sequence[Prompt], shape: tuple[int, int], config: SegVolConfig) -> dict[str, Tensor]:
+    """masks_BPDHW and has_mask_BP; empty if no prompt comes with a mask."""
+    given = [prompt.mask_DHW is not None for prompt in flat]
+    if not any(given):
+        return {}
+    if not config.mask_prompt:
+        raise ConfigError(
+            "model.mask_prompt: false, so this model takes no masks with its prompts", "model.mask_prompt"
+        )
+    none_DHW = np.zeros(config.mask_shape, np.float32)
+    masks = [none_DHW if p.mask_DHW is None else resize_image(p.mask_DHW, config.mask_shape) for p in flat]
+    return {
+        "masks_BPDHW": torch.from_numpy(np.stack(masks)).unflatten(0, shape),
+        "has_mask_BP": torch.tensor(given).view(shape),
+    }
 
 
 def _padded(prompt: Prompt, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,6 +198,30 @@ class PositionEmbeddingRandom(nn.Module):
         return self.encode(unit_T3)
 
 
+class MaskEmbedding(nn.Module):
+    """Masks of the prompts become summands of the image tokens: 0 at the start of training.
+
+    Each token's 4 x 4 x 4 voxels go through two linear layers. (SAM has strided convolutions, whose kernels do not
+    overlap either.)
+    """
+
+    def __init__(self, config: SegVolConfig) -> None:
+        super().__init__()
+        self.grid = config.grid
+        self.lin1 = nn.Linear(FINER**3, config.hidden_size // 4)
+        self.lin2 = nn.Linear(config.hidden_size // 4, config.hidden_size)
+        nn.init.zeros_(self.lin2.weight)
+        nn.init.zeros_(self.lin2.bias)
+
+    def forward(self, masks_BPDHW: Tensor, has_mask_BP: Tensor) -> Tensor:
+        """Embed to (B,P,T,E); 0 for prompts without a mask."""
+        d, h, w = self.grid
+        split = masks_BPDHW.reshape(*has_mask_BP.shape, d, FINER, h, FINER, w, FINER)
+        patches_BPTV = split.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*has_mask_BP.shape, d * h * w, FINER**3)
+        embedded_BPTE: Tensor = self.lin2(F.gelu(self.lin1(patches_BPTV)))
+        return embedded_BPTE * has_mask_BP[..., None, None]
+
+
 class PromptEncoder(nn.Module):
     """PromptTensors and text_BPE -> tokens_BPSE and keep_BPS (False: a token that this prompt lacks)."""
 
@@ -179,6 +234,8 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, config.hidden_size)
         count = sum(config.landmark_counts.values())
         self.landmark_embeddings = nn.Embedding(count, config.hidden_size) if count else None
+        # Not `mask_downscaling`: that name is a part of the released weights that never runs.
+        self.mask_embedding = MaskEmbedding(config) if config.mask_prompt else None
 
     def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
         """tokens_BPSE, float32: points, the padding point, the box's two corners, text, landmarks; keep_BPS, bool."""
@@ -195,6 +252,13 @@ class PromptEncoder(nn.Module):
         padding_BP1E = self.not_a_point_embed.weight.expand(*text_BPE.shape[:2], 1, -1)
         tokens_BPSE = torch.cat([points_BPNE, padding_BP1E, box_BP2E, text_BPE[:, :, None].float(), *landmarks], dim=2)
         return tokens_BPSE, self._keep(prompts)
+
+    def dense(self, prompts: PromptTensors) -> Tensor | None:
+        """What is added to the image tokens of each prompt, (B,P,T,E); None if no prompt comes with a mask."""
+        if self.mask_embedding is None or prompts.masks_BPDHW is None:
+            return None
+        embedded_BPTE: Tensor = self.mask_embedding(prompts.masks_BPDHW, prompts.has_mask_BP)
+        return embedded_BPTE
 
     def _points(self, points_BPN3: Tensor, labels_BPN: Tensor) -> Tensor:
         labels_BPN1 = labels_BPN[..., None]

@@ -72,7 +72,7 @@ class SegVol(nn.Module):
         self.prompt_encoder = PromptEncoder(config)
         self.text_encoder = TextEncoder(config, self.bank)
         self.mask_decoder = MaskDecoder(config)
-        self.upsampling = Trilinear([4 * size for size in config.grid], config.input_shape)
+        self.upsampling = Trilinear(config.mask_shape, config.input_shape)
 
     def forward(self, image_BCDHW: Tensor, prompts: PromptTensors | Prompt) -> Tensor:
         """Segment images by prompts.
@@ -116,6 +116,9 @@ class SegVol(nn.Module):
 
     def decode_from_context(self, context: ImageContext, prompts: PromptTensors) -> Tensor:
         """Like `decode_low`, from the result of `image_context`."""
+        dense_BPTE = self.prompt_encoder.dense(prompts)
+        if dense_BPTE is not None:
+            context = self.mask_decoder.transformer.add_dense(context, dense_BPTE.flatten(0, 1))
         text_BPE = self.text_encoder(prompts.text_BP)
         prompt_BPSE, keep_BPS = self.prompt_encoder(prompts, text_BPE)
         has_text_A = prompts.has_text_BP.flatten()
@@ -134,8 +137,9 @@ class SegVol(nn.Module):
     def prompts(self, prompts: Sequence[Sequence[Prompt]]) -> PromptTensors:
         """Convert a list of prompts per image to tensors on this model's device.
 
-        Raises UnknownCategory for an unknown text, ConfigError for unknown landmarks.
+        Raises UnknownCategory for an unknown text, ConfigError for unknown landmarks, and for a mask if
+        `config.mask_prompt` is off.
         """
         device = self.text_encoder.bank_KE.device
         step = POINTS if device.type == "cuda" else 1
-        return PromptTensors.from_prompts(prompts, self.bank.index, self.config.landmark_counts, step).to(device)
+        return PromptTensors.from_prompts(prompts, self.bank.index, self.config, step).to(device)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from segvol_pl.config import MASK_TOKENS, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
+from segvol_pl.config import FINER, MASK_TOKENS, PretrainConfig, PromptConfig, SegVolConfig, TrainConfig
 
 OWN_TOKENS = 1 + MASK_TOKENS
 """Tokens that the decoder adds before those of a prompt."""
@@ -52,7 +52,7 @@ def parameters(config: SegVolConfig) -> dict[str, int]:
     """SegVol's trainable parameters by part (without text tower and bank)."""
     return {
         "image_encoder": _encoder_parameters(config),
-        "prompt_encoder": (6 + _landmarks(config)) * config.hidden_size,
+        "prompt_encoder": (6 + _landmarks(config)) * config.hidden_size + _mask_embedding(config),
         "text_encoder": _linear(config.text_dim, config.hidden_size),
         "mask_decoder": _decoder_parameters(config),
     }
@@ -60,6 +60,11 @@ def parameters(config: SegVolConfig) -> dict[str, int]:
 
 def _landmarks(config: SegVolConfig) -> int:
     return sum(config.landmark_counts.values())
+
+
+def _mask_embedding(config: SegVolConfig) -> int:
+    hidden = config.hidden_size
+    return _linear(FINER**3, hidden // 4) + _linear(hidden // 4, hidden) if config.mask_prompt else 0
 
 
 def pretrain_parameters(config: SegVolConfig) -> dict[str, int]:
@@ -139,18 +144,13 @@ def pretrain_work(config: SegVolConfig, mask_ratio: float) -> dict[str, Work]:
 
 def train_work(config: SegVolConfig, prompts: PromptConfig) -> dict[str, Work]:
     """Operations of a supervised step for one volume with all its prompts, including those of pseudo-labels."""
-    count = prompts_per_volume(prompts)
+    count = prompts.per_volume
     points = 1 + prompts.extra_positive + prompts.extra_negative
     return {
         "encoder": encoder_work(config),
         "decoder": image_work(config) + count * prompt_work(config, points),
         "upsampling": count * upsampling_work(config),
     }
-
-
-def prompts_per_volume(prompts: PromptConfig) -> int:
-    """Prompts that are decoded from one volume in a step."""
-    return prompts.categories_per_volume * len(prompts.combinations) + prompts.pseudo_per_volume
 
 
 def _product(rows: int, inner: int, columns: int, gradients: int = 2) -> Work:
@@ -182,7 +182,16 @@ def prompt_work(config: SegVolConfig, points: int) -> Work:
     # Behind the points stand SAM's padding point, the box's corners, the text and the landmarks.
     sparse = OWN_TOKENS + points + 4 + _landmarks(config)
     mask = 2 * _product(1, hidden, hidden) + 2 * _product(1, hidden, hidden // 8)
-    return encoded + _two_way(config, sparse) + mask + _upscaling(config)
+    return encoded + _two_way(config, sparse) + mask + _upscaling(config) + _mask_prompt_work(config)
+
+
+def _mask_prompt_work(config: SegVolConfig) -> Work:
+    """Embedding a prompt's mask, and projecting that three times."""
+    if not config.mask_prompt:
+        return Work()
+    tokens, hidden = math.prod(config.grid), config.hidden_size
+    embedded = _product(tokens, FINER**3, hidden // 4, gradients=1) + _product(tokens, hidden // 4, hidden)
+    return embedded + 3 * _product(tokens, hidden, hidden // 2)
 
 
 def _two_way(config: SegVolConfig, sparse: int) -> Work:
@@ -205,7 +214,7 @@ def _upscaling(config: SegVolConfig) -> Work:
 
 def upsampling_work(config: SegVolConfig) -> Work:
     """Bringing one prompt's logits to the input's shape, axis by axis. Interpolation weights need no gradient."""
-    depth, height, width = (4 * size for size in config.grid)
+    depth, height, width = config.mask_shape
     deep, high, wide = config.input_shape
     along_w = _product(depth * height, width, wide, gradients=1)
     along_h = _product(high, height, depth * wide, gradients=1)

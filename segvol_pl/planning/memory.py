@@ -72,7 +72,7 @@ def peak(config: Config, volumes: int, bf16: bool, room: float | None = None) ->
     """Peak memory of a step with `volumes` volumes on a device: a GPU with `room` bytes, or a CPU (None)."""
     group = 0
     if isinstance(config, TrainConfig):
-        count = flops.prompts_per_volume(config.prompts)
+        count = config.prompts.per_volume
         group = max(prompt_groups(config, count, volumes, bf16, room), default=0)
     return max(moments(config, volumes, bf16, group, room is not None), key=lambda moment: moment.total)
 
@@ -211,6 +211,12 @@ def two_way_bytes(model: SegVolConfig, bf16: bool) -> float:
     return tokens * (first + (layers - 1) * later + 2 * WIDE)
 
 
+def mask_bytes(model: SegVolConfig, bf16: bool) -> float:
+    """Bytes of a prompt's own image tokens if it may come with a mask: its embedding, their sum, three projections."""
+    narrow = NARROW if bf16 else WIDE
+    return _tokens(model) * (narrow + WIDE + 3 * 0.5 * narrow) if model.mask_prompt else 0.0
+
+
 def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
     """Bytes to decode one prompt and compute its gradients, when those of the finest features exist too."""
     narrow = NARROW if bf16 else WIDE
@@ -220,7 +226,7 @@ def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
     if on_gpu:
         # Fine ones before their norm and after GELU, finest ones before GELU, which is not kept; low logits.
         logits = 3 * WIDE * 64 * math.prod(model.grid)
-        return two_way_bytes(model, bf16) + tokens * (2 * fine + 2 * finest) + logits
+        return mask_bytes(model, bf16) + two_way_bytes(model, bf16) + tokens * (2 * fine + 2 * finest) + logits
     # The norm is in float32.
     fine += 4 * WIDE + (narrow if bf16 else 0)
     # Features before and after their activation, and gradients: fully of the one, partly of the other.
@@ -228,4 +234,5 @@ def prompt_bytes(model: SegVolConfig, bf16: bool, on_gpu: bool) -> float:
     voxels = math.prod(model.input_shape)
     # Logits, probabilities, the mask as a number and the logits' gradients in part.
     compared = 4 * WIDE * voxels + voxels
-    return two_way_bytes(model, bf16) + max(upscaled, tokens * (fine + 2 * finest) + compared)
+    decoded = mask_bytes(model, bf16) + two_way_bytes(model, bf16)
+    return decoded + max(upscaled, tokens * (fine + 2 * finest) + compared)

@@ -71,7 +71,7 @@ class Plan:
         """Prompts of each volume that are decoded together, group by group; empty in pre-training."""
         if isinstance(self.config, PretrainConfig):
             return []
-        count = flops.prompts_per_volume(self.config.prompts)
+        count = self.config.prompts.per_volume
         return memory.prompt_groups(self.config, count, self.micro_batch, self.bf16, self.room)
 
     @property

@@ -66,7 +66,7 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     folders = open_folders(config.data)
     sample = functools.partial(sampling.sample_simmim, model=config.model, mask_ratio=config.mask_ratio)
-    module = _module(config, folders, sample, labelled=False)
+    module = _module(config, folders, sample, sample, labelled=False)
     _seed(config)
     return _fit(config, SimMIMTask(config), module)
 
@@ -89,10 +89,17 @@ def train(config: TrainConfig) -> Path:
     sample = functools.partial(
         sampling.sample_segmentation,
         model=config.model,
-        prompts=config.prompts,
         row_of={name: row for row, name in enumerate(categories)},
     )
-    module = _module(config, folders, sample, labelled=True)
+    # Validation compares runs that train differently: all combinations, categories that are there, no masks.
+    all_prompts = replace(config.prompts, per_category=0, absent_fraction=0.0, mask_fraction=0.0)
+    module = _module(
+        config,
+        folders,
+        functools.partial(sample, prompts=config.prompts),
+        functools.partial(sample, prompts=all_prompts),
+        labelled=True,
+    )
     _check_regions(module, config)
     weights = _starting_weights(config)
     bank = _bank(categories, config, weights)
@@ -152,13 +159,19 @@ def _bank(names: list[str], config: TrainConfig, weights: Weights | None) -> Tex
     return TextBank.build(names, config.text, config.model.text_dim)
 
 
-def _module(config: Config, folders: list[Folder], sample: Callable[..., Arrays], labelled: bool) -> VolumeModule:
+def _module(
+    config: Config,
+    folders: list[Folder],
+    sample: Callable[..., Arrays],
+    val_sample: Callable[..., Arrays],
+    labelled: bool,
+) -> VolumeModule:
     unaugmented = replace(config.data, flip=0.0, intensity=0.0)
     return VolumeModule(
         config.data,
         config.run,
         draw=functools.partial(sample, data=config.data),
-        val_draw=functools.partial(sample, data=unaugmented),
+        val_draw=functools.partial(val_sample, data=unaugmented),
         labelled=labelled,
         folders=folders,
     )

@@ -22,6 +22,7 @@ from torch import Tensor, distributed
 from segvol_pl.config import TrainConfig, named_parts
 from segvol_pl.config.loader import plain
 from segvol_pl.data.batch import Batch
+from segvol_pl.data.sampling import BYTE
 from segvol_pl.kernels import fused
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import ImageContext
@@ -88,7 +89,8 @@ class SegVolTask(Task):
         count = labelled.weights_BP.shape[1]
         parts: dict[str, Tensor] = {}
         for kind, loss_BP in (("dice_loss", dice_BP), ("bce", bce_BP)):
-            loss_C = (labelled.weights_BP * loss_BP[:, :count]).unflatten(1, (-1, len(combinations))).sum((0, 1))
+            weighted_BP = labelled.weights_BP * loss_BP[:, :count]
+            loss_C = by_combination(weighted_BP, batch, len(combinations))
             parts |= {f"{kind}/{name}": each for name, each in zip(combinations, loss_C, strict=True)}
         both_BP = dice_BP + bce_BP
         if pseudo is not None:
@@ -170,16 +172,35 @@ class PromptTargets:
         return PromptTargets(self.prompts.joined(other.prompts), masks_BKDHW, rows_P, weights_BP)
 
 
+def drawn_combinations(batch: Batch) -> Tensor | None:
+    """Index of the combination of each prompt, int64 (B,P), if they were drawn; None: each category in all of them."""
+    return batch["combination_BKC"].flatten(1) if "combination_BKC" in batch else None
+
+
+def by_combination(loss_BP: Tensor, batch: Batch, count: int) -> Tensor:
+    """Sum a loss over the prompts of each of `count` combinations, (C,)."""
+    drawn_BP = drawn_combinations(batch)
+    loss_BKC: Tensor
+    if drawn_BP is None:
+        loss_BKC = loss_BP.unflatten(1, (-1, count))
+    else:
+        loss_BKC = loss_BP[..., None] * (drawn_BP[..., None] == torch.arange(count, device=loss_BP.device))
+    return loss_BKC.sum((0, 1))
+
+
 def supervised_targets(batch: Batch, combinations: list[str], landmark_counts: dict[str, int]) -> PromptTargets:
-    """Each category in every combination. A combination counts as its mean over the batch's masks; invalid masks as 0.
+    """Each category in its combinations. A combination counts as its mean over the batch's masks; invalid masks as 0.
+
+    If combinations are drawn, the loss is multiplied by how many more there are: this estimates the loss over all.
 
     landmark_counts: number of landmarks of each kind that the model has.
     """
-    valid_BK = batch["valid_BK"]
-    weights_BP = valid_BK.float().repeat_interleave(len(combinations), dim=1) / valid_BK.numel()
-    prompts = combined(batch, combinations, landmark_counts)
-    rows_P = _rows(valid_BK).repeat_interleave(len(combinations))
-    return PromptTargets(prompts, batch["masks_BKDHW"], rows_P, weights_BP)
+    valid_BK, drawn_BP = batch["valid_BK"], drawn_combinations(batch)
+    each = len(combinations) if drawn_BP is None else drawn_BP.shape[1] // valid_BK.shape[1]
+    weights_BP = valid_BK.float().repeat_interleave(each, dim=1) / (valid_BK.numel() * each / len(combinations))
+    kinds = combinations * valid_BK.shape[1] if drawn_BP is None else combinations
+    prompts = _prompts(batch, "", kinds, landmark_counts, drawn_BP)
+    return PromptTargets(prompts, batch["masks_BKDHW"], _rows(valid_BK).repeat_interleave(each), weights_BP)
 
 
 def pseudo_targets(batch: Batch, landmark_counts: dict[str, int]) -> PromptTargets:
@@ -195,15 +216,16 @@ def _rows(valid_BK: Tensor) -> Tensor:
     return torch.arange(valid_BK.shape[1], device=valid_BK.device)
 
 
-def combined(batch: Batch, combinations: list[str], landmark_counts: dict[str, int]) -> PromptTensors:
-    """Prompt each of the batch's K categories in each of C combinations: P = K x C, the combination varies fastest."""
-    return _prompts(batch, "", combinations * batch["valid_BK"].shape[1], landmark_counts)
+def _prompts(
+    batch: Batch, prefix: str, kinds: Sequence[str], landmark_counts: dict[str, int], drawn_BP: Tensor | None = None
+) -> PromptTensors:
+    """The batch's K prompts, each repeated P / K times, with the parts that their kind names.
 
-
-def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], landmark_counts: dict[str, int]) -> PromptTensors:
-    """The batch's K prompts, each repeated P / K times, with the parts that each of the P `kinds` names."""
+    drawn_BP: index of each prompt's kind; None if `kinds` has one entry for each of the P prompts.
+    """
     valid_BK = batch[f"{prefix}valid_BK"]
-    each = len(kinds) // valid_BK.shape[1]
+    shape = (len(valid_BK), len(kinds)) if drawn_BP is None else tuple(drawn_BP.shape)
+    each = shape[1] // valid_BK.shape[1]
     # Created on the device: copying Python booleans there would synchronise with the GPU.
     yes, no = valid_BK.new_ones(()), valid_BK.new_zeros(())
 
@@ -211,9 +233,10 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], landmark_counts: d
         return batch[prefix + name].repeat_interleave(each, dim=1)
 
     def has(part: str) -> Tensor:
-        return torch.stack([yes if part in named_parts(kind) else no for kind in kinds]).expand(len(valid_BK), -1)
+        named = torch.stack([yes if part in named_parts(kind) else no for kind in kinds])
+        return named.expand(shape) if drawn_BP is None else named[drawn_BP]
 
-    shape, known = (len(valid_BK), len(kinds)), prefix + "landmarks_BKM3" in batch
+    known = prefix + "landmarks_BKM3" in batch
     landmarks_BPM3 = (
         spread("landmarks_BKM3").float()
         if known
@@ -230,4 +253,19 @@ def _prompts(batch: Batch, prefix: str, kinds: Sequence[str], landmark_counts: d
         has_box_BP=has("box"),
         has_text_BP=has("text"),
         has_landmarks_BPM=torch.cat([valid_BK.new_zeros((*shape, 0)), *has_landmarks], dim=-1),
+        **_masks(batch, prefix, shape),
     )
+
+
+def _masks(batch: Batch, prefix: str, shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """The coarse masks of prompts of this shape; none for pseudo-labels, and nothing if the model takes no masks."""
+    if "coarse_BKDHW" not in batch:
+        return {}
+    coarse_BKDHW, has_BK = batch["coarse_BKDHW"], batch["has_coarse_BK"]
+    if prefix:
+        nothing = coarse_BKDHW.new_zeros((), dtype=torch.float32)
+        masks_BPDHW = nothing.expand(*shape, *coarse_BKDHW.shape[2:])
+        return {"masks_BPDHW": masks_BPDHW, "has_mask_BP": has_BK.new_zeros(shape)}
+    each = shape[1] // has_BK.shape[1]
+    masks_BPDHW = (coarse_BKDHW.float() / BYTE).repeat_interleave(each, dim=1)
+    return {"masks_BPDHW": masks_BPDHW, "has_mask_BP": has_BK.repeat_interleave(each, dim=1)}

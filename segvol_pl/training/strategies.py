@@ -225,7 +225,8 @@ class FullyShard(ModelParallelStrategy):
         for block in blocks:
             fully_shard(block, **settings)
         for block in (each for each in blocks if isinstance(each, TwoWayAttentionBlock)):
-            register_fsdp_forward_method(block, "project_image")
+            for method in ("project_image", "add_dense"):
+                register_fsdp_forward_method(block, method)
             assert isinstance(block, FSDPModule)
             self.decoding.append(block)
         fully_shard(module, **settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_a_window_gets_what_of_a_prompt_lies_inside_it() -> None:
 
 def test_a_second_prompt_encodes_nothing_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     for room, extra in ((1000, 0), (10, 38)):
-        monkeypatch.setattr("segvol_pl.inference.sliding.KEPT_WINDOWS", room)
+        monkeypatch.setattr("segvol_pl.inference.sliding.KEPT_BYTES", room * 4 * math.prod(WINDOW))
         model = Oracle(WINDOW)
         slider = Slider(model, image(), SlidingConfig())
         first = slider.segment(Prompt(text="x"))

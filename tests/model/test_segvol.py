@@ -41,7 +41,7 @@ def test_room_for_points_that_are_not_there_changes_nothing() -> None:
     model = _model()
     points = Prompt(points_N3=np.array([[3, 4, 5], [6, 20, 9]]), labels_N=np.array([1, 0]))
     prompts = [[Prompt(text="liver"), points, Prompt(box=(1, 2, 3, 9, 20, 12))]]
-    narrow, wide = (PromptTensors.from_prompts(prompts, model.bank.index, {}, step) for step in (1, 8))
+    narrow, wide = (PromptTensors.from_prompts(prompts, model.bank.index, MODEL, step) for step in (1, 8))
     assert narrow.points_BPN3.shape == (1, 3, 2, 3) and wide.points_BPN3.shape == (1, 3, 8, 3)
     with torch.no_grad():
         tokens = model.encode(torch.rand(1, 1, *MODEL.input_shape))

@@ -32,7 +32,7 @@ SMALL = tiny_model(
 POINTS = 5
 
 
-def _prompts(count: int, landmarks: int) -> PromptTensors:
+def _prompts(count: int, landmarks: int, mask_shape: tuple[int, ...] | None) -> PromptTensors:
     return PromptTensors(
         points_BPN3=torch.rand(1, count, POINTS, 3),
         labels_BPN=torch.ones(1, count, POINTS, dtype=torch.int64),
@@ -43,6 +43,8 @@ def _prompts(count: int, landmarks: int) -> PromptTensors:
         has_box_BP=torch.ones(1, count, dtype=torch.bool),
         has_text_BP=torch.ones(1, count, dtype=torch.bool),
         has_landmarks_BPM=torch.ones(1, count, landmarks, dtype=torch.bool),
+        masks_BPDHW=None if mask_shape is None else torch.rand(1, count, *mask_shape),
+        has_mask_BP=None if mask_shape is None else torch.ones(1, count, dtype=torch.bool),
     )
 
 
@@ -65,16 +67,17 @@ def test_the_encoders_work_is_what_torch_counts(model: SegVol) -> None:
     assert _counted(lambda: model.encode(torch.rand(1, 1, 12, 32, 16))) == flops.encoder_work(SMALL)
 
 
-@pytest.mark.parametrize(("count", "landmarks"), [(1, 0), (3, 0), (3, 2)])
-def test_the_decoders_work_is_what_torch_counts(count: int, landmarks: int) -> None:
-    config = replace(SMALL, landmarks=[f"{landmarks}*toys:ends"] if landmarks else [])
+@pytest.mark.parametrize(("count", "landmarks", "masks"), [(1, 0, False), (3, 0, False), (3, 2, False), (3, 0, True)])
+def test_the_decoders_work_is_what_torch_counts(count: int, landmarks: int, masks: bool) -> None:
+    config = replace(SMALL, landmarks=[f"{landmarks}*toys:ends"] if landmarks else [], mask_prompt=masks)
     model = SegVol(config, TextBank.seeded(["liver"], SMALL.text_dim))
     tokens = torch.rand(1, 48, 32, requires_grad=True)
     expected = count * flops.prompt_work(config, POINTS) + flops.image_work(config)
     # Torch's counter leaves out the product of the finest features with a vector, the mask's weights.
     voxels, width = 64 * 48, SMALL.hidden_size // 8
     with_a_vector = count * Work(2 * voxels * width, 4 * voxels * width)
-    assert _counted(lambda: model.decode_low(tokens, _prompts(count, landmarks))) + with_a_vector == expected
+    prompts = _prompts(count, landmarks, config.mask_shape if masks else None)
+    assert _counted(lambda: model.decode_low(tokens, prompts)) + with_a_vector == expected
 
 
 def test_the_upsamplings_work_is_what_torch_counts(model: SegVol) -> None:
@@ -89,13 +92,13 @@ def test_the_work_of_pretraining_is_what_torch_counts() -> None:
     assert _counted(lambda: task.loss(batch)) == flops.total(flops.pretrain_work(SMALL, 0.25))
 
 
-@pytest.mark.parametrize("landmarks", ["[]", "[6*toys:extremes]"])
+@pytest.mark.parametrize("more", ["landmarks=[]", "landmarks=[6*toys:extremes]", "mask_prompt=true"])
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large", "huge"])
-def test_parameters_are_those_of_the_model(name: str, landmarks: str) -> None:
+def test_parameters_are_those_of_the_model(name: str, more: str) -> None:
     path = Path(__file__).parents[2] / "configs" / "model" / f"{name}.yaml"
     config = load(
         "train",
-        [f"model={path}", f"model.landmarks={landmarks}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"],
+        [f"model={path}", f"model.{more}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"],
     )
     assert isinstance(config, TrainConfig)
     with torch.device("meta"):

@@ -50,7 +50,11 @@ def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pyt
     config = train_config(phantom_shards, trained / "run", steps=STEPS)
     run = replace(config.run, checkpoint_every=HALF, save_every=HALF, val_every=0, val_batches=1)
     data = replace(config.data, samples_per_volume=5)
-    (trained / "config.yaml").write_text(to_yaml(replace(config, run=run, data=data)))
+    # Parts of the model and of the samples that are off by default.
+    model = replace(config.model, mask_prompt=True)
+    prompts = replace(config.prompts, mask_fraction=0.6, per_category=3)
+    config = replace(config, run=run, data=data, model=model, prompts=prompts)
+    (trained / "config.yaml").write_text(to_yaml(config))
     return trained
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +36,7 @@ from segvol_pl.packing.phantom_anatomy import CATEGORIES
 from segvol_pl.planning import memory
 from segvol_pl.training.module import Sharding, optimizer, schedule
 from segvol_pl.training.pretrain import SimMIMTask
-from segvol_pl.training.segment import SegVolTask, combined, pseudo_targets, supervised_targets
+from segvol_pl.training.segment import PromptTargets, SegVolTask, pseudo_targets, supervised_targets
 
 MODEL = tiny_model(hidden_size=32, num_layers=2, mlp_dim=64, decoder_mlp_dim=64)
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
@@ -64,6 +67,10 @@ def simmim_batch(phantom_shards: Path) -> Batch:
 def _segment_task() -> SegVolTask:
     torch.manual_seed(0)
     return SegVolTask(TrainConfig(model=MODEL, prompts=PROMPTS, optim=OPTIM), TextBank.seeded(sorted(CATEGORIES), 512))
+
+
+def targets_of(batch: Batch, combinations: Sequence[str] = PROMPTS.combinations) -> PromptTargets:
+    return supervised_targets(batch, list(combinations), {})
 
 
 def _simmim_task() -> SimMIMTask:
@@ -101,7 +108,7 @@ def test_the_masks_that_validation_looks_at_are_those_of_the_loss(segment_batch:
     task, predicted = _segment_task(), []
     with torch.no_grad():
         task.losses(segment_batch, predicted)
-        asked = combined(segment_batch, PROMPTS.combinations, {})
+        asked = targets_of(segment_batch).prompts
         masks = task.model.decode(task.model.encode(segment_batch["image_BCDHW"]), asked) > 0
     found = torch.cat(predicted, dim=1)[:, : masks.shape[1]]
     assert found.shape == masks.shape and (found == masks).float().mean() > 0.9999
@@ -111,17 +118,59 @@ def test_prompts_decoded_together_equal_prompts_decoded_alone(segment_batch: Bat
     task = _segment_task()
     tokens = task.model.encode(segment_batch["image_BCDHW"])
     names = PROMPTS.combinations
-    together = task.model.decode(tokens, combined(segment_batch, names, {})).unflatten(1, (-1, len(names)))
+    together = task.model.decode(tokens, targets_of(segment_batch).prompts).unflatten(1, (-1, len(names)))
     for place, name in enumerate(names):
-        alone = task.model.decode(tokens, combined(segment_batch, [name], {}))
+        alone = task.model.decode(tokens, targets_of(segment_batch, [name]).prompts)
         assert torch.allclose(together[:, :, place], alone, atol=1e-5)
+
+
+def test_drawn_combinations_estimate_the_loss_over_all(segment_batch: Batch) -> None:
+    """Each pair of combinations in turn: the mean of their losses is the loss over all combinations."""
+    task, names = _segment_task(), PROMPTS.combinations
+    shape = (*segment_batch["valid_BK"].shape, 2)
+    with torch.no_grad():
+        expected, parts = task.losses(segment_batch)
+        drawn = [
+            task.losses({**segment_batch, "combination_BKC": torch.tensor(pair).expand(shape)})
+            for pair in itertools.combinations(range(len(names)), 2)
+        ]
+    assert torch.isclose(torch.stack([loss for loss, _ in drawn]).mean(), expected, rtol=1e-5)
+    for name in (f"{kind}/{each}" for kind in ("dice_loss", "bce") for each in names):
+        assert torch.isclose(torch.stack([found[name] for _, found in drawn]).mean(), parts[name], rtol=1e-5)
+
+
+def test_a_mask_that_comes_with_a_prompt_is_trained_and_changes_its_prompts_alone(phantom_shards: Path) -> None:
+    model, prompts = replace(MODEL, mask_prompt=True), replace(PROMPTS, mask_fraction=1.0)
+    rows = {name: row for row, name in enumerate(sorted(read_index(Store(phantom_shards)).categories))}
+    data = DataConfig(overview_fraction=0.0)
+    batch = _batch(
+        phantom_shards,
+        functools.partial(sampling.sample_segmentation, model=model, data=data, prompts=prompts, row_of=rows),
+    )
+    assert batch["has_coarse_BK"].all() and batch["coarse_BKDHW"].flatten(2).amax(-1).min() > 0
+    torch.manual_seed(0)
+    config = TrainConfig(model=model, prompts=prompts, optim=OPTIM)
+    task = SegVolTask(config, TextBank.seeded(sorted(CATEGORIES), 512))
+    without = {**batch, "has_coarse_BK": torch.zeros_like(batch["has_coarse_BK"])}
+    loss = task.losses(batch)[0]
+    assert torch.equal(loss, task.losses(without)[0])  # untrained, masks change nothing
+    loss.backward()
+    embedding = task.model.prompt_encoder.mask_embedding
+    assert embedding is not None and embedding.lin2.weight.grad.any()
+    torch.nn.init.normal_(embedding.lin2.weight)
+    first_alone = {**without, "has_coarse_BK": torch.eye(2, dtype=torch.bool)[:1].expand(2, 2)}
+    with torch.no_grad():
+        tokens = task.model.encode(batch["image_BCDHW"])
+        one, none = (task.model.decode(tokens, targets_of(each).prompts) for each in (first_alone, without))
+    changed_BP = (one - none).abs().flatten(2).amax(-1) > 1e-3
+    count = len(PROMPTS.combinations)
+    assert changed_BP[:, :count].all() and not changed_BP[:, count:].any()
 
 
 def _plain_loss(task: SegVolTask, batch: Batch) -> torch.Tensor:
     """Each prompt decoded alone, each time from an image encoded anew, by the papers' formulas."""
     loss = torch.zeros(())
-    names = PROMPTS.combinations
-    asked = supervised_targets(batch, names, {}).joined(pseudo_targets(batch, {}), task.config.pseudo_weight)
+    asked = targets_of(batch).joined(pseudo_targets(batch, {}), task.config.pseudo_weight)
     for place, mask_BDHW in enumerate(asked.masks_BKDHW[:, asked.rows_P].unbind(1)):
         tokens_BTE = task.model.encode(batch["image_BCDHW"])
         logits = task.model.decode(tokens_BTE, asked.prompts.at(slice(place, place + 1)))[:, 0].flatten(1)

@@ -1,0 +1,115 @@
+"""What a training sample of a volume shows and asks: windows, categories, combinations, simulated coarse masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from factories import tiny_model
+
+from segvol_pl.config import DataConfig, PromptConfig
+from segvol_pl.data import sampling
+from segvol_pl.data.coarse_masks import simulated_coarse
+from segvol_pl.data.corpus import Corpus, Part
+from segvol_pl.data.schema import Facts
+from segvol_pl.data.shard_index import read_index
+from segvol_pl.data.shard_reader import read_array, read_facts
+from segvol_pl.data.store import Store
+from segvol_pl.imaging.transforms import grid_starts
+
+MODEL = tiny_model()
+WINDOWS = DataConfig(overview_fraction=0.0, flip=0.0)
+PROMPTS = PromptConfig(categories_per_volume=3, pseudo_per_volume=0)
+
+
+@pytest.fixture(scope="module")
+def volume(phantom_shards: Path) -> tuple[Facts, sampling.Read]:
+    store = Store(phantom_shards)
+    corpus = Corpus([Part(store, [each for each in read_index(store).samples if each.labelled])])
+    _, record = corpus.located(0)
+    facts = read_facts(store, record)
+    return facts, lambda member: read_array(store, record, facts, member)
+
+
+def draw(volume: tuple[Facts, sampling.Read], seed: int, **changes: Any) -> sampling.Arrays:
+    facts, read = volume
+    settings = {"model": MODEL, "data": WINDOWS, "prompts": PROMPTS, **changes}
+    rows = {name: row for row, name in enumerate(sorted(facts.categories))}
+    return sampling.sample_segmentation(facts, read, np.random.default_rng(seed), row_of=rows, **settings)
+
+
+def test_windows_on_the_grid_hold_a_voxel_of_their_category(volume: tuple[Facts, sampling.Read]) -> None:
+    facts, read = volume
+    size, data = MODEL.input_shape, replace(WINDOWS, grid_fraction=1.0)
+    axes = [grid_starts(0, extent, length, 0.5) for extent, length in zip(facts.shape, size, strict=True)]
+    hu_DHW = read(sampling.Member.CT)[:]
+    grid = {
+        hu_DHW[d : d + size[0], h : h + size[1], w : w + size[2]].tobytes()
+        for d in axes[0]
+        for h in axes[1]
+        for w in axes[2]
+    }
+    for seed in range(20):
+        crop = sampling.sample_crop(facts, read, MODEL, data, np.random.default_rng(seed))
+        assert crop.image_DHW.tobytes() in grid and crop.category is not None
+        assert np.isin(crop.label_DHW, facts.categories[crop.category].values).any()
+
+
+def test_combinations_are_drawn_for_each_category_without_repetition(volume: tuple[Facts, sampling.Read]) -> None:
+    prompts = replace(PROMPTS, per_category=2)
+    drawn_S3C = np.stack([draw(volume, seed, prompts=prompts)["combination_KC"] for seed in range(60)])
+    assert drawn_S3C.shape == (60, 3, 2) and (drawn_S3C[..., 0] != drawn_S3C[..., 1]).all()
+    counts = np.bincount(drawn_S3C.ravel(), minlength=6)
+    assert len(counts) == 6 and counts.min() > 30  # 60 are expected of each
+
+
+def test_absent_categories_are_prompted_by_text_to_find_nothing(volume: tuple[Facts, sampling.Read]) -> None:
+    prompts = replace(PROMPTS, per_category=2, absent_fraction=0.5)
+    text, absent, shown = PROMPTS.combinations.index("text"), 0, 0
+    for seed in range(30):
+        sample = draw(volume, seed, prompts=prompts)
+        for place in range(3):
+            empty = not (sample["bits_JDHW"][0] >> place & 1).any()
+            absent, shown = absent + empty, shown + (not empty)
+            assert sample["valid_K"][place]
+            if empty:
+                assert (sample["combination_KC"][place] == text).all()
+    assert absent > 10 and shown > 30
+
+
+def test_coarse_masks_come_with_a_share_of_the_categories_in_windows_only(volume: tuple[Facts, sampling.Read]) -> None:
+    model, prompts = replace(MODEL, mask_prompt=True), replace(PROMPTS, mask_fraction=0.6)
+    windows = [draw(volume, seed, model=model, prompts=prompts) for seed in range(60)]
+    share = np.mean([sample["has_coarse_K"].mean() for sample in windows])
+    assert 0.45 < share < 0.75
+    for sample in windows:
+        assert sample["coarse_KDHW"].shape == (3, *model.mask_shape)
+        assert not sample["coarse_KDHW"][~sample["has_coarse_K"]].any()
+    overviews = {"model": model, "prompts": prompts, "data": DataConfig(overview_fraction=1.0)}
+    assert not any(draw(volume, seed, **overviews)["has_coarse_K"].any() for seed in range(9))
+
+
+def test_a_sample_is_the_same_with_and_without_a_mask(volume: tuple[Facts, sampling.Read]) -> None:
+    """Settings that are off draw no numbers: runs without them see the samples that they saw before these existed."""
+    plain = draw(volume, 1)
+    other = draw(volume, 1, data=replace(WINDOWS, grid_fraction=0.0), prompts=replace(PROMPTS, mask_fraction=0.0))
+    assert plain.keys() == other.keys() and all((plain[name] == other[name]).all() for name in plain)
+
+
+def test_a_simulated_coarse_mask_is_near_the_truth_but_not_it() -> None:
+    truth_DHW = np.zeros((16, 32, 32), bool)
+    truth_DHW[4:12, 8:24, 10:22] = True
+    drawn = [simulated_coarse(truth_DHW, (2, 2, 2), (16, 16, 16), np.random.default_rng(seed)) for seed in range(200)]
+    small_DHW = truth_DHW[:, ::2, ::2]
+    dice = [2 * ((d > 0.5) & small_DHW).sum() / ((d > 0.5).sum() + small_DHW.sum()) for d in drawn]
+    assert all(d.min() >= 0 and d.max() <= 1 and d.dtype == np.float32 and d.shape == (16, 16, 16) for d in drawn)
+    assert 0.5 < np.mean(dice) < 0.9 and np.std(dice) > 0.05 and max(dice) < 1
+
+
+def test_an_empty_window_may_get_a_false_coarse_mask() -> None:
+    empty_DHW = np.zeros((16, 32, 32), bool)
+    found = [simulated_coarse(empty_DHW, (4, 3, 3), (16, 16, 16), np.random.default_rng(n)).max() for n in range(100)]
+    assert min(found) < 0.1 and 3 < np.sum(np.array(found) > 0.5) < 60
