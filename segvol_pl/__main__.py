@@ -30,6 +30,7 @@ from segvol_pl.config import (
     FitConfig,
     InventoryConfig,
     PackConfig,
+    PhantomsConfig,
     PredictConfig,
     PretrainConfig,
     Range,
@@ -163,6 +164,12 @@ def _demo(config: DemoConfig) -> None:
     from segvol_pl.demo import run
 
     run(config, _console())
+
+
+def _phantoms(config: PhantomsConfig) -> None:
+    from segvol_pl.packing.phantom import phantoms
+
+    phantoms(config)
 
 
 def _inventory(config: InventoryConfig) -> None:
@@ -346,6 +353,56 @@ def _scaling_compare(config: CompareConfig) -> list[str]:
     return compare_runs(config)
 
 
+JOBS: dict[str, Callable[[Any], None]] = {
+    "phantoms": _phantoms,
+    "pack": _pack,
+    "pretrain": _pretrain,
+    "train": _train,
+    "evaluate": _evaluate,
+}
+"""The commands that are jobs of `paper`."""
+
+
+def _paper(arguments: list[str]) -> int:
+    from segvol_pl.experiments import study as studies
+
+    claims = [argument for argument in arguments if "=" not in argument]
+    known = {field.key for field in loader.fields_help("paper")}
+    own = [argument for argument in arguments if argument.partition("=")[0] in known]
+    given = [argument for argument in arguments if argument not in (*claims, *own)]
+    config = loader.load("paper", [*([f"claims={json.dumps(claims)}"] if claims else []), *own])
+    study = studies.plan(config, given)
+    if config.run is None:
+        _print_table(studies.describe(study))
+        print("\n".join(studies.stages(study)))
+        return DONE
+    if config.run.isdecimal():
+        calls: dict[str, Callable[[Any], None]] = {
+            "phantoms": _phantoms,
+            "pack": _pack,
+            "pretrain": _pretrain,
+            "train": _train,
+            "evaluate": _evaluate,
+        }
+        studies.start(study, int(config.run), calls, not rank_named())
+        return DONE
+    from segvol_pl.experiments.paper import write
+
+    try:
+        if config.run == "all":
+            passed = [argument for argument in arguments if argument.partition("=")[0] not in ("run", "processes")]
+            studies.start_all(study, config.processes, passed)
+    finally:
+        print("\n".join(write(study)))
+    return DONE
+
+
+def _paper_help() -> str:
+    from segvol_pl.experiments.claims import HELP
+
+    return HELP
+
+
 def _config(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError(f"takes COMMAND FILE...; COMMAND is one of {', '.join(SCHEMAS)}")
@@ -384,6 +441,7 @@ def _print_table(rows: Sequence[Mapping[str, object]]) -> None:
 
 COMMANDS = {
     "demo": _configured("demo", _demo),
+    "phantoms": _configured("phantoms", _phantoms),
     "inventory": _configured("inventory", _inventory),
     "pack": _configured("pack", _pack),
     "index": Command("DIR", "Rebuild index.json from the shards in DIR.", _index),
@@ -416,6 +474,12 @@ COMMANDS = {
         "fit|compare RUNS ... [table=CSV] [KEY=VALUE ...]",
         "Fit scaling laws to runs, or compare the points of one grid axis in pairs of runs.",
         _scaling,
+    ),
+    "paper": Command(
+        "[CLAIM ...] [size=tiny|full|FILE] [run=K|all|page] [KEY=VALUE ...]",
+        "Try the claims of the SegVol paper: list the jobs with their state; run=all runs them and writes the page.",
+        _paper,
+        _paper_help,
     ),
     "init": Command("DIR", "Copy configs/, slurm/ and shards/datasets/ into DIR, for editing.", _init),
     "config": Command(

@@ -74,7 +74,7 @@ def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
     ("arguments", "expected"),
     [
         (["trian"], "no command trian: did you mean train?"),
-        (["xyzzy"], "no command xyzzy: there are demo, inventory, pack"),
+        (["xyzzy"], "no command xyzzy: there are demo, phantoms, inventory"),
         (["train", "--lr", "3"], "no option --lr"),
         (["train"], "missing data.shards=... optim.max_steps=... run.out=..."),
         (["train", "configs/trian.yaml"], "did you mean configs/train.yaml?"),

@@ -31,7 +31,15 @@ from segvol_pl.config.evaluation import (
     Timing,
     points_drawn,
 )
-from segvol_pl.config.experiments import CompareConfig, DataCount, DemoConfig, FitConfig, MetricPick, PointsConfig
+from segvol_pl.config.experiments import (
+    CompareConfig,
+    DataCount,
+    DemoConfig,
+    FitConfig,
+    MetricPick,
+    PaperConfig,
+    PointsConfig,
+)
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, Range, ranged
 from segvol_pl.config.inference import (
     EVERY_CATEGORY,
@@ -44,6 +52,7 @@ from segvol_pl.config.inference import (
     ZoomConfig,
 )
 from segvol_pl.config.model import (
+    FINER,
     LANDMARKS,
     MASK_TOKENS,
     Convention,
@@ -53,7 +62,7 @@ from segvol_pl.config.model import (
     TextConfig,
     TextSource,
 )
-from segvol_pl.config.packing import InventoryConfig, PackConfig, RegionsConfig, parse_part
+from segvol_pl.config.packing import InventoryConfig, PackConfig, PhantomsConfig, RegionsConfig, parse_part
 from segvol_pl.config.training import (
     DEEPSPEED_BUCKET,
     MAY_CHANGE,
@@ -74,6 +83,7 @@ __all__ = [
     "CUSTOM",
     "DEEPSPEED_BUCKET",
     "EVERY_CATEGORY",
+    "FINER",
     "HIGHEST_SEED",
     "LANDMARKS",
     "MASK_TOKENS",
@@ -101,6 +111,8 @@ __all__ = [
     "OptimConfig",
     "Overlaps",
     "PackConfig",
+    "PaperConfig",
+    "PhantomsConfig",
     "PointsConfig",
     "Precision",
     "PredictConfig",
@@ -136,6 +148,7 @@ BUNDLED = ("configs", "slurm", "shards/datasets")
 
 SCHEMAS: dict[str, type] = {
     "demo": DemoConfig,
+    "phantoms": PhantomsConfig,
     "inventory": InventoryConfig,
     "pack": PackConfig,
     "pretrain": PretrainConfig,
@@ -146,4 +159,5 @@ SCHEMAS: dict[str, type] = {
     "import": ImportConfig,
     "scaling fit": FitConfig,
     "scaling compare": CompareConfig,
+    "paper": PaperConfig,
 }

@@ -1,4 +1,4 @@
-"""The schemas of the demo and of scaling laws."""
+"""The schemas of the demo, of scaling laws, and of the paper's claims."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ class DemoConfig(Keys):
     """Folder for everything that the demo writes."""
     volumes: int = ranged(48, least=1)
     """Synthetic CTs to make."""
+    scale: float | None = ranged(None, above=0)
+    """Multiplies their voxels along each axis. null: that of configs/tiny/phantoms.yaml."""
     pretrain_steps: int = ranged(200, least=1)
     """Pre-training steps (SimMIM)."""
-    train_steps: int = ranged(1500, least=1)
+    train_steps: int = ranged(1400, least=1)
     """Training steps (supervised)."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seed for the synthetic CTs and for training."""
@@ -93,3 +95,30 @@ class CompareConfig(PointsConfig):
     """Axis to compare, as named in the grid."""
     baseline: str | None = None
     """Point to compare the others with. null: the point of the first run."""
+
+
+@dataclass
+class PaperConfig(Keys):
+    """Try the claims of the SegVol paper as experiments, and write a page with the paper's figures and ours."""
+
+    claims: list[str] = field(default_factory=list)
+    """Claims, as names of files in configs/paper or as paths. Empty: all. CLAIMS on the command line."""
+    size: str = "tiny"
+    """tiny: phantoms and a small model, for a CPU. full: the paper's data sets and steps. FILE.yaml: your own."""
+    out: str | None = None
+    """Folder for everything that is written. null: runs/paper-SIZE."""
+    shards: str | None = None
+    """Folder that holds a folder of shards per data set. null: data sets are phantoms, which are made in OUT/shards."""
+    seeds: list[int] = ranged([], least=0, most=HIGHEST_SEED)
+    """Seeds. Empty: those of the size."""
+    run: str | None = None
+    """Number of the job to run, all: every job that is not finished, then the page. page: only the page. null: list the
+    jobs."""
+    processes: int = ranged(1, least=1)
+    """Jobs to run at a time with run=all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        words = self.run in (None, "all", "page") or str(self.run).isdecimal()
+        require(words, "run", f"{self.run!r} is none of all, page, or the number of a job")
+        require(len(set(self.seeds)) == len(self.seeds), "seeds", "names a seed twice")

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 
 from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import CompareConfig
@@ -24,7 +23,7 @@ from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments import figures, page
 from segvol_pl.experiments.grid import SEED
 from segvol_pl.experiments.points import Point, Points, gather
-from segvol_pl.experiments.verdict import tails
+from segvol_pl.experiments.verdict import mean_interval
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,11 @@ def _differences(label: str, axis: str, pairs: Sequence[tuple[Point, Point]]) ->
 
 def _difference(label: str, where: str, clusters: Sequence[Sequence[tuple[Point, Point]]]) -> Difference:
     """The mean difference. clusters: groups of pairs, each of which counts once."""
-    values = np.array([np.mean([one.loss - other.loss for one, other in cluster]) for cluster in clusters])
-    low = high = None
-    if len(values) > 1:
-        half = stats.t.ppf(tails()[1], len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-        low, high = float(values.mean() - half), float(values.mean() + half)
+    values = [float(np.mean([one.loss - other.loss for one, other in cluster])) for cluster in clusters]
+    interval = mean_interval(values)
+    low, high = (interval.low, interval.high) if interval else (None, None)
     base = float(np.mean([other.loss for cluster in clusters for _, other in cluster]))
-    return Difference(label, where, len(values), float(values.mean()), low, high, base, values.tolist())
+    return Difference(label, where, len(values), float(np.mean(values)), low, high, base, values)
 
 
 def _difference_text(each: Difference) -> str:

@@ -22,6 +22,7 @@ from segvol_pl.experiments.verdict import SYMBOLS, Verdict, predicted
 
 if TYPE_CHECKING:
     from segvol_pl.experiments.compare import Comparison
+    from segvol_pl.experiments.paper import Result
 
 COLOURS = ("#3b6fb6", "#e0752d", "#2e9e5b", "#8e5bb0", "#c03d5d", "#6b7785", "#b08a1e", "#2a9aa8")
 INK, BAND = "#1d2430", 0.16
@@ -157,6 +158,29 @@ def comparison_figure(comparison: Comparison) -> Figure:
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", linewidth=0.4, color="#dddddd")
+    return figure
+
+
+def claim_figure(result: Result) -> Figure:
+    """Draw the figures of a claim: ours with 95 % intervals over seeds, and the paper's where it gives one."""
+    rows = [each for each in result.measured if each.figure.of != "seconds"] or result.measured
+    figure = Figure(figsize=(6.4, 1.1 + 0.34 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    for place, row in enumerate(reversed(rows)):
+        axes.plot(list(row.values.values()), [place] * len(row.values), ".", color=COLOURS[0], alpha=0.4, markersize=5)
+        if row.interval is not None:
+            axes.plot([row.interval.low, row.interval.high], [place, place], "-", color=COLOURS[0], linewidth=1.4)
+        if row.mean is not None:
+            axes.plot(row.mean, place, "o", color=COLOURS[0], markersize=4.5)
+        if row.figure.paper is not None:
+            axes.plot(row.figure.paper, place, "D", mfc="white", color=COLOURS[1], markersize=5)
+    axes.set_yticks(range(len(rows)), [row.figure.name for row in reversed(rows)], fontsize=8)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.set_xlabel("seconds" if rows[0].figure.of == "seconds" else "mean Dice, or share", fontsize=8.5)
+    axes.tick_params(labelsize=8)
+    axes.grid(axis="x", linewidth=0.4, color="#dddddd")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("blue: here, bar: 95 % interval, dots: seeds; diamond: the paper", fontsize=9, loc="left", color=INK)
     return figure
 
 

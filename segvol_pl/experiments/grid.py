@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,17 +100,11 @@ class Run:
 
 def read(path: Path, out: str | None = None) -> Grid:
     """Read a grid file. `out` replaces the file's own. Raises ConfigError, naming file and line."""
-    nodes: dict[str, yaml.Node] = {}
-    for name, node in loader.read_nodes(path).value:
-        if name.value not in KEYS:
-            raise ConfigError(f"unknown key {name.value} ({_line(path, name)}){did_you_mean(name.value, KEYS)}")
-        if name.value in nodes:
-            raise ConfigError(f"{name.value} ({_line(path, name)}): is given twice: remove one")
-        nodes[name.value] = node
+    nodes = mapped(path, loader.read_nodes(path), KEYS)
     grid = _typed(path, {name: node for name, node in nodes.items() if name not in ("axes", "files", "set")}, out)
     parts = {
-        "files": [_beside(path, written) for written in _texts(path, nodes, "files")],
-        "set": [_pair(path, grid.command, written) for written in _texts(path, nodes, "set")],
+        "files": [relative(path, written) for written in texts(path, nodes, "files")],
+        "set": [pair_of(path, grid.command, written) for written in texts(path, nodes, "set")],
         "axes": _axes(path, grid.command, nodes["axes"]) if "axes" in nodes else {},
     }
     grid = Grid(**{**vars(grid), **parts})
@@ -118,7 +112,20 @@ def read(path: Path, out: str | None = None) -> Grid:
     return grid
 
 
-def _line(path: Path, node: yaml.Node) -> str:
+def mapped(path: Path, node: yaml.MappingNode, known: Mapping[str, str] | None = None) -> dict[str, yaml.Node]:
+    """Return the keys of a mapping with their nodes. Raises ConfigError for a key not in `known`, or given twice."""
+    nodes: dict[str, yaml.Node] = {}
+    for name, value in node.value:
+        if known is not None and name.value not in known:
+            raise ConfigError(f"unknown key {name.value} ({line_of(path, name)}){did_you_mean(name.value, known)}")
+        if name.value in nodes:
+            raise ConfigError(f"{name.value} ({line_of(path, name)}): is given twice: remove one")
+        nodes[name.value] = value
+    return nodes
+
+
+def line_of(path: Path, node: yaml.Node) -> str:
+    """Name the place of a node, `FILE:LINE`."""
     return f"{path}:{node.start_mark.line + 1}"
 
 
@@ -130,32 +137,32 @@ def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
         try:
             values[key] = convert(node, wanted[key])
         except (ValueError, OverflowError, yaml.YAMLError):
-            raise ConfigError(f"{key} ({_line(path, node)}): {KEYS[key]}") from None
+            raise ConfigError(f"{key} ({line_of(path, node)}): {KEYS[key]}") from None
     for key, holds in (
         ("command", values.get("command", "train") in COMMANDS),
         ("seeds", len(set(values.get("seeds", [0]))) == len(values.get("seeds", [0])) > 0),
         ("flops", all(budget > 0 for budget in values.get("flops", []))),
     ):
         if not holds:
-            raise ConfigError(f"{key} ({_line(path, nodes[key])}): {KEYS[key]} Got {values[key]}")
+            raise ConfigError(f"{key} ({line_of(path, nodes[key])}): {KEYS[key]} Got {values[key]}")
     return Grid(**{**values, "path": path, "out": Path(out or values["out"])})
 
 
-def _texts(path: Path, nodes: dict[str, yaml.Node], key: str) -> list[Written]:
-    """A text, or a list of them."""
+def texts(path: Path, nodes: Mapping[str, yaml.Node], key: str) -> list[Written]:
+    """Read a text, or a list of them; empty if the key is not given. Raises ConfigError for anything else."""
     node = nodes.get(key)
     items = node.value if isinstance(node, yaml.SequenceNode) else [] if node is None else [node]
     if any(not isinstance(item, yaml.ScalarNode) for item in items):
-        raise ConfigError(f"{key} ({_line(path, nodes[key])}): {KEYS.get(key, 'is a list of KEY=VALUE')}")
-    return [Written(item.value, _line(path, item)) for item in items]
+        raise ConfigError(f"{key} ({line_of(path, nodes[key])}): {KEYS.get(key, 'is a list of KEY=VALUE')}")
+    return [Written(item.value, line_of(path, item)) for item in items]
 
 
-def _beside(path: Path, written: Written) -> Written:
+def relative(path: Path, written: Written) -> Written:
     """Resolve a file named in the grid relative to the grid file."""
     return Written(str(path.parent / written), written.origin)
 
 
-def _pair(path: Path, command: str, written: Written) -> Written:
+def pair_of(path: Path, command: str, written: Written) -> Written:
     """Check KEY=VALUE. Section files are relative to the grid file. Raises ConfigError if malformed or reserved."""
     match = PAIR.fullmatch(written)
     if match is None:
@@ -170,18 +177,18 @@ def _pair(path: Path, command: str, written: Written) -> Written:
 
 def _axes(path: Path, command: str, node: yaml.Node) -> Axes:
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"axes ({_line(path, node)}): {KEYS['axes']}")
+        raise ConfigError(f"axes ({line_of(path, node)}): {KEYS['axes']}")
     axes: Axes = {}
     for name, points in node.value:
         axis = name.value
         if axis in (SEED, BUDGET, *axes):
             why = "is given twice" if axis in axes else "has a key of its own next to `axes`"
-            raise ConfigError(f"axes.{axis} ({_line(path, name)}): {why}")
+            raise ConfigError(f"axes.{axis} ({line_of(path, name)}): {why}")
         axes[axis] = _points(path, command, axis, points)
         labels = [point.label for point in axes[axis]]
         if len(set(labels)) < max(1, len(labels)):
             why = f"two points are called {max(labels, key=labels.count)}: name them" if labels else "has no points"
-            raise ConfigError(f"axes.{axis} ({_line(path, name)}): {why}")
+            raise ConfigError(f"axes.{axis} ({line_of(path, name)}): {why}")
     return axes
 
 
@@ -190,15 +197,15 @@ def _points(path: Path, command: str, axis: str, node: yaml.Node) -> list[Point]
     if isinstance(node, yaml.SequenceNode):
         values = [(item, _flow(item)) for item in node.value]
         return [
-            Point(_label(text), [_pair(path, command, Written(f"{axis}={text}", _line(path, item)))])
+            Point(_label(text), [pair_of(path, command, Written(f"{axis}={text}", line_of(path, item)))])
             for item, text in values
         ]
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"axes.{axis} ({_line(path, node)}): {KEYS['axes']}")
+        raise ConfigError(f"axes.{axis} ({line_of(path, node)}): {KEYS['axes']}")
     return [
         Point(
             _label(name.value),
-            [_pair(path, command, written) for written in _texts(path, {name.value: pairs}, name.value)],
+            [pair_of(path, command, written) for written in texts(path, {name.value: pairs}, name.value)],
         )
         for name, pairs in node.value
     ]

@@ -27,13 +27,15 @@ from segvol_pl.atomic import write_text
 from segvol_pl.config import loader
 from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError, RunError
-from segvol_pl.experiments.grid import Grid, Run, parameters, volume_flops
+from segvol_pl.experiments.grid import COMMANDS, Grid, Run, parameters, volume_flops
 from segvol_pl.folder_lock import FolderLock, is_running
 from segvol_pl.run_folder import GRID_ENTRY, read_grid_entry
 
 log = logging.getLogger(__name__)
 
 MISSING, RUNNING, PARTIAL, FAILED, FINISHED, CHANGED = "missing", "running", "partial", "failed", "finished", "changed"
+PLACES = ("out", "device", "workers")
+"""Keys of commands that do not train which change where and how fast they run, not their results."""
 SILENCE = 900.0
 """Seconds without a logged step after which a run on another machine is taken to have stopped."""
 
@@ -53,9 +55,9 @@ def state(run: Run) -> State:
     record, step = read_grid_entry(run.out), _last_step(run.out / "metrics.csv")
     if record is None and not (run.out / "config.yaml").exists():
         return State(MISSING)
-    if changed := _changed(run):
-        return State(CHANGED, step, changed)
     record = record or {"state": PARTIAL}
+    if changed := _changed(run, record):
+        return State(CHANGED, step, changed)
     if record["state"] != RUNNING:
         return State(record["state"], step, record.get("error", ""))
     return State(RUNNING, step, f"on {record['host']}") if _lives(run.out, record) else State(PARTIAL, step)
@@ -131,11 +133,15 @@ def _write(run: Run, name: str, **more: str) -> None:
     started = {"host": socket.gethostname(), "pid": os.getpid(), "started": process.create_time(), "at": time.time()}
     run.out.mkdir(parents=True, exist_ok=True)
     record = {"state": name, "name": run.name, "command": run.command, "places": run.places, **started, **more}
+    if run.command not in COMMANDS:
+        record["config"] = loader.plain(run.config)  # pre-training and training write their own config.yaml
     write_text(run.out / GRID_ENTRY, json.dumps(record, indent=2) + "\n")
 
 
-def _changed(run: Run) -> str:
-    """How the configuration differs from that of the run in the folder; empty if there is no checkpoint to resume."""
+def _changed(run: Run, record: dict[str, Any]) -> str:
+    """How the configuration differs from that of the run in the folder; empty if there is nothing to resume or keep."""
+    if run.command not in COMMANDS:
+        return _changed_since(record, run) if record["state"] == FINISHED else ""
     path = run.out / "config.yaml"
     if not path.exists() or not (run.out / "checkpoints" / "last.ckpt").exists():
         return ""
@@ -144,6 +150,18 @@ def _changed(run: Run) -> str:
     except ConfigError as error:
         return str(error)
     return ", ".join(loader.differences(before, loader.plain(run.config))[:3])
+
+
+def _changed_since(record: dict[str, Any], run: Run) -> str:
+    """How a configuration differs from the one that was recorded. The folder may have been moved: a path is compared by
+    its last part."""
+    before, now = loader.flat(record["config"]), loader.flat(loader.plain(run.config))
+    pairs = [(key, before.get(key), value) for key, value in now.items() if key not in PLACES]
+    return ", ".join(f"{key} {old} -> {new}" for key, old, new in pairs if _last_part(old) != _last_part(new))
+
+
+def _last_part(value: Any) -> Any:
+    return value.rpartition("/")[2] if isinstance(value, str) else value
 
 
 def _lives(out: Path, record: dict[str, Any]) -> bool:

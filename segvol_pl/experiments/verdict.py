@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -181,6 +182,15 @@ def _effect(fitted: Fit, place: int) -> Interval:
 def tails() -> tuple[float, float]:
     """Return the quantiles at the ends of an interval of `LEVEL`."""
     return (1 - LEVEL) / 2, (1 + LEVEL) / 2
+
+
+def mean_interval(values: Sequence[float]) -> Interval | None:
+    """Return a mean with its interval by Student's t; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    half = stats.t.ppf(tails()[1], len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    mean = float(np.mean(values))
+    return Interval(mean, float(mean - half), float(mean + half))
 
 
 def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:

@@ -24,6 +24,7 @@ CONFIGS = ROOT / "configs"
 TRAINING = ["data.shards=shards", "run.out=run", "optim.max_steps=10"]
 REQUIRED = {
     "demo": [],
+    "phantoms": ["out=phantoms"],
     "inventory": ["images=ct"],
     "pack": ["images=ct", "out=shards"],
     "pretrain": TRAINING,
@@ -34,9 +35,12 @@ REQUIRED = {
     "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
     "scaling fit": ["table=runs.csv"],
     "scaling compare": ["runs=[runs]", "axis=size"],
+    "paper": [],
 }
-# Grids are expanded in test_grid.py.
-FILES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "ablations")
+# Grids are expanded in test_grid.py, claims are read in test_paper.py.
+FILES = sorted(
+    path for path in CONFIGS.rglob("*.yaml") if not {"ablations", "paper"} & {*path.relative_to(CONFIGS).parts}
+)
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
 ZOOMS = sorted((CONFIGS / "zoom").glob("*.yaml"))
 
@@ -181,7 +185,7 @@ def shaped(field: Field, number: float) -> str:
     """YAML of a value as long as the key wants it, every number of which is `number`."""
     if field.key == "points":
         return f"[[{number}, 1, 1, 1]]"
-    size = 6 if field.key == "box" else len(field.default) if isinstance(field.default, list) else 0
+    size = 6 if field.key == "box" else max(1, len(field.default)) if isinstance(field.default, list) else 0
     return f"[{', '.join([str(number)] * size)}]" if size else str(number)
 
 
