@@ -13,27 +13,35 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import DemoConfig
+from segvol_pl.config import DemoConfig, Mode
 from segvol_pl.config.loader import load
 from segvol_pl.device import resolve_device
 from segvol_pl.evaluation.run import evaluate
-from segvol_pl.evaluation.summary import Summary
+from segvol_pl.evaluation.summary import Summary, number
 from segvol_pl.model.convert import export
+from segvol_pl.packing import phantom
 from segvol_pl.packing.pack import pack
-from segvol_pl.packing.phantom import write_phantoms
 from segvol_pl.resources import bundled
 from segvol_pl.run_folder import read_metrics
 from segvol_pl.training.run import pretrain, train
 
 log = logging.getLogger(__name__)
 
-PHANTOM_SCALE = 0.75
-"""Scale of the phantoms: organs are small in the overview, but still cover some voxels."""
+SMALL = ("spleen", "kidney left", "kidney right", "aorta", "liver tumour")
+"""Categories of the table's second part: less than a hundred voxels of the overview."""
+PROMPTS = ("text", "points", "points+text", "box", "box+text")
+"""Kinds of prompts to evaluate, each with zooming and with sliding windows."""
+WAYS = ("zoom-out", "sliding", "zoom-in")
+"""Columns of the table."""
 
 
 def run(config: DemoConfig, console: Console | None = None) -> Summary:
@@ -61,7 +69,9 @@ def _pack(config: DemoConfig, out: Path) -> Path:
     phantoms = out / "phantoms"
     if not (phantoms / "categories.yaml").exists():
         log.info("making %d phantoms in %s", config.volumes, phantoms)
-        write_phantoms(phantoms, config.volumes, config.seed, scale=PHANTOM_SCALE)
+        made = [f"out={phantoms}", f"volumes={config.volumes}", f"seed={config.seed}"]
+        made += [] if config.scale is None else [f"scale={config.scale}"]
+        phantom.phantoms(load("phantoms", [_settings("phantoms"), *made]))
     sources = [f"{part}={phantoms / part}" for part in ("images", "labels")]
     chosen = [*sources, f"categories={phantoms / 'categories.yaml'}", f"out={out / 'shards'}"]
     pack(load("pack", [_settings("pack"), *chosen]))
@@ -81,8 +91,9 @@ def evaluation(config: DemoConfig, shards: Path) -> list[str]:
     out = Path(config.out)
     chosen = [f"checkpoint={_model(out)}", f"data.shards={shards}", f"seed={config.seed}"]
     placed = [f"out={out / 'evaluation'}", f"device={config.device}"]
+    compared = [f"modes=[{Mode.zoom.value}, {Mode.sliding.value}]", f"prompts=[{', '.join(PROMPTS)}]"]
     # The model may have been trained further since an earlier run of the demo.
-    return [_settings("evaluate"), *chosen, *placed, "resume=false"]
+    return [_settings("evaluate"), *chosen, *placed, *compared, "resume=false"]
 
 
 def _model(out: Path) -> Path:
@@ -95,18 +106,54 @@ def _settings(command: str) -> str:
 
 def _report(summary: Summary, out: Path, seconds: float, console: Console) -> None:
     """Print the table, the gain of pre-training and the report's path; write the same figures to demo.json."""
+    dice, small = _by_way(summary, summary.categories), _by_way(summary, SMALL)
     losses = [value for _, value in read_metrics(out / "pretrain" / "metrics.csv", "val/loss")]
     figures = {
         "seconds": round(seconds, 1),
         "pretrain_val_loss_first": losses[0],
         "pretrain_val_loss_last": losses[-1],
-        "dice": {setting.prompt: overall.dice for setting, overall in summary.overall.items()},
+        "dice": dice,
+        "dice_small": small,
+        "prompt_seconds": {f"{each.prompt} {each.mode}": found.seconds for each, found in summary.overall.items()},
     }
     write_text(out / "demo.json", json.dumps(figures, indent=2) + "\n")
-    console.print(summary.table())
+    console.print(_table(summary, dice, small))
     fell = 100 * (1 - losses[-1] / losses[0])
     console.print(f"Pre-training: loss on held-out phantoms {losses[0]:.4f} -> {losses[-1]:.4f} ({fell:.0f} % lower)")
     console.print(
         f"Phantom data on a small model: this shows that the parts work together, not accuracy. {seconds:.0f} s."
     )
     console.print(f"Report: {out / 'evaluation' / 'report.html'}")
+
+
+Dice = dict[str, dict[str, float]]
+"""Prompt -> column of `WAYS` -> mean Dice."""
+
+
+def _by_way(summary: Summary, categories: Sequence[str]) -> Dice:
+    """Mean over these categories of their means over cases."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for (category, setting), cell in summary.cells.items():
+        if category not in categories or cell.dice is None:
+            continue
+        ways = found.setdefault(setting.prompt, {way: [] for way in WAYS})
+        ways["sliding" if setting.mode == Mode.sliding.value else "zoom-in"].append(cell.dice.mean)
+        if cell.zoom_out is not None:
+            ways["zoom-out"].append(cell.zoom_out.mean)
+    return {prompt: {way: float(np.mean(dice)) for way, dice in ways.items()} for prompt, ways in found.items()}
+
+
+def _table(summary: Summary, dice: Dice, small: Dice) -> Table:
+    """Make the table: the three ways side by side, over all categories and over small ones, and their time."""
+    count = len(summary.categories)
+    title = f"Mean Dice of {count} categories ({len(SMALL)} small ones) of {summary.cases} held-out phantoms"
+    table = Table(box=SIMPLE_HEAD, title=title)
+    table.add_column("prompt")
+    for heading in (*WAYS, *(f"small: {way}" for way in WAYS), "s: sliding", "s: zoom-in"):
+        table.add_column(heading, justify="right")
+    seconds = {(each.prompt, each.mode): found.seconds for each, found in summary.overall.items()}
+    for prompt, ways in dice.items():
+        figures = [*(ways[way] for way in WAYS), *(small[prompt][way] for way in WAYS)]
+        times = [seconds[prompt, mode.value] for mode in (Mode.sliding, Mode.zoom)]
+        table.add_row(prompt, *(number(figure) for figure in figures), *(number(time, 2) for time in times))
+    return table
