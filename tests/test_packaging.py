@@ -198,7 +198,7 @@ def test_laid_out_scripts_find_environment_and_program(command: str, installed: 
 
 @pytest.mark.slow
 def test_the_demo_runs_from_a_wheel(installed: Path, tmp_path: Path) -> None:
-    steps = ["volumes=6", "scale=0.4", "pretrain_steps=2", "train_steps=2", "out=demo"]
+    steps = ["volumes=8", "scale=0.4", "pretrain_steps=2", "train_steps=2", "out=demo"]
     done = run([installed / "segvol-pl", "demo", *steps], tmp_path)
     assert done.returncode == 0, done.stderr
     assert [part for part in DEMO_FILES if not (tmp_path / "demo" / part).exists()] == []

@@ -26,7 +26,7 @@ from segvol_pl.experiments.study import Study, plan
 SIZE = """\
 about: A test.
 seeds: [0, 1, 2]
-data_sets: {few: [volumes=3, seed=1], held-out: [volumes=2, seed=2]}
+data_sets: {few: [volumes=3, seed=1, scale=0.4], held-out: [volumes=2, seed=2, scale=0.4]}
 set: ["data.shards={shards}/few", data.val_split=train, run.val_batches=0, track.wandb=disabled, MODEL]
 pack: {set: [test_fraction=0, workers=1, "overview_shape=[8, 16, 16]"]}
 pretrain: {set: [optim.max_steps=4]}
