@@ -377,14 +377,7 @@ def _paper(arguments: list[str]) -> int:
         print("\n".join(studies.stages(study)))
         return DONE
     if config.run.isdecimal():
-        calls: dict[str, Callable[[Any], None]] = {
-            "phantoms": _phantoms,
-            "pack": _pack,
-            "pretrain": _pretrain,
-            "train": _train,
-            "evaluate": _evaluate,
-        }
-        studies.start(study, int(config.run), calls, not rank_named())
+        studies.start(study, int(config.run), JOBS, not rank_named())
         return DONE
     from segvol_pl.experiments.paper import write
 
