@@ -64,7 +64,7 @@ def reflect(
 
     Returns:
         None if the window is to be skipped: it lies outside the user's box, or holds neither a part of the coarse mask
-        nor a user's point inside the structure.
+        nor a user's point inside the structure, or (with `points` 0) nothing of the prompt lies in it.
     """
     prompt = replace(prompt, landmarks=clip_landmarks(prompt, start, coarse_DHW.shape))
     points_N3, labels_N = points_inside(prompt, start, coarse_DHW.shape)
@@ -76,12 +76,11 @@ def reflect(
     if prompt.points_N3 is None:
         return replace(prompt, box=box)
     drawn_N3, drawn_N = sample_points(coarse_DHW, rng, positive=points, negative=0)
-    return replace(
-        prompt,
-        points_N3=np.concatenate([points_N3, drawn_N3]),
-        labels_N=np.concatenate([labels_N, drawn_N]),
-        box=box,
-    )
+    points_N3, labels_N = np.concatenate([points_N3, drawn_N3]), np.concatenate([labels_N, drawn_N])
+    if len(points_N3):
+        return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=box)
+    has_other_parts = prompt.text is not None or box is not None or prompt.landmarks
+    return replace(prompt, points_N3=None, labels_N=None, box=box) if has_other_parts else None
 
 
 def prompt_map(prompt: Prompt, shape: Sequence[int]) -> np.ndarray:

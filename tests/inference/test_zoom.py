@@ -278,6 +278,16 @@ def test_points_prompt_keeps_the_points_inside_and_draws_more_from_the_coarse_ma
     assert local.box is None
 
 
+def test_a_window_that_gets_no_points_keeps_the_rest_of_the_prompt() -> None:
+    points = {"points_N3": np.array([[1, 1, 1]]), "labels_N": np.array([1])}
+    coarse_DHW = np.ones((8, 8, 8), bool)
+    assert reflect(Prompt(**points), coarse_DHW, (4, 4, 4), points=0, rng=rng()) is None
+    local = reflect(Prompt(text="liver", **points), coarse_DHW, (4, 4, 4), points=0, rng=rng())
+    assert local is not None and local.text == "liver" and local.points_N3 is None and local.labels_N is None
+    kept = reflect(Prompt(**points), coarse_DHW, (0, 0, 0), points=0, rng=rng())
+    assert kept is not None and kept.points_N3 is not None and kept.points_N3.tolist() == [[1, 1, 1]]
+
+
 def test_marks_outside_a_window_lie_on_its_edge() -> None:
     prompt = Prompt(landmarks={"toys:ends": np.array([[1, 2, 3], [30, 9, 9]])})
     coarse_DHW = np.ones((8, 8, 8), bool)
