@@ -113,7 +113,7 @@ def main(source: Path, samples: int) -> None:
         rows = {category: row for row, category in enumerate(sorted(index.categories))}
         prompts, model = PromptConfig(categories_per_volume=8), SegVolConfig()
         draw = functools.partial(sampling.sample_segmentation, model=model, data=data, prompts=prompts, row_of=rows)
-        source_of = stream.Stream(corpus, draw, stream.Plan(samples, 1))
+        source_of = stream.Stream(corpus, draw, stream.BatchPlan(samples, 1))
         spent: Counter[str] = Counter()
         order = source_of.rows(0)
         source_of.sample(0, 0, order)

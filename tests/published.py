@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.data.sampling import merged_inside
 from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.masks import LabelMap
 from segvol_pl.model import SegVol
 from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.released import TOWER
@@ -88,5 +89,4 @@ def pseudo_target(iteration: int, image: int) -> tuple[np.ndarray, Box]:
     regions_DHW = regions_of(image)
     mask_DHW = regions_DHW == GOLDEN["losses"]["pseudo_regions"][iteration][image]
     box = box_of(mask_DHW)
-    sizes = np.bincount(regions_DHW.reshape(-1))
-    return (merged_inside(regions_DHW, sizes, box) if iteration % 2 else mask_DHW), box
+    return (merged_inside(LabelMap(regions_DHW), box).complete() if iteration % 2 else mask_DHW), box

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from segvol_pl.data.collate import Arrays
+from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.intensity import Intensity
+from segvol_pl.imaging.masks import BoxedMask
 
 Batch = dict[str, Tensor]
 
@@ -34,17 +36,13 @@ def shade_of(intensity: Intensity, scale: float, shift: float) -> np.ndarray:
     return np.array([intensity.low, intensity.high - intensity.low, scale, shift], dtype=np.float32)
 
 
-def packed(masks: Sequence[np.ndarray]) -> np.ndarray:
-    """Bool masks (D,H,W) as bits, uint8 (J,D,H,W): mask k is bit k % 8 of byte k // 8."""
-    bits_JDHW = np.empty((-(-len(masks) // BITS), *masks[0].shape), dtype=np.uint8)
-    for byte, bits_DHW in enumerate(bits_JDHW):
-        *lower, highest = masks[byte * BITS : (byte + 1) * BITS]
-        # Slice by slice: a slice fits into the CPU's cache.
-        for d, bits_HW in enumerate(bits_DHW):
-            bits_HW[...] = highest[d]
-            for mask_DHW in reversed(lower):
-                np.add(bits_HW, bits_HW, out=bits_HW)
-                np.bitwise_or(bits_HW, mask_DHW[d].view(np.uint8), out=bits_HW)
+def packed(masks: Sequence[BoxedMask]) -> np.ndarray:
+    """Masks (D,H,W) of one shape as bits, uint8 (J,D,H,W): mask k is bit k % 8 of byte k // 8."""
+    bits_JDHW = np.zeros((-(-len(masks) // BITS), *masks[0].shape), np.uint8)
+    for place, mask in enumerate(masks):
+        if mask.box is not None:
+            byte, bit = divmod(place, BITS)
+            bits_JDHW[byte][box_slices(mask.box)] |= mask.inside_DHW.view(np.uint8) << bit
     return bits_JDHW
 
 

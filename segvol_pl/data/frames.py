@@ -64,7 +64,7 @@ class Form:
     """The dtypes that it may have, by numpy's names."""
 
 
-def decode_array(frame: bytes | bytearray, form: Form | None = None) -> blosc2.NDArray:
+def decode_array(frame: bytes | np.ndarray, form: Form | None = None) -> blosc2.NDArray:
     """The array of a Blosc2 frame, still encoded: slicing it decodes only what the slice touches.
 
     Raises SampleError for bytes that are not a frame, or not of the form.
@@ -187,8 +187,8 @@ class PartialFrame:
         self.shape = tuple(table.shape)
         if form is not None and self.shape != form.shape:
             raise SampleError(f"its facts describe chunks of an array of {self.shape}, not {form.shape}")
-        # Memory pages that are never written are not allocated.
-        self.frame = bytearray(table.bytes)
+        # Memory pages that are never written are not allocated; a bytearray would be filled with zeros.
+        self.frame = np.empty(table.bytes, np.uint8)
         self.bounds = np.cumsum([table.start, *table.sizes]).tolist()
         self.have: set[int] = set()
         self.opened = False
@@ -238,7 +238,7 @@ class PartialFrame:
             return
         parts = self.fetch(spans, lambda parts: self._sound(runs, parts))
         for (first, last), part in zip(spans, parts, strict=True):
-            self.frame[first:last] = part
+            self.frame[first:last] = np.frombuffer(part, np.uint8)
         self.have.update(number for first, last in runs for number in range(first, last + 1))
         self.opened = True
 

@@ -12,7 +12,6 @@ The training step draws nothing, so the same batch gives the same loss on any nu
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,14 +24,13 @@ from segvol_pl.data.coarse_masks import simulated_coarse
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
-from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.box import Box, box_slices
 from segvol_pl.imaging.intensity import Intensity, normalise
+from segvol_pl.imaging.masks import BoxedMask, LabelMap, counts_of
 from segvol_pl.imaging.prompts import ABSENT, gathered_landmarks, jitter_box, sample_landmarks, sample_points
 
 Read = Callable[[Member], Any]
 """Returns a member of the sample as a sliceable array, decoded only where sliced."""
-
-FEW_VALUES = 4
 
 GRID_OVERLAP = 0.5
 """Overlap of neighbouring windows on the grid, the default of `zoom.overlap`."""
@@ -40,12 +38,23 @@ GRID_OVERLAP = 0.5
 BYTE = 255
 """A coarse mask's probability of 1, in a sample."""
 
-MASK_KEY = "mask_DHW"
-"""A prompt's mask, bool; `_stack` packs the masks into bits."""
 
 PSEUDO_EXTRA_POSITIVE = (4, 10)
 MERGE_INSIDE = 0.9
 """A pseudo-label box includes every region of which more than this share lies in it (published code)."""
+
+
+@dataclass(frozen=True)
+class MaskPrompt:
+    """One mask of a sample, with its prompts."""
+
+    mask: BoxedMask
+    arrays: Arrays
+    """All that `_stack` stacks besides."""
+
+    def with_arrays(self, **added: np.ndarray) -> MaskPrompt:
+        """Return it with further arrays."""
+        return MaskPrompt(self.mask, {**self.arrays, **added})
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,10 @@ def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int],
         transforms.nearest_index(coarse, full)[first : first + size]
         for coarse, full, first, size in zip(regions_DHW.shape, facts.shape, start, window, strict=True)
     ]
-    return transforms.crop(regions_DHW[np.ix_(*indices)], (0, 0, 0), window)
+    # Axis by axis: many times faster than one look-up with three indices.
+    for axis, taken in enumerate(indices):
+        regions_DHW = regions_DHW.take(taken, axis)
+    return transforms.crop(regions_DHW, (0, 0, 0), window)
 
 
 def augment(view: Crop, data: DataConfig, rng: np.random.Generator) -> Crop:
@@ -216,9 +228,9 @@ def segment_sample(
     drawn = _draw_categories(view, facts, config, rng)
     categories = [_draw_prompt(each, row_of, config, model.landmark_counts, rng) for each in drawn]
     if config.per_category:
-        categories = [{**each, "combination_C": _draw_combinations(each, config, rng)} for each in categories]
+        categories = [each.with_arrays(combination_C=_draw_combinations(each, config, rng)) for each in categories]
     if model.mask_prompt:
-        categories = [{**each, **_draw_coarse(each, view, config, model, rng)} for each in categories]
+        categories = [each.with_arrays(**_draw_coarse(each, view, config, model, rng)) for each in categories]
     pseudo = _draw_pseudos(view, config, rng)
     return {
         **image_of(view),
@@ -229,7 +241,7 @@ def segment_sample(
 
 def _draw_categories(
     view: Crop, facts: Facts, config: PromptConfig, rng: np.random.Generator
-) -> list[tuple[str, np.ndarray]]:
+) -> list[tuple[str, BoxedMask]]:
     """Names and masks of categories in the crop, and of absent ones, whose masks are empty.
 
     First comes the category that the crop was drawn around; none comes twice before all came once. A crop that shows
@@ -237,139 +249,124 @@ def _draw_categories(
     """
     assert view.label_DHW is not None
     count = config.categories_per_volume
-    present = np.bincount(view.label_DHW.reshape(-1)) > 0
-    shown = [name for name in sorted(facts.categories) if _any(present, facts.categories[name].values)]
+    labels = LabelMap(view.label_DHW)
+    shown = [name for name in sorted(facts.categories) if labels.holds(facts.categories[name].values)]
     if not shown:
-        return [("", np.zeros(view.image_DHW.shape, dtype=bool))] * count
+        return [("", BoxedMask.empty(labels.shape))] * count
     order = sorted((str(name) for name in rng.permutation(shown)), key=lambda name: name != view.category)
     repeats = -(-count // len(order))
     chosen = (order * repeats)[:count]
     absent = sorted(set(facts.categories) - set(shown))
     if absent and config.absent_fraction:
         chosen = [str(rng.choice(absent)) if rng.random() < config.absent_fraction else name for name in chosen]
-    return [(name, mask_of(view.label_DHW, facts.categories[name].values)) for name in chosen]
-
-
-def _any(present: np.ndarray, values: list[int]) -> bool:
-    return any(value < len(present) and present[value] for value in values)
-
-
-def mask_of(label_DHW: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Bool mask of a category: a set of label values."""
-    if len(values) <= FEW_VALUES:
-        # Comparing is many times faster than a look-up for every voxel.
-        return functools.reduce(np.logical_or, [label_DHW == value for value in values])
-    table = np.zeros(int(np.iinfo(label_DHW.dtype).max) + 1, dtype=bool)
-    table[list(values)] = True
-    rows_DHW: np.ndarray = table[label_DHW]
-    return rows_DHW
+    masks = {name: labels.mask(facts.categories[name].values) for name in dict.fromkeys(chosen)}
+    return [(name, masks[name]) for name in chosen]
 
 
 def _draw_prompt(
-    drawn: tuple[str, np.ndarray],
+    drawn: tuple[str, BoxedMask],
     row_of: dict[str, int],
     config: PromptConfig,
     marked: dict[str, int],
     rng: np.random.Generator,
-) -> Arrays:
-    name, mask_DHW = drawn
+) -> MaskPrompt:
+    name, mask = drawn
     positive = 1 + int(rng.integers(config.extra_positive + 1))
     negative = int(rng.integers(config.extra_negative + 1))
-    prompted = _prompted(mask_DHW, row_of.get(name, 0), config, rng, positive, negative)
+    prompted = _prompted(mask, row_of.get(name, 0), config, rng, positive, negative)
     if marked:
-        landmarks = {kind: sample_landmarks(kind, mask_DHW, rng) for kind in marked} if prompted["valid"] else {}
-        prompted["landmarks_M3"] = gathered_landmarks(landmarks, marked)
+        mask_DHW = mask.complete()
+        landmarks = {kind: sample_landmarks(kind, mask_DHW, rng) for kind in marked} if mask.box else {}
+        prompted = prompted.with_arrays(landmarks_M3=gathered_landmarks(landmarks, marked))
     # An absent category has a name and an empty mask, which is what to segment.
-    prompted["valid"] = np.array(name != "")
-    return prompted
+    return prompted.with_arrays(valid=np.array(name != ""))
 
 
-def _draw_combinations(prompted: Arrays, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:
+def _draw_combinations(prompted: MaskPrompt, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:
     """Indices of the combinations of one category, int64 (C,); of an absent one that of text."""
-    if prompted["valid"] and not prompted[MASK_KEY].any():
+    if prompted.arrays["valid"] and prompted.mask.box is None:
         return np.full(config.per_category, config.combinations.index("text"))
     return rng.permutation(len(config.combinations))[: config.per_category]
 
 
 def _draw_coarse(
-    prompted: Arrays, view: Crop, config: PromptConfig, model: SegVolConfig, rng: np.random.Generator
+    prompted: MaskPrompt, view: Crop, config: PromptConfig, model: SegVolConfig, rng: np.random.Generator
 ) -> Arrays:
     """A simulated coarse mask, which comes with `mask_fraction` of the prompts in windows; else zeros."""
-    if view.step_3 is None or not prompted["valid"] or rng.random() >= config.mask_fraction:
+    if view.step_3 is None or not prompted.arrays["valid"] or rng.random() >= config.mask_fraction:
         return {"coarse_DHW": np.zeros(model.mask_shape, np.uint8), "has_coarse": np.array(False)}
-    likely_DHW = simulated_coarse(prompted[MASK_KEY], view.step_3, model.mask_shape, rng)
+    likely_DHW = simulated_coarse(prompted.mask.complete(), view.step_3, model.mask_shape, rng)
     return {"coarse_DHW": np.rint(likely_DHW * BYTE).astype(np.uint8), "has_coarse": np.array(True)}
 
 
 def _prompted(
-    mask_DHW: np.ndarray,
+    mask: BoxedMask,
     row: int,
     config: PromptConfig,
     rng: np.random.Generator,
     positive: int,
     negative: int,
     box: Box | None = None,
-) -> Arrays:
+) -> MaskPrompt:
     """A mask with points and a box (`box`, or its own). An empty mask gets neither and is not valid."""
     width = 1 + config.extra_positive + config.extra_negative
     points_N3, labels_N = np.zeros((width, 3), dtype=np.int64), np.full(width, ABSENT, dtype=np.int64)
-    valid = bool(mask_DHW.any())
-    if valid:
-        drawn_N3, drawn_N = sample_points(mask_DHW, rng, positive, negative)
+    if mask.box is not None:
+        drawn_N3, drawn_N = sample_points(mask, rng, positive, negative)
         points_N3[: len(drawn_N)], labels_N[: len(drawn_N)] = drawn_N3, drawn_N
-        box = jitter_box(box or box_of(mask_DHW), mask_DHW.shape, config.box_jitter, rng)
-    return {
-        MASK_KEY: mask_DHW,
+        box = jitter_box(box or mask.box, mask.shape, config.box_jitter, rng)
+    arrays = {
         "category": np.array(row, dtype=np.int64),
         "points_N3": points_N3,
         "labels_N": labels_N,
         "boxes_6": np.array(box or (0,) * 6, dtype=np.int64),
-        "valid": np.array(valid),
+        "valid": np.array(mask.box is not None),
     }
+    return MaskPrompt(mask, arrays)
 
 
-def _draw_pseudos(view: Crop, config: PromptConfig, rng: np.random.Generator) -> list[Arrays]:
+def _draw_pseudos(view: Crop, config: PromptConfig, rng: np.random.Generator) -> list[MaskPrompt]:
     if config.pseudo_per_volume == 0:
         return []
     assert view.regions_DHW is not None
-    sizes = np.bincount(view.regions_DHW.reshape(-1))
-    return [_draw_pseudo(view.regions_DHW, sizes, index, config, rng) for index in range(config.pseudo_per_volume)]
+    regions = LabelMap(view.regions_DHW)
+    return [_draw_pseudo(regions, index, config, rng) for index in range(config.pseudo_per_volume)]
 
 
-def _draw_pseudo(
-    regions_DHW: np.ndarray, sizes: np.ndarray, index: int, config: PromptConfig, rng: np.random.Generator
-) -> Arrays:
+def _draw_pseudo(regions: LabelMap, index: int, config: PromptConfig, rng: np.random.Generator) -> MaskPrompt:
     """A pseudo-label with its prompt: points for even indices, a box for odd ones (published order).
 
     The box is that of one region, as published; regions merged into its mask may reach a little beyond it.
     """
-    ids = np.flatnonzero(sizes[1:]) + 1
+    ids = np.flatnonzero(regions.counts[1:]) + 1
     if ids.size == 0:
-        return _prompted(np.zeros(regions_DHW.shape, dtype=bool), 0, config, rng, 0, 0)
-    mask_DHW = regions_DHW == rng.choice(ids)
-    box = box_of(mask_DHW)
+        return _prompted(BoxedMask.empty(regions.shape), 0, config, rng, 0, 0)
+    mask = regions.mask([int(rng.choice(ids))])
+    box = mask.box
     if index % 2 == 1:
-        mask_DHW = merged_inside(regions_DHW, sizes, box)
+        assert box is not None
+        mask = merged_inside(regions, box)
     positive = 1 + min(int(rng.integers(*PSEUDO_EXTRA_POSITIVE, endpoint=True)), config.extra_positive)
     negative = int(rng.integers(config.extra_negative + 1))
-    return _prompted(mask_DHW, 0, config, rng, positive, negative, box)
+    return _prompted(mask, 0, config, rng, positive, negative, box)
 
 
-def merged_inside(regions_DHW: np.ndarray, sizes: np.ndarray, box: Box) -> np.ndarray:
-    """All regions that lie almost completely in the box, as one mask. sizes: voxels of each region, by id."""
-    inside = np.bincount(regions_DHW[box_slices(box)].reshape(-1), minlength=len(sizes))
-    taken = inside > MERGE_INSIDE * sizes
+def merged_inside(regions: LabelMap, box: Box) -> BoxedMask:
+    """All regions that lie almost completely in the box, as one mask."""
+    inside = counts_of(regions.label_DHW[box_slices(box)])
+    taken = inside > MERGE_INSIDE * regions.counts[: len(inside)]
     taken[0] = False
-    return mask_of(regions_DHW, np.flatnonzero(taken).tolist())
+    return regions.mask_near(np.flatnonzero(taken).tolist(), box)
 
 
-def _stack(parts: list[Arrays], prefix: str) -> Arrays:
+def _stack(parts: list[MaskPrompt], prefix: str) -> Arrays:
     """Stack arrays along a new first axis: category becomes category_K. Masks become bits_JDHW."""
     if not parts:
         return {}
-    names = [name for name in parts[0] if name != MASK_KEY]
-    stacked = {prefix + lettered(name, "K"): np.stack([part[name] for part in parts]) for name in names}
-    return {prefix + "bits_JDHW": packed([part[MASK_KEY] for part in parts]), **stacked}
+    stacked = {
+        prefix + lettered(name, "K"): np.stack([part.arrays[name] for part in parts]) for name in parts[0].arrays
+    }
+    return {prefix + "bits_JDHW": packed([part.mask for part in parts]), **stacked}
 
 
 def lettered(name: str, letter: str) -> str:

@@ -12,9 +12,17 @@ Box = tuple[int, int, int, int, int, int]
 
 def box_of(mask_DHW: np.ndarray) -> Box:
     """Return the bounding box of a mask. Raises ValueError for an empty mask."""
+    box = box_or_none(mask_DHW)
+    if box is None:
+        raise ValueError("an empty mask has no box")
+    return box
+
+
+def box_or_none(mask_DHW: np.ndarray) -> Box | None:
+    """Return the bounding box of a mask; None for an empty mask."""
     deep = np.flatnonzero(mask_DHW.reshape(len(mask_DHW), -1).any(axis=1))
     if deep.size == 0:
-        raise ValueError("an empty mask has no box")
+        return None
     d0, d1 = int(deep[0]), int(deep[-1])
     plane_HW = np.any(mask_DHW[d0 : d1 + 1], axis=0)
     high, wide = np.flatnonzero(plane_HW.any(axis=1)), np.flatnonzero(plane_HW.any(axis=0))
@@ -30,3 +38,12 @@ def whole_box(shape: Sequence[int]) -> Box:
     """The box of all voxels of a volume."""
     d, h, w = shape
     return 0, 0, 0, d - 1, h - 1, w - 1
+
+
+def enlarged(box: Box, margin: float, shape: Sequence[int]) -> Box:
+    """Enlarge a box on each side by a share of its extent, within an array of `shape`."""
+    low, high = np.array(box[:3]), np.array(box[3:])
+    grown = np.ceil(margin * (high - low + 1)).astype(int)
+    d0, h0, w0 = (int(value) for value in np.maximum(low - grown, 0))
+    d1, h1, w1 = (int(value) for value in np.minimum(high + grown, np.array(shape) - 1))
+    return d0, h0, w0, d1, h1, w1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from segvol_pl.config.loader import custom_function
 from segvol_pl.errors import ConfigError
 from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.masks import BoxedMask
 
 INSIDE, OUTSIDE, PADDING = 1, 0, -1
 """Labels of points, as in the published model."""
@@ -63,12 +65,12 @@ class Prompt:
 
 
 def sample_points(
-    mask_DHW: np.ndarray, rng: np.random.Generator, positive: int, negative: int
+    mask: BoxedMask | np.ndarray, rng: np.random.Generator, positive: int, negative: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw voxels inside and outside a mask, with replacement.
 
     Args:
-        mask_DHW: bool.
+        mask: a boxed mask, or a bool array (D,H,W).
         rng: draws them.
         positive: number of voxels inside.
         negative: number of voxels outside; none are drawn if the mask covers everything.
@@ -79,23 +81,25 @@ def sample_points(
     Raises:
         ValueError: the mask is empty.
     """
-    inside = np.flatnonzero(mask_DHW)
-    if inside.size == 0:
-        raise ValueError("points cannot be drawn from an empty mask")
-    chosen = [rng.choice(inside, size=positive)]
-    if inside.size < mask_DHW.size and negative > 0:
-        chosen.append(_draw_outside(mask_DHW, rng, negative))
+    mask = mask if isinstance(mask, BoxedMask) else BoxedMask.of(mask)
+    chosen = [mask.draw(rng, positive)]
+    if negative > 0 and not (mask.inside_DHW.shape == mask.shape and mask.inside_DHW.all()):
+        chosen.append(_draw_outside(mask, rng, negative))
     labels_N = np.repeat([INSIDE, OUTSIDE][: len(chosen)], [len(part) for part in chosen])
-    points_N3 = np.stack(np.unravel_index(np.concatenate(chosen), mask_DHW.shape), axis=1)
-    return points_N3.astype(np.int64), labels_N.astype(np.int64)
+    return np.concatenate(chosen), labels_N.astype(np.int64)
 
 
-def _draw_outside(mask_DHW: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+def _draw_outside(mask: BoxedMask, rng: np.random.Generator, count: int) -> np.ndarray:
     # Most voxels are outside a mask, so rejection is far cheaper than listing all of them.
-    flat = mask_DHW.reshape(-1)
-    drawn = rng.integers(flat.size, size=8 * count)
-    outside = drawn[~flat[drawn].astype(bool)]
-    return outside[:count] if outside.size >= count else rng.choice(np.flatnonzero(~flat.astype(bool)), size=count)
+    drawn_N3 = _unravelled(rng.integers(math.prod(mask.shape), size=8 * count), mask.shape)
+    outside_N3: np.ndarray = drawn_N3[~mask.covers(drawn_N3)]
+    if len(outside_N3) >= count:
+        return outside_N3[:count]
+    return _unravelled(rng.choice(np.flatnonzero(~mask.complete()), size=count), mask.shape)
+
+
+def _unravelled(flat_N: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.stack(np.unravel_index(flat_N, shape), axis=1)
 
 
 def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -116,7 +116,10 @@ def crop(array_DHW: Sliceable, start: Sequence[int], window: Sequence[int], fill
 def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Flip all arrays in the same way, along each of their last three axes with `probability`."""
     axes = tuple(axis - 3 for axis in range(3) if rng.random() < probability)
-    return {name: np.flip(array, axes) for name, array in arrays.items()} if axes else arrays
+    if not axes:
+        return arrays
+    # Copies: all that is computed from a flipped view takes longer, some of it several times.
+    return {name: np.ascontiguousarray(np.flip(array, axes)) for name, array in arrays.items()}
 
 
 def sample_intensity(probability: float, rng: np.random.Generator) -> tuple[float, float]:

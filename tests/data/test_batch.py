@@ -25,6 +25,7 @@ from segvol_pl.data.store import Store
 from segvol_pl.data.stream import BatchPlan, Stream, collate
 from segvol_pl.imaging import transforms
 from segvol_pl.imaging.intensity import Intensity, normalise
+from segvol_pl.imaging.masks import BoxedMask
 from segvol_pl.planning.plan import sample_bytes
 
 OVERVIEW = [8, 16, 16]
@@ -65,7 +66,7 @@ def test_the_image_made_of_hu_is_numpys_to_the_bit(
 def test_masks_come_back_from_their_bits(count: int) -> None:
     rng = np.random.default_rng(count)
     volumes = [[np.flip(rng.random((3, 5, 7)) < share, k % 3) for k in range(count)] for share in (0.0, 0.3, 1.0)]
-    bits_BJDHW = np.stack([packed(masks) for masks in volumes])
+    bits_BJDHW = np.stack([packed([BoxedMask.of(mask) for mask in masks]) for masks in volumes])
     assert bits_BJDHW.shape == (3, -(-count // 8), 3, 5, 7) and bits_BJDHW.dtype == np.uint8
     masks_BKDHW = masks_of(torch.from_numpy(bits_BJDHW), count)
     assert masks_BKDHW.dtype == torch.bool and masks_BKDHW.is_contiguous()
@@ -81,7 +82,7 @@ def test_batches_hold_what_was_drawn(
     shown: list[np.ndarray] = []
     masks: list[np.ndarray] = []
 
-    def kept(view: sampling.View) -> Arrays:
+    def kept(view: sampling.Crop) -> Arrays:
         scale, shift = (None if view.scale == 1 else view.scale), (None if view.shift == 0 else view.shift)
         if view.intensity is None:
             image_DHW = view.image_DHW * np.float32(view.scale) if scale is not None else view.image_DHW
@@ -90,8 +91,8 @@ def test_batches_hold_what_was_drawn(
             shown.append(plain_image(view.image_DHW, view.intensity, scale, shift))
         return image_of(view)
 
-    def packing(several: list[np.ndarray]) -> np.ndarray:
-        masks.append(np.stack(several))
+    def packing(several: list[BoxedMask]) -> np.ndarray:
+        masks.append(np.stack([mask.complete() for mask in several]))
         return packed(several)
 
     image_of = sampling.image_of
