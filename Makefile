@@ -23,7 +23,7 @@ compile = $(1)/bin/python -m compileall -qq -j 0 $(1)/lib || true
 # What a machine with torch, lightning, transformers, numba and scipy lacks to train. CARRY names more.
 WHEELHOUSE ?= build/wheelhouse
 PLATFORM ?= manylinux_2_28_$(shell uname -m)
-CARRIED := blosc2 braceexpand monai ndindex nibabel numexpr omegaconf webdataset
+CARRIED := blosc2 braceexpand monai ndindex nibabel numexpr omegaconf webdataset xxhash
 CARRY ?=
 
 FAST := -m pytest -m "not slow and not gpu" -n 2 --dist loadfile

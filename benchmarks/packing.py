@@ -39,8 +39,9 @@ from segvol_pl.imaging.read import read_volume
 from segvol_pl.packing.pack import pack
 
 COPIES, FEW, NOISE = 40, 10, 10.0
-CODECS = {"zstd": blosc2.Codec.ZSTD, "lz4": blosc2.Codec.LZ4, "zlib": blosc2.Codec.ZLIB}
-LEVELS = (1, 5)
+CODECS = [("ZSTD", 5), ("ZSTD", 1), ("ZLIB", 5), ("LZ4HC", 9), ("LZ4", 5)]
+"""Codec and level."""
+FILTERS = ("SHUFFLE", "BITSHUFFLE")
 CHUNKS = {(32, 64, 64): (8, 32, 32), (16, 128, 128): (8, 64, 64), (64, 128, 128): (16, 32, 32)}
 """Chunk shape -> block shape."""
 WINDOW = (32, 256, 256)
@@ -126,23 +127,26 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(taken)
 
 
-def encoded(hu_DHW: np.ndarray, codec: str, level: int, chunk: tuple[int, ...]) -> bytes:
-    parameters = blosc2.CParams(codec=CODECS[codec], clevel=level, filters=[blosc2.Filter.SHUFFLE], nthreads=1)
+def encoded(hu_DHW: np.ndarray, codec: tuple[str, int], filtered: str, chunk: tuple[int, ...]) -> bytes:
+    name, level = codec
+    parameters = blosc2.CParams(codec=blosc2.Codec[name], clevel=level, filters=[blosc2.Filter[filtered]], nthreads=1)
     return bytes(blosc2.asarray(hu_DHW, chunks=chunk, blocks=CHUNKS[chunk], cparams=parameters).to_cframe())
 
 
 def codecs(hu_DHW: np.ndarray) -> Table:
-    """Each codec, level and chunk shape on one CT, one thread."""
-    table = Table("codec", "level", "chunk", "MB", "encode ms", "crop ms", title=f"CT of {hu_DHW.shape}, one thread")
+    """Each codec, level, filter and chunk shape on one CT, one thread."""
+    table = Table("codec", "filter", "chunk", "MB", "encode ms", "crop ms", title=f"CT of {hu_DHW.shape}, one thread")
     start = [max((size - window) // 2, 0) for size, window in zip(hu_DHW.shape, WINDOW, strict=True)]
     crop = tuple(slice(first, first + window) for first, window in zip(start, WINDOW, strict=True))
-    for choice in itertools.product(CODECS, LEVELS, CHUNKS):
+    for choice in itertools.product(CODECS, FILTERS, CHUNKS):
         encode = functools.partial(encoded, hu_DHW, *choice)
         frame = encode()
         array = blosc2.ndarray_from_cframe(frame)
         figures = len(frame) / 1e6, milliseconds(encode, 1), milliseconds(functools.partial(array.__getitem__, crop), 5)
-        codec, level, chunk = choice
-        table.add_row(codec, str(level), " x ".join(map(str, chunk)), *(f"{figure:.1f}" for figure in figures))
+        (codec, level), filtered, chunk = choice
+        table.add_row(
+            f"{codec} {level}", filtered, " x ".join(map(str, chunk)), *(f"{figure:.1f}" for figure in figures)
+        )
     return table
 
 

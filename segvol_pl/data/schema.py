@@ -66,9 +66,11 @@ class ChunkTable:
     sizes: list[int]
     """Bytes of each chunk; 0 for a chunk of a single value, which takes no space."""
     hashes: str
-    """The first 16 hex digits of each chunk's sha256, concatenated."""
+    """16 hex digits of each chunk's hash, concatenated."""
     ends: str
     """The same of the frame's head, the 32-byte header of the first chunk, and the frame's tail, concatenated."""
+    hash: str = "sha256"
+    """How they are hashed: xxh3 (64 bits, in its canonical form), or the first 16 digits of sha256."""
 
 
 @dataclass(frozen=True)

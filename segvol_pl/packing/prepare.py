@@ -24,7 +24,7 @@ import numpy as np
 from scipy import ndimage
 
 from segvol_pl.config import RegionsConfig
-from segvol_pl.data.frames import chunk_table, encode_array
+from segvol_pl.data.frames import ENCODING, chunk_table, encode_array
 from segvol_pl.data.schema import SCHEMA, CategoryFacts, Facts, Member, Sample, Split
 from segvol_pl.errors import SampleError
 from segvol_pl.imaging.box import Box, box_slices
@@ -37,6 +37,9 @@ from segvol_pl.packing.m3d import read_m3d_image, read_m3d_masks
 from segvol_pl.packing.regions import pseudo_regions
 
 log = logging.getLogger(__name__)
+
+HU = (Member.CT, Member.OVERVIEW)
+"""Members that are encoded to be decoded fast: they are much larger than the others."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Rules:
 
     def fingerprint(self, *parts: Any) -> str:
         """Return the hex sha256 of the rules and of `parts`, which must be JSON."""
-        text = json.dumps([SCHEMA, blosc2.__version__, asdict(self), parts], sort_keys=True)
+        text = json.dumps([SCHEMA, ENCODING, blosc2.__version__, asdict(self), parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -218,7 +221,7 @@ def _affine_of_crop(affine: np.ndarray, box: Box) -> np.ndarray:
 
 
 def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
-    members = {member: encode_array(arrays[member]) for member in Member if member in arrays}
+    members = {member: encode_array(arrays[member], fast=member in HU) for member in Member if member in arrays}
     hashes = {member.value: hashlib.sha256(frame).hexdigest() for member, frame in members.items()}
     tables = {member.value: chunk_table(frame) for member, frame in members.items()}
     chunks = {ending: table for ending, table in tables.items() if table is not None}

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from dataclasses import asdict, replace
+
+import blosc2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segvol_pl.data.frames import CHUNK_HEADER, ByteRange, PartialFrame, chunk_table, decode_array, encode_array
+from segvol_pl.data.schema import ChunkTable
+from segvol_pl.errors import SampleError
 
 SHAPE = (70, 150, 140)
 
@@ -20,9 +27,9 @@ def array_DHW() -> np.ndarray:
     return array_DHW
 
 
-@pytest.fixture(scope="module")
-def content(array_DHW: np.ndarray) -> bytes:
-    return encode_array(array_DHW)
+@pytest.fixture(scope="module", params=[False, True], ids=["zstd", "lz4hc"])
+def content(array_DHW: np.ndarray, request: pytest.FixtureRequest) -> bytes:
+    return encode_array(array_DHW, fast=request.param)
 
 
 class Bytes:
@@ -78,6 +85,36 @@ def test_damage_is_found_where_it_matters(array_DHW: np.ndarray, content: bytes,
             source.frame[64:, 128:, 128:]
     else:
         np.testing.assert_array_equal(source.frame[64:, 128:, 128:], array_DHW[64:, 128:, 128:])
+
+
+def test_an_earlier_table_is_checked_by_its_sha256(array_DHW: np.ndarray, content: bytes) -> None:
+    source = Bytes(content)
+    ends = [source.table.start, *source.table.sizes]
+    places = np.cumsum(ends).tolist()
+    parts = [content[first:last] for first, last in itertools.pairwise(places)]
+    around = content[: source.table.start + CHUNK_HEADER] + content[places[-1] :]
+    hashes = [hashlib.sha256(part).hexdigest()[:16] for part in (*parts, around)]
+    written = {**asdict(source.table), "hashes": "".join(hashes[:-1]), "ends": hashes[-1]}
+    del written["hash"]
+    source.frame = PartialFrame(ChunkTable(**written), source.fetch)
+    np.testing.assert_array_equal(source.frame[:50, 3:90], array_DHW[:50, 3:90])
+    source.content[places[-2] + 40] ^= 1
+    with pytest.raises(ValueError, match="damaged"):
+        source.frame[64:, 128:, 128:]
+
+
+def test_a_table_of_an_unknown_hash_is_refused(content: bytes) -> None:
+    source = Bytes(content)
+    with pytest.raises(SampleError, match="'md5'.*update"):
+        PartialFrame(replace(source.table, hash="md5"), source.fetch)
+
+
+def test_a_fast_frame_is_used_only_if_it_is_not_much_larger() -> None:
+    noise_DHW = np.random.default_rng(0).normal(0, 12, (64, 128, 128)).astype(np.int16)
+    repeated_DHW = noise_DHW[:32, :64, :64].repeat(2, 0).repeat(2, 1).repeat(2, 2)
+    assert encode_array(repeated_DHW, fast=True) == encode_array(repeated_DHW)
+    assert decode_array(encode_array(noise_DHW, fast=True)).cparams.codec is blosc2.Codec.LZ4HC
+    assert decode_array(encode_array(noise_DHW)).cparams.codec is blosc2.Codec.ZSTD
 
 
 def test_a_small_frame_has_no_table() -> None:
