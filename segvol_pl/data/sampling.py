@@ -38,7 +38,6 @@ GRID_OVERLAP = 0.5
 BYTE = 255
 """A coarse mask's probability of 1, in a sample."""
 
-
 PSEUDO_EXTRA_POSITIVE = (4, 10)
 MERGE_INSIDE = 0.9
 """A pseudo-label box includes every region of which more than this share lies in it (published code)."""
