@@ -41,7 +41,7 @@ COMPACT = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [blosc2.Filter.SH
 FAST = {"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.BITSHUFFLE]}
 """Two compressions; `FAST` is decoded in about half the time."""
 ENCODING = 2
-"""Counts the ways of encoding so far: a stopped packing run does not go on in another one."""
+"""Counts the ways of encoding so far: a stopped packing run is not resumed in another one."""
 FAST_WORTH = 1.1
 """A fast frame may be this many times as large as a compact one."""
 
