@@ -105,7 +105,7 @@ def test_an_earlier_table_is_checked_by_its_sha256(array_DHW: np.ndarray, conten
 
 def test_a_table_of_an_unknown_hash_is_refused(content: bytes) -> None:
     source = Bytes(content)
-    with pytest.raises(SampleError, match="'md5'.*update"):
+    with pytest.raises(SampleError, match=r"'md5'.*update"):
         PartialFrame(replace(source.table, hash="md5"), source.fetch)
 
 
