@@ -22,7 +22,7 @@ from segvol_pl.config import DataConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.shard_index import Index, SampleRecord, load_index, size_problems
-from segvol_pl.data.store import ShardSource, Store
+from segvol_pl.data.store import OpenFiles, ShardSource, Store
 from segvol_pl.errors import ConfigError, ShardError
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def open_folders(data: DataConfig) -> list[Folder]:
     """
     named = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
     cache = Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
-    stores = [(Store(path, data.retry_seconds, cache), weight) for path, weight in named]
+    stores = [(Store(path, data.retry_seconds, cache, OpenFiles()), weight) for path, weight in named]
     if len(stores) > 1 and any(store.piped for store, _ in stores):
         raise ConfigError("data.mix: a pipe: source is read in its own order and cannot be mixed with others")
     return [Folder(store, weight, _index_of(store, data)) for store, weight in stores]

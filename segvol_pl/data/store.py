@@ -15,7 +15,8 @@ import logging
 import os
 import subprocess
 import time
-from collections import Counter
+import weakref
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ ShardSource = str | Path
 
 RETRY_SECONDS = 60.0
 """How long to retry a store (s)."""
+KEPT_OPEN = 256
+"""Local files that a store keeps open: a quarter of what most systems allow a process."""
 REQUEST_TIMEOUT = 20.0
 """How long one request may take (s)."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
@@ -78,6 +81,39 @@ class Retries:
         return True
 
 
+class OpenFiles:
+    """Local files that stay open, the last `KEPT_OPEN` of them. For one thread; another process opens its own.
+
+    A file that is replaced meanwhile is read as it was.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+        weakref.finalize(self, _close_all, self._descriptors)
+
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
+        return OpenFiles, ()
+
+    def read(self, place: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Read ranges (offset, size) of a file. Raises OSError."""
+        if place not in self._descriptors:
+            self._descriptors[place] = os.open(place, os.O_RDONLY)
+            if len(self._descriptors) > KEPT_OPEN:
+                os.close(self._descriptors.popitem(last=False)[1])
+        self._descriptors.move_to_end(place)
+        try:
+            return [os.pread(self._descriptors[place], size, offset) for offset, size in ranges]
+        except OSError:
+            # The server of a mounted folder may have forgotten the file: the next try opens it again.
+            os.close(self._descriptors.pop(place))
+            raise
+
+
+def _close_all(descriptors: dict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder of shards and how to read it.
@@ -86,6 +122,7 @@ class Store:
         folder: a path, a URL, or `pipe:COMMAND {file}`.
         retry_seconds: how long to retry a read.
         cache: where to keep the bytes of a URL.
+        files: keeps local files open between reads; None: each read opens and closes its file.
 
     Raises:
         StoreError: the folder's name comes from a written configuration, with its credentials masked.
@@ -94,6 +131,7 @@ class Store:
     folder: ShardSource
     retry_seconds: float = RETRY_SECONDS
     cache: Cache | None = None
+    files: OpenFiles | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if is_masked(str(self.folder)):
@@ -162,7 +200,9 @@ class Store:
             raise StoreError(f"{self.folder}: a pipe cannot be read in parts: give the folder's path or URL instead")
         ranges = [(offset + first, last - first) for first, last in spans]
         if self.local:
-            return _read_local(place, lambda: _pread(place, ranges), self.retry_seconds, self._indexed)
+            return _read_local(
+                place, lambda: (self.files or OpenFiles()).read(place, ranges), self.retry_seconds, self._indexed
+            )
         return _read_remote(place, ranges, self.retry_seconds)
 
     def _indexed(self) -> bool:
@@ -305,11 +345,3 @@ def _options(place: str) -> dict[str, Any]:
         return {}  # fsspec's error names the missing package
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
     return {"client_kwargs": {"timeout": timeout, "raise_for_status": _refuse_whole}}
-
-
-def _pread(place: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-    descriptor = os.open(place, os.O_RDONLY)
-    try:
-        return [os.pread(descriptor, size, offset) for offset, size in ranges]
-    finally:
-        os.close(descriptor)

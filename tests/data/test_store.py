@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import pickle
 import resource
 import threading
 import time
@@ -14,7 +17,7 @@ import pytest
 
 from segvol_pl.data import store
 from segvol_pl.data.cache import Cache
-from segvol_pl.data.store import Store
+from segvol_pl.data.store import OpenFiles, Store
 from segvol_pl.errors import StoreError
 
 pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
@@ -227,6 +230,53 @@ def test_a_shard_that_lacks_beside_its_index_is_missing(folder: Path) -> None:
     (folder / "shard.tar").unlink()
     with pytest.raises(FileNotFoundError):
         read(folder, 0, 10)
+
+
+def opened(folder: Path) -> list[str]:
+    """Names of the files of a folder that this process has open."""
+    targets = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sorted(target.name for target in targets if target.is_relative_to(folder))
+
+
+def test_a_shard_is_opened_once_and_closed_with_its_store(folder: Path) -> None:
+    there = Store(folder, files=OpenFiles())
+    for first in (0, 300, 900):
+        assert there.member("shard.tar", first, 10, [(0, 5), (5, 10)]) == [
+            CONTENT[first : first + 5],
+            CONTENT[first + 5 : first + 10],
+        ]
+        assert opened(folder) == ["shard.tar"]
+    del there
+    assert opened(folder) == []
+
+
+def test_only_some_files_stay_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "KEPT_OPEN", 2)
+    there = Store(folder, files=OpenFiles())
+    for name in ("a.tar", "b.tar", "c.tar"):
+        (folder / name).write_bytes(name.encode() + CONTENT)
+    for name in ("a.tar", "b.tar", "a.tar", "c.tar", "b.tar"):
+        assert there.member(name, 0, 5, [(0, 5)]) == [name.encode()]
+    assert opened(folder) == ["b.tar", "c.tar"]
+
+
+def test_another_process_opens_its_own_files(folder: Path) -> None:
+    there = Store(folder, files=OpenFiles())
+    there.member("shard.tar", 0, 10, [(0, 10)])
+    sent = pickle.loads(pickle.dumps(there))
+    assert sent == there and sent.files is not None and sent.files is not there.files
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(there.member, ("shard.tar", 7, 10, [(0, 10)])) == [CONTENT[7:17]]
+    assert there.member("shard.tar", 20, 10, [(0, 10)]) == [CONTENT[20:30]]
+
+
+def test_a_file_that_the_server_forgot_is_opened_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = Store(folder, files=OpenFiles())
+    there.member("shard.tar", 0, 10, [(0, 10)])
+    assert there.files is not None
+    (descriptor,) = there.files._descriptors.values()
+    os.dup2(os.open(folder, os.O_RDONLY), descriptor)  # reading it fails from now on
+    assert there.member("shard.tar", 0, 10, [(0, 10)]) == [CONTENT[:10]]
 
 
 @pytest.mark.parametrize("fault", ["Too many open files", "Too many levels of symbolic links"])
