@@ -28,7 +28,7 @@ import blosc2
 import nibabel
 import numpy as np
 import yaml
-from loader import double
+from loader import NOISE, double
 from resident import resident
 from results import record
 from rich.console import Console
@@ -38,7 +38,7 @@ from segvol_pl.config import PackConfig
 from segvol_pl.imaging.read import read_volume
 from segvol_pl.packing.pack import pack
 
-COPIES, FEW, NOISE = 40, 10, 10.0
+COPIES, FEW = 40, 10
 CODECS = [("ZSTD", 5), ("ZSTD", 1), ("ZLIB", 5), ("LZ4HC", 9), ("LZ4", 5)]
 """Codec and level."""
 FILTERS = ("SHUFFLE", "BITSHUFFLE")

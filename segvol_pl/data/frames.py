@@ -40,10 +40,10 @@ HASH_DIGITS = 16
 COMPACT = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE]}
 FAST = {"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.BITSHUFFLE]}
 """Two compressions; `FAST` is decoded in about half the time."""
-ENCODING = 2
-"""Counts the ways of encoding so far: a stopped packing run is not resumed in another one."""
 FAST_WORTH = 1.1
 """A fast frame may be this many times as large as a compact one."""
+ENCODING = 2
+"""Counts the ways of encoding so far: a stopped packing run is not resumed in another one."""
 
 ByteRange = tuple[int, int]
 """First byte, and the byte behind the last."""

@@ -6,6 +6,7 @@ What is outside a mask's box is neither stored nor read again.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +54,19 @@ class BoxedMask:
         if self.box is None:
             raise ValueError("points cannot be drawn from an empty mask")
         drawn_N = rng.choice(np.flatnonzero(self.inside_DHW), size=count)
-        return np.stack(np.unravel_index(drawn_N, self.inside_DHW.shape), axis=1) + self.box[:3]
+        drawn_N3: np.ndarray = _unravelled(drawn_N, self.inside_DHW.shape) + self.box[:3]
+        return drawn_N3
+
+    def draw_outside(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Draw voxels outside the mask with replacement, int64 (N,3); none if it covers everything."""
+        if count == 0 or (self.inside_DHW.shape == self.shape and self.inside_DHW.all()):
+            return np.zeros((0, 3), np.int64)
+        # Most voxels are outside a mask, so rejection is far cheaper than listing all of them.
+        drawn_N3 = _unravelled(rng.integers(math.prod(self.shape), size=8 * count), self.shape)
+        outside_N3: np.ndarray = drawn_N3[~self.covers(drawn_N3)]
+        if len(outside_N3) >= count:
+            return outside_N3[:count]
+        return _unravelled(rng.choice(np.flatnonzero(~self.complete()), size=count), self.shape)
 
     def covers(self, voxels_N3: np.ndarray) -> np.ndarray:
         """Whether voxels lie in the mask, bool (N,)."""
@@ -63,6 +76,11 @@ class BoxedMask:
         inside_N: np.ndarray = ((local_N3 >= 0) & (local_N3 < self.inside_DHW.shape)).all(axis=1)
         inside_N[inside_N] = self.inside_DHW[tuple(local_N3[inside_N].T)]
         return inside_N
+
+
+def _unravelled(flat_N: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Indices along each axis, (N,3), of flat indices."""
+    return np.stack(np.unravel_index(flat_N, shape), axis=1)
 
 
 class LabelMap:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -82,24 +81,9 @@ def sample_points(
         ValueError: the mask is empty.
     """
     mask = mask if isinstance(mask, BoxedMask) else BoxedMask.of(mask)
-    chosen = [mask.draw(rng, positive)]
-    if negative > 0 and not (mask.inside_DHW.shape == mask.shape and mask.inside_DHW.all()):
-        chosen.append(_draw_outside(mask, rng, negative))
-    labels_N = np.repeat([INSIDE, OUTSIDE][: len(chosen)], [len(part) for part in chosen])
+    chosen = [mask.draw(rng, positive), mask.draw_outside(rng, negative)]
+    labels_N = np.repeat([INSIDE, OUTSIDE], [len(part) for part in chosen])
     return np.concatenate(chosen), labels_N.astype(np.int64)
-
-
-def _draw_outside(mask: BoxedMask, rng: np.random.Generator, count: int) -> np.ndarray:
-    # Most voxels are outside a mask, so rejection is far cheaper than listing all of them.
-    drawn_N3 = _unravelled(rng.integers(math.prod(mask.shape), size=8 * count), mask.shape)
-    outside_N3: np.ndarray = drawn_N3[~mask.covers(drawn_N3)]
-    if len(outside_N3) >= count:
-        return outside_N3[:count]
-    return _unravelled(rng.choice(np.flatnonzero(~mask.complete()), size=count), mask.shape)
-
-
-def _unravelled(flat_N: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return np.stack(np.unravel_index(flat_N, shape), axis=1)
 
 
 def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
