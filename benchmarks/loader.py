@@ -123,7 +123,7 @@ def main(source: Path, samples: int) -> None:
         source_of.sample(0, 0, order)
         with timed(spent):
             seconds = [one(source_of, position, order) for position in range(samples)]
-        stored = sum(size for record in corpus.records for _, size in record.members.values())
+        stored = sum(size for part in corpus.parts for record in part.records for _, size in record.members.values())
         report(np.array(seconds), spent, stored, index.samples[0].shape, len(rows))
 
 

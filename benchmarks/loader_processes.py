@@ -34,7 +34,7 @@ from segvol_pl.data import sampling
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
-from segvol_pl.data.shard_index import SampleRecord
+from segvol_pl.data.sample_table import SampleRecord, SampleTable
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import BatchPlan, Stream, World
 from segvol_pl.packing.pack import pack
@@ -133,7 +133,8 @@ def pack_folder(folder: Path, overview: list[int], images: Path, labels: Path) -
 def planning(samples: int = 90_000, repeats: int = 20) -> float:
     """Median milliseconds for the order of an epoch and the part of one worker among 1,024 ranks x 16."""
     record = SampleRecord("a", "a.tar", "train", True, [1, 1, 1], [1.0] * 3, [], {})
-    stream = Stream(Corpus([Part(Store("a"), [record] * samples)]), lambda *_: {}, BatchPlan(samples, 4096))
+    records = SampleTable.of([record]).chosen(np.zeros(samples, int))
+    stream = Stream(Corpus([Part(Store("a"), records)]), lambda *_: {}, BatchPlan(samples, 4096))
     taken = []
     for epoch in range(repeats):
         started = time.perf_counter()

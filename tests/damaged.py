@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shard_index import SampleRecord
 
 
 def flip(folder: Path, record: SampleRecord, member: Member) -> None:

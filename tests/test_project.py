@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "kernels": set(),
     "device": {"launched"},
     "imaging": {"segvol_pl"},
-    "data": {"imaging"},
+    "data": {"imaging", "launched"},
     "packing": {"data", "folder_lock", "imaging"},
     "model": {"data", "imaging", "kernels"},
     "planning": set(),

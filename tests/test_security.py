@@ -147,7 +147,7 @@ def test_a_tar_through_a_pipe_writes_nothing(shards: Path, tmp_path: Path) -> No
         add(shard, "../../evil.json")
         add(shard, "x.json", **LINK)
     before, corpus = everything(tmp_path), pipe_corpus(shards)
-    rows = {record.key: row for row, record in enumerate(corpus.records)}
+    rows = {record.key: row for row, record in enumerate(corpus.parts[0].records)}
     stream = PipeStream(
         corpus, lambda facts, read, rng: {"row": np.array(rows[facts.key])}, BatchPlan(corpus.num_samples, 2, seed=0)
     )

@@ -21,9 +21,11 @@ import numpy as np
 from segvol_pl.config import DataConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
-from segvol_pl.data.shard_index import Index, SampleRecord, load_index, size_problems
+from segvol_pl.data.sample_table import SampleRecord, SampleTable
+from segvol_pl.data.shard_index import Index, load_index, size_problems
 from segvol_pl.data.store import OpenFiles, ShardSource, Store
 from segvol_pl.errors import ConfigError, ShardError
+from segvol_pl.launched import local_rank
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class Part:
     """The chosen samples of one folder."""
 
     store: Store
-    records: list[SampleRecord]
+    records: SampleTable
     times: float = 1.0
     """How often an epoch sees each sample; a fractional part means that share of the samples once more."""
 
@@ -66,9 +68,9 @@ class Corpus:
         return sum(part.dealt for part in self.parts)
 
     @property
-    def records(self) -> list[SampleRecord]:
-        """All records, by row."""
-        return [record for part in self.parts for record in part.records]
+    def num_volumes(self) -> int:
+        """Number of rows."""
+        return sum(len(part.records) for part in self.parts)
 
     def located(self, row: int) -> tuple[Store, SampleRecord]:
         """Store and record of a row. Raises IndexError."""
@@ -155,8 +157,9 @@ def held_out_corpus(folders: Sequence[Folder], split: str, labelled: bool) -> Co
 def _index_of(store: Store, data: DataConfig) -> Index:
     """The folder's index. Missing or truncated shards are tolerated up to `data.max_bad_fraction` of the samples."""
     index = load_index(store)
-    problems = size_problems(store, index)
-    affected = sum(record.shard in problems for record in index.samples)
+    # Once a node: thousands of ranks would ask a file system for the sizes of thousands of shards.
+    problems = size_problems(store, index) if local_rank() == 0 else {}
+    affected = sum(count for shard, count in index.samples.per_shard().items() if shard in problems)
     if affected > data.max_bad_fraction * len(index.samples):
         raise ShardError(next(iter(problems.values())))
     for problem in problems.values():
@@ -178,9 +181,9 @@ def parse_weighted(entry: str) -> tuple[str, float]:
     return folder, times
 
 
-def _records_of(folder: Folder, split: str, labelled: bool) -> list[SampleRecord]:
-    records = [record for record in folder.index.samples if split in ("all", record.split)]
-    return [record for record in records if record.labelled or not labelled]
+def _records_of(folder: Folder, split: str, labelled: bool) -> SampleTable:
+    records = folder.index.samples.of_split(split)
+    return records.labelled() if labelled else records
 
 
 def _no_samples(folders: Sequence[Folder], split: str, labelled: bool) -> ConfigError:
@@ -192,7 +195,7 @@ def _no_samples(folders: Sequence[Folder], split: str, labelled: bool) -> Config
     return ConfigError(f"data.split, data.val_split: {'; '.join(found)}")
 
 
-def nested(records: Sequence[SampleRecord], fraction: float, folder: ShardSource) -> list[SampleRecord]:
+def nested(records: SampleTable, fraction: float, folder: ShardSource) -> SampleTable:
     """A fraction of the records, chosen by content hash so that smaller fractions are parts of larger ones.
 
     Returns:
@@ -202,11 +205,11 @@ def nested(records: Sequence[SampleRecord], fraction: float, folder: ShardSource
         ConfigError: the index of `folder` was written before it held the hashes.
     """
     if fraction == 1:
-        return list(records)
-    if any(not record.content for record in records):
+        return records
+    # The hash itself decides the split: hash it again, so that the subset does not depend on the split.
+    ranks = [content and hashlib.sha256(b"subset " + content).digest() for (content,) in records.texts("content")]
+    if not all(ranks):
         place = masked(str(folder))
         raise ConfigError(f"data.fraction: the index of {place} has no content hashes: run segvol-pl index {place}")
-    # The hash itself decides the split: hash it again, so that the subset does not depend on the split.
-    ranked = sorted(records, key=lambda record: hashlib.sha256(f"subset {record.content}".encode()).digest())
-    kept = {record.key for record in ranked[: max(1, round(fraction * len(records)))]}
-    return [record for record in records if record.key in kept]
+    first = sorted(range(len(records)), key=ranks.__getitem__)[: max(1, round(fraction * len(records)))]
+    return records.chosen(np.sort(np.array(first)))

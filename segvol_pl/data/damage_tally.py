@@ -23,7 +23,7 @@ class DamageTally:
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
-        self.size = len(corpus.records)
+        self.size = corpus.num_volumes
         self.damaged: Found = {}
         """Every damaged sample known here; those of all ranks after each exchange."""
         self.unreported: Found = {}

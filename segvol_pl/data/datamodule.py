@@ -15,6 +15,7 @@ from multiprocessing.context import BaseContext
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 """Version of the stream's state in a checkpoint."""
+UNKNOWN = np.uint64(0)
+"""Fingerprint of the hash that an old index lacks."""
 
 
 class VolumeModule(pl.LightningDataModule):
@@ -72,12 +75,15 @@ class VolumeModule(pl.LightningDataModule):
         """Rows in the corpus of the batch that is being trained on."""
 
     def _warn_of_leaks(self) -> None:
+        if self.data.split == self.data.val_split:
+            return
         trained, held_out = (
-            {record.content for record in corpus.records if record.content}
+            np.concatenate([part.records.fingerprints("content") for part in corpus.parts])
             for corpus in (self.train_corpus, self.val_corpus)
         )
-        both = len(trained & held_out)
-        if both and self.data.split != self.data.val_split:
+        held_out = np.unique(held_out[held_out != UNKNOWN])
+        both = int(np.isin(held_out, trained).sum())
+        if both:
             log.warning("%d of %d held-out volumes are also trained on: run segvol-pl overlap", both, len(held_out))
 
     def _train_plan(self) -> BatchPlan:
@@ -117,7 +123,7 @@ class VolumeModule(pl.LightningDataModule):
         """The same `run.val_batches` batches every time."""
         # Complete global batches, however many micro-batches each has.
         wanted = self.run.val_batches * self.data.global_batch
-        samples = len(self.val_corpus.records)
+        samples = self.val_corpus.num_volumes
         micro = self.data.global_batch // self.run.accumulate
         plan = BatchPlan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
         stream = self._stream(self.val_corpus, self.val_draw, plan)
@@ -218,15 +224,12 @@ def corpus_summary(corpus: Corpus) -> dict[str, Any]:
 
     Paths and the division into shards are left out, because they may change.
     """
-    lines = (
-        f"{part.times} {record.key} {record.content} {record.facts_sha256}\n"
-        for part in corpus.parts
-        for record in part.records
-    )
     digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode())
-    return {"samples": len(corpus.records), "sha256": digest.hexdigest()}
+    for part in corpus.parts:
+        times = str(part.times).encode()
+        for row in part.records.texts("key", "content", "facts_sha256"):
+            digest.update(b"%s %s %s %s\n" % (times, *row))
+    return {"samples": corpus.num_volumes, "sha256": digest.hexdigest()}
 
 
 def start_fork_server() -> None:

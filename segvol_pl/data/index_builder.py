@@ -1,7 +1,8 @@
 """Build the index of a folder of shards (command `index`): walk its tars once, write `index.json`; see `shard_index`.
 
 1. `walk_shard` reads the facts of every sample of one tar, and where its members lie.
-2. `build_index` walks all tars of a folder in parallel, checks that their samples fit together, and writes the index.
+2. `build_index` does so for all tars of a folder in parallel, checks that their samples fit together, and writes the
+   index.
 """
 
 from __future__ import annotations
@@ -9,20 +10,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from segvol_pl.atomic import write_text
-from segvol_pl.data.schema import CategoryFacts, Facts, Member
-from segvol_pl.data.shard_index import (
-    Category,
-    Index,
-    SampleRecord,
-    Shard,
-    check_key,
-    check_keys,
-)
+from segvol_pl.data.sample_table import SampleRecord, SampleTable, check_key
+from segvol_pl.data.schema import Facts, Member
+from segvol_pl.data.shard_index import Category, Index, Shard, remedy, write_index
 from segvol_pl.data.shard_reader import parse_facts
 from segvol_pl.data.store import INDEX, ShardSource
 from segvol_pl.errors import ShardError
@@ -44,10 +39,8 @@ def build_index(folder: ShardSource) -> Index:
     if not paths:
         raise ShardError(f"{root} holds no *.tar: pack data into it with segvol-pl pack")
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        found = list(zip(paths, threads.map(walk_shard, paths), strict=True))
-        hashes = list(threads.map(sha256_of, paths))
-    index = _summarise(found, hashes)
-    write_text(root / INDEX, index.to_json() + "\n")
+        index = _summarise(root, list(threads.map(_summary_of, paths)))
+    write_index(root, index)
     return index
 
 
@@ -110,40 +103,62 @@ def _read_record(
     return record, facts
 
 
-def _summarise(found: list[tuple[Path, list[tuple[SampleRecord, Facts]]]], hashes: list[str]) -> Index:
-    pairs = [pair for _, samples in found for pair in samples]
-    records, facts = [record for record, _ in pairs], [fact for _, fact in pairs]
-    check_keys(records, str(found[0][0].parent))
-    shapes = sorted({tuple(fact.overview_shape) for fact in facts})
-    if len(shapes) != 1:
-        raise ShardError(f"{found[0][0].parent} mixes overviews of shapes {shapes}: pack them into separate folders")
-    splits = [record.split for record in records]
-    return Index(
-        dataset="+".join(sorted({fact.dataset for fact in facts})),
-        overview_shape=list(shapes[0]),
-        shards=[
-            Shard(path.name, path.stat().st_size, sha256, len(samples))
-            for (path, samples), sha256 in zip(found, hashes, strict=True)
-        ],
-        splits={split: splits.count(split) for split in sorted(set(splits))},
+@dataclass(frozen=True)
+class ShardSummary:
+    """What the index keeps of one shard. Its facts would take ten times the memory of the index."""
+
+    shard: Shard
+    samples: SampleTable
+    datasets: set[str]
+    overview_shapes: set[tuple[int, ...]]
+    categories: dict[str, Category]
+
+
+def _summary_of(path: Path) -> ShardSummary:
+    pairs = walk_shard(path)
+    facts = [fact for _, fact in pairs]
+    return ShardSummary(
+        shard=Shard(path.name, path.stat().st_size, sha256_of(path), len(pairs)),
+        samples=SampleTable.of([record for record, _ in pairs]),
+        datasets={fact.dataset for fact in facts},
+        overview_shapes={tuple(fact.overview_shape) for fact in facts},
         categories=_count_categories(facts),
-        samples=records,
     )
 
 
 def _count_categories(facts: list[Facts]) -> dict[str, Category]:
-    by_name: dict[str, list[CategoryFacts]] = {}
-    for fact in facts:
-        for name, category in fact.categories.items():
-            by_name.setdefault(name, []).append(category)
+    each = ((name, Category(held.values, 1, held.voxels)) for fact in facts for name, held in fact.categories.items())
+    return _added(each)
+
+
+def _added(categories: Iterable[tuple[str, Category]]) -> dict[str, Category]:
+    by_name: dict[str, list[Category]] = {}
+    for name, category in categories:
+        by_name.setdefault(name, []).append(category)
     return {
         name: Category(
             values=sorted({value for category in found for value in category.values}),
-            cases=len(found),
+            cases=sum(category.cases for category in found),
             voxels=sum(category.voxels for category in found),
         )
         for name, found in sorted(by_name.items())
     }
+
+
+def _summarise(root: Path, found: list[ShardSummary]) -> Index:
+    shapes = sorted({shape for one in found for shape in one.overview_shapes})
+    samples = SampleTable.joined([one.samples for one in found])
+    samples.check({one.shard.name: one.shard.bytes for one in found}, str(root), remedy(str(root / INDEX)))
+    if len(shapes) != 1:
+        raise ShardError(f"{root} mixes overviews of shapes {shapes}: pack them into separate folders")
+    return Index(
+        dataset="+".join(sorted({name for one in found for name in one.datasets})),
+        overview_shape=list(shapes[0]),
+        shards=[one.shard for one in found],
+        splits=samples.per_split(),
+        categories=_added(pair for one in found for pair in one.categories.items()),
+        samples=samples,
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -1,8 +1,10 @@
 """The index of a folder of shards: where every member of every sample lies, without opening a shard.
 
-1. `load_index` reads `index.json` and refuses what does not describe its shards: an index is data from elsewhere.
-2. `read_index` also compares the sizes of the shards in a local folder with those in the index.
-3. `list_samples` (command `inspect`) lists the samples.
+1. `write_index` writes `index.json`. The samples of a large folder are rows of a file next to it, which is mapped, not
+   parsed, see `sample_table`.
+2. `load_index` reads it and refuses what does not describe its shards: an index is data from elsewhere.
+3. `read_index` also compares the sizes of the shards in a local folder with those in the index.
+4. `list_samples` (command `inspect`) lists the samples.
 
 `index_builder` writes it.
 """
@@ -10,17 +12,27 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from segvol_pl.atomic import write_text
+from segvol_pl.data.sample_table import (
+    Names,
+    SampleRecord,
+    SampleTable,
+    check_key,
+    require_kind,
+    require_shape,
+)
 from segvol_pl.data.schema import SCHEMA
 from segvol_pl.data.store import INDEX, ShardSource, Store
 from segvol_pl.errors import ShardError
 
-KEY = re.compile(r"[A-Za-z0-9_-]+")
-"""Form of a sample's key. Files are named after it, so it holds no dot and no slash."""
+INLINE = 10_000
+"""Most samples that are listed in `index.json` itself; more are rows of a file that it names."""
+ROWS = "index-{digest}.npy"
+"""That file's name. It is named by its bytes, so an index never reads the rows of another."""
 
 
 @dataclass(frozen=True)
@@ -43,52 +55,8 @@ class Category:
 
 
 @dataclass(frozen=True)
-class SampleRecord:
-    """Where one sample lies, and what a loader needs to know before it reads."""
-
-    key: str
-    shard: str
-    split: str
-    labelled: bool
-    shape: list[int]
-    """(D,H,W) of the packed volume."""
-    spacing: list[float] | None
-    """mm along d, h, w. None: unknown."""
-    categories: list[str]
-    """Names of the categories present, sorted."""
-    members: dict[str, list[int]]
-    """Member ending -> [offset, size] in the shard, bytes."""
-    content: str = ""
-    """sha256 of the voxels. Empty in an index written before it held them."""
-    facts_sha256: str = ""
-    """sha256 of the facts' bytes, which hold the hashes of the other members. Empty as `content`."""
-
-    def check_kinds(self) -> None:
-        """Raise TypeError for a value of another type than declared."""
-        require_shape(self.shape, f"shape of sample {self.key}")
-        for text in (self.shard, self.split, self.content, self.facts_sha256):
-            require_kind(text, str, f"sample {self.key}")
-        for ending, place in self.members.items():
-            for number in place:
-                require_kind(number, int, f"place of {ending} of sample {self.key}")
-
-
-def require_kind(value: object, kind: type, name: str) -> None:
-    """Raise TypeError unless the value called `name` is exactly of that type."""
-    # A bool does not count as a number.
-    if type(value) is not kind:
-        raise TypeError(f"{name}: {value!r} is not of type {kind.__name__}")
-
-
-def require_shape(shape: object, name: str) -> None:
-    """Raise TypeError unless the value called `name` is a list of three whole numbers above 0."""
-    if not isinstance(shape, list) or len(shape) != 3 or any(type(size) is not int or size < 1 for size in shape):
-        raise TypeError(f"{name}: {shape!r} is not a shape of three axes")
-
-
-@dataclass(frozen=True)
 class Index:
-    """`index.json`: what is known of a folder of shards without opening them."""
+    """What is known of a folder of shards without opening them."""
 
     dataset: str
     overview_shape: list[int]
@@ -96,72 +64,108 @@ class Index:
     splits: dict[str, int]
     """Split -> samples."""
     categories: dict[str, Category]
-    samples: list[SampleRecord]
+    samples: SampleTable
     schema: int = SCHEMA
 
-    def to_json(self) -> str:
-        """The bytes of `index.json`: the same index gives the same."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str, place: str) -> Index:
-        """Parse an index. Raises ShardError, naming `place`, for another schema or a file that is not an index."""
-        try:
-            raw = json.loads(text)
-            if raw["schema"] != SCHEMA:
-                raise ShardError(
-                    f"{place}: schema {raw['schema']} but this version reads {SCHEMA}: pack the data again"
-                )
-            parts = {
-                "shards": [Shard(**shard) for shard in raw["shards"]],
-                "categories": {name: Category(**facts) for name, facts in raw["categories"].items()},
-                "samples": [SampleRecord(**record) for record in raw["samples"]],
-            }
-            index = cls(**{**raw, **parts})
-            index._check(place)
-            return index
-        except ShardError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise ShardError(f"{place} is not an index of shards ({error}): {remedy(place)}") from error
-
-    def _check(self, place: str) -> None:
-        """Raise ShardError unless everything that the index names lies once, and within its shards."""
-        sizes: dict[str, int] = {}
-        for shard in self.shards:
-            require_kind(shard.bytes, int, f"bytes of shard {shard.name}")
-            if shard.name in sizes:
-                raise ShardError(f"{place}: lists shard {shard.name} twice: {remedy(place)}")
-            sizes[shard.name] = shard.bytes
-        require_shape(self.overview_shape, "overview_shape")
-        check_keys(self.samples, place)
-        for record in self.samples:
-            check_key(record.key, place)
-            record.check_kinds()
-            if record.shard not in sizes:
-                raise ShardError(f"{place}: sample {record.key} is in a shard that it does not list: {remedy(place)}")
-            for ending, (offset, size) in record.members.items():
-                if not (0 <= offset <= offset + size <= sizes[record.shard]):
-                    raise ShardError(
-                        f"{place}: sample {record.key}: {ending} lies outside {record.shard}: {remedy(place)}"
-                    )
+    def to_json(self, rows: RowsFile | None = None) -> str:
+        """The bytes of `index.json`: the same index gives the same. rows: the file of the samples, if they have one."""
+        parts = {
+            "dataset": self.dataset,
+            "overview_shape": self.overview_shape,
+            "shards": [asdict(shard) for shard in self.shards],
+            "splits": self.splits,
+            "categories": {name: asdict(facts) for name, facts in self.categories.items()},
+            "samples": asdict(rows) if rows else [asdict(record) for record in self.samples],
+            "schema": self.schema,
+        }
+        return json.dumps(parts, sort_keys=True, separators=(",", ":"))
 
 
-def check_key(key: str, place: str) -> None:
-    """Raise ShardError, naming `place`, if a sample's key could not name a file."""
-    if not KEY.fullmatch(key):
-        raise ShardError(f"{place}: {key!r} is not a key (letters, digits, _ and -): pack the data again")
+@dataclass(frozen=True)
+class RowsFile:
+    """The file that holds the samples of a large index."""
+
+    file: str
+    digest: str
+    """See `SampleTable.digest`."""
+    names: Names
 
 
-def check_keys(records: list[SampleRecord], place: str) -> None:
-    """Raise ShardError, naming both shards, if two samples have one key."""
-    seen: dict[str, str] = {}
+def parse_index(text: bytes, store: Store) -> Index:
+    """Parse `index.json`, and map the rows of its samples if they are in a file.
+
+    Raises:
+        ShardError: it has another schema, is not an index, or describes what cannot be.
+        StoreError: the store cannot be read.
+    """
+    place = store.place(INDEX)
+    try:
+        raw = json.loads(text.decode("utf-8", errors="replace"))
+        if raw["schema"] != SCHEMA:
+            raise ShardError(f"{place}: schema {raw['schema']} but this version reads {SCHEMA}: pack the data again")
+        samples, inline = raw["samples"], isinstance(raw["samples"], list)
+        parts = {
+            "shards": [Shard(**shard) for shard in raw["shards"]],
+            "categories": {name: Category(**facts) for name, facts in raw["categories"].items()},
+            "samples": _table_of(samples, place) if inline else _mapped_table(samples, store),
+        }
+        index = Index(**{**raw, **parts})
+        require_shape(index.overview_shape, "overview_shape")
+        index.samples.check(_shard_bytes(index, place), place, remedy(place))
+        return index
+    except ShardError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise ShardError(f"{place} is not an index of shards ({error}): {remedy(place)}") from error
+
+
+def _table_of(samples: list[dict[str, Any]], place: str) -> SampleTable:
+    records = [SampleRecord(**record) for record in samples]
     for record in records:
-        if record.key in seen:
-            raise ShardError(
-                f"{place}: sample {record.key} is in {seen[record.key]} and in {record.shard}: remove one of them"
-            )
-        seen[record.key] = record.shard
+        check_key(record.key, place)
+        record.check_kinds()
+    return SampleTable.of(records)
+
+
+def _mapped_table(samples: dict[str, Any], store: Store) -> SampleTable:
+    rows = RowsFile(**{**samples, "names": Names(**samples["names"])})
+    place = store.place(rows.file)
+    try:
+        path, keeps = store.as_file(rows.file)
+        table = SampleTable.mapped(path, rows.names, keeps)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ShardError(f"{place} is missing although the index names it: copy it there, or {remedy(place)}") from None
+    except ValueError as error:
+        raise ShardError(f"{place} does not hold the samples of an index ({error}): {remedy(place)}") from error
+    if table.digest() != rows.digest:
+        raise ShardError(f"{place} is not what the index was written with: copy it again, or {remedy(place)}")
+    return table
+
+
+def _shard_bytes(index: Index, place: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for shard in index.shards:
+        require_kind(shard.bytes, int, f"bytes of shard {shard.name}")
+        if shard.name in sizes:
+            raise ShardError(f"{place}: lists shard {shard.name} twice: {remedy(place)}")
+        sizes[shard.name] = shard.bytes
+    return sizes
+
+
+def write_index(folder: Path, index: Index) -> None:
+    """Write the index of a local folder. If this is interrupted, the index is the one before, or the new one."""
+    rows = _save_rows(folder, index.samples) if len(index.samples) > INLINE else None
+    write_text(folder / INDEX, index.to_json(rows) + "\n")
+    for path in folder.glob(ROWS.format(digest="*")):
+        if rows is None or path.name != rows.file:
+            path.unlink(missing_ok=True)
+
+
+def _save_rows(folder: Path, samples: SampleTable) -> RowsFile:
+    digest = samples.digest()
+    file = ROWS.format(digest=digest)
+    samples.save(folder / file)
+    return RowsFile(file, digest, samples.names)
 
 
 def read_index(store: Store) -> Index:
@@ -199,7 +203,7 @@ def load_index(store: Store) -> Index:
         text = store.file(INDEX)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} does not exist: {remedy(place)}") from None
-    return Index.from_json(text.decode("utf-8", errors="replace"), place)
+    return parse_index(text, store)
 
 
 def size_problem(path: Path, shard: Shard) -> str:

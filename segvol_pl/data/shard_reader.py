@@ -21,13 +21,9 @@ import numpy as np
 
 from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.frames import ByteRange, Form, PartialFrame, WholeFrame
+from segvol_pl.data.sample_table import SampleRecord, require_kind, require_shape
 from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
-from segvol_pl.data.shard_index import (
-    SampleRecord,
-    remedy,
-    require_kind,
-    require_shape,
-)
+from segvol_pl.data.shard_index import remedy
 from segvol_pl.data.store import Store
 from segvol_pl.errors import SampleError
 from segvol_pl.imaging.transforms import Sliceable

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import tempfile
 import time
 import weakref
 from collections import Counter, OrderedDict
@@ -172,6 +173,20 @@ class Store:
         if self.local:
             return _read_local(place, Path(place).read_bytes, self.retry_seconds, lambda: True)
         return _read_remote(place, [None], self.retry_seconds)[0]
+
+    def as_file(self, name: str) -> tuple[Path, object]:
+        """A file on this machine with the bytes of a file of the folder; it is there as long as the second value.
+
+        Raises as `file`.
+        """
+        if self.local:
+            place = self.place(name)
+            _read_local(place, lambda: OpenFiles().read(place, [(0, 1)]), self.retry_seconds, self._indexed)
+            return Path(place), None
+        copy = tempfile.NamedTemporaryFile(prefix="segvol_pl-")  # noqa: SIM115
+        copy.write(self.file(name))
+        copy.flush()
+        return Path(copy.name), copy
 
     def member(self, name: str, offset: int, size: int, spans: list[ByteRange], key: str = "") -> list[bytes]:
         """Read parts of a member.

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from segvol_pl.data.damage import DamagedSample
 from segvol_pl.data.frames import CHUNK, decode_alone
 from segvol_pl.data.index_builder import sha256_of
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shard_index import (
-    SampleRecord,
-    Shard,
-    load_index,
-    size_problem,
-)
+from segvol_pl.data.shard_index import Shard, load_index, size_problem
 from segvol_pl.data.shard_reader import arrays_of, read_array, read_facts, read_member
 from segvol_pl.data.store import ShardSource, Store
 from segvol_pl.errors import ShardError, StoreError
@@ -36,16 +33,14 @@ def verify(folder: ShardSource) -> list[str]:
     if not store.local:
         raise ShardError(f"{folder} is not a local folder: run segvol-pl verify where the shards lie")
     index = load_index(store)
-    records: dict[str, list[SampleRecord]] = {shard.name: [] for shard in index.shards}
-    for record in index.samples:
-        records[record.shard].append(record)
+    samples = index.samples.by_shard()
     decode_alone()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        found = threads.map(lambda shard: _faults_of(store, shard, records[shard.name]), index.shards)
+        found = threads.map(lambda shard: _faults_of(store, shard, samples.get(shard.name, ())), index.shards)
         return [fault for faults in found for fault in faults]
 
 
-def _faults_of(store: Store, shard: Shard, records: list[SampleRecord]) -> list[str]:
+def _faults_of(store: Store, shard: Shard, records: Sequence[SampleRecord]) -> list[str]:
     path = Path(store.place(shard.name))
     if problem := size_problem(path, shard):
         return [problem]

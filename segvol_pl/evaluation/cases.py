@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +14,9 @@ import numpy as np
 
 from segvol_pl.config import CasesConfig, PackConfig, RegionsConfig
 from segvol_pl.credentials import masked
+from segvol_pl.data.sample_table import SampleTable
 from segvol_pl.data.schema import Facts, Member
-from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_array, read_facts
 from segvol_pl.data.store import Store
 from segvol_pl.errors import EvaluateError
@@ -86,8 +86,8 @@ class ShardCases:
         self.source, self.split = masked(str(data.shards)), data.split
         self.store = Store(str(data.shards))
         samples = read_index(self.store).samples
-        chosen = [record for record in samples if data.split in ("all", record.split)]
-        labelled = sorted((record for record in chosen if record.labelled), key=lambda record: record.key)
+        chosen = samples.of_split(data.split)
+        labelled = sorted(chosen.labelled(), key=lambda record: record.key)
         if not labelled:
             raise EvaluateError(
                 f"data.split: {data.shards} holds no labelled case of split {data.split!r}; it holds {_splits(samples)}"
@@ -106,9 +106,8 @@ class ShardCases:
         return EvalCase(facts, hu_DHW, label_DHW, _packed_grid(facts, hu_DHW), whole_box(facts.shape))
 
 
-def _splits(samples: list[SampleRecord]) -> str:
-    counts = Counter(record.split for record in samples if record.labelled)
-    return ", ".join(f"{split} ({count})" for split, count in sorted(counts.items())) or "none"
+def _splits(samples: SampleTable) -> str:
+    return ", ".join(f"{split} ({count})" for split, count in samples.labelled().per_split().items()) or "none"
 
 
 def _packed_grid(facts: Facts, hu_DHW: np.ndarray) -> Volume | None:

@@ -231,4 +231,5 @@ def held_out(runs: Sequence[Run]) -> str:
 
 def _contents(corpus: Any) -> frozenset[str]:
     """The volumes by the hash of their voxels; by name if an older index has no hashes."""
-    return frozenset(record.content or record.key for record in corpus.records)
+    texts = (row for part in corpus.parts for row in part.records.texts("content", "key"))
+    return frozenset((content or key).decode() for content, key in texts)

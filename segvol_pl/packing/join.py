@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import Split
-from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_sample
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import INDEX, Store

@@ -23,7 +23,7 @@ from typing import Any
 
 from segvol_pl.atomic import NoRoomError
 from segvol_pl.data.index_builder import walk_shard
-from segvol_pl.data.shard_index import SampleRecord
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.errors import PackError, SampleError, VolumeError
 from segvol_pl.imaging.dicom import files_of

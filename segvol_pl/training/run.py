@@ -178,10 +178,12 @@ def _module(
 
 
 def _check_regions(module: VolumeModule, config: TrainConfig) -> None:
-    lacking = [record.key for record in module.train_corpus.records if Member.REGIONS.value not in record.members]
+    parts = [part.records.lacking(Member.REGIONS.value) for part in module.train_corpus.parts]
+    lacking = [part for part in parts if len(part)]
     if config.prompts.pseudo_per_volume and lacking:
         raise ConfigError(
-            f"prompts.pseudo_per_volume: {len(lacking)} samples (first: {lacking[0]}) have no pseudo-label regions: "
+            f"prompts.pseudo_per_volume: {sum(map(len, lacking))} samples (first: {lacking[0][0].key}) have no "
+            "pseudo-label regions: "
             "pack with regions.enabled=true, or set prompts.pseudo_per_volume=0"
         )
 

@@ -70,14 +70,13 @@ class StartUp(pl.Callback):
         return {
             "configuration": _digest(to_yaml(self.config)),
             "packages": packages,
-            "samples": _digest(index_text(data)),
+            "samples": _digest(" ".join(index_digests(data))),
         }
 
 
-def index_text(data: VolumeModule) -> str:
-    """The index entries of all samples. Unlike `data.samples`, they include the shards that hold the samples."""
-    records = [*data.train_corpus.records, *data.val_corpus.records]
-    return "\n".join(f"{record.key} {record.facts_sha256} {record.shard} {record.members}" for record in records)
+def index_digests(data: VolumeModule) -> list[str]:
+    """Hashes of the index entries of all samples. Unlike `data.samples`, they include the shards that hold these."""
+    return [part.records.digest() for corpus in (data.train_corpus, data.val_corpus) for part in corpus.parts]
 
 
 def _digest(text: str) -> str:

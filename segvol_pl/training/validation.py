@@ -94,6 +94,6 @@ class CorpusSize(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        sizes: dict[str, float] = {VOLUMES: len(data.train_corpus.records), HELD_OUT: len(data.val_corpus.records)}
+        sizes: dict[str, float] = {VOLUMES: data.train_corpus.num_volumes, HELD_OUT: data.val_corpus.num_volumes}
         for logger in trainer.loggers:
             logger.log_metrics(sizes, step=trainer.global_step)

@@ -119,7 +119,7 @@ def test_batches_hold_what_was_drawn(
 def _stream(folder: Path, model: SegVolConfig, data: DataConfig, prompts: PromptConfig) -> Stream:
     index = read_index(Store(folder))
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
-    records = [record for record in index.samples if record.labelled]
+    records = index.samples.labelled()
 
     def draw(facts: sampling.Facts, read: sampling.Read, rng: np.random.Generator) -> Arrays:
         return sampling.sample_segmentation(facts, read, rng, model=model, data=data, prompts=prompts, row_of=rows)

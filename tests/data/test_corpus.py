@@ -15,16 +15,18 @@ from segvol_pl.config import DataConfig, RunConfig
 from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.index_builder import build_index
-from segvol_pl.data.shard_index import SampleRecord
+from segvol_pl.data.sample_table import SampleRecord, SampleTable
 from segvol_pl.data.store import INDEX, Store
 from segvol_pl.errors import ConfigError, ShardError, StoreError
 
 
-def records(count: int, name: str = "case") -> list[SampleRecord]:
-    return [
-        SampleRecord(f"{name}{i}", "a.tar", "train", True, [4, 4, 4], [1.0] * 3, [], {}, content=f"{name} {i}")
-        for i in range(count)
-    ]
+def records(count: int, name: str = "case") -> SampleTable:
+    return SampleTable.of(
+        [
+            SampleRecord(f"{name}{i}", "a.tar", "train", True, [4, 4, 4], [1.0] * 3, [], {}, content=f"{name} {i}")
+            for i in range(count)
+        ]
+    )
 
 
 parts = st.lists(st.tuples(st.integers(1, 30), st.sampled_from([0.1, 0.5, 1.0, 2.0, 2.5])), min_size=1, max_size=4)
@@ -38,7 +40,7 @@ def test_an_epoch_deals_each_sample_as_often_as_its_folder_says(drawn: list[tupl
     assert len(rows) == corpus.num_samples
     first = 0
     for count, times in drawn:
-        seen = np.bincount(rows, minlength=len(corpus.records))[first : first + count]
+        seen = np.bincount(rows, minlength=corpus.num_volumes)[first : first + count]
         assert seen.sum() == round(times * count)
         assert set(seen) <= {int(times), int(times) + 1} and (times % 1 or set(seen) == {int(times)})
         first += count
@@ -74,12 +76,12 @@ def test_a_share_depends_on_content_not_on_names_or_order() -> None:
     whole = records(50)
     renamed = [replace(record, key=f"other{i}", shard="b.tar") for i, record in enumerate(reversed(whole))]
     kept = {record.content for record in nested(whole, 0.2, "a")}
-    assert {record.content for record in nested(renamed, 0.2, "b")} == kept
+    assert {record.content for record in nested(SampleTable.of(renamed), 0.2, "b")} == kept
 
 
 def test_an_index_without_hashes_says_how_to_get_them() -> None:
     with pytest.raises(ConfigError, match=r"data\.fraction: .*run segvol-pl index shards/old"):
-        nested([replace(record, content="") for record in records(3)], 0.5, "shards/old")
+        nested(SampleTable.of([replace(record, content="") for record in records(3)]), 0.5, "shards/old")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_a_folder_without_a_test_split_is_mixed_in_to_train_on(
     module = VolumeModule(data, RunConfig(out="unused"), None, None, labelled=True)  # type: ignore[arg-type]
     assert [str(part.store.folder) for part in module.train_corpus.parts] == [str(phantom_shards), str(train_only)]
     assert [str(part.store.folder) for part in module.val_corpus.parts] == [str(phantom_shards)]
-    assert {record.split for record in module.val_corpus.records} == {"test"}
+    assert {record.split for record in module.val_corpus.parts[0].records} == {"test"}
     assert f"{train_only} has no samples in 'test'" in caplog.text
     with pytest.raises(ConfigError, match=rf"data\.val_split: {train_only} has no labelled samples in 'test'"):
         held_out_corpus(open_folders(replace(data, shards=str(train_only), mix=[])), "test", labelled=True)
@@ -144,7 +146,7 @@ def test_a_missing_shard_is_borne_within_the_bound(
     lost.unlink()
     data = DataConfig(shards=str(folder), max_bad_fraction=0.5)
     corpus = held_out_corpus(open_folders(data), "all", labelled=True)
-    assert len(corpus.records) == 6 and f"{lost} is missing" in caplog.text
+    assert corpus.num_volumes == 6 and f"{lost} is missing" in caplog.text
     with pytest.raises(ShardError, match=f"{lost.name} is missing although the index names it"):
         open_folders(replace(data, max_bad_fraction=0.001))
 

@@ -80,7 +80,7 @@ def test_every_rank_gets_its_batches_though_there_are_fewer_shards(phantom_shard
 
 def test_real_samples_come_through(phantom_shards: Path) -> None:
     corpus = pipe_corpus(phantom_shards)
-    rows = {name: row for row, name in enumerate(sorted(corpus.records[0].categories))}
+    rows = {name: row for row, name in enumerate(sorted(corpus.parts[0].records[0].categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
     draw = functools.partial(sampling.sample_segmentation, model=TINY, data=DataConfig(), prompts=prompts, row_of=rows)
     batch = unpacked(next(iter(PipeStream(corpus, draw, BatchPlan(corpus.num_samples, 4)))))
@@ -93,7 +93,8 @@ def test_a_damaged_member_and_a_cut_shard_are_left_out_and_said(
 ) -> None:
     folder = Path(shutil.copytree(phantom_shards, tmp_path / "shards"))
     corpus = pipe_corpus(folder)
-    flipped, cut = corpus.records[0], next(one for one in corpus.records[::-1] if one.shard != corpus.records[0].shard)
+    records = corpus.parts[0].records
+    flipped, cut = records[0], next(one for one in records[::-1] if one.shard != records[0].shard)
     flip(folder, flipped, Member.CT)
     path, place = folder / cut.shard, cut.members[Member.CT.value][0]
     path.write_bytes(path.read_bytes()[: place + 100])

@@ -28,7 +28,7 @@ PROMPTS = PromptConfig(categories_per_volume=3, pseudo_per_volume=0)
 @pytest.fixture(scope="module")
 def volume(phantom_shards: Path) -> tuple[Facts, sampling.Read]:
     store = Store(phantom_shards)
-    corpus = Corpus([Part(store, [each for each in read_index(store).samples if each.labelled])])
+    corpus = Corpus([Part(store, read_index(store).samples.labelled())])
     _, record = corpus.located(0)
     facts = read_facts(store, record)
     return facts, lambda member: read_array(store, record, facts, member)

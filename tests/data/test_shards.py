@@ -26,8 +26,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
 from segvol_pl.data.index_builder import build_index, walk_shard
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
-from segvol_pl.data.shard_index import Index, SampleRecord, list_samples, read_index
+from segvol_pl.data.shard_index import list_samples, parse_index, read_index
 from segvol_pl.data.shard_reader import read_array, read_facts, read_member
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import INDEX, Store
@@ -480,4 +481,4 @@ def test_facts_of_another_sample(folder: Path) -> None:
 
 def test_the_index_survives_its_text(folder: Path) -> None:
     index = read_index(Store(folder))
-    assert Index.from_json(index.to_json(), "here") == index
+    assert parse_index(index.to_json().encode(), Store(folder)) == index

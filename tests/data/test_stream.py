@@ -115,7 +115,7 @@ def test_a_plan_goes_on_where_it_stopped(step: int, workers: int, accumulate: in
 
 def _stream(folder: Path, world: World | None = None, seen: int = 0, batch: int = 4) -> Stream:
     index = read_index(Store(folder))
-    records = [record for record in index.samples if record.labelled]
+    records = index.samples.labelled()
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
     draw = functools.partial(sampling.sample_segmentation, model=TINY, data=DataConfig(), prompts=prompts, row_of=rows)
@@ -308,7 +308,7 @@ def test_a_damaged_sample_is_replaced_alike_on_every_world(broken: Path, what: s
     """Two ranks together still see what one sees; batches of whole samples do not change at all."""
     whole, stream, halves = _stream(broken), _stream(broken), [_stream(broken, World(rank, 2)) for rank in range(2)]
     before = list(islice(iter(whole), 4))
-    record = stream.corpus.records[1]
+    record = stream.corpus.parts[0].records[1]
     if what in DAMAGED:
         flip(broken, record, DAMAGED[what])
     elif what == "missing":
@@ -316,7 +316,7 @@ def test_a_damaged_sample_is_replaced_alike_on_every_world(broken: Path, what: s
     else:
         os.truncate(broken / record.shard, record.members[Member.OVERVIEW.value][0] + 10)
     after = list(islice(iter(stream), 4))
-    lost = {row for row, other in enumerate(stream.corpus.records) if other.shard == record.shard}
+    lost = {row for row, other in enumerate(stream.corpus.parts[0].records) if other.shard == record.shard}
     hit = [np.isin(batch["damaged_BA2"][..., 0], list(lost)).any(axis=1) for batch in after]
     assert any(row.any() for row in hit)
     for old, new, replaced in zip(before, after, hit, strict=True):
@@ -334,7 +334,7 @@ def test_damage_is_counted_by_shard_and_cause_said_once_and_bounded(
 ) -> None:
     stream = _stream(broken)
     health = DamageTally(stream.corpus)
-    record = stream.corpus.records[2]
+    record = stream.corpus.parts[0].records[2]
     flip(broken, record, Member.FACTS)
     for batch in islice(iter(stream), 8):
         health.note(batch["damaged_BA2"].numpy())

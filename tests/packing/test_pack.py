@@ -24,8 +24,9 @@ from rich.console import Console
 
 from segvol_pl.config import PackConfig, RegionsConfig
 from segvol_pl.data.frames import decode_array
+from segvol_pl.data.sample_table import KEY
 from segvol_pl.data.schema import Facts, Member, Split
-from segvol_pl.data.shard_index import KEY, read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_facts, read_member
 from segvol_pl.data.store import INDEX, Store
 from segvol_pl.data.verify import verify

@@ -12,8 +12,9 @@ import pytest
 import SimpleITK as sitk
 
 from segvol_pl.config import PackConfig, RegionsConfig
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_facts, read_member
 from segvol_pl.data.store import Store
 from segvol_pl.packing.pack import pack

@@ -32,8 +32,9 @@ from segvol_pl.config import (
 from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.data.batch import Batch
 from segvol_pl.data.datamodule import VolumeModule
+from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import Member
-from segvol_pl.data.shard_index import SampleRecord, read_index
+from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CheckpointError, ConfigError, ShardError
 from segvol_pl.model.checkpoint import load_model
@@ -325,7 +326,7 @@ def test_a_share_of_the_data_is_held_against_the_whole_held_out_set(phantom_shar
         VolumeModule(replace(config.data, fraction=share), config.run, None, None, labelled=True)  # type: ignore[arg-type]
         for share in (1.0, 0.5)
     )
-    assert len(half.train_corpus.records) < len(whole.train_corpus.records)
+    assert half.train_corpus.num_volumes < whole.train_corpus.num_volumes
     assert half.val_corpus == whole.val_corpus
 
 

@@ -44,7 +44,7 @@ OPTIM = OptimConfig(lr=3e-3, warmup_steps=5, max_steps=60)
 
 
 def _batch(folder: Path, draw: Draw, size: int = 2) -> Batch:
-    records = [record for record in read_index(Store(folder)).samples if record.labelled]
+    records = read_index(Store(folder)).samples.labelled()
     return unpacked(next(iter(Stream(Corpus([Part(Store(folder), records)]), draw, BatchPlan(len(records), size)))))
 
 
