@@ -1,8 +1,8 @@
 """The samples of an index as columns: in memory, or mapped from a file that all processes of a node share.
 
 1. `SampleRecord` is one sample: where it lies, and what a loader needs to know before it reads.
-2. `SampleTable` holds many as the rows of one numpy array. It is a sequence of records, each made when it is asked for,
-   and selects rows by their columns. A table and its parts share one array.
+2. `SampleTable` holds many as the rows of one numpy array. It is a sequence of records, each made when it is
+   needed, and selects rows by their columns. A table and its parts share one array.
 3. `SampleTable.save` writes the array as a `.npy` file, and `SampleTable.mapped` maps it: nothing is parsed, and other
    processes, however they are started, map the same pages.
 
@@ -327,7 +327,7 @@ class SampleTable(Sequence[SampleRecord]):
             yield from zip(*(block[name].tolist() for name in columns), strict=True)
 
     def digest(self) -> str:
-        """A hash over all that the table says. Equal samples in one order give one hash, wherever they are held."""
+        """A hash over all values and names. Equal samples in one order give one hash, wherever they are held."""
         digest = xxhash.xxh3_128(repr((asdict(self.names), self._rows.dtype)).encode())
         for block in self._blocks():
             digest.update(block.view(np.uint8).data)
