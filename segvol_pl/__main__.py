@@ -405,7 +405,9 @@ def _config(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     if not arguments:
-        raise ConfigError("takes FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]")
+        raise ConfigError(
+            "takes FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]"
+        )
     from segvol_pl.planning.plan import lines, plan
 
     print("\n".join(lines(plan(arguments))))
@@ -444,7 +446,7 @@ COMMANDS = {
     "pretrain": _configured("pretrain", _pretrain),
     "train": _configured("train", _train),
     "plan": Command(
-        "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]",
+        "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]",
         "Estimate parameters, operations, memory by strategy, rates and hours of a training run before it is started.",
         _plan,
     ),

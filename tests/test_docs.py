@@ -112,7 +112,7 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
         text=True,
     )
     assert (built.returncode, built.stdout, built.stderr) == (0, "", "")
-    assert "epoch_order" in (tmp_path / "api" / "segvol_pl" / "data" / "stream.html").read_text(encoding="utf-8")
+    assert "BatchPlan" in (tmp_path / "api" / "segvol_pl" / "data" / "stream.html").read_text(encoding="utf-8")
     assert (tmp_path / "repository" / "configs" / "model" / "published.yaml.txt").is_file()
 
 

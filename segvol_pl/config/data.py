@@ -78,6 +78,12 @@ class DataConfig(Keys):
     last_batch: LastBatch = LastBatch.drop
     """Last incomplete global batch of an epoch. drop: skip it. repeat: fill it up with samples from the start of the
     epoch."""
+    locality: int = ranged(1, least=1)
+    """Shares to divide the corpus into, so that each node reads the same share for several epochs and `cache` holds it.
+    Set it to the number of nodes, or to a multiple or divisor of it. It must divide global_batch / run.accumulate; then
+    batches are the same on any number of ranks. 1: every node reads from the complete corpus."""
+    locality_epochs: int = ranged(4, least=1)
+    """Epochs after which the corpus is divided into other shares. Unused with locality=1."""
     workers: int = ranged(4, least=0)
     """Loader processes per rank. 0 loads in the training process."""
     start_method: StartMethod = StartMethod.auto
@@ -108,6 +114,11 @@ class DataConfig(Keys):
     """Probability of flipping each axis."""
     intensity: float = ranged(0.1, least=0, most=1)
     """Probability of scaling the intensities, and of shifting them, each by up to 0.1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        piped = self.locality > 1 and self.shards.startswith("pipe:")
+        require(not piped, "data.locality", "must be 1 with a pipe: source, which is read in its own order")
 
 
 @dataclass

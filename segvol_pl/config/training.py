@@ -194,6 +194,13 @@ class TrackConfig(Keys):
     """wandb group."""
 
 
+def check_shares(data: DataConfig, run: RunConfig) -> None:
+    """Raise ConfigError unless every micro-batch can take as many samples from each share of the corpus."""
+    fits = data.global_batch % (data.locality * run.accumulate) == 0 or data.locality == 1
+    given = f"data.global_batch={data.global_batch} must be a multiple of it x run.accumulate={run.accumulate}"
+    require(fits, "data.locality", f"{data.locality} shares are not possible: {given}")
+
+
 @dataclass
 class PretrainConfig(Keys):
     """Pre-train the image encoder with SimMIM (paper Eq. 1)."""
@@ -205,6 +212,10 @@ class PretrainConfig(Keys):
     track: TrackConfig = field(default_factory=TrackConfig)
     mask_ratio: float = ranged(0.6, above=0, below=1)
     """Fraction of tokens hidden from the encoder."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self.data, self.run)
 
 
 @dataclass
@@ -233,6 +244,7 @@ class TrainConfig(Keys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_shares(self.data, self.run)
         require(
             self.pretrained is None or self.weights is None,
             "pretrained",

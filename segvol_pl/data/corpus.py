@@ -82,16 +82,16 @@ class Corpus:
         raise IndexError(f"row {row} is outside the corpus of {first} samples")
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch before they are shuffled, int64 (num_samples,)."""
+        """The rows of an epoch before they are shuffled, int32 (num_samples,)."""
         dealt, first = [], 0
         for number, part in enumerate(self.parts):
             size = len(part.records)
             whole, rest = divmod(part.dealt, size)
-            dealt.append(first + np.tile(np.arange(size), whole))
+            dealt.append(np.tile(np.arange(first, first + size, dtype=np.int32), whole))
             if rest:
                 dealt.append(first + rng_of(seed, epoch, number, rest).permutation(size)[:rest])
             first += size
-        return np.concatenate(dealt).astype(np.int64)
+        return np.concatenate(dealt, dtype=np.int32)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Folder, category_names, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.damage_tally import DamageTally
 from segvol_pl.data.frames import decode_alone
+from segvol_pl.data.locality import Locality
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.stream import BatchPlan, Draw, Stream, World
 from segvol_pl.errors import ConfigError
@@ -96,7 +97,17 @@ class VolumeModule(pl.LightningDataModule):
             )
         if batch % self.run.accumulate:
             raise ConfigError(f"run.accumulate: {self.run.accumulate} does not divide data.global_batch={batch}")
-        plan = BatchPlan(samples, batch, self.run.accumulate, self.data.seed, self.data.last_batch)
+        shares, nodes = self.data.locality, self.run.nodes
+        if samples < shares:
+            raise ConfigError(f"data.locality: an epoch of {samples} samples cannot be divided into {shares} shares")
+        if shares % nodes and nodes % shares:
+            log.warning(
+                "data.locality=%d: some of the %d nodes read parts of several shares and find less in their cache: set "
+                "it to %d, or to a multiple or divisor of that",
+                *(shares, nodes, nodes),
+            )
+        locality = Locality(shares, self.data.locality_epochs)
+        plan = BatchPlan(samples, batch, self.run.accumulate, self.data.seed, self.data.last_batch, locality)
         if plan.usable < samples:
             log.info(
                 "each epoch leaves out %d of %d samples: the last incomplete batch", samples - plan.usable, samples

@@ -1,9 +1,9 @@
 """The stream: which rank and worker loads which sample, and when.
 
-1. `epoch_order`: the order of an epoch is a pure function of (seed, epoch).
+1. `Locality.arranged`: the order of an epoch is a pure function of (seed, epoch).
 2. `BatchPlan.positions`: the positions in that order that one worker of one rank loads, again a pure function of
    integers. Micro-batch k, counted from the run's start, goes to worker k mod num_workers of every rank, and each rank
-   loads its share of it.
+   loads its part of it.
 3. `Stream` reads, draws and collates them, epoch after epoch, without end. A damaged sample is replaced by another one,
    chosen from its position alone, so the number of batches does not change on any rank. The batch reports it.
 
@@ -24,6 +24,7 @@ from segvol_pl.data.batch import Batch, order_of
 from segvol_pl.data.collate import Arrays, stacked
 from segvol_pl.data.corpus import Corpus, rng_of
 from segvol_pl.data.damage import DAMAGES, DamagedSample
+from segvol_pl.data.locality import ONE_SHARE, Locality
 from segvol_pl.data.sampling import Read, lettered
 from segvol_pl.data.schema import Facts
 from segvol_pl.data.shard_reader import read_array, read_facts
@@ -46,19 +47,6 @@ class World:
     num_workers: int = 1
 
 
-def epoch_order(num_samples: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
-    """int64 permutation of range(num_samples)."""
-    return rng_of(seed, epoch).permutation(num_samples)
-
-
-def _share(first: int, batch: int, world: World) -> np.ndarray:
-    """The rank's positions of the batch that begins at `first`: int64 (local batch,)."""
-    if batch % world.num_ranks:
-        raise ValueError(f"global batch {batch} is not a multiple of {world.num_ranks} ranks")
-    local = batch // world.num_ranks
-    return first + world.rank * local + np.arange(local, dtype=np.int64)
-
-
 @dataclass(frozen=True)
 class BatchPlan:
     """The endless sequence of micro-batches, over `num_samples` positions per epoch.
@@ -69,6 +57,7 @@ class BatchPlan:
         accumulate: micro-batches of a step.
         seed: decides the order of every epoch.
         last_batch: drop or complete an epoch's incomplete last batch.
+        locality: the shares of the corpus that a global batch is composed of.
     """
 
     num_samples: int
@@ -76,10 +65,11 @@ class BatchPlan:
     accumulate: int = 1
     seed: int = 0
     last_batch: LastBatch = LastBatch.drop
+    locality: Locality = ONE_SHARE
 
     @property
     def usable(self) -> int:
-        """Positions of an epoch that are used, a multiple of the global batch. Those beyond the last restart at 0."""
+        """Positions of an epoch that are used, a multiple of the global batch. Those beyond the samples repeat some."""
         rest = self.num_samples % self.global_batch
         if self.last_batch is LastBatch.repeat and rest:
             return self.num_samples - rest + self.global_batch
@@ -96,15 +86,26 @@ class BatchPlan:
             Tuples of epoch, samples seen after the micro-batch, and its positions, int64 (local batch,).
 
         Raises:
-            ValueError: the micro-batch is not a multiple of the ranks.
+            ValueError: the micro-batch is not a multiple of the ranks, or not of the shares.
         """
         micro = self.global_batch // self.accumulate
+        for count, name in ((world.num_ranks, "ranks"), (self.locality.shares, "shares")):
+            if micro % count:
+                raise ValueError(f"micro-batch {micro} is not a multiple of {count} {name}")
         per_epoch = self.usable // micro
         batch = seen // micro + world.worker
         while True:
             epoch, index = divmod(batch, per_epoch)
-            yield epoch, (batch + 1) * micro, _share(index * micro, micro, world)
+            yield epoch, (batch + 1) * micro, self._local(index, micro, world)
             batch += world.num_workers
+
+    def _local(self, index: int, micro: int, world: World) -> np.ndarray:
+        """The rank's positions of the epoch's micro-batch `index`: int64 (local batch,)."""
+        local, shares = micro // world.num_ranks, self.locality.shares
+        # A global batch lies share after share, so does each of its micro-batches: accumulation changes no position.
+        step, part = divmod(index, self.accumulate)
+        share, number = np.divmod(world.rank * local + np.arange(local, dtype=np.int64), micro // shares)
+        return step * self.global_batch + share * (self.global_batch // shares) + part * (micro // shares) + number
 
 
 class Stream(IterableDataset[Batch]):
@@ -143,10 +144,9 @@ class Stream(IterableDataset[Batch]):
             yield collate(samples, seen)
 
     def rows(self, epoch: int) -> np.ndarray:
-        """The corpus's rows in the epoch's order; a position is an index into them."""
-        dealt = self.corpus.rows(self.plan.seed, epoch)
-        rows: np.ndarray = dealt[epoch_order(self.plan.num_samples, self.plan.seed, epoch) % len(dealt)]
-        return rows
+        """The corpus's rows in the epoch's order; `Locality.place` finds those of a position."""
+        dealt = np.resize(self.corpus.rows(self.plan.seed, epoch), self.plan.num_samples)
+        return self.plan.locality.arranged(dealt, self.plan.seed, epoch)
 
     def sample(self, epoch: int, position: int, rows: np.ndarray) -> Arrays:
         """Draw one sample with its own rng.
@@ -164,14 +164,15 @@ class Stream(IterableDataset[Batch]):
             ShardError: `ATTEMPTS` samples in a row are damaged.
         """
         damaged_A2 = np.full((ATTEMPTS, 2), -1, dtype=np.int64)
-        row, key = int(rows[position % len(rows)]), [self.plan.seed, epoch, position]
+        row, candidates = self.plan.locality.place(position, self.plan.global_batch, rows)
+        key = [self.plan.seed, epoch, position]
         for attempt in range(ATTEMPTS):
             try:
                 return {**self._drawn(row, rng_of(*key)), "damaged_A2": damaged_A2, "row": np.array(row)}
             except DamagedSample as error:
                 damaged_A2[attempt] = row, DAMAGES.index(error.damage)
                 last = error
-            untried = np.setdiff1d(rows, damaged_A2[:, 0])
+            untried = np.setdiff1d(candidates, damaged_A2[:, 0])
             if not len(untried):
                 break
             key = [self.plan.seed, epoch, position, attempt + 1]

@@ -1,20 +1,24 @@
 """`segvol-pl plan`: estimates memory and time of a run before it is launched, without importing torch.
 
-1. The run's configuration is loaded; `nodes`, `gpus` and `device` describe the hardware.
+1. The run's configuration is loaded; `nodes`, `gpus` and `device` describe the hardware,
+   `volumes` and `corpus_gb` the corpus.
 2. Parameters and operations are counted (`flops`), and memory for every strategy (`memory`).
 3. Rates are the device's peak times the shares of it that were measured on one GPU (`REACHED`).
+4. With `volumes` and `corpus_gb`, what the nodes read from the store at these rates, and what their caches hold.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from segvol_pl.config import Precision, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig, loader
+from segvol_pl.config import PackConfig, Precision, PretrainConfig, Recompute, RunConfig, Strategy, TrainConfig, loader
 from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import ACCELERATORS, Accelerator, accelerator
+from segvol_pl.planning.node_cache import NodeCache
 
 GIB = 2**30
 RESERVE = 2.0
@@ -26,6 +30,10 @@ RECORDED = {"pretrain": 0.45, "train": 0.28}
 """The same for a single process with run.compile, which records its step as one CUDA graph."""
 DEVICE = "h100"
 PLACE = {"nodes": "run.nodes", "gpus": "run.devices"}
+OWN = ("device", "volumes", "corpus_gb")
+"""Keys of the plan itself."""
+KEPT_OPEN = 256
+"""Shards that a loader process keeps open, as `data.store` does."""
 UNUSED = ("data.shards=DIR", "run.out=DIR")
 """Placeholders for required keys that a plan does not depend on."""
 
@@ -33,11 +41,20 @@ Config = PretrainConfig | TrainConfig
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A corpus: its volumes, and their bytes in shards."""
+
+    volumes: int
+    bytes: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A run on devices of one kind."""
+    """A run on devices of one kind, and its corpus if it is known."""
 
     config: Config
     device: Accelerator
+    corpus: Stored | None = None
 
     @property
     def kind(self) -> str:
@@ -113,20 +130,37 @@ class Plan:
 
 
 def plan(arguments: list[str]) -> Plan:
-    """The plan of `FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [KEY=VALUE ...]`. Raises ConfigError."""
-    device, keys = DEVICE, []
+    """Make the plan of `FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]`.
+
+    Raises ConfigError.
+    """
+    own, keys = {"device": DEVICE}, []
     for argument in arguments:
         key, between, value = argument.partition("=")
-        if key == "device" and between:
-            device = value
+        if key in OWN and between:
+            own[key] = value
         else:
             keys.append(f"{PLACE[key]}={value}" if key in PLACE and between else argument)
-    known = accelerator(device)
+    known = accelerator(own["device"])
     if known is None:
-        raise ConfigError(f"device: {device!r} is none of {', '.join(one.name for one in ACCELERATORS)}", "device")
-    made = Plan(loader.load_run([*UNUSED, *keys]), known)
+        names = ", ".join(one.name for one in ACCELERATORS)
+        raise ConfigError(f"device: {own['device']!r} is none of {names}", "device")
+    made = Plan(loader.load_run([*UNUSED, *keys]), known, _stored(own))
     _check(made)
     return made
+
+
+def _stored(own: dict[str, str]) -> Stored | None:
+    """The corpus that `volumes` and `corpus_gb` describe; None without them."""
+    given = [key for key in ("volumes", "corpus_gb") if key in own]
+    if not given:
+        return None
+    if len(given) == 1:
+        raise ConfigError(f"{given[0]}: give volumes=N and corpus_gb=GB together", given[0])
+    for key in given:
+        if not re.fullmatch(r"\d+(\.\d+)?", own[key]) or float(own[key]) < 1:
+            raise ConfigError(f"{key}: {own[key]!r} is not a number of at least 1", key)
+    return Stored(int(float(own["volumes"])), float(own["corpus_gb"]) * 1e9)
 
 
 def _check(made: Plan) -> None:
@@ -156,6 +190,8 @@ def lines(made: Plan) -> Iterator[str]:
     yield from _parts("operations of a volume, forward and backward", "TFLOP", 1e12, work)
     yield from _memory(made)
     yield from _time(made)
+    if made.corpus:
+        yield from _reading(made, made.corpus)
 
 
 def _precision(made: Plan) -> str:
@@ -197,6 +233,41 @@ def _time(made: Plan) -> Iterator[str]:
     yield f"\nthe loader must deliver, at {high:.1f} volumes/s"
     yield f"  a node                {each:.1f} volumes/s, {each * sample_bytes(config) / 1e9:.2f} GB/s"
     yield f"  a loader process      a sample in {1000 * made.ranks * workers / high:.0f} ms ({workers} a device)"
+
+
+def _reading(made: Plan, corpus: Stored) -> Iterator[str]:
+    config, nodes = made.config, made.config.run.nodes
+    data, rate = config.data, made.rates()[1]
+    size = corpus.bytes / corpus.volumes
+    epochs = math.ceil(config.optim.max_steps * data.global_batch / (corpus.volumes * data.samples_per_volume))
+    hits = cache_hits(made, corpus, epochs)
+    together = rate * size / 1e9
+    missed = together * (1 - sum(hits) / len(hits))
+    shards = math.ceil(corpus.volumes / PackConfig.samples_per_shard)
+    opens = rate * max(0.0, 1 - KEPT_OPEN / shards)
+    yield f"\nreading complete volumes of {size / 1e6:.1f} MB, at {rate:.1f} volumes/s (crops read a part of them)"
+    yield f"  a node                {together / nodes:.2f} GB/s"
+    yield f"  from its cache        {_hits(config, hits)}"
+    yield f"  from the store        {missed / nodes:.2f} GB/s a node, {missed:.2f} GB/s together"
+    yield f"  opens of shards       {opens:.0f} /s together, in a mounted folder of {shards} shards"
+
+
+def _hits(config: Config, hits: list[float]) -> str:
+    if not config.data.cache:
+        return "nothing (data.cache is not set)"
+    last = min(config.data.locality_epochs, len(hits))
+    period = hits[1:last]
+    within = f"{100 * sum(period) / len(period):.0f} % in epochs 2 to {last}, " if period else ""
+    mean = f"{100 * sum(hits) / len(hits):.0f} % in epochs 1 to {len(hits)}"
+    return f"{within}{mean} (data.locality={config.data.locality}, {config.data.cache_gb:.0f} GB)"
+
+
+def cache_hits(made: Plan, corpus: Stored, epochs: int) -> list[float]:
+    """Share of what a node reads that is in its cache, for each of the first epochs; zeros without a cache."""
+    data = made.config.data
+    cached = 1e9 * data.cache_gb / corpus.bytes if data.cache else 0
+    keys = (data.locality, data.locality_epochs, data.samples_per_volume)
+    return NodeCache(made.config.run.nodes, cached, *keys).hits(epochs)
 
 
 def micro_batch(config: Config) -> int:

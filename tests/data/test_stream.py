@@ -40,17 +40,8 @@ from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_sample
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import Store
-from segvol_pl.data.stream import BatchPlan, Stream, World, epoch_order
+from segvol_pl.data.stream import BatchPlan, Stream, World
 from segvol_pl.errors import ShardError, StoreError
-
-
-def test_the_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
-    order = epoch_order(1000, seed=3, epoch=5)
-    assert order.dtype == np.int64
-    assert sorted(order) == list(range(1000))
-    assert np.array_equal(order, epoch_order(1000, seed=3, epoch=5))
-    assert not np.array_equal(order, epoch_order(1000, seed=3, epoch=6))
-    assert not np.array_equal(order, epoch_order(1000, seed=4, epoch=5))
 
 
 def dealt(plan: BatchPlan, world: World, seen: int, until: int) -> list[np.ndarray]:
@@ -95,7 +86,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_world(ranks: int, workers: i
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused() -> None:
-    with pytest.raises(ValueError, match="global batch 8 is not a multiple of 3 ranks"):
+    with pytest.raises(ValueError, match="micro-batch 8 is not a multiple of 3 ranks"):
         next(BatchPlan(100, 8).positions(World(0, 3), 0))
 
 

@@ -15,6 +15,7 @@ from segvol_pl.config import PretrainConfig, Strategy, TrainConfig
 from segvol_pl.errors import ConfigError
 from segvol_pl.planning import flops, memory
 from segvol_pl.planning.devices import ACCELERATORS
+from segvol_pl.planning.node_cache import NodeCache
 from segvol_pl.planning.plan import REACHED, RECORDED, Plan, lines, plan, strategies
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,10 @@ def test_place_and_kind_of_run_are_read() -> None:
         ([TRAIN, "device=abacus"], "device: 'abacus' is none of h100"),
         ([TRAIN, "optim.lrr=1"], r"unknown key optim\.lrr .*did you mean optim\.lr"),
         ([TRAIN, "gpus=two"], r"run\.devices"),
+        ([TRAIN, "volumes=10"], "volumes: give volumes=N and corpus_gb=GB together"),
+        ([TRAIN, "volumes=many", "corpus_gb=1"], "volumes: 'many' is not a number of at least 1"),
+        ([TRAIN, "volumes=10", "corpus_gb=0"], "corpus_gb: '0' is not a number"),
+        ([TRAIN, *PLACE, "data.locality=3"], r"data\.locality .*: 3 shares are not possible: data\.global_batch=32"),
     ],
 )
 def test_misuse_names_the_key(arguments: list[str], message: str) -> None:
@@ -149,3 +154,36 @@ def test_planned_memory_is_what_a_process_takes() -> None:
 
 def test_a_plan_needs_bf16_only_where_the_run_has_it() -> None:
     assert isinstance(plan([TRAIN]), Plan) and plan([TRAIN]).bf16 and not plan([TRAIN, "run.precision=fp32"]).bf16
+
+
+# ---- what nodes read ----
+
+CLUSTER = ["nodes=16", "gpus=2", "device=h100", "volumes=100000", "corpus_gb=1600", "data.samples_per_volume=2"]
+
+
+def test_the_plan_says_what_nodes_read_and_open() -> None:
+    made = plan([PRETRAIN, *CLUSTER, "data.cache=/local", "data.cache_gb=400", "data.locality=16"])
+    rate, printed = made.rates()[1], "\n".join(lines(made))
+    assert f"a node                {rate / 16 * 16e-3:.2f} GB/s" in printed
+    assert "from its cache        100 % in epochs 2 to 4" in printed
+    assert f"opens of shards       {rate * (1 - 256 / 3125):.0f} /s" in printed
+    without = "\n".join(lines(plan([PRETRAIN, *CLUSTER])))
+    assert "nothing (data.cache is not set)" in without
+    assert f"from the store        {rate * 1e-3:.2f} GB/s a node, {rate * 16e-3:.2f} GB/s together" in without
+    assert "opens of shards" not in "\n".join(lines(plan([PRETRAIN])))
+
+
+def test_a_cache_holds_a_share_for_its_period() -> None:
+    hits = NodeCache(nodes=16, cached=1 / 8, locality=16, locality_epochs=4).hits(12)
+    assert hits[0] == 0 and all(hits[epoch] == (epoch % 4 > 0) for epoch in (1, 2, 3, 5, 6, 7, 9, 10, 11))
+    # Two shares each, or a share for two nodes: as much of the corpus is read by a node, or twice as much.
+    assert NodeCache(8, 1 / 4, 16, 4).hits(4) == [0, 1, 1, 1]
+    shared = NodeCache(16, 1 / 4, 8, 4).hits(4)
+    assert 0 == shared[0] < shared[1] < shared[2] < shared[3] < 1
+    # Both draws of a volume are on one node.
+    assert NodeCache(16, 1 / 8, 16, 4, samples_per_volume=2).hits(2) == [0.5, 1]
+
+
+def test_without_locality_a_cache_holds_its_part_of_the_corpus_in_the_long_run() -> None:
+    hits = NodeCache(nodes=32, cached=0.5).hits(64)
+    assert hits[1] < 0.1 and sum(hits[-10:]) / 10 == pytest.approx(7 / 8 * 0.5, abs=0.05)
