@@ -83,7 +83,7 @@ class Corpus:
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch before they are shuffled, int32 (num_samples,)."""
-        dealt, first = [], 0
+        dealt, first = list[np.ndarray](), 0
         for number, part in enumerate(self.parts):
             size = len(part.records)
             whole, rest = divmod(part.dealt, size)

@@ -34,7 +34,7 @@ WORLDS = 500
 
 def test_the_order_is_a_permutation_that_seed_and_epoch_decide() -> None:
     order = epoch_order(1000, seed=3, epoch=5)
-    assert order.dtype == np.int64
+    assert order.dtype == np.int32
     assert sorted(order) == list(range(1000))
     assert np.array_equal(order, epoch_order(1000, seed=3, epoch=5))
     assert not np.array_equal(order, epoch_order(1000, seed=3, epoch=6))
