@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import logging
 import os
@@ -56,6 +57,8 @@ MEMORY_REPORT = 200
 """Characters kept of torch's report about GPU memory."""
 PIPED_WIDTH = 10_000
 """Columns of the output where it is not a terminal: no table is wrapped or cut."""
+ROWS_AT_ONCE = 500
+"""Rows of a table that are laid out together."""
 FLAGS = {"--help", "-h", "--debug", "--version"}
 
 
@@ -244,9 +247,11 @@ def _inspect(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
     from segvol_pl.data.shard_index import list_samples
 
-    if rows := list_samples(folder):
-        _print_table(rows)
-    else:
+    samples, printed = list_samples(folder), 0
+    while block := list(itertools.islice(samples, ROWS_AT_ONCE)):
+        _print_table(block, header=not printed)
+        printed += len(block)
+    if not printed:
         print(f"{masked(folder)}: no samples")
     return DONE
 
@@ -421,12 +426,12 @@ def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
 
 
-def _print_table(rows: Sequence[Mapping[str, object]]) -> None:
+def _print_table(rows: Sequence[Mapping[str, object]], header: bool = True) -> None:
     """Print rows that have the same columns, named in the first row."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=header)
     for name in rows[0]:
         table.add_column(name, overflow="fold")
     for row in rows:

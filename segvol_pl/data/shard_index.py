@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -222,10 +223,10 @@ def remedy(place: str) -> str:
     return f"run segvol-pl index {place.rpartition('/')[0] or '.'}"
 
 
-def list_samples(folder: ShardSource) -> list[dict[str, Any]]:
+def list_samples(folder: ShardSource) -> Iterator[dict[str, Any]]:
     """One row per sample, for the command `inspect`: key, split, shape, spacing (mm), categories, bytes, shard."""
-    return [
-        {
+    for record in read_index(Store(folder)).samples:
+        yield {
             "key": record.key,
             "split": record.split,
             "shape": tuple(record.shape),
@@ -234,5 +235,3 @@ def list_samples(folder: ShardSource) -> list[dict[str, Any]]:
             "bytes": sum(size for _, size in record.members.values()),
             "shard": record.shard,
         }
-        for record in read_index(Store(folder)).samples
-    ]
