@@ -43,7 +43,7 @@ FAST = {"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.BITS
 FAST_WORTH = 1.1
 """A fast frame may be this many times as large as a compact one."""
 ENCODING = 2
-"""Counts the ways of encoding so far: a stopped packing run is not resumed in another one."""
+"""Counts the ways of encoding so far. A sample states its own; `packing/repack.py` upgrades earlier ones."""
 
 ByteRange = tuple[int, int]
 """First byte, and the byte behind the last."""
@@ -79,18 +79,45 @@ def encode_array(array_DHW: np.ndarray, fast: bool = False) -> bytes:
             which is the default.
     """
     compact = _encoded(array_DHW, COMPACT)
-    if not fast:
-        return compact
+    return _faster(array_DHW, compact) if fast else compact
+
+
+def encode_again(frame: bytes, fast: bool = False) -> bytes:
+    """Return a frame as `encode_array` encodes its array today: the same bytes if it is encoded so already.
+
+    Raises SampleError for bytes that are not a frame, or that cannot be decoded.
+    """
+    array = decode_array(frame)
+    if _is_encoded(array, FAST if fast else COMPACT):
+        return frame
+    array_DHW = decoded(array, slice(None))
+    return _faster(array_DHW, frame) if _is_encoded(array, COMPACT) else encode_array(array_DHW, fast)
+
+
+def _faster(array_DHW: np.ndarray, compact: bytes) -> bytes:
     quick = _encoded(array_DHW, FAST)
     return quick if len(quick) <= FAST_WORTH * len(compact) else compact
 
 
 def _encoded(array_DHW: np.ndarray, compression: dict[str, Any]) -> bytes:
-    chunks = tuple(min(size, limit) for size, limit in zip(array_DHW.shape, CHUNK, strict=True))
-    blocks = tuple(min(size, limit) for size, limit in zip(chunks, BLOCK, strict=True))
+    chunks, blocks = _parts_of(array_DHW.shape)
     parameters = blosc2.CParams(**compression, nthreads=1)
     encoded = blosc2.asarray(np.ascontiguousarray(array_DHW), chunks=chunks, blocks=blocks, cparams=parameters)
     return bytes(encoded.to_cframe())
+
+
+def _parts_of(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the chunks and of the blocks of an array."""
+    chunks = tuple(min(size, limit) for size, limit in zip(shape, CHUNK, strict=True))
+    return chunks, tuple(min(size, limit) for size, limit in zip(chunks, BLOCK, strict=True))
+
+
+def _is_encoded(array: blosc2.NDArray, compression: dict[str, Any]) -> bool:
+    """Whether `_encoded` with this compression gave the array."""
+    found = array.schunk.cparams
+    filters = [each for each in found.filters if each is not blosc2.Filter.NOFILTER]
+    same = (found.codec, found.clevel, filters) == tuple(compression[name] for name in ("codec", "clevel", "filters"))
+    return same and (array.chunks, array.blocks) == _parts_of(array.shape)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ def parse_facts(text: bytes, place: str) -> Facts:
         facts = Facts.from_dict(json.loads(text))
         require_shape(facts.shape, "shape")
         require_shape(facts.overview_shape, "overview_shape")
+        require_kind(facts.encoding, int, "encoding")
         for ending, sha256 in facts.members.items():
             require_kind(sha256, str, f"hash of {Member(ending).value}")
         for name, held in facts.categories.items():

@@ -31,7 +31,7 @@ from segvol_pl.data.shard_index import Index, SampleRecord, list_samples, read_i
 from segvol_pl.data.shard_reader import read_array, read_facts, read_member
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import INDEX, Store
-from segvol_pl.data.verify import _sample_faults, verify
+from segvol_pl.data.verify import sample_faults, verify
 from segvol_pl.errors import SampleError, ShardError, StoreError
 from segvol_pl.imaging.intensity import Intensity
 
@@ -455,7 +455,7 @@ def test_verify_says_what_it_could_not_read(folder: Path) -> None:
     record = read_index(Store(folder)).samples[0]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-        (fault,) = _sample_faults(Store(folder, 0.0), record)
+        (fault,) = sample_faults(Store(folder, 0.0), record)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "a-00000.tar could not be read for 0 s (Too many open files)" in fault and "[not read, bytes" in fault
