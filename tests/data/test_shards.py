@@ -7,11 +7,8 @@ import json
 import re
 import resource
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from ranged_http import serving
 
 from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
@@ -170,33 +168,10 @@ def test_every_member_is_read_by_range(folder: Path, scheme: str) -> None:
             assert np.array_equal(decode_array(read_member(Store(place), record, member))[:], array)
 
 
-class _Ranged(SimpleHTTPRequestHandler):
-    """Python's own server ignores Range headers; object stores do not."""
-
-    def do_GET(self) -> None:
-        content = Path(self.translate_path(self.path)).read_bytes()
-        wanted = self.headers.get("Range")
-        if wanted:
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            content = content[first : last + 1]
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet."""
-
-
 @pytest.fixture
 def server(folder: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranged, directory=str(folder))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(folder) as place:
+        yield place
 
 
 def test_shards_behind_http(folder: Path, server: str) -> None:
