@@ -93,7 +93,7 @@ def read_member(store: Store, record: SampleRecord, member: Member, sha256: str 
 
 @dataclass(frozen=True)
 class _Request:
-    """Parts of one member, and how to tell that they are what was packed."""
+    """Parts of one member, and a check that they are what was packed."""
 
     member: Member
     spans: list[ByteRange]
