@@ -264,6 +264,7 @@ def _killed_at(folder: Path, step: int) -> None:
     run(folder)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_of_the_last_step_is_finished_by_the_next(
     earlier: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
