@@ -89,9 +89,9 @@ def timed(spent: Counter[str]) -> Iterator[None]:
         return watched
 
     parts = {
-        "read": (Store, "member"),
+        "read": (Store, "_ranges"),
         "check members": (shard_reader, "_is_sound"),
-        "check chunks": (PartialFrame, "_sound"),
+        "check chunks": (PartialFrame, "is_sound"),
         "draw prompts": (sampling, "segment_sample"),
         "augment": (sampling, "augment"),
         "view (decode, resize, crop)": (sampling, "sample_crop"),

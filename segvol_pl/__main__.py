@@ -243,6 +243,18 @@ def _verify(arguments: list[str]) -> int:
     return FAILED if faults else DONE
 
 
+def _repack(arguments: list[str]) -> int:
+    folders = [argument for argument in arguments if "=" not in argument]
+    (folder,) = _take(folders, "DIR")
+    keys = [argument for argument in arguments if argument not in folders]
+    config = loader.load("repack", [f"folder={folder}", *keys])
+    from segvol_pl.packing.repack import repack
+
+    report = repack(config, _console())
+    print("".join(f"{fault}\n" for fault in report.faults), end="")
+    return FAILED if report.faults else DONE
+
+
 def _inspect(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
     from segvol_pl.data.shard_index import list_samples
@@ -445,6 +457,7 @@ COMMANDS = {
     "inventory": _configured("inventory", _inventory),
     "pack": _configured("pack", _pack),
     "index": Command("DIR", "Rebuild index.json from the shards in DIR.", _index),
+    "repack": Command("DIR [workers=N]", str(SCHEMAS["repack"].__doc__), _repack),
     "verify": Command("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
     "inspect": Command("DIR", "List the samples in the shards of DIR.", _inspect),
     "overlap": Command("DIR ...", "List volumes that occur in several of the folders, or in two splits.", _overlap),

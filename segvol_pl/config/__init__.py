@@ -62,7 +62,14 @@ from segvol_pl.config.model import (
     TextConfig,
     TextSource,
 )
-from segvol_pl.config.packing import InventoryConfig, PackConfig, PhantomsConfig, RegionsConfig, parse_part
+from segvol_pl.config.packing import (
+    InventoryConfig,
+    PackConfig,
+    PhantomsConfig,
+    RegionsConfig,
+    RepackConfig,
+    parse_part,
+)
 from segvol_pl.config.training import (
     DEEPSPEED_BUCKET,
     MAY_CHANGE,
@@ -121,6 +128,7 @@ __all__ = [
     "Range",
     "Recompute",
     "RegionsConfig",
+    "RepackConfig",
     "RunConfig",
     "SegVolConfig",
     "Slice",
@@ -151,6 +159,7 @@ SCHEMAS: dict[str, type] = {
     "phantoms": PhantomsConfig,
     "inventory": InventoryConfig,
     "pack": PackConfig,
+    "repack": RepackConfig,
     "pretrain": PretrainConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,

@@ -104,6 +104,16 @@ class PackConfig(Keys):
 
 
 @dataclass
+class RepackConfig(Keys):
+    """Upgrade the shards in DIR to today's encoding, in place. Takes disk for a second copy until it is done."""
+
+    folder: str = MISSING
+    """Folder of the shards. DIR on the command line."""
+    workers: int = ranged(0, least=0)
+    """Processes. 0: one per core."""
+
+
+@dataclass
 class InventoryConfig(Keys):
     """List the CTs in a folder tree or a list of cases, by reading only their headers."""
 

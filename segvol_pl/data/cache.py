@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from segvol_pl.atomic import atomic_path
@@ -28,7 +29,30 @@ KEPT_SHARE = 7 / 8
 CHECK_SHARE = 1 / 256
 """Share of the limit that a process adds before it checks: 32 processes on a node stay within the limit."""
 
-FetchBlocks = Callable[[list[ByteRange]], list[bytes]]
+FetchRanges = Callable[[list[ByteRange]], list[bytes]]
+"""Reads ranges of a file."""
+
+
+@dataclass(frozen=True)
+class MemberParts:
+    """Parts of one member of a file."""
+
+    offset: int
+    """First byte of the member in the file."""
+    size: int
+    """Bytes of the member."""
+    spans: list[ByteRange]
+    """The parts, in bytes of the member."""
+    key: str = ""
+    """The member's hash, its name in the cache. Empty: do not cache."""
+
+    def in_file(self, span: ByteRange) -> ByteRange:
+        """The place of a span of the member in the file."""
+        return self.offset + span[0], self.offset + span[1]
+
+    def block(self, number: int) -> ByteRange:
+        """The span of a block."""
+        return number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self.size)
 
 
 class Cache:
@@ -40,26 +64,29 @@ class Cache:
         """Bytes added since the last check. It starts at the limit: the cache may hold blocks of earlier runs."""
         self.failed = False
 
-    def read(self, key: str, size: int, spans: list[ByteRange], fetch: FetchBlocks) -> list[bytes]:
-        """Read parts of a member.
-
-        Args:
-            key: the member's hash.
-            size: bytes of the member.
-            spans: the parts, in bytes of the member.
-            fetch: reads the blocks that are not cached.
-        """
-        wanted = sorted({block for span in spans for block in _blocks_of(span)})
-        places = {block: (block * BLOCK_BYTES, min((block + 1) * BLOCK_BYTES, size)) for block in wanted}
-        blocks = {block: self._get(key, block, _length(places[block])) for block in wanted}
-        missing = [block for block in wanted if blocks[block] is None]
-        fetched = fetch([places[block] for block in missing]) if missing else []
-        for block, content in zip(missing, fetched, strict=True):
-            blocks[block] = content
+    def read(self, wanted: Sequence[MemberParts], fetch: FetchRanges) -> list[list[bytes]]:
+        """Read parts of members of one file. fetch: reads the blocks that are not cached, all at once."""
+        held = [self._held(member) for member in wanted]
+        missing = [
+            (member, blocks, number)
+            for member, blocks in zip(wanted, held, strict=True)
+            for number, content in blocks.items()
+            if content is None
+        ]
+        ranges = [member.in_file(member.block(number)) for member, _, number in missing]
+        for (member, blocks, number), content in zip(missing, fetch(ranges) if ranges else [], strict=True):
+            blocks[number] = content
             # Do not keep what a truncated shard returned.
-            if len(content) == _length(places[block]):
-                self._put(key, block, content)
-        return [_assembled(blocks, span) for span in spans]
+            if len(content) == _length(member.block(number)):
+                self._put(member.key, number, content)
+        return [
+            [_assembled(blocks, span) for span in member.spans] for member, blocks in zip(wanted, held, strict=True)
+        ]
+
+    def _held(self, member: MemberParts) -> dict[int, bytes | None]:
+        """The blocks that the member's parts are in: None for one that is not cached."""
+        numbers = sorted({number for span in member.spans for number in _blocks_of(span)})
+        return {number: self._get(member.key, number, _length(member.block(number))) for number in numbers}
 
     def forget(self, key: str) -> None:
         """Remove a member's blocks, because what was fetched was damaged."""

@@ -43,10 +43,13 @@ FAST = {"codec": blosc2.Codec.LZ4HC, "clevel": 9, "filters": [blosc2.Filter.BITS
 FAST_WORTH = 1.1
 """A fast frame may be this many times as large as a compact one."""
 ENCODING = 2
-"""Counts the ways of encoding so far: a stopped packing run is not resumed in another one."""
+"""Counts the ways of encoding so far. A sample states its own; `packing/repack.py` upgrades earlier ones."""
 
 ByteRange = tuple[int, int]
 """First byte, and the byte behind the last."""
+
+Slices = slice | tuple[slice, ...]
+"""A part of an array."""
 
 Content = bytes | memoryview
 
@@ -79,18 +82,45 @@ def encode_array(array_DHW: np.ndarray, fast: bool = False) -> bytes:
             which is the default.
     """
     compact = _encoded(array_DHW, COMPACT)
-    if not fast:
-        return compact
+    return _faster(array_DHW, compact) if fast else compact
+
+
+def encode_again(frame: bytes, fast: bool = False) -> bytes:
+    """Return a frame as `encode_array` encodes its array today: the same bytes if it is encoded so already.
+
+    Raises SampleError for bytes that are not a frame, or that cannot be decoded.
+    """
+    array = decode_array(frame)
+    if _is_encoded(array, FAST if fast else COMPACT):
+        return frame
+    array_DHW = decoded(array, slice(None))
+    return _faster(array_DHW, frame) if _is_encoded(array, COMPACT) else encode_array(array_DHW, fast)
+
+
+def _faster(array_DHW: np.ndarray, compact: bytes) -> bytes:
     quick = _encoded(array_DHW, FAST)
     return quick if len(quick) <= FAST_WORTH * len(compact) else compact
 
 
 def _encoded(array_DHW: np.ndarray, compression: dict[str, Any]) -> bytes:
-    chunks = tuple(min(size, limit) for size, limit in zip(array_DHW.shape, CHUNK, strict=True))
-    blocks = tuple(min(size, limit) for size, limit in zip(chunks, BLOCK, strict=True))
+    chunks, blocks = _parts_of(array_DHW.shape)
     parameters = blosc2.CParams(**compression, nthreads=1)
     encoded = blosc2.asarray(np.ascontiguousarray(array_DHW), chunks=chunks, blocks=blocks, cparams=parameters)
     return bytes(encoded.to_cframe())
+
+
+def _parts_of(shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the chunks and of the blocks of an array."""
+    chunks = tuple(min(size, limit) for size, limit in zip(shape, CHUNK, strict=True))
+    return chunks, tuple(min(size, limit) for size, limit in zip(chunks, BLOCK, strict=True))
+
+
+def _is_encoded(array: blosc2.NDArray, compression: dict[str, Any]) -> bool:
+    """Whether `_encoded` with this compression gave the array."""
+    found = array.schunk.cparams
+    filters = [each for each in found.filters if each is not blosc2.Filter.NOFILTER]
+    same = (found.codec, found.clevel, filters) == tuple(compression[name] for name in ("codec", "clevel", "filters"))
+    return same and (array.chunks, array.blocks) == _parts_of(array.shape)
 
 
 @dataclass(frozen=True)
@@ -126,7 +156,7 @@ def decode_array(frame: bytes | np.ndarray, form: Form | None = None) -> blosc2.
     return array
 
 
-def decoded(array: blosc2.NDArray, key: slice | tuple[slice, ...]) -> np.ndarray:
+def decoded(array: blosc2.NDArray, key: Slices) -> np.ndarray:
     """Decode a slice. Raises SampleError if a chunk cannot be decoded."""
     try:
         return np.asarray(array[key])
@@ -180,8 +210,18 @@ class WholeFrame:
         self.shape = tuple(self._array.shape)
         self.dtype: np.dtype[Any] = self._array.dtype
 
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:
+    def __getitem__(self, key: Slices) -> np.ndarray:
         return decoded(self._array, key)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a slice of a `PartialFrame` needs and the frame has not fetched."""
+
+    runs: list[tuple[int, int]]
+    """First and last chunk of each run of chunks that is read in one request."""
+    spans: list[ByteRange]
+    """Bytes of the frame: those of the runs, then its head and tail."""
 
 
 def _check_table(table: ChunkTable) -> None:
@@ -210,6 +250,8 @@ def _parts(extent: int, chunk: int) -> int:
 
 class PartialFrame:
     """A frame that fetches only the chunks that a slice touches, each once. Slices must have step 1.
+
+    `missing`, `is_sound` and `add` are the steps of a fetch, for a caller that fetches for several frames at once.
 
     Args:
         table: the frame's chunks.
@@ -240,13 +282,31 @@ class PartialFrame:
         dtype: np.dtype[Any] = self._array().dtype
         return dtype
 
-    def __getitem__(self, key: slice | tuple[slice, ...]) -> np.ndarray:
+    def __getitem__(self, key: Slices) -> np.ndarray:
         slices = self._slices_of(key)
-        self._load(self._touched(slices))
+        self._load(self._missing(self._touched(slices)))
         return decoded(self._array(), slices)
 
+    def missing(self, key: Slices) -> Missing:
+        """What must be added before the slice can be decoded without a fetch."""
+        return self._missing(self._touched(self._slices_of(key)))
+
+    def is_sound(self, missing: Missing, parts: list[bytes]) -> bool:
+        """Whether the parts, one for each span, are what was packed."""
+        ends = parts[len(missing.runs) :]
+        if ends and self._digest(b"".join(ends)) != self.table.ends:
+            return False
+        return all(self._run_sound(first, last, part) for (first, last), part in zip(missing.runs, parts, strict=False))
+
+    def add(self, missing: Missing, parts: list[bytes]) -> None:
+        """Keep the parts, which are sound."""
+        for (first, last), part in zip(missing.spans, parts, strict=True):
+            self.frame[first:last] = np.frombuffer(part, np.uint8)
+        self.have.update(number for first, last in missing.runs for number in range(first, last + 1))
+        self.opened = True
+
     def _array(self) -> blosc2.NDArray:
-        self._load([])
+        self._load(self._missing([]))
         array = decode_array(self.frame, self.form)
         if (array.shape, array.chunks) != (self.shape, tuple(self.table.chunk)):
             raise SampleError(
@@ -255,7 +315,7 @@ class PartialFrame:
             )
         return array
 
-    def _slices_of(self, key: slice | tuple[slice, ...]) -> tuple[slice, ...]:
+    def _slices_of(self, key: Slices) -> tuple[slice, ...]:
         given = key if isinstance(key, tuple) else (key,)
         padded = (*given, *[slice(None)] * (len(self.shape) - len(given)))
         return tuple(slice(*part.indices(extent)[:2]) for part, extent in zip(padded, self.shape, strict=True))
@@ -269,21 +329,17 @@ class PartialFrame:
         ]
         return np.ravel_multi_index(np.meshgrid(*along, indexing="ij"), grid).reshape(-1).tolist()
 
-    def _load(self, numbers: list[int]) -> None:
-        missing = [number for number in numbers if number not in self.have and self.table.sizes[number]]
+    def _missing(self, numbers: list[int]) -> Missing:
+        runs = list(self._runs([number for number in numbers if number not in self.have and self.table.sizes[number]]))
         ends = [] if self.opened else [(0, self.table.start + CHUNK_HEADER), (self.bounds[-1], self.table.bytes)]
-        runs = list(self._runs(missing))
-        spans = [(self.bounds[first], self.bounds[last + 1]) for first, last in runs] + ends
-        if not spans:
-            return
-        parts = self.fetch(spans, lambda parts: self._sound(runs, parts))
-        for (first, last), part in zip(spans, parts, strict=True):
-            self.frame[first:last] = np.frombuffer(part, np.uint8)
-        self.have.update(number for first, last in runs for number in range(first, last + 1))
-        self.opened = True
+        return Missing(runs, [(self.bounds[first], self.bounds[last + 1]) for first, last in runs] + ends)
+
+    def _load(self, missing: Missing) -> None:
+        if missing.spans:
+            self.add(missing, self.fetch(missing.spans, lambda parts: self.is_sound(missing, parts)))
 
     def _runs(self, numbers: list[int]) -> Iterator[ByteRange]:
-        """First and last chunk of each run of chunks that is read in one request."""
+        """First and last chunk of each run, see `Missing`."""
         if not numbers:
             return
         first = last = numbers[0]
@@ -293,13 +349,6 @@ class PartialFrame:
                 first = number
             last = number
         yield first, last
-
-    def _sound(self, runs: list[ByteRange], parts: list[bytes]) -> bool:
-        """Whether the parts are what was packed: first the chunks of each run, then the ends."""
-        ends = parts[len(runs) :]
-        if ends and self._digest(b"".join(ends)) != self.table.ends:
-            return False
-        return all(self._run_sound(first, last, part) for (first, last), part in zip(runs, parts, strict=False))
 
     def _run_sound(self, first: int, last: int, part: bytes) -> bool:
         view, offset = memoryview(part), self.bounds[first]

@@ -135,7 +135,7 @@ class PipeStream(Stream):
         facts = facts_of(content(Member.FACTS), record, store.place(record.shard))
         for member in arrays_of(facts, volume.members):
             array(member)  # check all against their hashes, whichever the draw reads
-        return self.draw(facts, array, rng)
+        return self.draw(facts, lambda wanted: {one: array(one)[slices] for one, slices in wanted.items()}, rng)
 
     def _unreported(self) -> np.ndarray:
         """(row, damage) of samples left out and not yet reported, in the form of `Stream.sample`."""

@@ -12,9 +12,8 @@ The training step draws nothing, so the same batch gives the same loss on any nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data.batch import packed, shade_of
 from segvol_pl.data.coarse_masks import simulated_coarse
 from segvol_pl.data.collate import Arrays
+from segvol_pl.data.frames import Slices
 from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
 from segvol_pl.imaging.box import Box, box_slices
@@ -29,8 +29,11 @@ from segvol_pl.imaging.intensity import Intensity, normalise
 from segvol_pl.imaging.masks import BoxedMask, LabelMap, counts_of
 from segvol_pl.imaging.prompts import ABSENT, gathered_landmarks, jitter_box, sample_landmarks, sample_points
 
-Read = Callable[[Member], Any]
-"""Returns a member of the sample as a sliceable array, decoded only where sliced."""
+Read = Callable[[Mapping[Member, Slices]], dict[Member, np.ndarray]]
+"""Returns a slice of each named array of the sample. A draw names all that it needs in one call: from a URL they are
+then read together."""
+
+ALL = slice(None)
 
 GRID_OVERLAP = 0.5
 """Overlap of neighbouring windows on the grid, the default of `zoom.overlap`."""
@@ -83,14 +86,25 @@ def sample_crop(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig,
 
 
 def _overview(facts: Facts, read: Read, model: SegVolConfig) -> Crop:
-    hu_DHW = read(Member.OVERVIEW)[:]
+    held = read(_wanted(facts, Member.OVERVIEW, Member.OVERVIEW_LABEL, ALL))
+    hu_DHW = held[Member.OVERVIEW]
     fits = hu_DHW.shape == tuple(model.input_shape)
     return Crop(
         image_DHW=hu_DHW if fits else _resized(hu_DHW, facts.intensity, model.input_shape),
         intensity=facts.intensity if fits else None,
-        label_DHW=_fit_label(read(Member.OVERVIEW_LABEL)[:], model.input_shape) if facts.labelled else None,
-        regions_DHW=_fit_label(read(Member.REGIONS)[:], model.input_shape) if has_regions(facts) else None,
+        label_DHW=_fit_label(held[Member.OVERVIEW_LABEL], model.input_shape) if facts.labelled else None,
+        regions_DHW=_fit_label(held[Member.REGIONS], model.input_shape) if has_regions(facts) else None,
     )
+
+
+def _wanted(facts: Facts, hu: Member, label: Member, slices: Slices) -> dict[Member, Slices]:
+    """Name what a crop needs: a slice of the HU and of the label map, and all regions, of those that there are."""
+    wanted = {hu: slices}
+    if facts.labelled:
+        wanted[label] = slices
+    if has_regions(facts):
+        wanted[Member.REGIONS] = ALL
+    return wanted
 
 
 def _resized(hu_DHW: np.ndarray, intensity: Intensity, shape: Sequence[int]) -> np.ndarray:
@@ -112,12 +126,12 @@ def _window(facts: Facts, read: Read, model: SegVolConfig, grid_fraction: float,
     # No number is drawn for a share of 0, so that samples are those of a run without it.
     on_grid = grid_fraction > 0 and rng.random() < grid_fraction
     start = (_grid_start if on_grid else window_start)(facts, category, window, rng)
-    hu_DHW = transforms.crop(read(Member.CT), start, window, fill=facts.intensity.minimum)
+    held = read(_wanted(facts, Member.CT, Member.LABEL, transforms.window_slices(start, window, facts.shape)))
     return Crop(
-        image_DHW=hu_DHW,
+        image_DHW=transforms.padded(held[Member.CT], window, facts.intensity.minimum),
         intensity=facts.intensity,
-        label_DHW=transforms.crop(read(Member.LABEL), start, window) if facts.labelled else None,
-        regions_DHW=_window_regions(facts, read(Member.REGIONS)[:], start, window) if has_regions(facts) else None,
+        label_DHW=transforms.padded(held[Member.LABEL], window) if facts.labelled else None,
+        regions_DHW=_window_regions(facts, held[Member.REGIONS], start, window) if has_regions(facts) else None,
         category=category,
         step_3=overview_step(facts, window),
     )
@@ -166,7 +180,7 @@ def _window_regions(facts: Facts, regions_DHW: np.ndarray, start: Sequence[int],
     # Axis by axis: many times faster than one look-up with three indices.
     for axis, taken in enumerate(indices):
         regions_DHW = regions_DHW.take(taken, axis)
-    return transforms.crop(regions_DHW, (0, 0, 0), window)
+    return transforms.padded(regions_DHW, window)
 
 
 def augment(view: Crop, data: DataConfig, rng: np.random.Generator) -> Crop:

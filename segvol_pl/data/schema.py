@@ -99,6 +99,8 @@ class Facts:
     """Member ending -> sha256 of its bytes."""
     chunks: dict[str, ChunkTable] = field(default_factory=dict)
     """Member ending -> its chunks, for large members, which are read in parts."""
+    encoding: int = 1
+    """How its arrays are encoded, see `frames.ENCODING`; 1 in facts that were written before it was stated."""
     schema: int = SCHEMA
 
     def to_json(self) -> str:

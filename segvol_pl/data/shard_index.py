@@ -157,8 +157,14 @@ def write_index(folder: Path, index: Index) -> None:
     """Write the index of a local folder. If this is interrupted, the index is the one before, or the new one."""
     rows = _save_rows(folder, index.samples) if len(index.samples) > INLINE else None
     write_text(folder / INDEX, index.to_json(rows) + "\n")
+    remove_rows(folder, index)
+
+
+def remove_rows(folder: Path, index: Index) -> None:
+    """Remove the rows of earlier indexes from a folder; processes that have mapped them keep them."""
+    file = ROWS.format(digest=index.samples.digest())
     for path in folder.glob(ROWS.format(digest="*")):
-        if rows is None or path.name != rows.file:
+        if len(index.samples) <= INLINE or path.name != file:
             path.unlink(missing_ok=True)
 
 

@@ -1,7 +1,8 @@
 """Read samples from shards by byte range, and check them against the hashes taken at packing.
 
-1. `read_facts` reads what is known of a sample; `read_array` opens one of its arrays. Of a large array only the chunks
-   that a slice touches are read. `read_member` and `read_sample` give the bytes as they are.
+1. `read_facts` reads what is known of a sample; `read_slices` then reads slices of several of its arrays together, and
+   `read_array` opens one of them. Of a large array only the chunks that a slice touches are read. `read_member` and
+   `read_sample` give the bytes as they are.
 2. `facts_of` and `array_of` do the same with bytes that are already here (`pipe`).
 3. Bytes that are missing, too few, altered or undecodable raise `DamagedSample`, which names shard, sample and member.
 
@@ -12,15 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from segvol_pl.data.cache import MemberParts
 from segvol_pl.data.damage import Damage, DamagedSample
-from segvol_pl.data.frames import ByteRange, Form, PartialFrame, WholeFrame
+from segvol_pl.data.frames import ByteRange, Form, PartialFrame, Slices, WholeFrame
 from segvol_pl.data.sample_table import SampleRecord, require_kind, require_shape
 from segvol_pl.data.schema import CategoryFacts, Facts, Member, Sample
 from segvol_pl.data.shard_index import remedy
@@ -48,6 +51,7 @@ def parse_facts(text: bytes, place: str) -> Facts:
         facts = Facts.from_dict(json.loads(text))
         require_shape(facts.shape, "shape")
         require_shape(facts.overview_shape, "overview_shape")
+        require_kind(facts.encoding, int, "encoding")
         for ending, sha256 in facts.members.items():
             require_kind(sha256, str, f"hash of {Member(ending).value}")
         for name, held in facts.categories.items():
@@ -80,43 +84,59 @@ def read_member(store: Store, record: SampleRecord, member: Member, sha256: str 
         StoreError: the store cannot be read.
     """
     size = record.members.get(member.value, (0, 0))[1]
-    return _read_parts(store, record, member, [(0, size)], lambda parts: _is_sound(parts[0], sha256), sha256)[0]
+    return _read_checked(store, record, [_complete(member, size, sha256)])[0][0]
 
 
-def _read_parts(
-    store: Store,
-    record: SampleRecord,
-    member: Member,
-    spans: list[ByteRange],
-    sound: Callable[[list[bytes]], bool],
-    sha256: str,
-) -> list[bytes]:
-    """Read spans of a member. If a cached copy is damaged, read once more without the cache."""
-    parts = _read_spans(store, record, member, spans, sha256)
-    if sound(parts):
-        return parts
-    if store.cache is not None:
-        store.cache.forget(sha256)
-        # Without the cache: one that is not writable still holds the damaged copy.
-        parts = _read_spans(replace(store, cache=None), record, member, spans, sha256)
-        if sound(parts):
-            return parts
-    raise _altered(_place(store, record, member))
+@dataclass(frozen=True)
+class _Request:
+    """Parts of one member, and a check that they are what was packed."""
+
+    member: Member
+    spans: list[ByteRange]
+    sound: Callable[[list[bytes]], bool]
+    sha256: str
+    """Of the complete member: its name in the cache."""
 
 
-def _read_spans(store: Store, record: SampleRecord, member: Member, spans: list[ByteRange], sha256: str) -> list[bytes]:
-    place = _place(store, record, member)
-    if member.value not in record.members:
-        raise DamagedSample(f"{place} is not there", Damage.MISSING)
-    offset, size = record.members[member.value]
+def _complete(member: Member, size: int, sha256: str) -> _Request:
+    return _Request(member, [(0, size)], lambda parts: _is_sound(parts[0], sha256), sha256)
+
+
+def _read_checked(store: Store, record: SampleRecord, requests: Sequence[_Request]) -> list[list[bytes]]:
+    """Read the parts of all requests together. If a cached copy is damaged, read it once more without the cache."""
+    found = _read_parts(store, record, requests)
+    for number, request in enumerate(requests):
+        if request.sound(found[number]):
+            continue
+        if store.cache is not None:
+            store.cache.forget(request.sha256)
+            # Without the cache: one that is not writable still holds the damaged copy.
+            (found[number],) = _read_parts(replace(store, cache=None), record, [request])
+        if store.cache is None or not request.sound(found[number]):
+            raise _altered(_place(store, record, request.member))
+    return found
+
+
+def _read_parts(store: Store, record: SampleRecord, requests: Sequence[_Request]) -> list[list[bytes]]:
+    for request in requests:
+        if request.member.value not in record.members:
+            raise DamagedSample(f"{_place(store, record, request.member)} is not there", Damage.MISSING)
+    places = [record.members[request.member.value] for request in requests]
+    wanted = [
+        MemberParts(offset, size, request.spans, request.sha256)
+        for request, (offset, size) in zip(requests, places, strict=True)
+    ]
     try:
-        parts = store.member(record.shard, offset, size, spans, sha256)
+        found = store.members(record.shard, wanted)
     except FileNotFoundError as error:
+        place = _place(store, record, requests[0].member)
         raise DamagedSample(f"{place} cannot be read ({error})", Damage.MISSING) from error
-    got, wanted = sum(map(len, parts)), sum(last - first for first, last in spans)
-    if got != wanted:
-        raise DamagedSample(f"{place} gave {got} of {wanted} bytes: copy the truncated shard again", Damage.SHORT)
-    return parts
+    for request, parts in zip(requests, found, strict=True):
+        got, size = sum(map(len, parts)), sum(last - first for first, last in request.spans)
+        if got != size:
+            place = _place(store, record, request.member)
+            raise DamagedSample(f"{place} gave {got} of {size} bytes: copy the truncated shard again", Damage.SHORT)
+    return found
 
 
 def read_sample(store: Store, record: SampleRecord) -> Sample:
@@ -153,19 +173,65 @@ def read_array(store: Store, record: SampleRecord, facts: Facts, member: Member)
 
     Raises DamagedSample, here or when it is sliced.
     """
+    place, frame = _place(store, record, member), _partial_frame(store, record, facts, member)
+    if frame is not None:
+        return _CheckedArray(frame, place)
+    return _open(read_member(store, record, member, facts.members.get(member.value, "")), facts, member, place)
+
+
+def read_slices(
+    store: Store, record: SampleRecord, facts: Facts, wanted: Mapping[Member, Slices]
+) -> dict[Member, np.ndarray]:
+    """Read slices of several arrays together: from a URL they take the time of one request.
+
+    Args:
+        store: the folder.
+        record: the sample.
+        facts: of the sample.
+        wanted: a slice of each array. Steps must be 1.
+
+    Returns:
+        The slices, checked against the hashes of what was read for them.
+
+    Raises:
+        DamagedSample: bytes of an array are missing, too few, altered or undecodable.
+        StoreError: the store cannot be read.
+    """
+    frames = {member: _partial_frame(store, record, facts, member) for member in wanted}
+    missing = {member: frame.missing(wanted[member]) for member, frame in frames.items() if frame is not None}
+
+    def request(member: Member) -> _Request:
+        sha256, frame = facts.members.get(member.value, ""), frames[member]
+        if frame is None:
+            return _complete(member, record.members.get(member.value, (0, 0))[1], sha256)
+        return _Request(member, missing[member].spans, partial(frame.is_sound, missing[member]), sha256)
+
+    found = _read_checked(store, record, [request(member) for member in wanted])
+    arrays: dict[Member, Sliceable] = {}
+    for (member, frame), parts in zip(frames.items(), found, strict=True):
+        place = _place(store, record, member)
+        if frame is None:
+            arrays[member] = _open(parts[0], facts, member, place)
+        else:
+            frame.add(missing[member], parts)
+            arrays[member] = _CheckedArray(frame, place)
+    return {member: arrays[member][slices] for member, slices in wanted.items()}
+
+
+def _partial_frame(store: Store, record: SampleRecord, facts: Facts, member: Member) -> PartialFrame | None:
+    """The frame of a member that is read in parts; None for a member that is read completely."""
     sha256, table = facts.members.get(member.value, ""), facts.chunks.get(member.value)
-    place = _place(store, record, member)
     if table is None:
-        return _open(read_member(store, record, member, sha256), facts, member, place)
+        return None
+    place = _place(store, record, member)
     if record.members.get(member.value, (0, 0))[1] != table.bytes:
         raise _altered(place)
+
+    def fetch(spans: list[ByteRange], sound: Callable[[list[bytes]], bool]) -> list[bytes]:
+        return _read_checked(store, record, [_Request(member, spans, sound, sha256)])[0]
+
     with _as_damage(place):
-        partial = PartialFrame(
-            table,
-            lambda spans, sound: _read_parts(store, record, member, spans, sound, sha256),
-            _form(facts, member),
-        )
-    return _CheckedArray(partial, place)
+        return PartialFrame(table, fetch, _form(facts, member))
 
 
 def array_of(content: bytes, facts: Facts, member: Member, place: str) -> Sliceable:

@@ -27,11 +27,11 @@ from segvol_pl.data.damage import DAMAGES, DamagedSample
 from segvol_pl.data.locality import ONE_SHARE, Locality
 from segvol_pl.data.sampling import Read, lettered
 from segvol_pl.data.schema import Facts
-from segvol_pl.data.shard_reader import read_array, read_facts
+from segvol_pl.data.shard_reader import read_facts, read_slices
 from segvol_pl.errors import ShardError
 
 Draw = Callable[[Facts, Read, np.random.Generator], Arrays]
-"""Makes one training sample from a volume's facts, its members and the sample's own rng."""
+"""Makes one training sample from a volume's facts, its arrays and the sample's own rng."""
 
 ATTEMPTS = 4
 """Samples tried for one position: the first one and its replacements."""
@@ -182,7 +182,7 @@ class Stream(IterableDataset[Batch]):
     def _drawn(self, row: int, rng: np.random.Generator) -> Arrays:
         store, record = self.corpus.located(row)
         facts = read_facts(store, record)
-        return self.draw(facts, lambda member: read_array(store, record, facts, member), rng)
+        return self.draw(facts, lambda wanted: read_slices(store, record, facts, wanted), rng)
 
 
 def collate(samples: list[Arrays], seen: int) -> Batch:

@@ -44,13 +44,13 @@ def _faults_of(store: Store, shard: Shard, records: Sequence[SampleRecord]) -> l
     path = Path(store.place(shard.name))
     if problem := size_problem(path, shard):
         return [problem]
-    faults = [fault for record in records for fault in _sample_faults(store, record)]
+    faults = [fault for record in records for fault in sample_faults(store, record)]
     if not faults and sha256_of(path) != shard.sha256:
         return [f"shard {path}: its sha256 is not the indexed one although all samples are sound: copy it again"]
     return faults
 
 
-def _sample_faults(store: Store, record: SampleRecord) -> list[str]:
+def sample_faults(store: Store, record: SampleRecord) -> list[str]:
     """The faults of one sample, also those that a new index would hide: its facts hold the hashes taken at packing."""
     try:
         facts = read_facts(store, record)

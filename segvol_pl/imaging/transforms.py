@@ -1,7 +1,8 @@
 """Resizing, cropping and augmenting volumes: one set of transforms for packing, training and inference.
 
 1. `resize_image` and `resize_label` make the overview of a volume.
-2. `window_around`, `grid_starts` and `crop` make windows at native resolution.
+2. `window_around` and `grid_starts` place windows at native resolution; `crop` makes them, in the steps
+   `window_slices` and `padded`.
 3. `flip` and `sample_intensity` augment; they draw from the sample's own rng.
 """
 
@@ -104,13 +105,20 @@ def grid_starts(low: int, extent: int, size: int, overlap: float) -> list[int]:
 
 def crop(array_DHW: Sliceable, start: Sequence[int], window: Sequence[int], fill: int = 0) -> np.ndarray:
     """Return the window at `start`. Where the volume is shorter, it is padded with `fill` at the far end."""
-    slices = tuple(
-        slice(first, min(first + size, extent))
-        for first, size, extent in zip(start, window, array_DHW.shape, strict=True)
+    return padded(np.asarray(array_DHW[window_slices(start, window, array_DHW.shape)]), window, fill)
+
+
+def window_slices(start: Sequence[int], window: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the part of a volume of this shape that is in the window at `start`."""
+    return tuple(
+        slice(first, min(first + size, extent)) for first, size, extent in zip(start, window, shape, strict=True)
     )
-    part = np.asarray(array_DHW[slices])
-    missing = [(0, size - have) for size, have in zip(window, part.shape, strict=True)]
-    return np.pad(part, missing, constant_values=fill) if any(after for _, after in missing) else part
+
+
+def padded(part_DHW: np.ndarray, window: Sequence[int], fill: int = 0) -> np.ndarray:
+    """Return the part of a window, padded with `fill` at the far end to the window's size."""
+    missing = [(0, size - have) for size, have in zip(window, part_DHW.shape, strict=True)]
+    return np.pad(part_DHW, missing, constant_values=fill) if any(after for _, after in missing) else part_DHW
 
 
 def flip(arrays: dict[str, np.ndarray], probability: float, rng: np.random.Generator) -> dict[str, np.ndarray]:

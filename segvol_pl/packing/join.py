@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from segvol_pl.data.frames import ENCODING
 from segvol_pl.data.sample_table import SampleRecord
 from segvol_pl.data.schema import Split
 from segvol_pl.data.shard_index import read_index
-from segvol_pl.data.shard_reader import read_sample
+from segvol_pl.data.shard_reader import read_facts, read_sample
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import INDEX, Store
+from segvol_pl.errors import PackError
 from segvol_pl.packing.stage import KEY_LENGTH, STAGING, Job, Staged, in_ascii, writing
 
 SHARDS_AT_ONCE = 8
@@ -77,11 +79,15 @@ def take_apart(out: Path, by_key: dict[str, Job]) -> None:
 
     Raises:
         ShardError: A sample is damaged.
-        PackError: The staging folder cannot be written.
+        PackError: The staging folder cannot be written, or a sample has an earlier encoding.
     """
-    (out / STAGING).mkdir(exist_ok=True)
     store = Store(out)
-    for record in read_index(store).samples:
+    samples = read_index(store).samples
+    # Before anything is staged: what is staged is not encoded again.
+    if any(read_facts(store, record).encoding != ENCODING for record in samples):
+        raise PackError(f"out: {out} holds an earlier encoding: run segvol-pl repack {out}, then pack again")
+    (out / STAGING).mkdir(exist_ok=True)
+    for record in samples:
         path = by_key[record.key].path
         if not path.exists():
             with writing(path):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import blosc2
 from rich.console import Console
 
 from segvol_pl.config import PackConfig, parse_part
@@ -28,15 +29,15 @@ from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.store import INDEX
 from segvol_pl.errors import PackError
 from segvol_pl.folder_lock import FolderLock
-from segvol_pl.imaging.itk import simple_itk
+from segvol_pl.imaging.itk import simple_itk, sitk
 from segvol_pl.packing.cases import Case, pair_cases, read_cases
 from segvol_pl.packing.join import drop_duplicates, join, take_apart
 from segvol_pl.packing.m3d import is_m3d, m3d_cases
-from segvol_pl.packing.pool import run_jobs
+from segvol_pl.packing.pool import Work, run_jobs
 from segvol_pl.packing.prepare import Rules
 from segvol_pl.packing.recipes import DatasetRecipe, read_recipe, recipe_cases
 from segvol_pl.packing.report import REPORT, PackReport, print_left_out, print_summary, read_report, write_splits
-from segvol_pl.packing.stage import STAGING, BadCase, Job, Staged, key_of, stat_of
+from segvol_pl.packing.stage import STAGING, BadCase, Job, Staged, fingerprint_of, key_of, stage, stat_of
 
 log = logging.getLogger(__name__)
 
@@ -61,18 +62,21 @@ def pack(config: PackConfig, console: Console | None = None) -> PackReport:
     start, out = time.monotonic(), Path(config.out)
     recipe = read_recipe(config.recipe) if config.recipe else None
     rules, cases = _rules_of(config, recipe), _cases_of(config, recipe, console)
-    fingerprint = rules.fingerprint(config.samples_per_shard, [stat_of(case) for case in cases])
-    if (out / INDEX).exists() and (finished := read_report(out)).fingerprint == fingerprint:
-        shutil.rmtree(out / STAGING, ignore_errors=True)
-        console.print(f"{out} is complete ({finished.packed} samples): nothing to do")
-        return finished
+    parts = (config.samples_per_shard, [stat_of(case) for case in cases])
+    if (out / INDEX).exists():
+        finished = read_report(out)
+        if finished.fingerprint == rules.fingerprint(*parts, versions=finished.versions):
+            shutil.rmtree(out / STAGING, ignore_errors=True)
+            console.print(f"{out} is complete ({finished.packed} samples): nothing to do")
+            return finished
+    fingerprint = rules.fingerprint(*parts)
     simple_itk()  # If it is missing, one error here instead of one for each case.
     with _lock(config):
         jobs = _open_jobs(config, cases, rules, console)
         if config.part:
             number, count = parse_part(config.part)
             return _stage_part(jobs[number::count], config, fingerprint, console)
-        outcomes = [outcome for _, outcome in sorted(run_jobs(jobs, config.workers, console).items())]
+        outcomes = _stage_all(jobs, config.workers, console)
         kept, duplicates = drop_duplicates([outcome for outcome in outcomes if isinstance(outcome, Staged)])
         bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
         report = PackReport(len(cases), fingerprint, bad, duplicates)
@@ -144,30 +148,30 @@ def _open_jobs(config: PackConfig, cases: list[Case], rules: Rules, console: Con
     if (out / INDEX).exists():
         if config.part:
             raise PackError(f"out: {out} is complete and cases were added since: pack them without part=")
-        _reopen(out, config, _jobs_of(cases, rules, out / STAGING), console)
+        _reopen(out, config, cases, rules, console)
     return _jobs_of(cases, rules, _open_staging(out))
 
 
-def _reopen(out: Path, config: PackConfig, jobs: list[Job], console: Console) -> None:
+def _reopen(out: Path, config: PackConfig, cases: list[Case], rules: Rules, console: Console) -> None:
     """Take a finished folder apart.
 
     Raises PackError if a packed case is gone, has changed, or was packed with another configuration, and ShardError if
     a sample is damaged.
     """
-    finished, by_key = read_report(out), {job.key: job for job in jobs}
+    finished, by_key = read_report(out), {job.key: job for job in _jobs_of(cases, rules, out / STAGING)}
     if finished.samples_per_shard != config.samples_per_shard:
         raise _packed_otherwise(out, f"samples_per_shard={finished.samples_per_shard}")
     if not finished.staged:
         raise _packed_otherwise(out, "by an older version")
-    changed = [
-        key
-        for key, fingerprint in finished.staged.items()
-        if key not in by_key or by_key[key].fingerprint != fingerprint
-    ]
+    if finished.versions[-1] != blosc2.__version__:
+        raise _packed_otherwise(out, f"with Blosc2 {finished.versions[-1]}, now it is {blosc2.__version__}")
+    # As they were then: repack changes the shards' encoding, not the fingerprints.
+    found = {key: fingerprint_of(job.case, rules, finished.versions) for key, job in by_key.items()}
+    changed = [key for key, fingerprint in finished.staged.items() if found.get(key) != fingerprint]
     if changed:
         raise _packed_otherwise(out, f"{len(changed)} cases, the first is {changed[0]}")
     take_apart(out, by_key)
-    added = len(jobs) - len(finished.staged)
+    added = len(by_key) - len(finished.staged)
     console.print(f"{out}: {len(finished.staged)} packed cases are kept, {added} others are tried")
 
 
@@ -186,12 +190,38 @@ def _open_staging(out: Path) -> Path:
 
 
 def _jobs_of(cases: list[Case], rules: Rules, staging: Path) -> list[Job]:
-    jobs = [Job(case, key_of(case.id), rules, staging, rules.fingerprint(stat_of(case))[:16]) for case in cases]
+    jobs = [Job(case, key_of(case.id), rules, staging, fingerprint_of(case, rules)) for case in cases]
     counts = Counter(job.key for job in jobs)
     twice = [job.case.id for job in jobs if counts[job.key] > 1]
     if twice:
         raise PackError(f"cases {', '.join(twice[:10])} have one key: give them ids that differ in letters and digits")
     return jobs
+
+
+# Staging
+
+
+def _stage_all(jobs: list[Job], workers: int, console: Console) -> list[Staged | BadCase]:
+    """Stage all jobs; return what became of them, in the order of their keys.
+
+    Raises PackError if the staging folder cannot be written, or if workers are killed and none finishes a case.
+    """
+    work = Work(stage, lambda job: f"{job.case.id} ({job.case.image})", prepare=_read_with_one_thread)
+    outcomes = {job.key: outcome or _killed(job) for job, outcome in run_jobs(work, jobs, workers, console)}
+    return [outcome for _, outcome in sorted(outcomes.items())]
+
+
+def _read_with_one_thread() -> None:
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+
+
+def _killed(job: Job) -> BadCase:
+    return BadCase(
+        job.case.id,
+        str(job.case.image),
+        f"{job.case.image}: its worker was killed twice, the second time with no other one running; memory is likely "
+        "too small: leave the case out or use more memory",
+    )
 
 
 # The end of a run
@@ -202,7 +232,7 @@ def _stage_part(jobs: list[Job], config: PackConfig, fingerprint: str, console: 
     if not jobs:
         console.print(f"part {config.part}: no case is in it")
         return PackReport(0, fingerprint, [], {})
-    outcomes = run_jobs(jobs, config.workers, console).values()
+    outcomes = _stage_all(jobs, config.workers, console)
     bad = [outcome for outcome in outcomes if isinstance(outcome, BadCase)]
     report = PackReport(len(jobs), fingerprint, bad, {})
     print_left_out(report, console)

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 HU = (Member.CT, Member.OVERVIEW)
 """Members that are encoded to be decoded fast: they are much larger than the others."""
+VERSIONS = (SCHEMA, ENCODING, blosc2.__version__)
+"""What determines a packed sample's bytes besides its files and rules."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,9 @@ class Rules:
     regions: RegionsConfig
     categories: dict[str, list[int]]
 
-    def fingerprint(self, *parts: Any) -> str:
-        """Return the hex sha256 of the rules and of `parts`, which must be JSON."""
-        text = json.dumps([SCHEMA, ENCODING, blosc2.__version__, asdict(self), parts], sort_keys=True)
+    def fingerprint(self, *parts: Any, versions: Sequence[Any] = VERSIONS) -> str:
+        """Return the hex sha256 of the rules and of `parts`, which must be JSON. versions: see `VERSIONS`."""
+        text = json.dumps([*versions, asdict(self), parts], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -101,7 +103,9 @@ def pack_case(case: Case, key: str, rules: Rules, source: dict[str, str]) -> Sam
         VolumeError, SampleError: The CT or its label map cannot be used.
     """
     prepared = prepare_case(case, key, rules, source)
-    return _encode(prepared.facts, _arrays_of(prepared, rules))
+    arrays = _arrays_of(prepared, rules)
+    frames = {member: encode_array(arrays[member], fast=member in HU) for member in Member if member in arrays}
+    return sample_of(prepared.facts, frames)
 
 
 def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], allow_empty: bool = False) -> PreparedCase:
@@ -220,13 +224,13 @@ def _affine_of_crop(affine: np.ndarray, box: Box) -> np.ndarray:
     return affine @ shift
 
 
-def _encode(facts: Facts, arrays: dict[Member, np.ndarray]) -> Sample:
-    members = {member: encode_array(arrays[member], fast=member in HU) for member in Member if member in arrays}
-    hashes = {member.value: hashlib.sha256(frame).hexdigest() for member, frame in members.items()}
-    tables = {member.value: chunk_table(frame) for member, frame in members.items()}
+def sample_of(facts: Facts, frames: dict[Member, bytes]) -> Sample:
+    """Return the sample of these arrays, encoded as of today; its facts get their hashes and chunks."""
+    hashes = {member.value: hashlib.sha256(frame).hexdigest() for member, frame in frames.items()}
+    tables = {member.value: chunk_table(frame) for member, frame in frames.items()}
     chunks = {ending: table for ending, table in tables.items() if table is not None}
-    text = replace(facts, members=hashes, chunks=chunks).to_json()
-    return Sample(facts.key, {Member.FACTS: text.encode(), **members})
+    text = replace(facts, members=hashes, chunks=chunks, encoding=ENCODING).to_json()
+    return Sample(facts.key, {Member.FACTS: text.encode(), **frames})
 
 
 def _categories_of(

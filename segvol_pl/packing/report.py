@@ -7,18 +7,24 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import blosc2
 from rich.console import Console
 from rich.table import Table
 
 from segvol_pl.atomic import write_text
+from segvol_pl.data.schema import SCHEMA
 from segvol_pl.errors import PackError
+from segvol_pl.packing.prepare import VERSIONS
 from segvol_pl.packing.stage import BadCase, Staged
 
 log = logging.getLogger(__name__)
 
 REPORT = "pack_report.json"
 SPLITS = "splits.csv"
+UNSTATED = (SCHEMA, blosc2.__version__)
+"""The versions of a report that does not state them. If it was another Blosc2, the fingerprints differ."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class PackReport:
     """Case left out -> the case kept that holds the same voxels."""
     staged: dict[str, str] = field(default_factory=dict)
     """Key of each packed sample -> the fingerprint of its files and rules."""
+    versions: Sequence[Any] = VERSIONS
+    """With which the fingerprints were taken."""
     samples_per_shard: int = 0
     splits: dict[str, int] = field(default_factory=dict)
     """Split -> samples packed. Empty if packing failed."""
@@ -54,7 +62,7 @@ def read_report(out: Path) -> PackReport:
     """Read the report of a finished folder. Raises PackError if something else wrote the folder."""
     try:
         raw = json.loads((out / REPORT).read_text(encoding="utf-8"))
-        return PackReport(**{**raw, "bad": [BadCase(**case) for case in raw["bad"]]})
+        return PackReport(**{"versions": UNSTATED, **raw, "bad": [BadCase(**case) for case in raw["bad"]]})
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
         raise PackError(f"out: {out} holds an index that pack did not write: give another folder") from None
 

@@ -15,7 +15,7 @@ import logging
 import re
 import traceback
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from segvol_pl.errors import PackError, SampleError, VolumeError
 from segvol_pl.imaging.dicom import files_of
 from segvol_pl.imaging.read import source_sha256
 from segvol_pl.packing.cases import Case
-from segvol_pl.packing.prepare import Rules, pack_case
+from segvol_pl.packing.prepare import VERSIONS, Rules, pack_case
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,11 @@ def stage(job: Job) -> Staged | BadCase:
             write_shard(job.path, [sample])
     record, facts = walk_shard(job.path)[0]
     return Staged(job.case.id, record, facts.source["content_sha256"], job.fingerprint)
+
+
+def fingerprint_of(case: Case, rules: Rules, versions: Sequence[Any] = VERSIONS) -> str:
+    """Return what changes when the case's files, the rules or the versions do."""
+    return rules.fingerprint(stat_of(case), versions=versions)[:16]
 
 
 def stat_of(case: Case) -> list[Any]:

@@ -20,7 +20,7 @@ from segvol_pl.data.batch import Batch, masks_of, packed, shade_of, shaded, unpa
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.shard_index import read_index
-from segvol_pl.data.shard_reader import read_array, read_facts
+from segvol_pl.data.shard_reader import read_array, read_facts, read_slices
 from segvol_pl.data.store import Store
 from segvol_pl.data.stream import BatchPlan, Stream, collate
 from segvol_pl.imaging import transforms
@@ -142,7 +142,7 @@ def test_a_simmim_batch_holds_its_image(phantom_shards: Path) -> None:
     facts = read_facts(store, record)
     sample = sampling.sample_simmim(
         facts,
-        lambda member: read_array(store, record, facts, member),
+        lambda wanted: read_slices(store, record, facts, wanted),
         np.random.default_rng(0),
         model=MODEL,
         data=DataConfig(flip=0.0, intensity=0.0, overview_fraction=1.0),

@@ -16,7 +16,7 @@ from segvol_pl.data.coarse_masks import simulated_coarse
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.schema import Facts
 from segvol_pl.data.shard_index import read_index
-from segvol_pl.data.shard_reader import read_array, read_facts
+from segvol_pl.data.shard_reader import read_facts, read_slices
 from segvol_pl.data.store import Store
 from segvol_pl.imaging.transforms import grid_starts
 
@@ -31,7 +31,7 @@ def volume(phantom_shards: Path) -> tuple[Facts, sampling.Read]:
     corpus = Corpus([Part(store, read_index(store).samples.labelled())])
     _, record = corpus.located(0)
     facts = read_facts(store, record)
-    return facts, lambda member: read_array(store, record, facts, member)
+    return facts, lambda wanted: read_slices(store, record, facts, wanted)
 
 
 def draw(volume: tuple[Facts, sampling.Read], seed: int, **changes: Any) -> sampling.Arrays:
@@ -45,7 +45,7 @@ def test_windows_on_the_grid_hold_a_voxel_of_their_category(volume: tuple[Facts,
     facts, read = volume
     size, data = MODEL.input_shape, replace(WINDOWS, grid_fraction=1.0)
     axes = [grid_starts(0, extent, length, 0.5) for extent, length in zip(facts.shape, size, strict=True)]
-    hu_DHW = read(sampling.Member.CT)[:]
+    hu_DHW = read({sampling.Member.CT: sampling.ALL})[sampling.Member.CT]
     grid = {
         hu_DHW[d : d + size[0], h : h + size[1], w : w + size[2]].tobytes()
         for d in axes[0]

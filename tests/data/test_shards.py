@@ -7,11 +7,8 @@ import json
 import re
 import resource
 import tarfile
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from ranged_http import serving
 
 from segvol_pl.data.damage import Damage, DamagedSample
 from segvol_pl.data.frames import CHUNK_HEADER, chunk_table, decode_array, encode_array
@@ -32,7 +30,7 @@ from segvol_pl.data.shard_index import list_samples, parse_index, read_index
 from segvol_pl.data.shard_reader import read_array, read_facts, read_member
 from segvol_pl.data.shard_writer import write_shard
 from segvol_pl.data.store import INDEX, Store
-from segvol_pl.data.verify import _sample_faults, verify
+from segvol_pl.data.verify import sample_faults, verify
 from segvol_pl.errors import SampleError, ShardError, StoreError
 from segvol_pl.imaging.intensity import Intensity
 
@@ -171,33 +169,10 @@ def test_every_member_is_read_by_range(folder: Path, scheme: str) -> None:
             assert np.array_equal(decode_array(read_member(Store(place), record, member))[:], array)
 
 
-class _Ranged(SimpleHTTPRequestHandler):
-    """Python's own server ignores Range headers; object stores do not."""
-
-    def do_GET(self) -> None:
-        content = Path(self.translate_path(self.path)).read_bytes()
-        wanted = self.headers.get("Range")
-        if wanted:
-            first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
-            content = content[first : last + 1]
-        else:
-            self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Quiet."""
-
-
 @pytest.fixture
 def server(folder: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranged, directory=str(folder))) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
+    with serving(folder) as place:
+        yield place
 
 
 def test_shards_behind_http(folder: Path, server: str) -> None:
@@ -456,7 +431,7 @@ def test_verify_says_what_it_could_not_read(folder: Path) -> None:
     record = read_index(Store(folder)).samples[0]
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
-        (fault,) = _sample_faults(Store(folder, 0.0), record)
+        (fault,) = sample_faults(Store(folder, 0.0), record)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "a-00000.tar could not be read for 0 s (Too many open files)" in fault and "[not read, bytes" in fault

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from segvol_pl.data import store
-from segvol_pl.data.cache import Cache
+from segvol_pl.data.cache import Cache, MemberParts
 from segvol_pl.data.store import OpenFiles, Store
 from segvol_pl.errors import StoreError
 
@@ -81,13 +84,48 @@ def test_a_store_that_fails_for_a_while_is_asked_again(moody: tuple[str, type[Mo
     assert Store(place).file("shard.tar") == CONTENT
 
 
-def test_of_several_ranges_those_that_fail_are_asked_for_again(moody: tuple[str, type[Moody]]) -> None:
+def test_of_several_ranges_those_that_fail_are_asked_for_again(
+    moody: tuple[str, type[Moody]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     place, handler = moody
+    monkeypatch.setattr(store, "MERGE_GAP", -1)
     handler.moods[:] = ["well", "500", "drop"]
     spans = [(0, 10), (50, 90), (200, 1000)]
     parts = Store(place).member("shard.tar", 100, 2000, spans)
     assert parts == [CONTENT[100 + first : 100 + last] for first, last in spans]
     assert handler.asked == 5
+
+
+@given(st.lists(st.tuples(st.integers(0, 4000), st.integers(1, 300)), min_size=1, max_size=12), st.integers(0, 400))
+@settings(max_examples=200, deadline=None)
+def test_neighbours_are_read_in_one_request(starts: list[tuple[int, int]], gap: int) -> None:
+    """Whatever their order, and though they overlap: each range comes back, and what is fetched is not far from it."""
+    ranges = [(first, first + size) for first, size in starts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "MERGE_GAP", gap)
+        patch.setattr(store, "MERGED_BYTES", 1000)
+        requests = store.merged(ranges)
+    content = np.random.default_rng(0).bytes(5000)
+    responses = [content[first:last] for first, last in requests]
+    assert [store._cut(span, requests, responses) for span in ranges] == [content[a:b] for a, b in ranges]
+    assert requests == sorted(requests) and len(requests) <= len(ranges)
+    assert all(last - first <= 1000 for first, last in requests)
+    fetched, needed = ({place for a, b in each for place in range(a, b)} for each in (requests, ranges))
+    assert len(fetched - needed) <= gap * (len(ranges) - len(requests))
+
+
+def test_members_that_lie_close_take_one_request(moody: tuple[str, type[Moody]], tmp_path: Path) -> None:
+    place, handler = moody
+    wanted = [MemberParts(100, 900, [(10, 20), (500, 900)], "a"), MemberParts(1500, 500, [(0, 500)], "b")]
+    expected = [[CONTENT[110:120], CONTENT[600:1000]], [CONTENT[1500:2000]]]
+    assert Store(place).members("shard.tar", wanted) == expected
+    assert handler.asked == 1
+    cached = Store(place, cache=Cache(str(tmp_path), 10**9))
+    assert cached.members("shard.tar", wanted[:1]) == expected[:1]
+    assert cached.members("shard.tar", wanted) == expected
+    assert handler.asked == 3
+    assert cached.members("shard.tar", wanted[::-1]) == expected[::-1]
+    assert handler.asked == 3
 
 
 def test_a_slow_answer_is_not_waited_for_for_ever(
