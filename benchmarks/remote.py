@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -58,6 +59,12 @@ def served(folder: Path) -> Iterator[str]:
             server.terminate()
 
 
+def s3_settings(address: str) -> dict[str, str]:
+    """The environment in which an S3 client reads from the server."""
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    return {**keys, "AWS_ENDPOINT_URL": address}
+
+
 def rate(source: ShardSource, size: Size, processes: int, seconds: float) -> float:
     """Volumes/s that arrive from loader processes, once each of them has delivered."""
     batches = iter(loader_of(source, SegVolConfig(input_shape=list(size.window)), 1, processes))
@@ -74,12 +81,7 @@ def measure(shards: Path, size: Size, rounds: int, seconds: float) -> dict[Place
     """Place -> volumes/s for each number of processes, medians over rounds."""
     found: dict[tuple[Place, int], list[float]] = {}
     with served(shards) as address:
-        os.environ.update(
-            AWS_ACCESS_KEY_ID="key",
-            AWS_SECRET_ACCESS_KEY="secret",
-            AWS_DEFAULT_REGION="us-east-1",
-            AWS_ENDPOINT_URL=address,
-        )
+        os.environ.update(s3_settings(address))
         roots = {"HTTP": address, "S3": "s3:/"}
         for _ in range(rounds):
             for place in PLACES:
@@ -98,6 +100,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny volumes")
     parser.add_argument("--write", default="", help="a page with the table's markers, which is given the table")
     arguments = parser.parse_args()
+    # More loader processes than cores are meant: they wait for the store.
+    warnings.filterwarnings("ignore", message=".*worker processes in total.*")
     size = SMALL if arguments.small else FULL
     corpus = prepare(arguments.out.resolve() / ("small" if arguments.small else "full"), size)
     rates = measure(form_of(corpus, Crops()), size, arguments.rounds, arguments.seconds)

@@ -28,9 +28,16 @@ class Ranged(BaseHTTPRequestHandler):
         super().__init__(*arguments)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:
-        _, milliseconds, name = self.path.partition("?")[0].split("/")
+        self._respond()
+
+    def do_HEAD(self) -> None:
+        self._respond(content=False)
+
+    def _respond(self, content: bool = True) -> None:
+        # A request for the bucket alone has no name: it finds no file.
+        _, milliseconds, *name = self.path.partition("?")[0].split("/")
         time.sleep(float(milliseconds) / 1000)
-        path = self.folder / name
+        path = self.folder.joinpath(*name)
         if not path.is_file():
             self.send_error(404)
             return
@@ -44,6 +51,8 @@ class Ranged(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{last}/{size}")
         self.send_header("Content-Length", str(last - first + 1))
         self.end_headers()
+        if not content:
+            return
         with path.open("rb") as file:
             file.seek(first)
             self.wfile.write(file.read(last - first + 1))

@@ -42,11 +42,11 @@ def test_own_rows_draw_the_voxels_of_the_corpus(
         found.turns[name] = [figures]
     assert found.turns["segvol_pl"][0]["read_mb"] > 0 and found.turns["segvol_pl"][0]["stored_mb"] > 0
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- --8<-- [start:peers] -->\nold\n<!-- --8<-- [end:peers] -->\nafter\n")
+    page.write_text("before\n<!-- --8<-- [start:peers] -->\nthe last table\n<!-- --8<-- [end:peers] -->\nafter\n")
     monkeypatch.setattr(scripts.peers, "record", lambda *_: None)
     scripts.peers.report(found, scripts.peers.SMALL, tmp_path, str(page))
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "the last table" not in text
     assert "| **segvol_pl, stream** |" in text and "Left out: litdata" in text and "No module named" in text
 
 
@@ -63,13 +63,21 @@ def test_every_row_has_a_loader(scripts: Any) -> None:
     assert set(scripts.peers.ROWS) == {*scripts.peers_own.LOADERS, *scripts.peers_loaders.LOADERS}
 
 
-def test_the_server_gives_the_bytes_of_the_folder(scripts: Any, tmp_path: Path) -> None:
+def test_the_server_gives_the_bytes_of_the_folder(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("aiohttp", reason="http: needs fsspec's http extra")
+    s3fs = pytest.importorskip("s3fs", reason="s3: needs s3fs")
     content = bytes(range(256))
     (tmp_path / "shard.tar").write_bytes(content)
     with scripts.remote.served(tmp_path) as address:
-        store = Store(f"{address}/5")
-        assert store.file("shard.tar") == content
-        assert store.member("shard.tar", 10, 90, [(0, 5), (80, 90)]) == [content[10:15], content[90:100]]
-        with pytest.raises(FileNotFoundError):
-            store.file("gone.tar")
+        for name, value in scripts.remote.s3_settings(address).items():
+            monkeypatch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        for place in (f"{address}/005", "s3://005"):
+            store = Store(place, retry_seconds=5.0)
+            assert store.file("shard.tar") == content
+            assert store.member("shard.tar", 10, 90, [(0, 5), (80, 90)]) == [content[10:15], content[90:100]]
+            with pytest.raises(FileNotFoundError):
+                store.file("gone.tar")
+    s3fs.S3FileSystem.clear_instance_cache()
