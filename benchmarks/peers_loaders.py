@@ -272,14 +272,16 @@ class MonaiPersistent:
     def loaded(self, corpus: Corpus) -> list[Any]:
         """The transforms before the crop, whose result is cached."""
         import torch
-        from monai.transforms import EnsureTyped, FgBgToIndicesd
+        from monai.transforms import EnsureTyped, FgBgToIndicesd, Transform
 
-        def load(key: str) -> dict[str, Any]:
-            hu_DHW, label_DHW = (np.asarray(corpus.raw(key, role)) for role in ("ct", "label"))
-            return {"key": key, "image": corpus.normalise(key, hu_DHW)[None], "label": label_DHW[None].copy()}
+        # MONAI caches the result of the transforms up to the first that is random, or no Transform.
+        class Load(Transform):  # type: ignore[misc]
+            def __call__(self, key: str) -> dict[str, Any]:
+                hu_DHW, label_DHW = (np.array(corpus.raw(key, role)) for role in ("ct", "label"))
+                return {"key": key, "image": corpus.normalise(key, hu_DHW)[None], "label": label_DHW[None]}
 
         typed = EnsureTyped(["image", "label"], dtype=[torch.float32, torch.uint8])
-        return [load, typed, *([FgBgToIndicesd("label")] if self.indices else [])]
+        return [Load(), typed, *([FgBgToIndicesd("label")] if self.indices else [])]
 
     def cropped(self, corpus: Corpus) -> Any:
         from monai.transforms import RandCropByPosNegLabeld
@@ -298,6 +300,9 @@ class MonaiPersistent:
         self.open(corpus, folder)
         for number in range(len(corpus.keys)):
             self.data[number]
+        stored = sum(path.stat().st_size for path in folder.glob("*.pt"))
+        if stored < sum(corpus.raw(key, "ct").nbytes for key in corpus.keys):
+            raise ValueError(f"PersistentDataset stored {stored} bytes: it does not cache the volumes")
 
     def open(self, corpus: Corpus, folder: Path) -> None:
         self.cropper, self.window = self.cropped(corpus), corpus.window
