@@ -35,7 +35,7 @@ from segvol_pl.data.batch import Batch
 from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Part, open_folders, training_corpus
 from segvol_pl.data.sample_table import SampleRecord, SampleTable
-from segvol_pl.data.store import Store
+from segvol_pl.data.store import ShardSource, Store
 from segvol_pl.data.stream import BatchPlan, Stream, World
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
@@ -44,7 +44,9 @@ LARGE = (512, 512, 600)
 """Voxels of the large volume, in the order of its file: right, anterior, superior."""
 
 
-def loader_of(folder: Path, model: SegVolConfig, batch: int, workers: int, overviews: float = 0.5) -> DataLoader[Batch]:
+def loader_of(
+    folder: ShardSource, model: SegVolConfig, batch: int, workers: int, overviews: float = 0.5
+) -> DataLoader[Batch]:
     """Endless batches of the folder's labelled samples, 4 categories and 6 pseudo-labels each."""
     data = DataConfig(shards=str(folder), overview_fraction=overviews, split="all", samples_per_volume=100)
     (packed_folder,) = folders = open_folders(data)

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from monai.networks.blocks.transformerblock import TransformerBlock
 from resident import resident
+from results import Column, markdown, write_between
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -263,7 +264,6 @@ def run_row(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 
 COLUMNS = ("step", "s", "TFLOP", "TFLOP/s of matrices", "limit, s", "s / limit", "peak GiB")
-MARKERS = "<!-- --8<-- [start:training] -->\n", "<!-- --8<-- [end:training] -->"
 
 
 def cells_of(step: str, row: dict[str, float]) -> list[str]:
@@ -293,12 +293,9 @@ def report(rows: dict[str, dict[str, float]], heading: str) -> None:
 
 def write(rows: dict[str, dict[str, float]], heading: str, path: Path) -> None:
     """The table as Markdown between the markers of a file."""
-    before, rest = path.read_text(encoding="utf-8").split(MARKERS[0])
-    after = rest.split(MARKERS[1])[1]
-    lines = [f"{heading}:", "", "| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
-    lines += ["| " + " | ".join(cells_of(step, row)) + " |" for step, row in rows.items()]
-    lines += ["", ". ".join(ratios(rows)) + "."]
-    path.write_text(before + MARKERS[0] + "\n".join(lines) + "\n" + MARKERS[1] + after, encoding="utf-8")
+    columns = [Column(name, right=name != "step") for name in COLUMNS]
+    table = markdown(columns, [cells_of(step, row) for step, row in rows.items()])
+    write_between(path, "training", [f"{heading}:", "", *table, "", ". ".join(ratios(rows)) + "."])
 
 
 def ratios(rows: dict[str, dict[str, float]]) -> list[str]:

@@ -124,12 +124,14 @@ def repack(config: RepackConfig, console: Console | None = None) -> RepackReport
     with FolderLock(folder, against=".lock-*.json"):
         _finish_interrupted(folder)
         index = load_index(Store(folder))
+        remove_rows(folder, index)  # a run that was killed after its last step left them
         if not all(sha256 for (sha256,) in index.samples.texts("facts_sha256")):
             raise ShardError(f"{folder / INDEX} has no hashes of the facts: run segvol-pl index {folder}")
         jobs = _jobs_of(folder, index)
         done, faults = _run(jobs, config.workers, console)
         if done:
             _swap(folder, _stage_index(jobs[0].staging, index, done))
+            remove_rows(folder, load_index(Store(folder)))
         before = sum(job.shard.bytes for job in jobs if job.shard.name in done)
     samples, after = sum(len(each.records) for each in done.values()), sum(each.shard.bytes for each in done.values())
     report = RepackReport(len(done), samples, before, after, faults)
@@ -345,7 +347,6 @@ def _swap(folder: Path, staging: Path) -> None:
     _sync(folder)
     (staging / INDEX).replace(folder / INDEX)
     shutil.rmtree(staging)
-    remove_rows(folder, index)
 
 
 def _finish_interrupted(folder: Path) -> None:

@@ -28,7 +28,7 @@ from large_samples import large_sample
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import DataConfig, PackConfig, PromptConfig, RegionsConfig, RepackConfig
-from segvol_pl.data import frames, sampling
+from segvol_pl.data import frames, sampling, shard_index
 from segvol_pl.data.corpus import Corpus, Part
 from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.schema import Member, Sample
@@ -89,7 +89,7 @@ def batches(folder: Path) -> str:
     rows = {name: row for row, name in enumerate(sorted(index.categories))}
     prompts = PromptConfig(categories_per_volume=2, pseudo_per_volume=2)
     draw = functools.partial(sampling.sample_segmentation, model=TINY, data=DataConfig(), prompts=prompts, row_of=rows)
-    records = list(index.samples)
+    records = index.samples
     stream = Stream(Corpus([Part(Store(folder), records, 3)]), draw, BatchPlan(3 * len(records), 4, seed=7))
     digest = hashlib.sha256()
     for batch in islice(iter(stream), 4):
@@ -111,6 +111,26 @@ def test_the_bytes_are_those_that_packing_gives_today(earlier: Path, phantom_sha
     assert json.loads((earlier / REPORT).read_text())["bytes"] == report.after
     assert batches(earlier) == before == batches(phantom_shards)
     assert [path.name for path in earlier.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("stopped_in", ["copyfile", "rmtree"])
+def test_the_rows_of_a_large_index_are_swapped_with_it(
+    earlier: Path, monkeypatch: pytest.MonkeyPatch, stopped_in: str
+) -> None:
+    monkeypatch.setattr(shard_index, "INLINE", 0)
+    build_index(earlier)
+    before = list(read_index(Store(earlier)).samples)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repacking.shutil, stopped_in, interrupt)
+        run(earlier)
+    run(earlier)
+    after = list(read_index(Store(earlier)).samples)
+    assert [record.key for record in after] == [record.key for record in before] and after != before
+    assert len(list(earlier.glob("index-*.npy"))) == 1 and verify(earlier) == []
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_large_members_get_chunks_hashed_as_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
