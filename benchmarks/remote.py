@@ -12,14 +12,10 @@ A sample is one of training: half are overviews, half crops, each with 4 categor
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
-import subprocess
-import sys
 import time
 import warnings
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +23,7 @@ from loader_processes import loader_of
 from peers import FULL, SMALL, Size, prepare
 from peers_own import Crops
 from peers_turn import form_of
+from ranged_server import serving
 from results import Column, host, markdown, record, write_between
 
 from segvol_pl.config import SegVolConfig
@@ -45,18 +42,6 @@ Place = tuple[str, int]
 """disk, HTTP or S3, and the latency."""
 
 PLACES: list[Place] = [("disk", 0), *((kind, latency) for kind in ("HTTP", "S3") for latency in LATENCIES)]
-
-
-@contextlib.contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a server of the folder, in a process of its own, see remote_server.py."""
-    command = [sys.executable, str(Path(__file__).parent / "remote_server.py"), str(folder)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        try:
-            yield f"http://127.0.0.1:{int(server.stdout.readline())}"
-        finally:
-            server.terminate()
 
 
 def s3_settings(address: str) -> dict[str, str]:
@@ -80,9 +65,9 @@ def rate(source: ShardSource, size: Size, processes: int, seconds: float) -> flo
 def measure(shards: Path, size: Size, rounds: int, seconds: float) -> dict[Place, list[float]]:
     """Place -> volumes/s for each number of processes, medians over rounds."""
     found: dict[tuple[Place, int], list[float]] = {}
-    with served(shards) as address:
-        os.environ.update(s3_settings(address))
-        roots = {"HTTP": address, "S3": "s3:/"}
+    with serving(shards) as served:
+        os.environ.update(s3_settings(served.url))
+        roots = {"HTTP": served.url, "S3": "s3:/"}
         for _ in range(rounds):
             for place in PLACES:
                 kind, latency = place

@@ -79,9 +79,9 @@ def timed(source: stream.Stream, position: int) -> tuple[float, Arrays]:
     return time.perf_counter() - started, found
 
 
-def measure(folder: Path, served: Served, samples: int) -> dict[str, tuple[float, float, float]]:
+def measure(folder: Path, served: Served, samples: int, latency: float) -> dict[str, tuple[float, float, float]]:
     """Way -> milliseconds (median), requests and MB a sample. The ways take turns, sample by sample."""
-    near, far = stream_of(str(folder), samples), stream_of(served.url, samples)
+    near, far = stream_of(str(folder), samples), stream_of(f"{served.url}/{1000 * latency:g}", samples)
     timed(near, 0), timed(far, 0)  # numba compiles, connections open
     served.requests()
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
@@ -106,8 +106,8 @@ def main(source: Path, samples: int, latency: float) -> None:
     decode_alone()
     with tempfile.TemporaryDirectory() as name:
         folder = packed(source, Path(name))
-        with serving(folder, latency) as served:
-            figures = measure(folder, served, samples)
+        with serving(folder) as served:
+            figures = measure(folder, served, samples, latency)
     table = Table(title=f"{samples} samples, {1000 * latency:.0f} ms before each response")
     for column in ("read", "ms a sample", "requests", "MB"):
         table.add_column(column, justify="left" if column == "read" else "right")

@@ -70,11 +70,11 @@ def test_the_server_gives_the_bytes_of_the_folder(
     s3fs = pytest.importorskip("s3fs", reason="s3: needs s3fs")
     content = bytes(range(256))
     (tmp_path / "shard.tar").write_bytes(content)
-    with scripts.remote.served(tmp_path) as address:
-        for name, value in scripts.remote.s3_settings(address).items():
+    with scripts.remote.serving(tmp_path) as served:
+        for name, value in scripts.remote.s3_settings(served.url).items():
             monkeypatch.setenv(name, value)
         s3fs.S3FileSystem.clear_instance_cache()
-        for place in (f"{address}/005", "s3://005"):
+        for place in (f"{served.url}/005", "s3://005"):
             store = Store(place, retry_seconds=5.0)
             assert store.file("shard.tar") == content
             assert store.member("shard.tar", 10, 90, [(0, 5), (80, 90)]) == [content[10:15], content[90:100]]
