@@ -87,6 +87,7 @@ class RowsFile:
     """The file that holds the samples of a large index."""
 
     file: str
+    bytes: int
     digest: str
     """See `SampleTable.digest`."""
     names: Names
@@ -130,9 +131,10 @@ def _table_of(samples: list[dict[str, Any]], place: str) -> SampleTable:
 
 def _mapped_table(samples: dict[str, Any], store: Store) -> SampleTable:
     rows = RowsFile(**{**samples, "names": Names(**samples["names"])})
+    require_kind(rows.bytes, int, "bytes of its samples")
     place = store.place(rows.file)
     try:
-        path, keeps = store.as_file(rows.file)
+        path, keeps = store.as_file(rows.file, rows.bytes)
         table = SampleTable.mapped(path, rows.names, keeps)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} is missing although the index names it: copy it there, or {remedy(place)}") from None
@@ -172,7 +174,7 @@ def _save_rows(folder: Path, samples: SampleTable) -> RowsFile:
     digest = samples.digest()
     file = ROWS.format(digest=digest)
     samples.save(folder / file)
-    return RowsFile(file, digest, samples.names)
+    return RowsFile(file, (folder / file).stat().st_size, digest, samples.names)
 
 
 def read_index(store: Store) -> Index:

@@ -181,17 +181,18 @@ class Store:
             return _read_local(place, Path(place).read_bytes, self.retry_seconds, lambda: True)
         return _read_remote(place, [None], self.retry_seconds)[0]
 
-    def as_file(self, name: str) -> tuple[Path, object]:
+    def as_file(self, name: str, size: int) -> tuple[Path, object]:
         """A file on this machine with the bytes of a file of the folder; it is there as long as the second value.
 
-        Raises as `file`.
+        size: bytes of the file; one from a URL is read in parts, each within the time of a request. Raises as `file`.
         """
         if self.local:
             place = self.place(name)
             _read_local(place, lambda: OpenFiles().read(place, [(0, 1)]), self.retry_seconds, self._indexed)
             return Path(place), None
         copy = tempfile.NamedTemporaryFile(prefix="segvol_pl-")  # noqa: SIM115
-        copy.write(self.file(name))
+        parts = [(first, min(first + MERGED_BYTES, size)) for first in range(0, size, MERGED_BYTES)]
+        copy.writelines([self.file(name)] if self.piped else self._ranges(name, parts))
         copy.flush()
         return Path(copy.name), copy
 

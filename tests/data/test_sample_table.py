@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranged_http import serving
 
-from segvol_pl.data import shard_index
+from segvol_pl.data import shard_index, store
 from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.sample_table import SampleRecord, SampleTable
 from segvol_pl.data.shard_index import load_index, read_index, write_index
@@ -95,9 +96,10 @@ def test_another_process_maps_the_file(large: Path) -> None:
     process.join()
 
 
-def test_a_remote_index_is_mapped_from_a_copy(large: Path) -> None:
-    index = load_index(Store(f"file://{large}"))
-    assert index == load_index(Store(large))
+def test_a_remote_index_is_mapped_from_a_copy(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MERGED_BYTES", 1000)
+    with serving(large) as url:
+        assert load_index(Store(url)) == load_index(Store(large))
 
 
 def test_a_new_index_replaces_the_rows_of_the_old(large: Path) -> None:
