@@ -32,9 +32,9 @@ class DemoConfig(Keys):
     """Synthetic CTs to make."""
     scale: float | None = ranged(None, above=0)
     """Multiplies their voxels along each axis. null: that of configs/tiny/phantoms.yaml."""
-    pretrain_steps: int = ranged(600, least=1)
+    pretrain_steps: int = ranged(500, least=1)
     """Pre-training steps (SimMIM)."""
-    train_steps: int = ranged(2400, least=1)
+    train_steps: int = ranged(2000, least=1)
     """Training steps (supervised)."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seed for the synthetic CTs and for training."""
