@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -62,6 +63,12 @@ def test_the_readme_has_no_long_line_and_the_pages_include_nothing_of_it() -> No
 def test_the_list_of_keys_is_current() -> None:
     written = runpy.run_path(str(DOCS / "configuration.py"))
     assert written["PAGE"].read_text(encoding="utf-8") == written["page"](), "run `python docs/configuration.py`"
+
+
+def test_the_page_of_the_claims_is_current() -> None:
+    written = runpy.run_path(str(DOCS / "claims.py"))
+    results = json.loads(written["RESULTS"].read_text(encoding="utf-8"))
+    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](results), "run `python docs/claims.py`"
 
 
 LINK = re.compile(r"\]\((?!\w+:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")

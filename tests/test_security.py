@@ -24,7 +24,7 @@ from scipy import sparse
 
 from segvol_pl.__main__ import main
 from segvol_pl.config import CasesConfig
-from segvol_pl.data.cache import Cache
+from segvol_pl.data.cache import Cache, MemberParts
 from segvol_pl.data.frames import decode_array
 from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.pipe import PipeStream
@@ -98,7 +98,7 @@ def test_an_index_leads_nowhere(fault: str, shards: Path, tmp_path: Path) -> Non
 def test_what_a_cache_holds_stays_in_its_folder(tmp_path: Path) -> None:
     cache = Cache(str(tmp_path / "cache"), 10**6)
     for key in ("../../evil", "/evil", "a/b", "*"):
-        assert cache.read(key, 4, [(0, 4)], lambda spans: [b"evil"]) == [b"evil"]
+        assert cache.read([MemberParts(0, 4, [(0, 4)], key)], lambda spans: [b"evil"]) == [[b"evil"]]
     cache.forget("*")
     assert all(name.startswith("cache") for name in everything(tmp_path))
     assert sum(path.is_file() for path in (tmp_path / "cache").rglob("*")) == 3  # `*` is one key, not all

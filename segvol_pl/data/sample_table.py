@@ -353,7 +353,7 @@ class SampleTable(Sequence[SampleRecord]):
         Args:
             shard_bytes: size of each shard.
             place: the index's place, for the message.
-            remedy: how to mend the index, for the message.
+            remedy: how to repair the index, for the message.
 
         Raises:
             ShardError: naming the first sample that does not.

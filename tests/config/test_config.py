@@ -26,6 +26,7 @@ REQUIRED = {
     "demo": [],
     "phantoms": ["out=phantoms"],
     "inventory": ["images=ct"],
+    "repack": ["folder=shards"],
     "pack": ["images=ct", "out=shards"],
     "pretrain": TRAINING,
     "train": TRAINING,
