@@ -133,22 +133,21 @@ class LabelMap:
         """List the values, 0 left out, of which more than this share of the voxels lies in a box."""
         low_3V = np.maximum(self._extents.low_3V, np.array(box[:3])[:, None])
         high_3V = np.minimum(self._extents.high_3V, np.array(box[3:])[:, None])
-        room_V = np.maximum(high_3V - low_3V + 1, 0).astype(np.int64).prod(axis=0)
+        room_V = np.maximum(high_3V - low_3V + 1, 0).prod(axis=0)
         least_V = share * self.counts
         # Most values have too little room in the box to be counted there.
-        found = [
-            int(value)
-            for value in np.flatnonzero(room_V > least_V)
+        return [
+            value
+            for value in np.flatnonzero(room_V > least_V).tolist()
             if value and np.count_nonzero(self._cut([value], (*low_3V[:, value], *high_3V[:, value]))) > least_V[value]
         ]
-        return found
 
 
 @dataclass(frozen=True, eq=False)
 class Extents:
     """Counts and boxes of the values of a label map, up to the largest value V - 1.
 
-    counts_V: int64. low_3V, high_3V: int32, first and last index along each axis; of a value without a voxel, the first
+    counts_V: int64. low_3V, high_3V: int64, first and last index along each axis; of a value without a voxel, the first
     is above the last.
     """
 
@@ -158,22 +157,21 @@ class Extents:
 
     @classmethod
     def of(cls, label_DHW: np.ndarray) -> Extents:
-        """Find those of a contiguous map of fewer than 2**31 voxels, from its runs: equal neighbours in a row."""
+        """Find those of a contiguous label map, from its runs: equal neighbours in a row."""
         _, height, width = label_DHW.shape
         starts_DHW = np.ones(label_DHW.shape, bool)
         np.not_equal(label_DHW[:, :, 1:], label_DHW[:, :, :-1], out=starts_DHW[:, :, 1:])
-        # 32 bits: memory for twice as much takes longer than the arithmetic.
-        starts_N = np.flatnonzero(starts_DHW).astype(np.int32)
-        lengths_N = np.diff(starts_N, append=np.int32(label_DHW.size))
+        starts_N = np.flatnonzero(starts_DHW)
+        lengths_N = np.diff(starts_N, append=label_DHW.size)
         values_N = label_DHW.reshape(-1)[starts_N].astype(np.intp)
-        rows_N = starts_N // np.int32(width)
-        d_N = rows_N // np.int32(height)
-        h_N = rows_N - d_N * np.int32(height)
-        w_N = starts_N - rows_N * np.int32(width)
+        rows_N = starts_N // width
+        d_N = rows_N // height
+        h_N = rows_N - d_N * height
+        w_N = starts_N - rows_N * width
         counts_V = np.bincount(values_N, lengths_N).astype(np.int64)
-        low_3V = np.full((3, len(counts_V)), max(label_DHW.shape), np.int32)
-        high_3V = np.full((3, len(counts_V)), -1, np.int32)
-        ends_N = w_N + lengths_N - np.int32(1)
+        low_3V = np.full((3, len(counts_V)), max(label_DHW.shape))
+        high_3V = np.full((3, len(counts_V)), -1)
+        ends_N = w_N + lengths_N - 1
         for axis, (first_N, last_N) in enumerate([(d_N, d_N), (h_N, h_N), (w_N, ends_N)]):
             np.minimum.at(low_3V[axis], values_N, first_N)
             np.maximum.at(high_3V[axis], values_N, last_N)

@@ -69,6 +69,7 @@ def label_maps() -> dict[str, np.ndarray]:
         "noise of all uint16": rng.integers(0, 1 << 16, SHAPE, np.uint16),
         "largest uint16": np.full(SHAPE, np.iinfo(np.uint16).max, np.uint16),
         "zeros": np.zeros(SHAPE, np.uint8),
+        "no voxel": np.zeros((0, 3, 4), np.uint8),
         "one voxel": np.full((1, 1, 1), 3, np.uint8),
         "one column": rng.integers(0, 3, (5, 7, 1), np.uint16),
         "one row": rng.integers(0, 3, (1, 1, 9), np.uint8),
