@@ -24,9 +24,9 @@ from segvol_pl.data.collate import Arrays
 from segvol_pl.data.frames import Slices
 from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
-from segvol_pl.imaging.box import Box, box_slices
+from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.intensity import Intensity, normalise
-from segvol_pl.imaging.masks import BoxedMask, LabelMap, counts_of
+from segvol_pl.imaging.masks import BoxedMask, LabelMap
 from segvol_pl.imaging.prompts import ABSENT, gathered_landmarks, jitter_box, sample_landmarks, sample_points
 
 Read = Callable[[Mapping[Member, Slices]], dict[Member, np.ndarray]]
@@ -366,10 +366,7 @@ def _draw_pseudo(regions: LabelMap, index: int, config: PromptConfig, rng: np.ra
 
 def merged_inside(regions: LabelMap, box: Box) -> BoxedMask:
     """All regions that lie almost completely in the box, as one mask."""
-    inside = counts_of(regions.label_DHW[box_slices(box)])
-    taken = inside > MERGE_INSIDE * regions.counts[: len(inside)]
-    taken[0] = False
-    return regions.mask_near(np.flatnonzero(taken).tolist(), box)
+    return regions.mask(regions.mostly_in(box, MERGE_INSIDE))
 
 
 def _stack(parts: list[MaskPrompt], prefix: str) -> Arrays:

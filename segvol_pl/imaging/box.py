@@ -38,12 +38,3 @@ def whole_box(shape: Sequence[int]) -> Box:
     """The box of all voxels of a volume."""
     d, h, w = shape
     return 0, 0, 0, d - 1, h - 1, w - 1
-
-
-def enlarged(box: Box, margin: float, shape: Sequence[int]) -> Box:
-    """Enlarge a box on each side by a share of its extent, within an array of `shape`."""
-    low, high = np.array(box[:3]), np.array(box[3:])
-    grown = np.ceil(margin * (high - low + 1)).astype(int)
-    d0, h0, w0 = (int(value) for value in np.maximum(low - grown, 0))
-    d1, h1, w1 = (int(value) for value in np.minimum(high + grown, np.array(shape) - 1))
-    return d0, h0, w0, d1, h1, w1

@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from segvol_pl.imaging.box import Box, box_or_none, box_slices, enlarged
+from segvol_pl.imaging.box import Box, box_or_none, box_slices
 
 FEW_VALUES = 4
 """Up to this many values are found faster by comparing than by a look-up for every voxel."""
-MARGIN = 0.25
-"""Share of its extent by which a box is enlarged on each side in search of voxels beyond it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,57 +81,98 @@ def _unravelled(flat_N: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class LabelMap:
-    """A label map or region map (D,H,W), uint8 or uint16, from which masks are cut."""
+    """A label map or region map (D,H,W), uint8 or uint16, from which masks are cut.
+
+    One pass finds the count and the box of every value. Masks are then cut inside their boxes alone.
+    """
 
     def __init__(self, label_DHW: np.ndarray) -> None:
         self.label_DHW = np.ascontiguousarray(label_DHW)
         self.shape = self.label_DHW.shape
-        # New memory for every mask would take longer than the comparison.
-        self._mask_DHW = np.empty(self.shape, bool)
 
     @functools.cached_property
+    def _extents(self) -> Extents:
+        return Extents.of(self.label_DHW)
+
+    @property
     def counts(self) -> np.ndarray:
-        """Number of voxels of each value, see `counts_of`."""
-        return counts_of(self.label_DHW)
+        """Number of voxels of each value, int64, up to the largest value."""
+        return self._extents.counts_V
 
     def holds(self, values: Sequence[int]) -> bool:
         """Whether any voxel has one of the values."""
-        return any(value < len(self.counts) and self.counts[value] for value in values)
+        return bool(self._held(values))
+
+    def _held(self, values: Sequence[int]) -> list[int]:
+        return [value for value in values if value < len(self.counts) and self.counts[value]]
 
     def mask(self, values: Sequence[int]) -> BoxedMask:
         """Cut the mask of a set of values."""
-        return BoxedMask.of(_cut(self.label_DHW, values, self._mask_DHW))
-
-    def mask_near(self, values: Sequence[int], box: Box) -> BoxedMask:
-        """Cut the mask of values whose voxels lie mostly in the box: equal to `mask`, and usually faster."""
-        near = enlarged(box, MARGIN, self.shape)
-        part = box_slices(near)
-        found = BoxedMask.of(_cut(self.label_DHW[part], values, self._mask_DHW[part]))
-        if found.inside_DHW.sum() < self.counts[list(values)].sum():
-            return self.mask(values)
-        if found.box is None:
+        held = self._held(values)
+        if not held:
             return BoxedMask.empty(self.shape)
-        d0, h0, w0, d1, h1, w1 = (at + low for at, low in zip(found.box, near[:3] * 2, strict=True))
-        return BoxedMask(self.shape, (d0, h0, w0, d1, h1, w1), found.inside_DHW)
+        low_3 = self._extents.low_3V[:, held].min(axis=1)
+        high_3 = self._extents.high_3V[:, held].max(axis=1)
+        d0, h0, w0, d1, h1, w1 = (int(at) for at in (*low_3, *high_3))
+        box = (d0, h0, w0, d1, h1, w1)
+        return BoxedMask(self.shape, box, self._cut(held, box))
+
+    def _cut(self, held: Sequence[int], box: Box) -> np.ndarray:
+        """Whether each voxel of a box has one of the values."""
+        label_DHW = self.label_DHW[box_slices(box)]
+        if len(held) > FEW_VALUES:
+            table_V = np.zeros(len(self.counts), bool)
+            table_V[held] = True
+            return table_V.take(label_DHW)
+        inside_DHW: np.ndarray = label_DHW == held[0]
+        for value in held[1:]:
+            inside_DHW |= label_DHW == value
+        return inside_DHW
+
+    def mostly_in(self, box: Box, share: float) -> list[int]:
+        """List the values, 0 left out, of which more than this share of the voxels lies in a box."""
+        low_3V = np.maximum(self._extents.low_3V, np.array(box[:3])[:, None])
+        high_3V = np.minimum(self._extents.high_3V, np.array(box[3:])[:, None])
+        room_V = np.maximum(high_3V - low_3V + 1, 0).prod(axis=0)
+        least_V = share * self.counts
+        # Most values have too little room in the box to be counted there.
+        return [
+            value
+            for value in np.flatnonzero(room_V > least_V).tolist()
+            if value and np.count_nonzero(self._cut([value], (*low_3V[:, value], *high_3V[:, value]))) > least_V[value]
+        ]
 
 
-def counts_of(label_DHW: np.ndarray) -> np.ndarray:
-    """Number of voxels of each value, int64, up to the largest value. Twice as fast as `np.bincount`."""
-    flat = label_DHW.reshape(-1)
-    if flat.dtype == np.uint16:  # which torch does not count
-        flat = flat.view(np.int16) if flat.max() <= np.iinfo(np.int16).max else flat.astype(np.int32)
-    counts: np.ndarray = torch.bincount(torch.from_numpy(flat)).numpy()
-    return counts
+@dataclass(frozen=True, eq=False)
+class Extents:
+    """Counts and boxes of the values of a label map, up to the largest value V - 1.
 
+    counts_V: int64. low_3V, high_3V: int64, first and last index along each axis; of a value without a voxel, the first
+    is above the last.
+    """
 
-def _cut(label_DHW: np.ndarray, values: Sequence[int], out_DHW: np.ndarray) -> np.ndarray:
-    """Write to `out_DHW` where a label map has one of the values."""
-    if 0 < len(values) <= FEW_VALUES:
-        np.equal(label_DHW, values[0], out=out_DHW)
-        for value in values[1:]:
-            out_DHW |= label_DHW == value
-        return out_DHW
-    table = np.zeros(int(np.iinfo(label_DHW.dtype).max) + 1, bool)
-    table[list(values)] = True
-    # With "clip" numpy writes to `out` directly; the table has every value.
-    return table.take(label_DHW, out=out_DHW, mode="clip")
+    counts_V: np.ndarray
+    low_3V: np.ndarray
+    high_3V: np.ndarray
+
+    @classmethod
+    def of(cls, label_DHW: np.ndarray) -> Extents:
+        """Find those of a contiguous label map, from its runs: equal neighbours in a row."""
+        _, height, width = label_DHW.shape
+        starts_DHW = np.ones(label_DHW.shape, bool)
+        np.not_equal(label_DHW[:, :, 1:], label_DHW[:, :, :-1], out=starts_DHW[:, :, 1:])
+        starts_N = np.flatnonzero(starts_DHW)
+        lengths_N = np.diff(starts_N, append=label_DHW.size)
+        values_N = label_DHW.reshape(-1)[starts_N].astype(np.intp)
+        rows_N = starts_N // width
+        d_N = rows_N // height
+        h_N = rows_N - d_N * height
+        w_N = starts_N - rows_N * width
+        counts_V = np.bincount(values_N, lengths_N).astype(np.int64)
+        low_3V = np.full((3, len(counts_V)), max(label_DHW.shape))
+        high_3V = np.full((3, len(counts_V)), -1)
+        ends_N = w_N + lengths_N - 1
+        for axis, (first_N, last_N) in enumerate([(d_N, d_N), (h_N, h_N), (w_N, ends_N)]):
+            np.minimum.at(low_3V[axis], values_N, first_N)
+            np.maximum.at(high_3V[axis], values_N, last_N)
+        return cls(counts_V, low_3V, high_3V)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from segvol_pl.imaging.box import box_of, enlarged
-from segvol_pl.imaging.masks import BoxedMask, LabelMap, counts_of
+from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.masks import BoxedMask, Extents, LabelMap
 
 SHAPE = (6, 20, 24)
 
@@ -36,28 +36,61 @@ def test_a_mask_is_not_changed_by_the_next_one() -> None:
     first = labels.mask([1])
     kept_DHW = first.complete()
     labels.mask([2])
-    labels.mask_near([3], (0, 0, 0, 5, 19, 23))
     np.testing.assert_array_equal(first.complete(), kept_DHW)
 
 
-@pytest.mark.parametrize("values", [[1], [2, 3], [1, 2, 3, 4, 5, 6], []])
-@pytest.mark.parametrize("box", [(0, 0, 0, 2, 7, 7), (1, 4, 4, 4, 15, 19), (0, 0, 0, 5, 19, 23)])
-def test_a_mask_near_a_box_is_the_complete_one(values: list[int], box: tuple[int, ...]) -> None:
-    label_DHW = np.zeros(SHAPE, np.uint16)
-    label_DHW[0:2, 2:8, 2:8] = 1
-    label_DHW[2:5, 5:16, 6:18] = 2
-    label_DHW[5, 19, 23] = 3
+def boxes(count: int) -> list[Box]:
+    """Random boxes in an array of `SHAPE`."""
+    rng = np.random.default_rng(5)
+    d, h, w = (np.sort(rng.integers(0, size, (count, 2)), axis=1) for size in SHAPE)
+    return [tuple(int(at) for at in (*low, *high)) for low, high in np.stack([d, h, w], axis=2)]  # type: ignore[misc]
+
+
+def test_values_mostly_in_a_box_are_those_counted_there() -> None:
+    label_DHW = regions(40)
     labels = LabelMap(label_DHW)
-    found = labels.mask_near([value for value in values if value < len(labels.counts)], box)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(found.complete(), np.isin(label_DHW, values))
+    found = []
+    for box in [(0, 0, 0, 5, 19, 23), *boxes(60)]:
+        inside_V = np.bincount(label_DHW[box_slices(box)].reshape(-1), minlength=len(labels.counts))
+        for share in (0.0, 0.5, 0.9):
+            wanted = [value for value in range(1, len(inside_V)) if inside_V[value] > share * labels.counts[value]]
+            assert labels.mostly_in(box, share) == wanted
+            found.append(len(wanted))
+    assert 0 in found and max(found) > 5
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(8, np.uint8), (8, np.uint16), (250, np.uint8), (40_000, np.uint16)])
-def test_counts_are_numpys(count: int, dtype: type) -> None:
-    label_DHW = regions(count, dtype)
-    label_DHW[0, 0, 0] = count
-    np.testing.assert_array_equal(counts_of(label_DHW), np.bincount(label_DHW.reshape(-1)))
-    np.testing.assert_array_equal(counts_of(label_DHW[1:4, ::2]), np.bincount(label_DHW[1:4, ::2].reshape(-1)))
+def label_maps() -> dict[str, np.ndarray]:
+    """Label maps of both types: of few and of many values, in blocks and as noise, of one value, of other shapes."""
+    rng = np.random.default_rng(4)
+    return {
+        "few uint8": regions(8, np.uint8),
+        "few uint16": regions(8),
+        "noise of all uint8": rng.integers(0, 256, SHAPE, np.uint8),
+        "noise of all uint16": rng.integers(0, 1 << 16, SHAPE, np.uint16),
+        "largest uint16": np.full(SHAPE, np.iinfo(np.uint16).max, np.uint16),
+        "zeros": np.zeros(SHAPE, np.uint8),
+        "no voxel": np.zeros((0, 3, 4), np.uint8),
+        "one voxel": np.full((1, 1, 1), 3, np.uint8),
+        "one column": rng.integers(0, 3, (5, 7, 1), np.uint16),
+        "one row": rng.integers(0, 3, (1, 1, 9), np.uint8),
+        "every second": regions(8)[1:4, ::2, ::-1],
+        "axes in another order": regions(8).transpose(2, 0, 1),
+    }
+
+
+@pytest.mark.parametrize("name", label_maps())
+def test_counts_boxes_and_masks_of_all_values_are_numpys(name: str) -> None:
+    label_DHW = label_maps()[name]
+    labels = LabelMap(label_DHW)
+    counts_V = np.bincount(label_DHW.reshape(-1))
+    np.testing.assert_array_equal(labels.counts, counts_V)
+    extents = Extents.of(np.ascontiguousarray(label_DHW))
+    assert (extents.low_3V > extents.high_3V).all(axis=0).tolist() == (counts_V == 0).tolist()
+    for value in np.unique(label_DHW)[:300].tolist():
+        wanted_DHW = label_DHW == value
+        mask = labels.mask([value])
+        assert mask.box == box_of(wanted_DHW) == (*extents.low_3V[:, value], *extents.high_3V[:, value])
+        np.testing.assert_array_equal(mask.complete(), wanted_DHW)
 
 
 def test_voxels_are_drawn_from_the_mask_as_from_its_list() -> None:
@@ -75,7 +108,3 @@ def test_what_a_mask_covers_is_what_it_holds() -> None:
     voxels_N3 = np.stack(np.unravel_index(np.arange(mask_DHW.size), SHAPE), axis=1)
     np.testing.assert_array_equal(BoxedMask.of(mask_DHW).covers(voxels_N3), mask_DHW.reshape(-1))
     assert not BoxedMask.empty(SHAPE).covers(voxels_N3).any()
-
-
-def test_a_box_is_enlarged_within_the_array() -> None:
-    assert enlarged((0, 4, 10, 3, 7, 23), 0.25, SHAPE) == (0, 3, 6, 4, 8, 23)
