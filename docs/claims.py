@@ -17,9 +17,10 @@ HEAD = """# The paper's claims on phantoms
 
 <!-- Written by `python docs/claims.py` from paper.json. Do not edit. -->
 
-`segvol-pl paper run=all processes=2` runs each claim of the SegVol paper as an experiment on synthetic CTs, with a small
-model on a CPU, and wrote these figures; [The paper's claims](../how-to/paper.md) says how. They can support the order
-of two figures. Their values cannot be compared with the paper's, which are of real CTs and a model 80 times as large.
+`segvol-pl paper run=all processes=2` runs each claim of the SegVol paper as an experiment on synthetic CTs, with a
+small model on a CPU, and wrote these figures; [The paper's claims](../how-to/paper.md) says how. They can support the
+order of two figures. Their values cannot be compared with the paper's, which are of real CTs and a model 80 times as
+large.
 
 A claim holds if the 95 % interval (Student's t) of every expected difference, over pairs of runs of equal seed, lies
 above 0. It does not hold if one lies below 0. Otherwise it is not shown.
