@@ -336,7 +336,7 @@ def one_turn(processes: Processes, found: Found, name: str, size: Size, cores: S
 
 # ---- the report ----
 
-SECTION = """## Beside other loaders
+SECTION = """## Compared with other loaders
 
 `python benchmarks/peers.py OUT --write docs/reference/performance.md` wrote this table. All loaders give an image
 float32 in [0, 1] and its label map, from the same voxels, which are compared before each turn. CPU time is user and
