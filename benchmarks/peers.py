@@ -404,7 +404,8 @@ def report(found: Found, size: Size, out: Path, page: str) -> None:
     if page:
         bullets = [f"- {line}" for line in lines_of(found)]
         write_between(Path(page), "peers", [SECTION, "", heading, "", *markdown(COLUMNS, table), "", *bullets])
-        record("peers", {name: middle(turns, "cpu_ms") for name, turns in found.turns.items()} | found.together)
+        together = {f"{name}, two at once": shares for name, shares in found.together.items()}
+        record("peers", {name: middle(turns, "cpu_ms") for name, turns in found.turns.items()} | together)
 
 
 def main() -> None:
