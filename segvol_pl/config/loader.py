@@ -37,6 +37,8 @@ from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError
 
 COMMAND_LINE = "command line"
+UNKNOWN = "unknown key"
+"""Begins the message about a key that a command does not have."""
 PAIR = re.compile(r"([A-Za-z_][\w.]*)=(.*)", re.DOTALL)
 REFERENCE = re.compile(r"(\\*)\$\{([^}]*\}?)")
 """`${KEY}`. An odd number of backslashes before it makes it plain text."""
@@ -116,15 +118,16 @@ def load(command: str, arguments: Sequence[str]) -> Any:
 def load_run(arguments: Sequence[str]) -> Any:
     """Load the configuration of a training run as `train`, or else as `pretrain`, whichever has its keys.
 
-    Raises ConfigError as `load` does for train, if neither has.
+    Raises ConfigError as `load` does for the command that has its keys, or for train if neither has.
     """
     try:
         return load("train", arguments)
     except ConfigError as error:
         try:
             return load("pretrain", arguments)
-        except ConfigError:
-            raise error from None
+        except ConfigError as other:
+            has_its_keys = UNKNOWN in str(error) and UNKNOWN not in str(other)
+            raise (other if has_its_keys else error) from None
 
 
 def custom_function(name: str, key: str) -> Callable[..., Any]:
@@ -270,7 +273,7 @@ def _flatten(source: Source, key: str, node: yaml.Node) -> Iterator[Setting]:
     if key in _fields(command):
         yield _setting(command, key, node, here)
     elif key and key not in _sections(command):
-        raise ConfigError(f"unknown key {key} ({here}){did_you_mean(key, _fields(command))}", key)
+        raise ConfigError(f"{UNKNOWN} {key} ({here}){did_you_mean(key, _fields(command))}", key)
     elif isinstance(node, yaml.MappingNode):
         _refuse_doubled(source, node)
         for name, value in node.value:

@@ -152,6 +152,11 @@ def test_planned_memory_is_what_a_process_takes() -> None:
         assert planned == pytest.approx(measured, rel=0.15), row
 
 
+def test_a_fault_in_a_pretraining_file_is_named_not_the_keys_that_training_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"data\.locality .*64 shares are not possible"):
+        plan(["configs/pretrain.yaml", "data.locality=64", "data.global_batch=96"])
+
+
 def test_a_plan_needs_bf16_only_where_the_run_has_it() -> None:
     assert isinstance(plan([TRAIN]), Plan) and plan([TRAIN]).bf16 and not plan([TRAIN, "run.precision=fp32"]).bf16
 
