@@ -328,7 +328,8 @@ class SampleTable(Sequence[SampleRecord]):
 
     def digest(self) -> str:
         """A hash over all values and names. Equal samples in one order give one hash, wherever they are held."""
-        digest = xxhash.xxh3_128(repr((asdict(self.names), self._rows.dtype)).encode())
+        # As in the head of a .npy file: numpy's own text for a dtype differs between its versions.
+        digest = xxhash.xxh3_128(repr((asdict(self.names), self._rows.dtype.descr)).encode())
         for block in self._blocks():
             digest.update(block.view(np.uint8).data)
         return digest.hexdigest()
