@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -163,6 +163,13 @@ class TensorStore:
         return self.corpus.crop(key, start, hu_DHW, label_DHW)
 
 
+def endless(data: Iterable[dict[str, Any]]) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Key, CT and label map of each item, epoch after epoch."""
+    while True:
+        for item in data:
+            yield item["key"], item["ct"], item["label"]
+
+
 class OfVolumes:
     """A loader that yields complete volumes in an order of its own; a window is cut out of each."""
 
@@ -203,10 +210,7 @@ class LitData(OfVolumes):
     def volumes(self, folder: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         import litdata
 
-        data = litdata.StreamingDataset(str(folder), shuffle=True)
-        while True:
-            for item in data:
-                yield item["key"], item["ct"], item["label"]
+        return endless(litdata.StreamingDataset(str(folder), shuffle=True))
 
 
 class Mosaic(OfVolumes):
@@ -234,10 +238,7 @@ class Mosaic(OfVolumes):
 
         # A process that ended leaves its own behind.
         clean_stale_shared_memory()
-        data = StreamingDataset(local=str(folder), shuffle=True, batch_size=1)
-        while True:
-            for item in data:
-                yield item["key"], item["ct"], item["label"]
+        return endless(StreamingDataset(local=str(folder), shuffle=True, batch_size=1))
 
 
 class WebDataset(OfVolumes):

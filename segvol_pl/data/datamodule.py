@@ -28,6 +28,7 @@ from segvol_pl.data.damage_tally import DamageTally
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.locality import Locality
 from segvol_pl.data.pipe import PipeStream
+from segvol_pl.data.sample_table import EMPTY
 from segvol_pl.data.stream import BatchPlan, Draw, Stream, World
 from segvol_pl.errors import ConfigError
 
@@ -35,8 +36,6 @@ log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 """Version of the stream's state in a checkpoint."""
-UNKNOWN = np.uint64(0)
-"""Fingerprint of the hash that an old index lacks."""
 
 
 class VolumeModule(pl.LightningDataModule):
@@ -82,7 +81,7 @@ class VolumeModule(pl.LightningDataModule):
             np.concatenate([part.records.fingerprints("content") for part in corpus.parts])
             for corpus in (self.train_corpus, self.val_corpus)
         )
-        held_out = np.unique(held_out[held_out != UNKNOWN])
+        held_out = np.unique(held_out[held_out != EMPTY])
         both = int(np.isin(held_out, trained).sum())
         if both:
             log.warning("%d of %d held-out volumes are also trained on: run segvol-pl overlap", both, len(held_out))

@@ -29,6 +29,8 @@ ABSENT = -1
 """Offset of a member that a sample lacks."""
 BLOCK = 1 << 16
 """Rows that are checked or hashed at a time: memory does not grow with the table."""
+EMPTY = np.uint64(0)
+"""Fingerprint of an empty text, such as a hash that an old index lacks."""
 MIX = np.uint64(0x9E3779B97F4A7C15)
 """An odd number that spreads its factor over 64 bits: the golden ratio's, as in Fibonacci hashing."""
 
@@ -305,13 +307,15 @@ class SampleTable(Sequence[SampleRecord]):
 
     def per_shard(self) -> dict[str, int]:
         """Shard -> number of samples, for shards that have any."""
-        counts = np.bincount(self.column("shard"), minlength=len(self.names.shards)).tolist()
-        return {name: count for name, count in zip(self.names.shards, counts, strict=True) if count}
+        return self._counted("shard", self.names.shards)
 
     def per_split(self) -> dict[str, int]:
         """Split -> number of samples, for splits that have any."""
-        counts = np.bincount(self.column("split"), minlength=len(self.names.splits)).tolist()
-        return {name: count for name, count in zip(self.names.splits, counts, strict=True) if count}
+        return self._counted("split", self.names.splits)
+
+    def _counted(self, column: str, names: list[str]) -> dict[str, int]:
+        counts = np.bincount(self.column(column), minlength=len(names)).tolist()
+        return {name: count for name, count in zip(names, counts, strict=True) if count}
 
     def by_shard(self) -> dict[str, SampleTable]:
         """Shard -> its samples."""

@@ -164,9 +164,9 @@ def write_index(folder: Path, index: Index) -> None:
 
 def remove_rows(folder: Path, index: Index) -> None:
     """Remove the rows of earlier indexes from a folder; processes that have mapped them keep them."""
-    file = ROWS.format(digest=index.samples.digest())
+    kept = ROWS.format(digest=index.samples.digest()) if len(index.samples) > INLINE else ""
     for path in folder.glob(ROWS.format(digest="*")):
-        if len(index.samples) <= INLINE or path.name != file:
+        if path.name != kept:
             path.unlink(missing_ok=True)
 
 

@@ -183,8 +183,7 @@ def _check_regions(module: VolumeModule, config: TrainConfig) -> None:
     if config.prompts.pseudo_per_volume and lacking:
         raise ConfigError(
             f"prompts.pseudo_per_volume: {sum(map(len, lacking))} samples (first: {lacking[0][0].key}) have no "
-            "pseudo-label regions: "
-            "pack with regions.enabled=true, or set prompts.pseudo_per_volume=0"
+            "pseudo-label regions: pack with regions.enabled=true, or set prompts.pseudo_per_volume=0"
         )
 
 
