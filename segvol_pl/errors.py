@@ -1,12 +1,13 @@
 """The errors that a user can cause and fix: one line each, which names the file, key or sample and the remedy.
 
 The command line prints the message of a `SegVolError` alone; any other error counts as a fault of the program. `status`
-is the exit status of a command that ends with it.
+is the exit status of a command that ends with it. Why a start of a training run ended, and with which status, is here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import StrEnum
 from typing import ClassVar
 
 from segvol_pl.credentials import masked
@@ -15,6 +16,43 @@ FAILED, MISUSED = 1, 2
 """Exit statuses of a command that failed, and of one that was used wrongly."""
 NOT_FINITE = 65
 """Exit status of a run whose losses or gradients were not finite (EX_DATAERR)."""
+HUNG = 70
+"""Exit status of a rank that ended because a rank hung (EX_SOFTWARE)."""
+OUT_OF_MEMORY = 71
+"""Exit status of a run for whose tensors a device or the main memory was too small (EX_OSERR)."""
+LOST = 75
+"""Exit status of a process whose folder another process has taken over (EX_TEMPFAIL)."""
+SIGNALLED = 128
+"""Exit status of a process ended by a signal, minus the signal's number: the convention of shells."""
+
+
+class Cause(StrEnum):
+    """Why a start of a training run ended."""
+
+    done = "done"
+    preempted = "preempted"
+    """Stopped by a signal, after saving."""
+    node_lost = "node_lost"
+    """Never recorded, but inferred: the start left no record of its end, and SLURM started the job again."""
+    hang = "hang"
+    non_finite = "non_finite"
+    configuration = "configuration"
+    """A key, file, folder or data set that must be fixed before another start can work."""
+    out_of_memory = "out_of_memory"
+    crash = "crash"
+    """Everything else, such as an error of the system, or a process that was killed."""
+
+
+STATUSES = {
+    Cause.done: 0,
+    Cause.crash: FAILED,
+    Cause.configuration: MISUSED,
+    Cause.non_finite: NOT_FINITE,
+    Cause.hang: HUNG,
+    Cause.out_of_memory: OUT_OF_MEMORY,
+    Cause.preempted: SIGNALLED,
+}
+"""Exit status of a rank whose run ended for a cause; to that of `preempted` the signal's number is added."""
 
 LISTED = 10
 """Most names in one message."""
@@ -31,6 +69,8 @@ class SegVolError(ValueError):
     """Every error of this package that a user can fix."""
 
     status: ClassVar[int] = FAILED
+    passing: ClassVar[bool] = False
+    """Whether the cause may go away by itself, so that the same command may work later."""
 
 
 class ConfigError(SegVolError):
@@ -72,6 +112,8 @@ class ShardError(PlaceError):
 
 class StoreError(PlaceError):
     """A store that does not respond, or refuses. The message names it, how long it was tried, and its last error."""
+
+    passing = True
 
 
 class LockedError(SegVolError):
@@ -118,3 +160,16 @@ class RunError(SegVolError):
 
 class PointsError(SegVolError):
     """Runs or tables that give no points."""
+
+
+def cause_of(error: BaseException) -> Cause:
+    """The cause that an error of a training run belongs to."""
+    if isinstance(error, SystemExit):
+        return Cause.preempted if isinstance(error.code, int) and error.code > SIGNALLED else Cause.crash
+    named = {STATUSES[cause]: cause for cause in Cause if STATUSES.get(cause, FAILED) != FAILED}
+    if isinstance(error, SegVolError):
+        by_itself = Cause.crash if error.passing else Cause.configuration
+        return named.get(error.status, by_itself)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
+        return Cause.out_of_memory
+    return Cause.crash

@@ -25,12 +25,10 @@ from types import TracebackType
 
 import psutil
 
-from segvol_pl.errors import LockedError
+from segvol_pl.errors import LOST, LockedError
 
 log = logging.getLogger(__name__)
 
-LOST = 75
-"""Exit status of a process whose folder was taken over (EX_TEMPFAIL)."""
 BEAT = 4.0
 """Seconds between two increments of the count."""
 SILENCE = 3 * BEAT

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 
+from segvol_pl.errors import SIGNALLED
 from segvol_pl.training import loggers
 from segvol_pl.training.checkpoints import Checkpoints, writer
 from segvol_pl.training.ranks import host_group
@@ -31,8 +32,6 @@ from segvol_pl.training.ranks import host_group
 log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
-SIGNALLED = 128
-"""Exit status of a process ended by a signal, minus the signal's number: the convention of shells."""
 
 
 class StopSignal:

@@ -24,11 +24,10 @@ import lightning.pytorch as pl
 import psutil
 
 from segvol_pl.atomic import write_text
+from segvol_pl.errors import HUNG
 
 log = logging.getLogger(__name__)
 
-HUNG = 70
-"""Exit status of a rank that ended because a rank hung (EX_SOFTWARE)."""
 LOOKS = 10
 """How often the count is checked within the timeout."""
 
