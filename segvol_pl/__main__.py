@@ -16,6 +16,7 @@ import os
 import re
 import select
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ from segvol_pl.config import (
 )
 from segvol_pl.credentials import masked
 from segvol_pl.errors import FAILED, MISUSED, ConfigError, SegVolError
-from segvol_pl.launched import rank_named
+from segvol_pl.launched import PROCESS, command_since, rank_named
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -79,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = {argument for argument in given if argument in FLAGS}
     words = [argument for argument in given if argument not in FLAGS]
     _set_up_logging("--debug" in flags)
+    command_since.set(PROCESS if arguments is None else time.time())
     try:
         status = _dispatch(words, flags)
         sys.stdout.flush()
@@ -431,6 +433,52 @@ def _plan(arguments: list[str]) -> int:
     return DONE
 
 
+def _runs(arguments: list[str]) -> int:
+    if not arguments:
+        raise ConfigError("takes DIR ...")
+    from segvol_pl import goodput
+
+    _print_table([goodput.describe(folder) for folder in goodput.run_folders(arguments)])
+    return DONE
+
+
+def _runs_help() -> str:
+    from segvol_pl.goodput import HELP
+
+    return HELP
+
+
+def _requeue_help() -> str:
+    from segvol_pl.requeue import HELP
+
+    return HELP
+
+
+def _requeue(arguments: list[str]) -> int:
+    """Exits with 0 whatever it decides: its line is to be the last one of the job's log."""
+    trained = {"train", "pretrain"}
+    if len(arguments) < 2 or not arguments[0].isdecimal() or arguments[1] not in trained:
+        raise ConfigError("takes STATUS, then train or pretrain, then the arguments of that")
+    from segvol_pl import requeue, slurm_job
+    from segvol_pl.journal import read
+
+    job = requeue.Job(slurm_job.job_name(), slurm_job.restarts(), int(arguments[0]))
+    try:
+        run = loader.load(arguments[1], arguments[2:]).run
+    except ConfigError as error:
+        print(f"configuration ({error}): not queued again: fix that, and submit the job again")
+        return DONE
+    decided = requeue.decide(read(Path(run.out)), job, run.requeue)
+    if decided.again and not slurm_job.may_be_queued_again():
+        print(f"{decided.cause.value}: job {job.name or 'none'} is not running any more, and is left as it is")
+        return DONE
+    requeue.record_end(Path(run.out), job, decided.cause)
+    print(decided.reason, flush=True)
+    if decided.again:
+        slurm_job.queue_again()
+    return DONE
+
+
 def _console() -> Console:
     """For tables. They are as wide as the terminal, or as their content where the output goes elsewhere."""
     from rich.console import Console
@@ -467,6 +515,15 @@ COMMANDS = {
         "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]",
         "Estimate parameters, operations, memory by strategy, rates and hours of a training run before it is started.",
         _plan,
+    ),
+    "runs": Command(
+        "DIR ...", "List training runs: state, step, goodput, and where the rest of the time went.", _runs, _runs_help
+    ),
+    "requeue": Command(
+        "STATUS train|pretrain [FILE.yaml ...] [KEY=VALUE ...]",
+        "Queue the SLURM job of a failed run again if that makes sense, and say why; slurm/train.sbatch calls it.",
+        _requeue,
+        _requeue_help,
     ),
     "evaluate": _configured("evaluate", _evaluate),
     "predict": _configured("predict", _predict),

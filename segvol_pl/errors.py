@@ -1,11 +1,12 @@
 """The errors that a user can cause and fix: one line each, which names the file, key or sample and the remedy.
 
 The command line prints the message of a `SegVolError` alone; any other error counts as a fault of the program. `status`
-is the exit status of a command that ends with it. Why a start of a training run ended, and with which status, is here too.
+is the exit status of a command that ends with it. The causes for which a training run ends are here too.
 """
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import ClassVar
@@ -31,7 +32,7 @@ class Cause(StrEnum):
 
     done = "done"
     preempted = "preempted"
-    """Stopped by a signal, after saving."""
+    """Stopped by a signal; by SIGUSR1 and SIGTERM after saving."""
     node_lost = "node_lost"
     """Never recorded, but inferred: the start left no record of its end, and SLURM started the job again."""
     hang = "hang"
@@ -162,8 +163,19 @@ class PointsError(SegVolError):
     """Runs or tables that give no points."""
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status of a training run that ends with `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return SIGNALLED + signal.SIGINT
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAILED
+    return error.status if isinstance(error, SegVolError) else STATUSES[cause_of(error)]
+
+
 def cause_of(error: BaseException) -> Cause:
     """The cause that an error of a training run belongs to."""
+    if isinstance(error, KeyboardInterrupt):
+        return Cause.preempted
     if isinstance(error, SystemExit):
         return Cause.preempted if isinstance(error.code, int) and error.code > SIGNALLED else Cause.crash
     named = {STATUSES[cause]: cause for cause in Cause if STATUSES.get(cause, FAILED) != FAILED}

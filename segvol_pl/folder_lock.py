@@ -29,10 +29,15 @@ from segvol_pl.errors import LOST, LockedError
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock.json"
+"""Name of the lock file of a folder with one writer."""
 BEAT = 4.0
 """Seconds between two increments of the count."""
 SILENCE = 3 * BEAT
 """Seconds without a new count after which a holder on another machine counts as gone."""
+SILENT = 60.0
+"""Seconds since the last count after which `seems_alive` takes a holder on another machine for gone: network file
+systems show the time of a change late."""
 SETTLE = 0.3
 """Seconds to wait after a takeover: if several take over at once, the last writer has won by then."""
 
@@ -88,7 +93,7 @@ class FolderLock:
         LockedError: another process holds the folder, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, name: str = ".lock.json", against: str = "") -> None:
+    def __init__(self, folder: Path, name: str = LOCK, against: str = "") -> None:
         self.folder, self.path, self.against = folder, folder / name, against
         self.own = Holder.this_process()
         self.released = threading.Event()
@@ -198,6 +203,16 @@ def living(paths: list[Path], own: Holder) -> tuple[Path, Holder] | None:
             if (now := read_holder(path)) is not None and now != holder:
                 return path, now
     return None
+
+
+def seems_alive(path: Path) -> bool:
+    """Whether the lock has a holder that seems to be alive. Answers at once: for a list, not for taking over."""
+    if (holder := read_holder(path)) is None:
+        return False
+    start, _, machine = holder.process.partition(" ")
+    if machine == _machine():
+        return is_running(holder.pid, float(start))
+    return time.time() - path.stat().st_mtime < SILENT
 
 
 def is_running(pid: int, started: float) -> bool:

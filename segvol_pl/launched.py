@@ -1,9 +1,10 @@
-"""The rank of this process, from the variables that launchers set; needs no torch."""
+"""The rank of this process, from the variables that launchers set, and when its command began; needs no torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextvars import ContextVar
 
 TORCHRUN, SRUN = ("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 """Variables with the rank of a process and the number of ranks; sbatch alone sets the second of srun's not."""
@@ -13,6 +14,10 @@ NODES = ("NODE_RANK", "GROUP_RANK")
 """Variables with the number of its node, if ranks are started by hand or by Lightning's launcher."""
 LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")
 """Variables with the rank within its node: torchrun's and Lightning's, SLURM's."""
+PROCESS = 0.0
+"""The value of `command_since` of a process that runs one command: since the process began."""
+command_since: ContextVar[float] = ContextVar("command_since")
+"""When the command that this process runs began (s since the epoch). The command line sets it."""
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:

@@ -12,10 +12,7 @@ A further signal while saving has no effect. The next start of the same command 
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 import signal
-import subprocess
 from types import FrameType
 from typing import Any
 
@@ -25,9 +22,11 @@ import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 
 from segvol_pl.errors import SIGNALLED
+from segvol_pl.slurm_job import queue_again
 from segvol_pl.training import loggers
 from segvol_pl.training.checkpoints import Checkpoints, writer
 from segvol_pl.training.ranks import host_group
+from segvol_pl.training.recorder import Recorder
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +64,8 @@ class Preemption(pl.Callback):
     Exits with 128 + the signal's number. In a SLURM job, if `requeue` is set, the job is requeued.
     """
 
-    def __init__(self, stop: StopSignal, checkpoints: Checkpoints, requeue: bool) -> None:
-        self.stop, self.checkpoints, self.requeue = stop, checkpoints, requeue
+    def __init__(self, stop: StopSignal, checkpoints: Checkpoints, requeue: bool, recorder: Recorder) -> None:
+        self.stop, self.checkpoints, self.requeue, self.recorder = stop, checkpoints, requeue, recorder
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Lightning has just installed its own handler of SIGTERM, which communicates with other ranks in mid-step.
@@ -103,7 +102,10 @@ class Preemption(pl.Callback):
         begun = trainer.state.fn == TrainerFn.FITTING
         if begun:
             trainer.save_checkpoint(self.checkpoints.last)
-            writer(trainer).wait()
+            with self.recorder.saving():
+                writer(trainer).wait()
+        # Before the job is queued again: SLURM then ends this process.
+        self.recorder.failed(SystemExit(SIGNALLED + number))
         if trainer.is_global_zero:
             loggers.finish(trainer.loggers, preempted=True)
             again = self.requeue and queue_again()
@@ -112,24 +114,3 @@ class Preemption(pl.Callback):
             log.info("%s: %s, %s", name, saved, after)
         trainer.strategy.barrier()
         raise SystemExit(SIGNALLED + number)
-
-
-def queue_again() -> bool:
-    """Requeue this job in SLURM; return whether that worked. A job that is being cancelled is left alone."""
-    job = _job()
-    if job is None or shutil.which("scontrol") is None:
-        return False
-    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True, check=False)
-    if "JobState=RUNNING" not in shown.stdout:
-        log.info("job %s is not RUNNING any more: not requeued", job)
-        return False
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode:
-        log.warning("scontrol requeue %s failed (%s): submit the job again", job, done.stderr.strip())
-    return done.returncode == 0
-
-
-def _job() -> str | None:
-    """The job's id, or ARRAY_TASK for a task of an array job."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -32,6 +32,7 @@ from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
 from segvol_pl.errors import ConfigError
 from segvol_pl.folder_lock import FolderLock
+from segvol_pl.journal import Journal
 from segvol_pl.launched import rank_named
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
 from segvol_pl.model.text_encoder import TextBank
@@ -43,6 +44,7 @@ from segvol_pl.training.gradients import FiniteSteps, GradientNorm
 from segvol_pl.training.module import Sharding, Task
 from segvol_pl.training.preemption import Preemption, StopSignal
 from segvol_pl.training.pretrain import SimMIMTask
+from segvol_pl.training.recorder import Recorder, RecordingTrainer
 from segvol_pl.training.resume import Start, set_aside, start_of
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.startup import StartUp
@@ -209,28 +211,36 @@ def _fit(config: Config, task: Task, module: VolumeModule) -> Path:
 
 def _fitted(config: Config, task: Task, module: VolumeModule) -> Path:
     out = Path(config.run.out)
-    last = out / "checkpoints" / "last.ckpt"
     start = start_of(config, module)
     if start.checkpoint is not None and start.step >= config.optim.max_steps:
         log.info("%s: already at step %d of %d, nothing to do", out, start.step, config.optim.max_steps)
         return start.checkpoint
-    last.parent.mkdir(parents=True, exist_ok=True)
-    _write_records(config, start)
+    (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+    journal = Journal(out, rank=1 if rank_named() else 0)
+    _write_records(config, start, journal)
+    recorder = Recorder(journal, config.run.log_every)
+    with recorder.watched():
+        return _trained(config, task, module, start, recorder)
+
+
+def _trained(config: Config, task: Task, module: VolumeModule, start: Start, recorder: Recorder) -> Path:
     if strategies.run_device(config.run).type == "cpu":
         strategies.keep_freed_memory()
     torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
     if config.run.compile:
         strategies.compile_parts(task, config.run)
     with StopSignal() as stop, _quiet():
-        trainer = _trainer(config, out, start.step, stop)
+        trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
         # DeepSpeed would add its hooks to the modules twice: for validation, and again for training.
         if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
             trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
         trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
-        writer(trainer).wait()
+        with recorder.saving():
+            writer(trainer).wait()
+    recorder.done()
     loggers.finish(trainer.loggers)
-    return last
+    return Path(config.run.out) / "checkpoints" / "last.ckpt"
 
 
 @contextmanager
@@ -249,16 +259,18 @@ def _quiet() -> Iterator[None]:
 
 
 @rank_zero_only
-def _write_records(config: Config, start: Start) -> None:
+def _write_records(config: Config, start: Start, journal: Journal) -> None:
     out = Path(config.run.out)
     if not config.run.resume:
         set_aside(out / "checkpoints")
     write_manifest(out, to_yaml(config), start.step, start.changed)
+    journal.start(start.step, config.optim.max_steps, config.run.resume)
 
 
-def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Trainer:
+def _trainer(config: Config, out: Path, done: int, stop: StopSignal, recorder: Recorder) -> pl.Trainer:
     run = config.run
-    return pl.Trainer(
+    return RecordingTrainer(
+        recorder,
         **strategies.trainer_placement(run),
         precision=strategies.trainer_precision(run),
         deterministic=run.deterministic,
@@ -274,7 +286,7 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
         inference_mode=run.strategy is not Strategy.fsdp,
         log_every_n_steps=run.log_every,
         logger=loggers.loggers(out, config.track, done),
-        callbacks=_callbacks(config, out, stop),
+        callbacks=_callbacks(config, out, stop, recorder),
         plugins=[AtomicCheckpointIO(), *strategies.environments()],
         default_root_dir=str(out),
         use_distributed_sampler=False,
@@ -284,7 +296,7 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal) -> pl.Train
     )
 
 
-def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
+def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) -> list[Callback]:
     """All callbacks. Lightning calls them in this order, on which the run's correctness depends."""
     run = config.run
     checkpoints = Checkpoints(out / "checkpoints", run)
@@ -305,10 +317,12 @@ def _callbacks(config: Config, out: Path, stop: StopSignal) -> list[Callback]:
         *([Profile(run.profile, out)] if run.profile else []),
         # Before Preemption and Checkpoints: a run that ends because of NaN must save nothing more.
         FiniteSteps(run.max_bad_steps),
+        # After all that communicates or reads results when a validation ends, and before what saves then.
+        recorder,
         # Before Preemption and Checkpoints: a rank that hangs in them has already reported its batch.
-        Watchdog(out / "ranks", run.hang_timeout),
+        Watchdog(out / "ranks", run.hang_timeout, recorder.hung),
         # Before Checkpoints: all ranks agree here whether the checkpoint is due that Checkpoints then saves.
-        Preemption(stop, checkpoints, run.requeue),
+        Preemption(stop, checkpoints, run.requeue, recorder),
         # Last: it saves the state after all other callbacks have updated theirs.
         checkpoints,
     ]

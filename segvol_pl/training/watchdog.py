@@ -45,10 +45,13 @@ def _noting(what: str) -> Callable[..., None]:
 
 
 class Watchdog(pl.Callback):
-    """End the process after `timeout` seconds without progress. Files: `folder`/rank-N.json."""
+    """End the process after `timeout` seconds without progress. Files: `folder`/rank-N.json.
 
-    def __init__(self, folder: Path, timeout: float) -> None:
-        self.folder, self.timeout = folder, timeout
+    ended: called before that, with what stalled and for how long (s).
+    """
+
+    def __init__(self, folder: Path, timeout: float, ended: Callable[[str, float], None]) -> None:
+        self.folder, self.timeout, self.ended = folder, timeout, ended
         self.done, self.after = 0, "the start"
         self.stopped = threading.Event()
         self.stopped.set()
@@ -91,6 +94,7 @@ class Watchdog(pl.Callback):
     def _end(self, before: dict[int, Beat], now: dict[int, Beat], ranks: int, waited: float) -> None:
         names = "; ".join(suspects(before, now, ranks))
         log.error("no progress for %.0f s; stalled: %s; aborting (run.hang_timeout=%.0f)", waited, names, self.timeout)
+        self.ended(f"no progress for {waited:.0f} s; stalled: {names}", waited)
         for child in psutil.Process().children(recursive=True):
             child.kill()
         os._exit(HUNG)
