@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import secrets
 import socket
@@ -239,7 +240,7 @@ class Journal:
         self._write("start", started)
         self.attempts = [*read(self.folder)[:-1], Attempt(started)]
         # Another training of the same process begins when it is recorded.
-        command_since.set(now)
+        command_since.set(math.inf)
 
     def mark(self, event: str, mark: Mark) -> None:
         """Record the first step, progress or a saved checkpoint. Only rank 0 writes it."""

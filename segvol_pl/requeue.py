@@ -91,7 +91,7 @@ def _same_step(own: list[Attempt]) -> str:
     failed = [attempt for attempt in own if attempt.end is None or attempt.end.cause is not Cause.preempted][-2:]
     if len(failed) < 2 or any(attempt.first is None or attempt.end is None for attempt in failed):
         return ""
-    before, now = (attempt.step for attempt in failed)
+    before, now = (attempt.end.step for attempt in failed if attempt.end)
     return f"the start before failed at step {now} too" if before == now else ""
 
 

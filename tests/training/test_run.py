@@ -37,11 +37,13 @@ from segvol_pl.data.schema import Member
 from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
 from segvol_pl.errors import CheckpointError, ConfigError, ShardError
+from segvol_pl.journal import Journal
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.run_folder import read_metrics
 from segvol_pl.training import run as training_run
 from segvol_pl.training.callbacks import StreamPosition
 from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal
+from segvol_pl.training.recorder import Recorder
 from segvol_pl.training.run import _trainer, pretrain, train
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.watchdog import HUNG, suspects
@@ -544,9 +546,10 @@ AFTER = {
     "DataHealth": ["StreamPosition"],
     "Throughput": ["StreamPosition", "DataHealth"],
     "FiniteSteps": ["Throughput", "GradientNorm", "Profile"],
+    "Recorder": ["ValidationDice", "GradientNorm", "FiniteSteps"],
     "Watchdog": ["FiniteSteps"],
     "Preemption": ["FiniteSteps", "Watchdog", "Throughput"],
-    "Checkpoints": ["Preemption", "FiniteSteps", "ValidationDice", "ValidationLine", "CorpusSize"],
+    "Checkpoints": ["Preemption", "FiniteSteps", "ValidationDice", "ValidationLine", "CorpusSize", "Recorder"],
 }
 """Callback -> those that Lightning must call before it; `_callbacks` says why."""
 
@@ -555,7 +558,8 @@ def test_callbacks_are_called_in_the_order_that_correctness_needs(tmp_path: Path
     config = train_config(tmp_path, tmp_path / "run")
     config = replace(config, run=replace(config.run, profile=1))
     (tmp_path / "run").mkdir()
-    trainer = _trainer(config, tmp_path / "run", 0, StopSignal())
+    recorder = Recorder(Journal(tmp_path / "run", rank=0), every=1)
+    trainer = _trainer(config, tmp_path / "run", 0, StopSignal(), recorder)
     names = [type(each).__name__ for each in trainer.callbacks]  # type: ignore[attr-defined]
     ours = [name for name in names if hasattr(training_run, name)]
     assert ours[:2] == ["StartUp", "StreamPosition"] and ours[-1] == "Checkpoints"
