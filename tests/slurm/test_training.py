@@ -1,4 +1,7 @@
-"""Training on a real SLURM: two nodes, signals, requeues, the loss of a node; losses as in an unbroken run."""
+"""Training on a real SLURM: two nodes, signals, requeues, the loss of a node; losses as in an unbroken run.
+
+What another start would not help is not queued again, and the job says why.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factories import train_config
+from slurm.faulty import FAILS
 from slurm.lab import SlurmLab
 
 from segvol_pl.config import TrainConfig
 from segvol_pl.config.loader import to_yaml
-from segvol_pl.errors import NOT_FINITE
+from segvol_pl.errors import NOT_FINITE, Cause
+from segvol_pl.goodput import parts
+from segvol_pl.journal import read
 from segvol_pl.run_folder import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -126,3 +132,41 @@ def test_a_run_that_is_not_finite_is_not_queued_again(lab: SlurmLab, config: Tra
     lab.wait(job, {"FAILED"}, timeout=120)
     assert lab.record(job)["Restarts"] == "0" and f"Exited with exit code {NOT_FINITE}" in lab.log(job)
     assert "not finite" in (tmp_path / f"lab-{job}-0.log").read_text()
+    assert _last_line(lab, job, out).startswith("non finite after step ")
+
+
+def _last_line(lab: SlurmLab, job: str, out: Path) -> str:
+    """The last line of the job's log, which is that of rank 0's log too, and gives a reason not to queue it again."""
+    (said, same) = (text.splitlines()[-1] for text in (lab.log(job), (out.parent / f"lab-{job}-0.log").read_text()))
+    assert said == same and ": not queued again: " in said
+    return said
+
+
+def test_a_job_that_hangs_is_queued_again_and_at_the_same_step_not_twice(
+    lab: SlurmLab, config: TrainConfig, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = replace(config.run, hang_timeout=10.0, custom_strategy="tests.slurm.faulty:hangs")
+    job = _submit(lab, replace(config, run=run), out)
+    lab.wait(job, {"FAILED"}, timeout=240)
+    assert lab.record(job)["Restarts"] == "1"
+    first, second = read(out)
+    assert first.end is not None and second.end is not None and first.kept == second.start.step == 20
+    assert (first.end.cause, first.end.step) == (second.end.cause, second.end.step) == (Cause.hang, FAILS)
+    assert first.start.job_started is not None and second.start.queued_since is not None
+    reason = f"the start before failed at step {FAILS} too"
+    assert _last_line(lab, job, out) == f"hang after step {FAILS} ({second.end.why}): not queued again: {reason}"
+    assert f"hang after step {FAILS} ({first.end.why}): queued again" in lab.log(job)
+    spent = parts([first, second], running=False)
+    assert spent.hang > 2 * run.hang_timeout and spent.queue > 0 and spent.kept > 0
+
+
+def test_a_job_without_memory_is_not_queued_again(lab: SlurmLab, config: TrainConfig, tmp_path: Path) -> None:
+    """Of one rank of two: the other one is killed, or sees only a broken connection."""
+    out = tmp_path / "run"
+    run = replace(config.run, custom_strategy="tests.slurm.faulty:lacks_memory")
+    job = _submit(lab, replace(config, run=run), out)
+    lab.wait(job, {"FAILED"}, timeout=120)
+    assert lab.record(job)["Restarts"] == "0"
+    said = _last_line(lab, job, out)
+    assert said.startswith(f"out of memory after step {FAILS}") and "tried to allocate 3 GB" in said
