@@ -154,7 +154,8 @@ class RunConfig(Keys):
     cpu_threads: int = ranged(0, least=0)
     """CPU threads of the math library. 0: its own default."""
     requeue: bool = True
-    """Requeue the SLURM job when it receives SIGUSR1 or SIGTERM."""
+    """Requeue the SLURM job when it receives SIGUSR1 or SIGTERM, and after a hang or a crash unless another start would
+    end alike."""
     hang_timeout: float = ranged(1800.0, above=0, most=10**9)
     """Abort and name the stalled rank after this long without progress (s). Must exceed the time of compiling the first
     steps and of saving a checkpoint."""

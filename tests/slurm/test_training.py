@@ -108,6 +108,9 @@ def test_the_loss_of_a_node_costs_a_checkpoints_interval_at_most(
     assert lab.record(job)["Restarts"] == "1"
     assert _losses(out) == whole
     assert before < STEPS, "the node was lost in mid-training"
+    lost, again = read(out)
+    assert lost.kept == again.start.step and again.end is not None and again.end.cause is Cause.done
+    assert parts([lost, again], running=False).lost > 0
 
 
 def test_a_second_job_in_the_same_folder_is_refused(
