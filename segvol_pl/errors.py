@@ -6,6 +6,7 @@ is the exit status of a command that ends with it. The causes for which a traini
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterable
 from enum import StrEnum
@@ -21,6 +22,10 @@ HUNG = 70
 """Exit status of a rank that ended because a rank hung (EX_SOFTWARE)."""
 OUT_OF_MEMORY = 71
 """Exit status of a run for whose tensors a device or the main memory was too small (EX_OSERR)."""
+NO_MEMORY = re.compile(
+    "can't allocate memory|Cannot allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+"""What torch's CPU allocator, the system, CUDA and cuBLAS report, in errors without a class of their own."""
 LOST = 75
 """Exit status of a process whose folder another process has taken over (EX_TEMPFAIL)."""
 SIGNALLED = 128
@@ -64,6 +69,13 @@ def listed(names: Iterable[str], between: str = ", ") -> str:
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return between.join(names[:LISTED]) + more
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out: that of a GPU, or main memory. Needs no torch."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
+        return True
+    return isinstance(error, RuntimeError | OSError) and NO_MEMORY.search(str(error)) is not None
 
 
 class SegVolError(ValueError):
@@ -182,6 +194,4 @@ def cause_of(error: BaseException) -> Cause:
     if isinstance(error, SegVolError):
         by_itself = Cause.crash if error.passing else Cause.configuration
         return named.get(error.status, by_itself)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
-        return Cause.out_of_memory
-    return Cause.crash
+    return Cause.out_of_memory if ran_out_of_memory(error) else Cause.crash

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 
 from segvol_pl.errors import Cause, ConfigError
@@ -141,12 +143,11 @@ def _first_wait(start: Start) -> Parts:
 
 def _gap(attempt: Attempt, before: Attempt, after: float) -> tuple[Parts, float]:
     """The time between two starts, and when the second one began, which clocks of two hosts may put before `after`."""
-    start, earlier = attempt.start, before.start
+    start = attempt.start
     begun = max(after, start.began)
     unseen = 0.0
-    same_job = start.job == earlier.job != "" and start.restarts > earlier.restarts
-    if before.end is None and same_job and start.queued_since is not None:
-        # A start without a record of its end, as on a lost node, ran or stood still until SLURM queued it again.
+    if before.interrupted_by(attempt) is Cause.node_lost and start.queued_since is not None:
+        # It ran or stood still until SLURM queued it again.
         unseen = min(max(0.0, start.queued_since - after), begun - after)
     return Parts(lost=unseen, queue=begun - after - unseen), begun
 
@@ -210,6 +211,12 @@ def state(folder: Path, attempts: Sequence[Attempt]) -> str:
     return end.cause.value if end.cause in (Cause.done, Cause.preempted) else f"failed: {end.cause.value}"
 
 
+def interruptions(attempts: Sequence[Attempt]) -> str:
+    """How often each cause ended a start that another one followed: `hang 1, preempted 3`."""
+    counts = Counter(before.interrupted_by(after) for before, after in pairwise(attempts))
+    return ", ".join(f"{cause.value.replace('_', ' ')} {count}" for cause, count in sorted(counts.items()))
+
+
 def describe(folder: Path) -> dict[str, str]:
     """One row of the table of `segvol-pl runs`. The folder must hold a journal with a start."""
     attempts = read(folder)
@@ -226,6 +233,7 @@ def describe(folder: Path) -> dict[str, str]:
         "hours": f"{spent.wall / 3600:.2f}",
         "goodput": shares.pop("kept"),
         **shares,
+        "interrupted by": interruptions(attempts),
         "": last.end.why if last.end else "",
     }
 

@@ -132,6 +132,14 @@ class Attempt:
         alike = [end.step for end in self.ends if end.cause is found.cause]
         return dataclasses.replace(found, step=min(alike))
 
+    def interrupted_by(self, following: Attempt) -> Cause:
+        """Why this start ended, given the next one: without a record a lost node, if SLURM started the job again."""
+        if self.end is not None:
+            return self.end.cause
+        ours, theirs = self.start, following.start
+        again = ours.job == theirs.job != "" and theirs.restarts > ours.restarts
+        return Cause.node_lost if again else Cause.crash
+
     @property
     def marks(self) -> list[Mark]:
         """All records that state how far the start had come."""
@@ -251,7 +259,8 @@ class Journal:
 
     def end(self, cause: Cause, mark: Mark, why: str = "", status: int | None = None, stalled: float = 0.0) -> None:
         """Record why this rank ends, once: what follows from it is not recorded."""
-        if self.ended or (self.rank and cause in (Cause.done, Cause.preempted)):
+        # All ranks agree on these, of which rank 0 records one.
+        if self.ended or (self.rank and cause in (Cause.done, Cause.preempted, Cause.non_finite)):
             return
         self.ended = True
         end = End(

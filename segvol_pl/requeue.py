@@ -87,7 +87,7 @@ def _against(own: list[Attempt], this: Attempt | None, cause: Cause, job: Job) -
 
 
 def _same_step(own: list[Attempt]) -> str:
-    """What is said if the last two failures were at the same step. A start-up has no step: it counts as a start."""
+    """The reason if the last two failures were at the same step. A start-up has no step: it counts as a start."""
     failed = [attempt for attempt in own if attempt.end is None or attempt.end.cause is not Cause.preempted][-2:]
     if len(failed) < 2 or any(attempt.first is None or attempt.end is None for attempt in failed):
         return ""

@@ -9,7 +9,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from segvol_pl import goodput, journal
@@ -79,6 +79,8 @@ def test_a_lost_node_costs_until_slurm_queues_the_job_again() -> None:
     assert spent[1] == Parts(lost=30, queue=110, start_up=10)
     by_hand = replace(again, start=replace(again.start, job="8"))
     assert goodput.each([lost, by_hand], running=True)[1][0] == Parts(queue=140, start_up=10)
+    assert goodput.interruptions([lost, again]) == "node lost 1"
+    assert goodput.interruptions([lost, by_hand, by_hand]) == "crash 2"
 
 
 def test_the_queue_before_the_first_start_counts_and_not_the_script_before_it() -> None:
@@ -101,6 +103,7 @@ def test_a_run_that_starts_over_has_kept_nothing() -> None:
 
 
 times = st.floats(0, 1e4)
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -126,6 +129,7 @@ def attempts(draw: st.DrawFn) -> list[Attempt]:
     return found
 
 
+@untimed
 @given(attempts(), st.booleans())
 def test_the_parts_add_up_whatever_the_journal_holds(starts: list[Attempt], running: bool) -> None:
     total = goodput.parts(starts, running)
@@ -136,6 +140,7 @@ def test_the_parts_add_up_whatever_the_journal_holds(starts: list[Attempt], runn
     assert total.wall == pytest.approx(ended - starts[0].start.began, abs=1e-6)
 
 
+@untimed
 @given(attempts())
 def test_a_running_run_counts_its_earlier_starts_once(starts: list[Attempt]) -> None:
     now = Mark(2e4, 70)
@@ -240,6 +245,7 @@ def test_a_new_run_in_the_folder_begins_a_new_journal(tmp_path: Path) -> None:
         (ShardError("x"), Cause.configuration, 1),
         (StoreError("x"), Cause.crash, 1),
         (MemoryError(), Cause.out_of_memory, 71),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), Cause.out_of_memory, 71),
         (OSError("x"), Cause.crash, 1),
         (RuntimeError("x"), Cause.crash, 1),
         (SystemExit(SIGNALLED + signal.SIGTERM), Cause.preempted, 143),

@@ -5,6 +5,7 @@ Everything is measured by the host's clock, between hooks: nothing here waits fo
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -17,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from segvol_pl import goodput
 from segvol_pl.credentials import masked
-from segvol_pl.errors import STATUSES, Cause, cause_of, status_of
+from segvol_pl.errors import SIGNALLED, STATUSES, Cause, cause_of, status_of
 from segvol_pl.goodput import Tally
 from segvol_pl.journal import GIVEN_UP, Journal, Mark, Saved, within
 from segvol_pl.training.checkpoints import writer
@@ -156,7 +157,9 @@ class Recorder(pl.Callback):
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and its message; of one from a loader process the last line of its traceback."""
+    """A signal's name, or the kind of an error and its message; the last line of a loader process's traceback."""
+    if isinstance(error, SystemExit) and cause_of(error) is Cause.preempted:
+        return signal.Signals(status_of(error) - SIGNALLED).name
     text = str(error).strip()
     last = text.splitlines()[-1] if text.startswith("Caught ") else text
     return masked(f"{type(error).__name__}: {' '.join(last.split())}")

@@ -92,7 +92,9 @@ def test_the_time_of_a_run_with_four_interruptions_adds_up(
     for step in steps:
         assert sum(values[step] for values in logged.values()) == pytest.approx(1)
     assert logged["kept"][STEPS] <= spent.shares()["kept"] + 0.01
+    assert signalled.end is not None and signalled.end.why == "SIGTERM"
     row = goodput.describe(out)
+    assert row["interrupted by"] == "crash 1, hang 1, out of memory 1, preempted 1"
     assert (row["state"], row["step"], row["starts"]) == ("done", f"{STEPS}/{STEPS}", "5")
 
 
