@@ -47,7 +47,7 @@ EXPLAINS = (
     Cause.crash,
 )
 """Which of the causes that several ranks give is that of the start: the first in this order."""
-LONGEST = 1000
+LONGEST = 500
 """Characters kept of why a start ended."""
 GIVEN_UP = 5.0
 """Seconds that writing may take in a process that ends because it hangs: its disk may be what hangs."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from segvol_pl import journal, requeue
+from segvol_pl.__main__ import main
 from segvol_pl.errors import LOST, Cause
 from segvol_pl.journal import Attempt, End, Journal, Mark, Saved, Start
 from segvol_pl.requeue import Job
 
+ROOT = Path(__file__).parents[1]
 JOB = "7"
 
 
@@ -123,3 +126,55 @@ def test_the_end_of_a_start_whose_ranks_left_none_is_recorded_once(
     assert [(end.cause, end.status, end.rank, end.step, end.validation) for end in attempt.ends] == [
         (Cause.crash, 137, None, 1, 3.0)
     ]
+
+
+# ---- the command ----
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> {calls}
+[ "$1" = requeue ] && exit {requeued}
+echo "JobId=7 JobState={state} Restarts=1 BatchFlag=1 EligibleTime=2026-01-02T03:04:05 StartTime=2026-01-02T03:05:05"
+"""
+
+
+@pytest.mark.parametrize(
+    ("state", "requeued", "said", "asked"),
+    [
+        ("RUNNING", 0, "hang after step 9 (why): queued again\n", True),
+        ("RUNNING", 1, "hang after step 9 (why): queued again\n", True),
+        ("CANCELLED", 0, "hang: job 7 is not running any more, and is left as it is\n", False),
+    ],
+)
+def test_the_command_queues_a_running_job_again_and_leaves_others_alone(
+    state: str,
+    requeued: int,
+    said: str,
+    asked: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls, tool = tmp_path / "calls", tmp_path / "scontrol"
+    tool.write_text(SCONTROL.format(calls=calls, state=state, requeued=requeued))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("SLURM_JOB_ID", JOB)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    written = Journal(tmp_path / "run", rank=0)
+    written.folder.mkdir()
+    written.start(0, 100, resume=True)
+    written.mark("first", Mark(10.0, 1))
+    written.end(HANG, Mark(20.0, 9), "why", stalled=3.0)
+    (attempt,) = journal.read(tmp_path / "run")
+    assert attempt.start.queued_since is not None and attempt.start.job_started == attempt.start.queued_since + 60
+    given = [str(ROOT / "configs/tiny/train.yaml"), "data.shards=x", "optim.max_steps=9", f"run.out={tmp_path / 'run'}"]
+    assert main(["requeue", "137", "train", *given]) == 0
+    assert capsys.readouterr().out == said
+    assert ("requeue 7" in calls.read_text().splitlines()) is asked
+
+
+def test_the_command_does_not_queue_a_wrong_configuration_again(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["requeue", "2", "train", "optim.max_step=9"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("configuration (unknown key optim.max_step") and ": not queued again: " in line
