@@ -158,7 +158,10 @@ class RunConfig(Keys):
     end alike."""
     hang_timeout: float = ranged(1800.0, above=0, most=10**9)
     """Abort and name the stalled rank after this long without progress (s). Must exceed the time of compiling the first
-    steps and of saving a checkpoint."""
+    steps and of saving a checkpoint, in the background too."""
+    straggler_intervals: int = ranged(3, least=0)
+    """Name a rank as slow if its own rate is below 0.8 of the ranks' median in this many log intervals in a row. 0: do
+    not compare the ranks."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,7 @@ from segvol_pl.data.collate import identity_collate
 from segvol_pl.data.corpus import Corpus, Folder, category_names, held_out_corpus, open_folders, training_corpus
 from segvol_pl.data.damage_tally import DamageTally
 from segvol_pl.data.frames import decode_alone
+from segvol_pl.data.loader_stacks import answer_with_stacks
 from segvol_pl.data.locality import Locality
 from segvol_pl.data.pipe import PipeStream
 from segvol_pl.data.sample_table import EMPTY
@@ -267,6 +268,7 @@ def _end_workers() -> None:
 
 def _begin_worker(worker: int) -> None:
     decode_alone()
+    answer_with_stacks()
     # SLURM signals every process of a step; the training process decides what to do.
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

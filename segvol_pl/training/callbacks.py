@@ -109,7 +109,7 @@ def peak_rate(run: RunConfig, device: torch.device) -> float:
 
 
 class Clock:
-    """Times between marks. On a GPU measured by CUDA events, without synchronising."""
+    """Times between marks. On a GPU measured by CUDA events, without synchronising until they are read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -128,8 +128,18 @@ class Clock:
         """Seconds between successive marks; waits for the last one."""
         if self.device.type != "cuda":
             return [after - before for before, after in pairwise(self.moments)]
-        self.moments[-1].synchronize()
+        if self.moments:
+            self.moments[-1].synchronize()
         return [before.elapsed_time(after) / 1000 for before, after in pairwise(self.moments)]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What this rank measured over the steps since it last logged: means, seconds a step."""
+
+    step: float
+    waited: float
+    """Of it, waiting for data."""
 
 
 class Throughput(pl.Callback):
@@ -138,28 +148,34 @@ class Throughput(pl.Callback):
     Metrics under `rate/`: volumes_per_s and pairs_per_s ((volume, category) pairs) over all ranks; data_wait, the share
     of time spent waiting for data (0 to 1); step_p50_s and step_p95_s; tflops, achieved by one device; mfu, its share
     of the peak; memory_gib. Unknown ones, see `Load`, are left out.
+
+    Waiting for data is the time between the end of a step and the arrival of the next batch. On a GPU it is measured on
+    the GPU: what the host waits while the GPU still computes costs nothing.
     """
 
     def __init__(self, every: int, load: Load) -> None:
         self.every, self.load = every, load
-        self._restart(torch.device("cpu"))
+        self.last = Interval(0.0, 0.0)
+        self.restart(torch.device("cpu"))
 
-    def _restart(self, device: torch.device) -> None:
-        self.since = self.ended = time.perf_counter()
-        self.waited = 0.0
-        self.clock = Clock(device)
+    def restart(self, device: torch.device) -> None:
+        """Begin to measure."""
+        self.since = time.perf_counter()
+        self.clock, self.arrivals = Clock(device), Clock(device)
+        """Ends of steps; by turns the end of a micro-batch and the arrival of the next."""
         self.clock.mark()
+        self.arrivals.mark()
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._restart(module.device)
+        self.restart(module.device)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
-        self.waited += time.perf_counter() - self.ended
+        self.arrivals.mark()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        self.ended = time.perf_counter()
+        self.arrivals.mark()
         if (index + 1) % trainer.accumulate_grad_batches:
             return
         self.clock.mark()
@@ -168,12 +184,14 @@ class Throughput(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         # Validation is not training time.
-        self._restart(module.device)
+        self.restart(module.device)
 
     def _report(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         seconds = self.clock.seconds()
         elapsed = time.perf_counter() - self.since
-        metrics = self.rates(seconds, elapsed, trainer.world_size)
+        waited = sum(self.arrivals.seconds()[::2])
+        self.last = Interval(elapsed / len(seconds), waited / len(seconds))
+        metrics = self.rates(seconds, elapsed, waited, trainer.world_size)
         for logger in trainer.loggers:
             logger.log_metrics({f"rate/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         if trainer.is_global_zero:
@@ -182,14 +200,15 @@ class Throughput(pl.Callback):
             left = (trainer.max_steps - trainer.global_step) * elapsed / len(seconds)
             head = f"step {trainer.global_step}/{trainer.max_steps}  loss {loss:.4f}"
             log.info("%s  %s  %.0f s left", head, progress(metrics), left)
-        self._restart(module.device)
+        self.restart(module.device)
 
-    def rates(self, seconds: list[float], elapsed: float, ranks: int) -> dict[str, float]:
+    def rates(self, seconds: list[float], elapsed: float, waited: float, ranks: int) -> dict[str, float]:
         """Compute the metrics of the last steps.
 
         Args:
             seconds: duration of each step, s.
             elapsed: duration of all of them, including waiting for data, s.
+            waited: of it, waiting for data, s.
             ranks: number of ranks.
         """
         volumes = len(seconds) * self.load.volumes / elapsed
@@ -198,7 +217,7 @@ class Throughput(pl.Callback):
         found = {
             "volumes_per_s": volumes,
             "pairs_per_s": volumes * self.load.pairs,
-            "data_wait": self.waited / elapsed,
+            "data_wait": waited / elapsed,
             "step_p50_s": low,
             "step_p95_s": high,
             "tflops": achieved / 1e12,

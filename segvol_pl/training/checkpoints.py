@@ -76,13 +76,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: list[Future[None]] = []
         self.copies = HostCopies()
+        self.writing: tuple[str, float] | None = None
+        """The file that the thread is writing, and when it began (`time.monotonic`); the watchdog looks at it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Copy the state, and write it in the background. Raises what writing an earlier one raised."""
         # Two copies at once would need the memory of both.
         self.wait()
         copy = self.copies.of(checkpoint)
-        self.afterwards(lambda: self._write(copy, Path(path)))
+        self.afterwards(lambda: self._watched(copy, Path(path)))
+
+    def _watched(self, checkpoint: dict[str, Any], path: Path) -> None:
+        self.writing = path.name, time.monotonic()
+        try:
+            self._write(checkpoint, path)
+        finally:
+            self.writing = None
 
     @staticmethod
     def _write(checkpoint: dict[str, Any], path: Path) -> None:

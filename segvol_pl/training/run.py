@@ -37,7 +37,7 @@ from segvol_pl.launched import rank_named
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run_folder import write_manifest
-from segvol_pl.training import loggers, strategies
+from segvol_pl.training import loggers, postmortem, strategies, watchdog
 from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
 from segvol_pl.training.gradients import FiniteSteps, GradientNorm
@@ -48,8 +48,9 @@ from segvol_pl.training.recorder import Recorder, RecordingTrainer
 from segvol_pl.training.resume import Start, set_aside, start_of
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.startup import StartUp
+from segvol_pl.training.stragglers import Stragglers
 from segvol_pl.training.validation import CorpusSize, ValidationDice
-from segvol_pl.training.watchdog import Watchdog
+from segvol_pl.training.watchdog import Watchdog, watched
 
 log = logging.getLogger(__name__)
 
@@ -230,14 +231,16 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
     if config.run.compile:
         strategies.compile_parts(task, config.run)
     with StopSignal() as stop, _quiet():
+        postmortem.record_collectives()
         trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
-        # DeepSpeed would add its hooks to the modules twice: for validation, and again for training.
-        if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
-            trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
-        trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
-        with recorder.saving():
-            writer(trainer).wait()
+        with watched(trainer):
+            # DeepSpeed would add its hooks to the modules twice: for validation, and again for training.
+            if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
+                trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
+            trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
+            with recorder.saving():
+                writer(trainer).wait()
     recorder.done()
     loggers.finish(trainer.loggers)
     return Path(config.run.out) / "checkpoints" / "last.ckpt"
@@ -263,6 +266,7 @@ def _write_records(config: Config, start: Start, journal: Journal) -> None:
     out = Path(config.run.out)
     if not config.run.resume:
         set_aside(out / "checkpoints")
+    watchdog.begin(out)
     write_manifest(out, to_yaml(config), start.step, start.changed)
     journal.start(start.step, config.optim.max_steps, config.run.resume)
 
@@ -300,6 +304,7 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
     """All callbacks. Lightning calls them in this order, on which the run's correctness depends."""
     run = config.run
     checkpoints = Checkpoints(out / "checkpoints", run)
+    throughput = Throughput(run.log_every, Load.of(config, strategies.run_device(run)))
     return [
         # First: ranks that differ must end before any other callback communicates.
         StartUp(config),
@@ -308,7 +313,9 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
         # Before the loggers: a step on too much damaged data ends the run and is not reported.
         DataHealth(run.log_every, config.data.max_bad_fraction),
         # Before the callbacks that communicate or save when a batch starts: that time is not waiting for data.
-        Throughput(run.log_every, Load.of(config, strategies.run_device(run))),
+        throughput,
+        # After Throughput: it compares what that has just measured.
+        Stragglers(throughput, run),
         # The next ones only log: their place among each other is free.
         ValidationLine(),
         ValidationDice(),
@@ -320,7 +327,7 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
         # After all that communicates or reads results when a validation ends, and before what saves then.
         recorder,
         # Before Preemption and Checkpoints: a rank that hangs in them has already reported its batch.
-        Watchdog(out / "ranks", run.hang_timeout, recorder.hung),
+        Watchdog(out, run.hang_timeout, recorder.hung),
         # Before Checkpoints: all ranks agree here whether the checkpoint is due that Checkpoints then saves.
         Preemption(stop, checkpoints, run.requeue, recorder),
         # Last: it saves the state after all other callbacks have updated theirs.

@@ -77,8 +77,7 @@ def test_rates_of_known_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory is that of the device that trains, whatever else the machine has."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     watch = Throughput(1, Load(volumes=8, pairs=4, operations=10**12, peak=1e13))
-    watch.waited = 1.0
-    rates = watch.rates([1.0, 1.0, 1.0, 2.0], elapsed=5.0, ranks=2)
+    rates = watch.rates([1.0, 1.0, 1.0, 2.0], elapsed=5.0, waited=1.0, ranks=2)
     assert rates["volumes_per_s"] == pytest.approx(6.4) and rates["pairs_per_s"] == pytest.approx(25.6)
     assert rates["data_wait"] == pytest.approx(0.2) and rates["step_p50_s"] == 1.0
     assert rates["tflops"] == pytest.approx(3.2) and rates["mfu"] == pytest.approx(0.32)
