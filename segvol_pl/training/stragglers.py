@@ -199,16 +199,17 @@ class Stragglers(pl.Callback):
         # All ranks see the same table, and come to the same result.
         slow, recovered = self.slow.note(compared.rates())
         if slow or recovered:
-            self._name(compared, slow, recovered, gathered(socket.gethostname(), trainer.world_size))
+            hosts = gathered(socket.gethostname(), trainer.world_size)
+            if trainer.is_global_zero:
+                self._name(trainer.global_step, compared, slow, recovered, hosts)
 
-    def _name(self, compared: Compared, slow: list[int], recovered: list[int], hosts: list[str]) -> None:
-        if dist.get_rank():
-            return
+    def _name(self, step: int, compared: Compared, slow: list[int], recovered: list[int], hosts: list[str]) -> None:
         rates = compared.rates()
         for rank in slow:
             log.warning(
-                "rank %d on %s is slow, for %d log intervals now: its own rate is %.2f of the median, %s",
-                *(rank, hosts[rank], self.slow.intervals, rates[rank], compared.cause(rank)),
+                "step %d: rank %d on %s is slow, for %d log intervals now: its own rate is %.2f of the median, %s",
+                *(step, rank, hosts[rank], self.slow.intervals, rates[rank], compared.cause(rank)),
             )
         for rank in recovered:
-            log.info("rank %d on %s is no longer slow: %.2f of the median rate", rank, hosts[rank], rates[rank])
+            recovery = "step %d: rank %d on %s is no longer slow: its own rate is %.2f of the median"
+            log.info(recovery, step, rank, hosts[rank], rates[rank])
