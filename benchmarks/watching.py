@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,7 @@ class Injected:
     rank: int
     kind: str
     more: float
-    """How much longer its blocks take, or how long its data does, as a share of a block or of a step."""
+    """How much longer its blocks take, or how long it waits for data: a share of a block or step when none is slow."""
     begin: int
 
     def now(self, step: int) -> bool:
@@ -200,25 +201,33 @@ def schedule(draw: random.Random) -> list[Injected]:
     ]
 
 
-def inject(slow: list[Injected]) -> None:
-    """Make this process slow whenever one of `slow` is."""
-    steps, took, since = [0], [0.1], [time.perf_counter()]
+def inject(rank: int, slow: list[Injected]) -> None:
+    """Make this process, a rank, slow whenever `slow` says so."""
+    steps, since = [0], [time.perf_counter()]
+    # Seconds of the last steps and blocks while no rank is slow. What is added is a share of them: four ranks share the
+    # cores here, so that a block is faster while the others wait.
+    took, blocks = deque([0.1], maxlen=20), deque([0.01], maxlen=80)
     computed, sample, begun = Block._computed, Stream.sample, Throughput.on_train_batch_start
 
     def current(*kinds: str) -> Injected | None:
-        return next((each for each in slow if each.kind in kinds and each.now(steps[0])), None)
+        now = (each for each in slow if each.rank == rank and each.now(steps[0]))
+        return next((each for each in now if each.kind in kinds), None)
+
+    def quiet() -> bool:
+        return not any(each.now(steps[0]) for each in slow)
 
     def block(self: Block, tokens_BTE: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
         out_BTE = computed(self, tokens_BTE)
-        found = current("computes more", "pauses")
-        if found and found.kind == "pauses":
-            time.sleep(found.more * (time.perf_counter() - start))
-        elif found:
-            end = time.perf_counter() + found.more * (time.perf_counter() - start)
+        now = time.perf_counter()
+        if quiet():
+            blocks.append(now - start)
+        elif found := current("computes more", "pauses"):
+            end = now + found.more * statistics.median(blocks)
             with torch.no_grad():
-                while time.perf_counter() < end:
+                while found.kind == "computes more" and time.perf_counter() < end:
                     computed(self, tokens_BTE)
+            time.sleep(max(0.0, end - time.perf_counter()))
         return out_BTE
 
     def drawn(self: Stream, *given: Any) -> Any:
@@ -230,8 +239,8 @@ def inject(slow: list[Injected]) -> None:
         begun(self, *given)
         steps[0] += 1
         now = time.perf_counter()
-        if not any(each.now(steps[0]) for each in slow):
-            took[:] = [*took[-20:], now - since[0]]
+        if quiet():
+            took.append(now - since[0])
         since[0] = now
 
     Block._computed = block  # type: ignore[method-assign]
@@ -246,7 +255,7 @@ def trial(shards: Path, folder: Path, seed: int) -> bool:
 
     def prepare(rank: int) -> Callable[[], None]:
         torch.set_num_threads(1)
-        inject([each for each in slow if each.rank == rank])
+        inject(rank, slow)
         return lambda: None
 
     run = [*keys(shards, folder / f"trial-{seed}", steps, batch=4), f"run.log_every={EVERY}"]

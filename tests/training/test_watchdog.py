@@ -25,8 +25,9 @@ from ranks import Ranks
 from segvol_pl.config import TrainConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.data.loader_stacks import stacks_of
+from segvol_pl.errors import HUNG
 from segvol_pl.training import postmortem, watchdog
-from segvol_pl.training.watchdog import HUNG, suspects
+from segvol_pl.training.watchdog import suspects
 
 HOST = socket.gethostname()
 
