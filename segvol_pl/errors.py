@@ -149,6 +149,10 @@ class StartUpError(SegVolError):
     """Ranks that differ, or a folder without room. The message names the rank or folder, and the remedy."""
 
 
+class LostRankError(SegVolError):
+    """A rank that the others can no longer reach. The message names it, its host and process, if they are known."""
+
+
 class NonFiniteError(SegVolError):
     """Losses, gradients or weights that are NaN or infinite."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from phantom_shards import pack_phantoms
 from ranks import Ranks
 
 from segvol_pl import device
@@ -50,25 +51,7 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     if "SEGVOL_PHANTOMS" in os.environ:
         return Path(os.environ["SEGVOL_PHANTOMS"])
-    from segvol_pl.config import PackConfig
-    from segvol_pl.packing.pack import pack
-    from segvol_pl.packing.phantom import write_phantoms
-
-    folder = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(folder, count=6, seed=0, scale=0.45)
-    config = PackConfig(
-        images=str(folder / "images"),
-        labels=str(folder / "labels"),
-        categories=str(folder / "categories.yaml"),
-        out=str(folder / "shards"),
-        dataset="phantoms",
-        overview_shape=[8, 16, 16],
-        samples_per_shard=2,
-        test_fraction=0.4,
-        workers=1,
-    )
-    pack(config)
-    return folder / "shards"
+    return pack_phantoms(tmp_path_factory.mktemp("phantoms"))
 
 
 @pytest.hookimpl(tryfirst=True)

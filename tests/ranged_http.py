@@ -30,9 +30,9 @@ class _Ranged(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The URL of a server of the folder, which runs while the block does."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Ranged, directory=str(folder))) as running:
+def serving(folder: Path, port: int = 0) -> Iterator[str]:
+    """The URL of a server of the folder, which runs while the block does. port: 0 takes one that is free."""
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(_Ranged, directory=str(folder))) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{running.server_port}"
         running.shutdown()

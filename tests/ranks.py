@@ -9,17 +9,33 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
 FORKING = """
-import importlib.util, json, os, sys
+import atexit, gc, importlib.util, json, os, sys, threading, traceback
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 import segvol_pl.training.run
 from segvol_pl.__main__ import main
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed
+    import deepspeed.runtime.engine, torch._inductor.compile_fx, torch._functorch.partitioners, torch.utils.cpp_extension
+def ended(patch, arguments):
+    status = 1
+    try:
+        exec(patch, {})
+        status = main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return status or 0
+gc.freeze()
 for line in sys.stdin:
     port, patch, arguments = json.loads(line)
     pid = os.fork()
@@ -27,12 +43,15 @@ for line in sys.stdin:
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.environ["MASTER_PORT"] = port
-        exec(patch, {})
-        sys.exit(main(arguments))
+        os._exit(ended(patch, arguments))
     print(pid, file=answers, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers, flush=True)
 """
-"""What libraries print goes to the log, so that standard output holds process numbers and exit statuses alone."""
+"""What libraries print goes to the log, so that standard output holds process numbers and exit statuses alone.
+
+A rank ends as the processes of `multiprocessing` do, without taking the interpreter apart, and its objects are frozen:
+both would copy every page that it shares with the process that it was forked from, which takes seconds.
+"""
 
 GRACE = 10.0
 """Seconds that a rank has to notice that another one has failed."""
@@ -45,6 +64,8 @@ class Ranks:
         self.logs = [folder / f"{rank}-of-{number}.log" for rank in range(number)]
         self.forking: list[subprocess.Popen[str]] = []
         self.pids: list[int] = []
+        self.killed: set[int] = set()
+        self.ended_at: list[float] = []
 
     def __call__(self, *arguments: str, patch: str = "") -> str:
         """`segvol-pl *arguments`, run.devices added, on all ranks without error; what rank 0 said on stderr.
@@ -84,16 +105,21 @@ class Ranks:
             with suppress(ProcessLookupError):
                 os.killpg(self.pids[rank], signal.SIGKILL)
 
-    def end(self) -> list[int]:
-        """Waits for all ranks; their exit statuses. Where one fails, those that wait for it are killed."""
+    def end(self, grace: float = GRACE, limit: float | None = None) -> list[int]:
+        """Waits for all ranks; their exit statuses.
+
+        Where one fails, those that have not ended `grace` seconds later are killed, as srun does, and after `limit`
+        seconds without a failure all of them: `killed` holds them, `ended_at` when each ended (s since the epoch).
+        """
         waiting = {process.stdout: rank for rank, process in enumerate(self.forking)}
-        statuses = [0] * len(waiting)
+        statuses, self.killed, self.ended_at = [0] * len(waiting), set(), [0.0] * len(waiting)
         while waiting:
-            answered, _, _ = select.select(list(waiting), [], [], GRACE if any(statuses) else None)
+            answered, _, _ = select.select(list(waiting), [], [], grace if any(statuses) else limit)
             for stream in answered:
                 rank = waiting.pop(stream)
-                statuses[rank] = self._answer(self.forking[rank])
+                statuses[rank], self.ended_at[rank] = self._answer(self.forking[rank]), time.time()
             if not answered:
+                self.killed |= set(waiting.values())
                 self.kill()
         self.pids = []
         return statuses

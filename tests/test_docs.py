@@ -71,6 +71,12 @@ def test_the_page_of_the_claims_is_current() -> None:
     assert written["PAGE"].read_text(encoding="utf-8") == written["page"](results), "run `python docs/claims.py`"
 
 
+def test_the_page_of_the_faults_is_current() -> None:
+    written = runpy.run_path(str(DOCS / "faults.py"))
+    results = json.loads(written["RESULTS"].read_text(encoding="utf-8"))
+    assert written["PAGE"].read_text(encoding="utf-8") == written["page"](results), "run `python docs/faults.py`"
+
+
 LINK = re.compile(r"\]\((?!\w+:)(?P<path>[^)#\s]*)(?:#(?P<anchor>[^)\s]+))?\)")
 INCLUDED = re.compile(r'^--8<-- "(?P<path>[^":]+)(?::(?P<section>\w+))?"$', re.MULTILINE)
 

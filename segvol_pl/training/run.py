@@ -37,7 +37,7 @@ from segvol_pl.launched import rank_named
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run_folder import write_manifest
-from segvol_pl.training import loggers, postmortem, strategies, watchdog
+from segvol_pl.training import loggers, peers, postmortem, strategies, watchdog
 from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
 from segvol_pl.training.gradients import FiniteSteps, GradientNorm
@@ -230,7 +230,7 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
     torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
     if config.run.compile:
         strategies.compile_parts(task, config.run)
-    with StopSignal() as stop, _quiet():
+    with StopSignal() as stop, _quiet(), peers.one_voice(Path(config.run.out)):
         postmortem.record_collectives()
         trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
@@ -267,6 +267,7 @@ def _write_records(config: Config, start: Start, journal: Journal) -> None:
     if not config.run.resume:
         set_aside(out / "checkpoints")
     watchdog.begin(out)
+    peers.begin(out)
     write_manifest(out, to_yaml(config), start.step, start.changed)
     journal.start(start.step, config.optim.max_steps, config.run.resume)
 
@@ -308,6 +309,8 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
     return [
         # First: ranks that differ must end before any other callback communicates.
         StartUp(config),
+        # Its place is free: it writes a file.
+        peers.Places(out / "ranks"),
         # Before everything that may save or end the run after a batch: a checkpoint holds this position in the data.
         StreamPosition(),
         # Before the loggers: a step on too much damaged data ends the run and is not reported.
