@@ -20,7 +20,8 @@ os.dup2(2, 1)
 import segvol_pl.training.run
 from segvol_pl.__main__ import main
 if importlib.util.find_spec("deepspeed"):
-    import deepspeed.runtime.engine, torch._inductor.compile_fx, torch._functorch.partitioners, torch.utils.cpp_extension
+    import deepspeed.runtime.engine, torch._functorch.partitioners, torch._inductor.compile_fx
+    import torch.utils.cpp_extension
 def ended(patch, arguments):
     status = 1
     try:

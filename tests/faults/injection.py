@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from segvol_pl.model.image_encoder import Block
 from segvol_pl.training.checkpoints import AtomicCheckpointIO
 from segvol_pl.training.segment import SegVolTask
 
@@ -74,25 +75,47 @@ def inject(fault: str, moment: str, rank: int, mark: str, out: str, port: int) -
             Path(mark).write_text(json.dumps(time.time()))
         _act(what, when, held, Path(out), port)
 
-    if when is Moment.saving:
+    if what is Fault.slow and when is not Moment.saving:
+        _slow_down(when, act)
+    elif when is Moment.saving:
         _when_saving(what, act)
     else:
-        _when_computing(when, lasting=what is Fault.slow, act=act)
+        _when_computing(when, act)
 
 
-def _when_computing(when: Moment, lasting: bool, act: Act) -> None:
-    """At the beginning of a step's forward pass, or of a validation batch's. lasting: of the later ones as well."""
+def _when_computing(when: Moment, act: Act) -> None:
+    """At the beginning of a step's forward pass, or of a validation batch's."""
     name = "validation_step" if when is Moment.validation else "training_step"
     compute = getattr(SegVolTask, name)
 
     def wrapped(self: SegVolTask, batch: dict[str, Any], index: int) -> Any:
-        done = self.global_step
-        due = done >= STEP[when] if lasting else done == STEP[when]
-        if due and (when is not Moment.validation or index == VALIDATED):
+        if self.global_step == STEP[when] and (when is not Moment.validation or index == VALIDATED):
             act(self, batch)
         return compute(self, batch, index)
 
     setattr(SegVolTask, name, wrapped)
+
+
+def _slow_down(when: Moment, act: Act) -> None:
+    """In the blocks of the encoder, as a slow device does: of all steps from this one on, or of all of a validation."""
+    name = "validation_step" if when is Moment.validation else "training_step"
+    compute, forward = getattr(SegVolTask, name), Block.forward
+    computing: list[SegVolTask] = []
+
+    def wrapped(self: SegVolTask, batch: dict[str, Any], index: int) -> Any:
+        computing.extend([self] if self.global_step >= STEP[when] else [])
+        try:
+            return compute(self, batch, index)
+        finally:
+            computing.clear()
+
+    def wrapped_forward(self: Block, *arguments: Any, **named: Any) -> Any:
+        if computing:
+            act(computing[0], {})
+        return forward(self, *arguments, **named)
+
+    setattr(SegVolTask, name, wrapped)
+    Block.forward = wrapped_forward  # type: ignore[method-assign]
 
 
 def _when_saving(what: Fault, act: Act) -> None:
@@ -178,7 +201,8 @@ def _wait_until_closed(port: int) -> None:
 def _poison(held: dict[str, Any], when: Moment) -> None:
     """A weight of what is saved, or the image of a batch."""
     if when is Moment.saving:
-        weights = held["state_dict"]
-        next(tensor for tensor in weights.values() if tensor.is_floating_point()).fill_(float("nan"))
+        # Not in place: under ddp that would be the weight itself, and the next step's loss the first to show it.
+        name, weight = next((name, each) for name, each in held["state_dict"].items() if each.is_floating_point())
+        held["state_dict"][name] = torch.full_like(weight, float("nan"))
     else:
         held["image_BCDHW"].fill_(float("nan"))
