@@ -206,7 +206,10 @@ def _fit(config: Config, task: Task, module: VolumeModule) -> Path:
     # Until there is a trainer, Lightning assumes that the first rank of every node is rank 0.
     setattr(rank_zero_only, "rank", 1 if rank_named() else 0)  # noqa: B010, it is declared as a function
     # Only rank 0 takes the lock: the other ranks belong to the same job.
-    with nullcontext() if rank_named() else FolderLock(Path(config.run.out)):
+    out = Path(config.run.out)
+    with nullcontext() if rank_named() else FolderLock(out), peers.one_voice(out):
+        if not rank_named():
+            peers.begin(out)
         return _fitted(config, task, module)
 
 
@@ -230,7 +233,7 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
     torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
     if config.run.compile:
         strategies.compile_parts(task, config.run)
-    with StopSignal() as stop, _quiet(), peers.one_voice(Path(config.run.out)):
+    with StopSignal() as stop, _quiet():
         postmortem.record_collectives()
         trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
@@ -267,7 +270,6 @@ def _write_records(config: Config, start: Start, journal: Journal) -> None:
     if not config.run.resume:
         set_aside(out / "checkpoints")
     watchdog.begin(out)
-    peers.begin(out)
     write_manifest(out, to_yaml(config), start.step, start.changed)
     journal.start(start.step, config.optim.max_steps, config.run.resume)
 
