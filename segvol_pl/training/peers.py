@@ -88,10 +88,10 @@ def connection_broke(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in BROKEN)
 
 
-def gone_ranks(folder: Path) -> list[Place]:
-    """The ranks of this host whose processes have ended: what they wrote to `folder`."""
+def gone_ranks(folder: Path, ranks: int) -> list[Place]:
+    """Of so many ranks those of this host whose processes have ended: what they wrote to `folder`."""
     found = []
-    for rank in range(dist.get_world_size()):
+    for rank in range(ranks):
         try:
             place = json.loads((folder / f"place-{rank}.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
@@ -115,7 +115,7 @@ def _takes_word(folder: Path, broken: bool) -> list[Place] | None:
     begun, found = time.monotonic(), list[Place]()
     while not (folder / WORD).exists():
         # A process that is killed closes its connections a moment before it has ended.
-        found = found or (gone_ranks(folder) if broken else [])
+        found = found or (gone_ranks(folder, dist.get_world_size()) if broken else [])
         patience = LOCAL_FIRST if broken and not found else 0.0 if dist.get_rank() == 0 else RANK_0_FIRST
         if time.monotonic() - begun >= patience:
             break
