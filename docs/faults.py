@@ -38,12 +38,13 @@ MARKS = {True: "good", False: "**not as expected**"}
 
 def page(results: Mapping[str, Any]) -> str:
     """Return the page as Markdown."""
-    cells = results["cells"]
+    cells = list(results["cells"].values())
     good = sum(not cell["problems"] for cell in cells)
-    packages = results["packages"]
+    dates, packages = sorted({cell["date"] for cell in cells}), results["packages"]
     made = (
-        f"Run on {results['date']} at commit {results['commit'][:9]}, Python {results['python']}, torch "
-        f"{packages['torch']}, lightning {packages['lightning']}: {good} of {len(cells)} cells are good.\n"
+        f"Tried on {' to '.join(dict.fromkeys((dates[0], dates[-1])))} at commit "
+        f"{', '.join(dict.fromkeys(cell['commit'] for cell in cells))}, with torch {packages['torch']} and lightning "
+        f"{packages['lightning']}: {good} of {len(cells)} cells are good.\n"
     )
     blocks = [HEAD, made, MEANING.format(timeout=results["hang_timeout"]), "## Cells\n", matrix(cells)]
     blocks += ["## What ends a run\n", lines(cells)]
@@ -61,10 +62,12 @@ def matrix(cells: Sequence[Mapping[str, Any]]) -> str:
         seconds = f" {cell['seconds']:.1f}" if any(cell["statuses"]) else ""
         row = rows.setdefault((of["fault"], of["moment"], of["ranks"]), {})
         row[of["strategy"]] = MARKS[not cell["problems"]] + seconds
+        row["date"] = min(cell["date"], row.get("date", cell["date"]))
+    columns = (*strategies, "date")
     return table(
-        ("fault", "moment", "ranks", *strategies),
+        ("fault", "moment", "ranks", *columns),
         [
-            [fault, moment, str(ranks), *(row.get(strategy, "") for strategy in strategies)]
+            [fault, moment, str(ranks), *(row.get(column, "") for column in columns)]
             for (fault, moment, ranks), row in rows.items()
         ],
     )
