@@ -152,6 +152,8 @@ class StartUpError(SegVolError):
 class LostRankError(SegVolError):
     """A rank that the others can no longer reach. The message names it, its host and process, if they are known."""
 
+    passing = True
+
 
 class NonFiniteError(SegVolError):
     """Losses, gradients or weights that are NaN or infinite."""

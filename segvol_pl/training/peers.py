@@ -21,11 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import psutil
 import torch.distributed as dist
 
-from segvol_pl.atomic import write_text
 from segvol_pl.errors import FAILED, LostRankError
 
 log = logging.getLogger(__name__)
@@ -42,20 +40,11 @@ SHOWN = 160
 
 
 Place = dict[str, Any]
-"""rank, host, pid."""
+"""rank, host, pid and more, see `watchdog.Beat`."""
 
 
-class Places(pl.Callback):
-    """Writes to `folder`/place-N.json which process each rank is."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        if trainer.world_size > 1:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            own = {"rank": trainer.global_rank, "host": socket.gethostname(), "pid": os.getpid()}
-            write_text(self.folder / f"place-{trainer.global_rank}.json", json.dumps(own))
+class Silent(SystemExit):
+    """The end of a rank while another one reports why the run failed."""
 
 
 @contextmanager
@@ -64,7 +53,7 @@ def one_voice(out: Path) -> Iterator[None]:
 
     Raises:
         LostRankError: instead of an error of a broken connection.
-        SystemExit: another rank reports why the run failed.
+        Silent: another rank reports why the run failed.
     """
     try:
         yield
@@ -75,7 +64,7 @@ def one_voice(out: Path) -> Iterator[None]:
         gone = _takes_word(out / "ranks", broken)
         if gone is None:
             log.debug("another rank reports why the run failed; here it was", exc_info=error)
-            raise SystemExit(getattr(error, "status", FAILED)) from error
+            raise Silent(getattr(error, "status", FAILED)) from error
         if broken:
             raise LostRankError(_lost(gone, error)) from error
         raise
@@ -89,11 +78,11 @@ def connection_broke(error: BaseException) -> bool:
 
 
 def gone_ranks(folder: Path, ranks: int) -> list[Place]:
-    """Of so many ranks those of this host whose processes have ended: what they wrote to `folder`."""
+    """Of so many ranks those of this host whose processes have ended: what `watchdog` wrote of them to `folder`."""
     found = []
     for rank in range(ranks):
         try:
-            place = json.loads((folder / f"place-{rank}.json").read_text(encoding="utf-8"))
+            place = json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             continue
         if place["host"] == socket.gethostname() and _has_ended(place["pid"]):
@@ -139,6 +128,4 @@ def _lost(gone: list[Place], error: BaseException) -> str:
 
 def begin(out: Path) -> None:
     """Remove what an earlier start left. Rank 0 calls it before the ranks connect."""
-    for name in (WORD, "place-*.json"):
-        for path in (out / "ranks").glob(name):
-            path.unlink(missing_ok=True)
+    (out / "ranks" / WORD).unlink(missing_ok=True)

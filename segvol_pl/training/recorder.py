@@ -22,6 +22,7 @@ from segvol_pl.errors import SIGNALLED, STATUSES, Cause, cause_of, status_of
 from segvol_pl.goodput import Tally
 from segvol_pl.journal import GIVEN_UP, Journal, Mark, Saved, within
 from segvol_pl.training.checkpoints import writer
+from segvol_pl.training.peers import Silent, connection_broke
 
 SPACING, LEAST = 1 / 200, 1.0
 """Least time between two progress lines: a share of the start's age so far, and seconds. A long start writes few."""
@@ -143,12 +144,14 @@ class Recorder(pl.Callback):
         self.journal.end(Cause.done, self.mark())
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        # Here and not only in `watched`: what Lightning tears down before may wait for other ranks.
-        self.failed(exception)
+        # Here and not only in `watched`: what Lightning tears down before may wait for other ranks. A connection breaks
+        # when another rank fails, which `peers` explains.
+        if not connection_broke(exception):
+            self.failed(exception)
 
     def failed(self, error: BaseException) -> None:
         """Record the error that ends this rank."""
-        if self.joined or self.journal.rank == 0:
+        if (self.joined or self.journal.rank == 0) and not isinstance(error, Silent):
             self.journal.end(cause_of(error), self.mark(), one_line(error), status_of(error))
 
     def hung(self, why: str, waited: float) -> None:

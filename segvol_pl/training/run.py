@@ -206,10 +206,7 @@ def _fit(config: Config, task: Task, module: VolumeModule) -> Path:
     # Until there is a trainer, Lightning assumes that the first rank of every node is rank 0.
     setattr(rank_zero_only, "rank", 1 if rank_named() else 0)  # noqa: B010, it is declared as a function
     # Only rank 0 takes the lock: the other ranks belong to the same job.
-    out = Path(config.run.out)
-    with nullcontext() if rank_named() else FolderLock(out), peers.one_voice(out):
-        if not rank_named():
-            peers.begin(out)
+    with nullcontext() if rank_named() else FolderLock(Path(config.run.out)):
         return _fitted(config, task, module)
 
 
@@ -223,7 +220,7 @@ def _fitted(config: Config, task: Task, module: VolumeModule) -> Path:
     journal = Journal(out, rank=1 if rank_named() else 0)
     _write_records(config, start, journal)
     recorder = Recorder(journal, config.run.log_every)
-    with recorder.watched():
+    with recorder.watched(), peers.one_voice(out):
         return _trained(config, task, module, start, recorder)
 
 
@@ -269,6 +266,7 @@ def _write_records(config: Config, start: Start, journal: Journal) -> None:
     out = Path(config.run.out)
     if not config.run.resume:
         set_aside(out / "checkpoints")
+    peers.begin(out)
     watchdog.begin(out)
     write_manifest(out, to_yaml(config), start.step, start.changed)
     journal.start(start.step, config.optim.max_steps, config.run.resume)
@@ -311,8 +309,6 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
     return [
         # First: ranks that differ must end before any other callback communicates.
         StartUp(config),
-        # Its place is free: it writes a file.
-        peers.Places(out / "ranks"),
         # Before everything that may save or end the run after a batch: a checkpoint holds this position in the data.
         StreamPosition(),
         # Before the loggers: a step on too much damaged data ends the run and is not reported.

@@ -116,12 +116,14 @@ class Watchdog(pl.Callback):
     # ---- while the run goes well ----
 
     def _beat(self) -> None:
-        while not self.stopped.wait(self.timeout / LOOKS):
-            self.ticks += 1
+        while True:
             # A full disk, or one that does not answer, is reported by what the run itself writes.
             with contextlib.suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / f"rank-{self.own['rank']}.json", json.dumps(self._now()))
+            if self.stopped.wait(self.timeout / LOOKS):
+                return
+            self.ticks += 1
 
     def _now(self) -> Beat:
         return {**self.own, "done": self.done, "after": self.after, "tick": self.ticks}

@@ -69,5 +69,5 @@ def test_ranks_of_this_host_that_have_ended_are_gone(tmp_path: Path) -> None:
     host, other = socket.gethostname(), "another-host"
     for rank, (place, pid) in enumerate([(host, os.getpid()), (host, ended.pid), (other, ended.pid), (host, None)]):
         text = json.dumps({"rank": rank, "host": place, "pid": pid}) if pid else "{"
-        (tmp_path / f"place-{rank}.json").write_text(text)
+        (tmp_path / f"rank-{rank}.json").write_text(text)
     assert [place["rank"] for place in gone_ranks(tmp_path, ranks=5)] == [1]
