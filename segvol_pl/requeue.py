@@ -121,17 +121,8 @@ def record_end(folder: Path, job: Job, cause: Cause) -> None:
         return
     this = attempts[-1]
     if (this.start.job, this.start.restarts) == (job.name, job.restarts):
-        spent = {
-            name: max((getattr(mark, name) for mark in this.marks), default=0.0) for name in ("validation", "saving")
-        }
-        end = End(
-            time.time(),
-            this.step,
-            **spent,
-            cause=cause,
-            status=job.status,
-            rank=None,
-            job=job.name,
-            restarts=job.restarts,
-        )
+        validation = max((mark.validation for mark in this.marks), default=0.0)
+        saving = max((mark.saving for mark in this.marks), default=0.0)
+        spent = time.time(), this.step, validation, saving
+        end = End(*spent, cause, job.status, rank=None, job=job.name, restarts=job.restarts)
         attempted(lambda: append(folder / JOURNAL, line_of("end", end)), folder / JOURNAL)
