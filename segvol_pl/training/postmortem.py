@@ -49,6 +49,9 @@ PART = 5.0
 LOADERS = 8
 """Loader processes whose stacks are written; the others are likely to wait for the same."""
 
+LOADER = "torch/utils/data/dataloader.py"
+"""Where the main thread waits for loader processes."""
+
 Value = TypeVar("Value")
 
 
@@ -175,10 +178,12 @@ def main_stands() -> str:
 
 
 def stands(frame: FrameType) -> str:
-    """A frame as `function (file:line)`, and the innermost of its callers that is in this package."""
+    """A frame as `function (file:line)`, and for whom: a loader process, or the innermost caller in this package."""
+    if any(each.f_code.co_filename.endswith(LOADER) for each in _callers(frame)):
+        return f"{_named(frame)}, waiting for a loader process"
     package = str(Path(segvol_pl.__file__).parent)
-    own = next((each for each in _callers(frame) if each.f_code.co_filename.startswith(package)), None)
-    return _named(frame) if own in (None, frame) else f"{_named(frame)}, called by {_named(own)}"
+    own = next((each for each in _callers(frame) if each.f_code.co_filename.startswith(package)), frame)
+    return _named(frame) if own is frame else f"{_named(frame)}, called by {_named(own)}"
 
 
 def _callers(frame: FrameType | None) -> Iterator[FrameType]:

@@ -40,10 +40,10 @@ STEPS = 50
 
 @dataclass(frozen=True)
 class Measured:
-    """Means of one rank over an interval, seconds a step."""
+    """One rank over an interval, seconds a step."""
 
     forward: float
-    """Of the encoder blocks; 1 on all ranks if it is not compared."""
+    """Of the encoder blocks, from the median block; 1 on all ranks if it is not compared."""
     waited: float
     """Waiting for data."""
     step: float
@@ -183,9 +183,12 @@ class Stragglers(pl.Callback):
         self.handles = []
 
     def _measured(self) -> Measured:
-        # On a CPU the median leaves out steps in which another process had the core.
-        forward = statistics.median(sum(step.seconds()[::2]) for step in self.steps) if self.in_blocks else 1.0
-        return Measured(forward, self.throughput.last.waited, self.throughput.last.step)
+        last, forward = self.throughput.last, 1.0
+        if self.in_blocks:
+            blocks = [seconds for step in self.steps for seconds in step.seconds()[::2]]
+            # All blocks do the same work. The median leaves out those during which another process had the core.
+            forward = statistics.median(blocks) * len(blocks) / len(self.steps)
+        return Measured(forward, last.waited, last.step)
 
     def _compare(self, trainer: pl.Trainer) -> None:
         own = self._measured()

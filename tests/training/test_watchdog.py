@@ -115,7 +115,10 @@ def test_a_loader_that_hangs_ends_the_run(
     statuses, lines = ended(ranks[number], config, tmp_path, STUCK.format(where=where))
     assert statuses == [HUNG] * number
     (line,) = lines
-    assert re.search(rf"stalled: rank {hung} on {HOST} \(process \d+, after [a-z ]+\) in \w+ \(.*\.py:\d+\)", line)
+    assert re.search(
+        rf"stalled: rank {hung} on {HOST} \(process \d+, after [a-z ]+\) in \w+ \(.*\.py:\d+\), waiting for a loader",
+        line,
+    )
     assert f"stacks of {number} of {number} ranks" in line
     folder = tmp_path / "run/postmortem"
     told = (folder / f"rank-{hung}.txt").read_text()
