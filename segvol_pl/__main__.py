@@ -201,6 +201,21 @@ def _train(config: TrainConfig) -> None:
     train(config)
 
 
+def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:
+    """The command of a training run; with `run.rehearse` its start is rehearsed instead."""
+
+    def run(config: PretrainConfig | TrainConfig) -> None:
+        if not config.run.rehearse:
+            command(config)
+            return
+        from segvol_pl.training.rehearsal import lines
+
+        for line in lines(config):
+            print(line, flush=True)
+
+    return run
+
+
 def _evaluate(config: EvaluateConfig) -> None:
     from segvol_pl.evaluation.run import evaluate
 
@@ -509,8 +524,8 @@ COMMANDS = {
     "verify": Command("DIR", "Read every member of every shard in DIR and check its hash.", _verify),
     "inspect": Command("DIR", "List the samples in the shards of DIR.", _inspect),
     "overlap": Command("DIR ...", "List volumes that occur in several of the folders, or in two splits.", _overlap),
-    "pretrain": _configured("pretrain", _pretrain),
-    "train": _configured("train", _train),
+    "pretrain": _configured("pretrain", _rehearsing(_pretrain)),
+    "train": _configured("train", _rehearsing(_train)),
     "plan": Command(
         "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]",
         "Estimate parameters, operations, memory by strategy, rates and hours of a training run before it is started.",

@@ -156,6 +156,10 @@ class RunConfig(Keys):
     requeue: bool = True
     """Requeue the SLURM job when it receives SIGUSR1 or SIGTERM, and after a hang or a crash unless another start would
     end alike."""
+    rehearse: int = ranged(0, least=0)
+    """Instead of training, rehearse the start of a run of so many ranks on this machine, in seconds and without GPUs:
+    batches, the samples of each rank, split weights, room for checkpoints. What the start would refuse is refused.
+    0: train."""
     hang_timeout: float = ranged(1800.0, above=0, most=10**9)
     """Abort and name the stalled rank after this long without progress (s). Must exceed the time of compiling the first
     steps and of saving a checkpoint, in the background too."""

@@ -117,34 +117,41 @@ class VolumeModule(pl.LightningDataModule):
         return plan
 
     def _world(self) -> World:
-        if self.trainer is None:
-            return World()
-        ranks = self.trainer.world_size
+        return World() if self.trainer is None else self.place(self.trainer.global_rank, self.trainer.world_size)
+
+    def place(self, rank: int, ranks: int) -> World:
+        """The place of a rank among `ranks`. Raises ConfigError if they cannot share a batch."""
         if (self.data.global_batch // self.run.accumulate) % ranks:
             raise ConfigError(
                 f"data.global_batch: {self.data.global_batch} cannot be shared by {ranks} ranks x run.accumulate"
             )
-        return World(self.trainer.global_rank, ranks)
+        return World(rank, ranks)
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Micro-batches from `seen` on, without end. Raises ConfigError if ranks do not divide the batch."""
-        return self._loader(self._stream(self.train_corpus, self.draw, self.plan, self.seen), self.data.workers)
+        return self._loader(self.train_stream(self._world()), self.data.workers)
+
+    def train_stream(self, world: World) -> Stream:
+        """The stream of a rank's loader from `seen` on."""
+        return self._stream(self.train_corpus, self.draw, self.plan, world, self.seen)
 
     def val_dataloader(self) -> Iterable[Batch]:
         """The same `run.val_batches` batches every time."""
+        # To start its process for every validation would take longer than most of its batches.
+        return self._loader(self.val_stream(self._world()), min(self.data.workers, 1), lasting=True)
+
+    def val_stream(self, world: World) -> Stream:
+        """The stream of a rank's validation loader."""
         # Complete global batches, however many micro-batches each has.
         wanted = self.run.val_batches * self.data.global_batch
         samples = self.val_corpus.num_volumes
-        micro = self.data.global_batch // self.run.accumulate
-        plan = BatchPlan(samples * math.ceil(wanted / samples), micro, seed=self.data.seed)
-        stream = self._stream(self.val_corpus, self.val_draw, plan)
-        # To start its process for every validation would take longer than most of its batches.
-        return self._loader(stream, min(self.data.workers, 1), lasting=True)
+        plan = BatchPlan(samples * math.ceil(wanted / samples), self.plan.micro_batch, seed=self.data.seed)
+        return self._stream(self.val_corpus, self.val_draw, plan, world)
 
-    def _stream(self, corpus: Corpus, draw: Draw, plan: BatchPlan, seen: int = 0) -> Stream:
+    def _stream(self, corpus: Corpus, draw: Draw, plan: BatchPlan, world: World, seen: int = 0) -> Stream:
         if any(part.store.piped for part in corpus.parts):
-            return PipeStream(corpus, draw, plan, self._world(), seen, self.data.pipe_buffer)
-        return Stream(corpus, draw, plan, self._world(), seen)
+            return PipeStream(corpus, draw, plan, world, seen, self.data.pipe_buffer)
+        return Stream(corpus, draw, plan, world, seen)
 
     def _loader(self, stream: Stream, workers: int, lasting: bool = False) -> Iterable[Batch]:
         # Before a fork: a process that inherits Blosc2's threads crashes when they end.

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -67,11 +68,25 @@ class Locality:
         Returns:
             The row, and the rows of its share.
         """
+        where, first, last = self.located(np.int64(position), batch, len(rows))
+        return int(rows[where]), rows[first:last]
+
+    def located(self, positions: Any, batch: int, count: int) -> tuple[Any, Any, Any]:
+        """Where positions lie in an epoch's order.
+
+        Args:
+            positions: in the epoch, int64 of any shape.
+            batch: samples of a global batch, a multiple of the shares.
+            count: samples of the epoch.
+
+        Returns:
+            Their places in the order, and where their shares begin and end; each int64 of that shape.
+        """
         each = batch // self.shares
-        step, slot = divmod(position, batch)
+        step, slot = divmod(positions, batch)
         share, number = divmod(slot, each)
-        first, last = edges_of(len(rows), self.shares)[share : share + 2]
-        return int(rows[first + (step * each + number) % (last - first)]), rows[first:last]
+        first, last = share * count // self.shares, (share + 1) * count // self.shares
+        return first + (step * each + number) % (last - first), first, last
 
 
 ONE_SHARE = Locality()

@@ -75,6 +75,11 @@ class BatchPlan:
             return self.num_samples - rest + self.global_batch
         return self.num_samples - rest
 
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a micro-batch, over all ranks."""
+        return self.global_batch // self.accumulate
+
     def positions(self, world: World, seen: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """The micro-batches of one worker of one rank, without end.
 
@@ -88,10 +93,7 @@ class BatchPlan:
         Raises:
             ValueError: the micro-batch is not a multiple of the ranks, or not of the shares.
         """
-        micro = self.global_batch // self.accumulate
-        for count, name in ((world.num_ranks, "ranks"), (self.locality.shares, "shares")):
-            if micro % count:
-                raise ValueError(f"micro-batch {micro} is not a multiple of {count} {name}")
+        micro = self._shared(world)
         per_epoch = self.usable // micro
         batch = seen // micro + world.worker
         while True:
@@ -99,8 +101,24 @@ class BatchPlan:
             yield epoch, (batch + 1) * micro, self._local(index, micro, world)
             batch += world.num_workers
 
-    def _local(self, index: int, micro: int, world: World) -> np.ndarray:
-        """The rank's positions of the epoch's micro-batch `index`: int64 (local batch,)."""
+    def epoch_positions(self, world: World) -> np.ndarray:
+        """The positions of a rank in an epoch, of all its workers: int64 (micro-batches, local batch).
+
+        Raises ValueError as `positions`.
+        """
+        micro = self._shared(world)
+        return self._local(np.arange(self.usable // micro)[:, None], micro, world)
+
+    def _shared(self, world: World) -> int:
+        """Samples of a micro-batch over all ranks. Raises ValueError if ranks or shares do not divide it."""
+        micro = self.micro_batch
+        for count, name in ((world.num_ranks, "ranks"), (self.locality.shares, "shares")):
+            if micro % count:
+                raise ValueError(f"micro-batch {micro} is not a multiple of {count} {name}")
+        return micro
+
+    def _local(self, index: int | np.ndarray, micro: int, world: World) -> np.ndarray:
+        """The rank's positions of the epoch's micro-batch `index`: int64 (local batch,); of an (n,1): (n, local)."""
         local, shares = micro // world.num_ranks, self.locality.shares
         # A global batch lies share after share, so does each of its micro-batches: accumulation changes no position.
         step, part = divmod(index, self.accumulate)

@@ -47,7 +47,7 @@ from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.recorder import Recorder, RecordingTrainer
 from segvol_pl.training.resume import Start, set_aside, start_of
 from segvol_pl.training.segment import SegVolTask
-from segvol_pl.training.startup import StartUp
+from segvol_pl.training.startup import StartUp, check_open_files
 from segvol_pl.training.stragglers import Stragglers
 from segvol_pl.training.validation import CorpusSize, ValidationDice
 from segvol_pl.training.watchdog import Watchdog, watched
@@ -67,11 +67,7 @@ def pretrain(config: PretrainConfig) -> Path:
         ConfigError: a key does not fit the data or the machine.
         ShardError: the shards cannot be read, or too many samples are damaged.
     """
-    folders = open_folders(config.data)
-    sample = functools.partial(sampling.sample_simmim, model=config.model, mask_ratio=config.mask_ratio)
-    module = _module(config, folders, sample, sample, labelled=False)
-    _seed(config)
-    return _fit(config, SimMIMTask(config), module)
+    return _fit(config, *prepared(config))
 
 
 def train(config: TrainConfig) -> Path:
@@ -85,6 +81,25 @@ def train(config: TrainConfig) -> Path:
         ShardError: the shards cannot be read, or too many samples are damaged.
         CheckpointError: the weights or the checkpoint cannot be read.
     """
+    return _fit(config, *prepared(config))
+
+
+def prepared(config: Config, device: str = "cpu") -> tuple[Task, VolumeModule]:
+    """Make the task and the data of a run, with its starting weights. Raises as `pretrain` and `train`.
+
+    device: of the weights; on `meta` they have neither values nor memory.
+    """
+    if isinstance(config, TrainConfig):
+        return _prepared_train(config, device)
+    folders = open_folders(config.data)
+    sample = functools.partial(sampling.sample_simmim, model=config.model, mask_ratio=config.mask_ratio)
+    module = _module(config, folders, sample, sample, labelled=False)
+    _seed(config)
+    with torch.device(device):
+        return SimMIMTask(config), module
+
+
+def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModule]:
     for name in config.model.landmark_counts:
         custom_function(name, "model.landmarks")
     folders = open_folders(config.data)
@@ -107,13 +122,14 @@ def train(config: TrainConfig) -> Path:
     weights = _starting_weights(config)
     bank = _bank(categories, config, weights)
     _seed(config)
-    task = SegVolTask(config, bank)
+    with torch.device(device):
+        task = SegVolTask(config, bank)
     if weights is not None:
         log.info("model: %s", load_weights(task.model, weights, config.allow))
     if config.pretrained is not None:
         log.info("image encoder: %s", load_encoder(task.model.image_encoder, config.pretrained))
     _freeze(task.model, config.freeze)
-    return _fit(config, task, module)
+    return task, module
 
 
 def _freeze(model: torch.nn.Module, patterns: list[str]) -> None:
@@ -203,6 +219,8 @@ def _seed(config: Config) -> None:
 
 def _fit(config: Config, task: Task, module: VolumeModule) -> Path:
     """Hold the run folder, and train. Raises LockedError if another process writes to the run folder."""
+    if config.run.rehearse:
+        raise ConfigError("run.rehearse: only the commands train and pretrain rehearse: leave it out here")
     # Until there is a trainer, Lightning assumes that the first rank of every node is rank 0.
     setattr(rank_zero_only, "rank", 1 if rank_named() else 0)  # noqa: B010, it is declared as a function
     # Only rank 0 takes the lock: the other ranks belong to the same job.
@@ -230,6 +248,8 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
     torch.set_float32_matmul_precision("high" if config.run.tf32 else "highest")
     if config.run.compile:
         strategies.compile_parts(task, config.run)
+    if config.run.devices * config.run.nodes > 1:
+        check_open_files(config.run.devices * config.run.nodes)
     with StopSignal() as stop, _quiet():
         postmortem.record_collectives()
         trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)

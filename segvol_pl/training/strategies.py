@@ -41,6 +41,8 @@ from segvol_pl.training.graph import StepGraph
 from segvol_pl.training.module import Sharding, Task
 
 STAGES = {Strategy.zero1: 1, Strategy.zero2: 2, Strategy.zero3: 3}
+ACCELERATORS = ("auto", "cpu", "cuda")
+"""Values of `run.accelerator`."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 LEAST_TIMEOUT = 120.0
@@ -54,8 +56,8 @@ def trainer_precision(run: RunConfig) -> Any:
 
 
 def _accelerator(run: RunConfig) -> str:
-    if run.accelerator not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"run.accelerator: {run.accelerator!r} is not one of auto, cpu, cuda")
+    if run.accelerator not in ACCELERATORS:
+        raise ConfigError(f"run.accelerator: {run.accelerator!r} is not one of {', '.join(ACCELERATORS)}")
     return resolve_device(run.accelerator).type
 
 

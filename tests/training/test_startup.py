@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import os
 import shutil
 import socket
@@ -27,28 +27,88 @@ from segvol_pl.errors import ConfigError, StartUpError
 from segvol_pl.planning.plan import sample_bytes
 from segvol_pl.training.deepspeed import ZeRO
 from segvol_pl.training.ranks import host_group
-from segvol_pl.training.startup import check_room, check_shared_memory, compare, compare_clocks, shared_bytes
+from segvol_pl.training.startup import check_room, check_shared_memory, shared_bytes
 from segvol_pl.training.strategies import FullyShard, environments, replicated, trainer_placement
 
-SAME = {"configuration": "1", "packages": "torch 2", "samples": "3"}
+COMPARING = """
+import json, logging, os, socket, sys
+from datetime import timedelta
+import torch.distributed as dist
+from segvol_pl.errors import StartUpError
+from segvol_pl.training import startup
+place, nodes, per_node, cases = sys.argv[1], 3, 2, json.loads(sys.argv[2])
+for rank in range(nodes * per_node):
+    if os.fork():
+        continue
+    socket.gethostname = lambda: f"n{rank // per_node + 1}"
+    store = dist.FileStore(f"{place}/store", nodes * per_node)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=nodes * per_node, timeout=timedelta(seconds=60))
+    logging.basicConfig(level=logging.INFO, format="%(message)s", filename=f"{place}/log-{rank}")
+    found = []
+    for case in cases:
+        own, clocks = {"packages": "torch 2", "samples": "3"}, iter(case["clocks"].get(str(rank), [0.0, 0.0]))
+        startup._milliseconds = lambda: int(1000 * (1.7e9 + next(clocks)))
+        own |= case["differ"].get(str(rank), {})
+        node = rank // per_node if rank % per_node == 0 else None
+        try:
+            found.append(startup.compare(own, node, nodes))
+        except StartUpError as error:
+            found.append(str(error))
+        dist.barrier()
+    with open(f"{place}/found-{rank}", "w") as file:
+        json.dump(found, file)
+    os._exit(0)
+while True:
+    try:
+        os.wait()
+    except ChildProcessError:
+        break
+"""
 
 
-def test_ranks_that_agree_may_start() -> None:
-    compare([SAME, dict(SAME)], ["n1", "n2"])
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[str], list[str]]]:
+    """Name of a case -> what six ranks on three hosts found, rank by rank, and what each logged."""
+    cases = {
+        "alike": {"differ": {}, "clocks": {}},
+        "two differ": {"differ": {"4": {"samples": "5"}, "3": {"packages": "torch 3", "samples": "9"}}, "clocks": {}},
+        "all but rank 0": {"differ": {str(rank): {"samples": "4"} for rank in range(1, 6)}, "clocks": {}},
+        "clocks": {"differ": {}, "clocks": {"5": [0.0, 90.0], "2": [0.0, -0.25]}},
+        "late": {"differ": {}, "clocks": {"3": [44.0, 0.0]}},
+    }
+    folder = tmp_path_factory.mktemp("compared")
+    subprocess.run([sys.executable, "-c", COMPARING, str(folder), json.dumps(list(cases.values()))], check=True)
+    found = [json.loads((folder / f"found-{rank}").read_text()) for rank in range(6)]
+    logs = [(folder / f"log-{rank}").read_text() for rank in range(6)]
+    return lambda case: ([each[list(cases).index(case)] for each in found], logs)
 
 
-@pytest.mark.parametrize("what", SAME)
-def test_the_rank_that_differs_is_named(what: str) -> None:
-    with pytest.raises(StartUpError, match=f"{what} of rank 2 on n2 differs from rank 0 on n1"):
-        compare([SAME, SAME, {**SAME, what: "other"}], ["n1", "n1", "n2"])
+def test_ranks_that_agree_may_start(compared: Callable[[str], tuple[list[str], list[str]]]) -> None:
+    """And every one of them knows the hosts of all nodes."""
+    assert compared("alike")[0] == [["n1", "n2", "n3"]] * 6
 
 
-def test_clocks_apart_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        compare_clocks([0.0, 30.0], ["n1", "n2"])
-        assert not caplog.messages
-        compare_clocks([0.0, 90.0], ["n1", "n2"])
-    assert caplog.messages == ["the clocks of n2 and n1 differ by 90 s"]
+@pytest.mark.parametrize(
+    ("case", "line"),
+    [
+        ("two differ", "packages of rank 3 on n2 differs from rank 0 on n1 (torch 3; torch 2): "),
+        ("all but rank 0", "samples of rank 1 on n1 differs from rank 0 on n1 (4; 3): "),
+    ],
+)
+def test_the_lowest_rank_that_differs_is_named_on_every_rank(
+    compared: Callable[[str], tuple[list[str], list[str]]], case: str, line: str
+) -> None:
+    advice = "use the same environment, arguments and shards on all nodes"
+    assert compared(case)[0] == [line + advice] * 6
+
+
+def test_clocks_apart_and_a_late_rank_are_said_once(compared: Callable[[str], tuple[list[str], list[str]]]) -> None:
+    found, logs = compared("clocks")
+    assert found == [["n1", "n2", "n3"]] * 6
+    first = logs[0].splitlines()
+    assert first[0] == "the clocks of n3 and n2 differ by 90 s"
+    assert first[1] == "rank 3 on n2 was the last to start, 44 s after the first"
+    assert len(first) == 2 and all("clocks" not in log for log in logs[1:])
 
 
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +139,28 @@ def test_shared_memory_must_hold_the_batches_of_a_nodes_ranks(tmp_path: Path, mo
         check_shared_memory(config, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", usage(0))
     check_shared_memory(replace(config, data=replace(config.data, workers=0)), tmp_path)
+
+
+def test_the_limit_of_open_files_is_raised_to_what_connections_need() -> None:
+    """A process may raise its own limit, up to the hard one; beyond that the run is refused."""
+    before = """
+import resource
+from segvol_pl.errors import StartUpError
+from segvol_pl.training.startup import check_open_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 3000))
+check_open_files(ranks=64)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+check_open_files(ranks=2)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+try:
+    check_open_files(ranks=2048)
+except StartUpError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", before], capture_output=True, text=True, check=True)
+    raised, kept, refused = done.stdout.splitlines()
+    assert raised == kept == "(640, 3000)"
+    assert refused.startswith("open files: this process may open 3000, a run of 2048 ranks needs 4608 ")
 
 
 def test_ranks_started_with_other_arguments_end_in_seconds(phantom_shards: Path, tmp_path: Path) -> None:
