@@ -3,7 +3,8 @@
 1. The command is looked up; its arguments are read and checked. Heavy modules are imported only after that, inside the
    functions below, so that help and configuration errors take a fraction of a second.
 2. The command's function is called.
-3. An error becomes one line on stderr and an exit status: 0 done, 1 failed, 2 used wrongly, 130 interrupted.
+3. An error becomes one line on stderr and an exit status: 0 done, 1 failed, 2 used wrongly, 71 out of memory,
+   130 interrupted.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from segvol_pl.config import (
     loader,
 )
 from segvol_pl.credentials import masked
-from segvol_pl.errors import FAILED, MISUSED, ConfigError, SegVolError
+from segvol_pl.errors import FAILED, MISUSED, OUT_OF_MEMORY, ConfigError, SegVolError, ran_out_of_memory
 from segvol_pl.launched import PROCESS, command_since, rank_named
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
         if "--debug" in flags:
             print(masked(traceback.format_exc()), end="", file=sys.stderr)
         status = error.status if isinstance(error, SegVolError) else FAILED
+        if not isinstance(error, SegVolError) and ran_out_of_memory(error):
+            status = OUT_OF_MEMORY
         return _complain(words, f"error: {_explain(error)}", status)
 
 
@@ -145,10 +148,12 @@ def _explain(error: Exception) -> str:
     """Put an error into one line. One that is neither ours nor the system's is a bug: --debug shows where."""
     carried = CARRIED.fullmatch(str(error))
     text = masked(" ".join((carried[1] if carried else str(error)).split()))
-    if isinstance(error, (SegVolError, OSError)):
+    if isinstance(error, SegVolError):
         return text
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, for GPUs
+    if ran_out_of_memory(error):
         return f"out of memory{': ' * bool(text)}{text[:MEMORY_REPORT]}: {USE_LESS_MEMORY}"
+    if isinstance(error, OSError):
+        return text
     return f"unexpected {type(error).__name__}: {text} (--debug shows where)"
 
 

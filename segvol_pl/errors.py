@@ -161,6 +161,12 @@ class NonFiniteError(SegVolError):
     status = NOT_FINITE
 
 
+class OutOfMemory(SegVolError):
+    """Memory that was too small for a run. The message names what was requested and free, and the key to change."""
+
+    status = OUT_OF_MEMORY
+
+
 class PromptError(SegVolError):
     """A prompt that does not fit the CT. The message names the prompt's part and the CT's shape."""
 

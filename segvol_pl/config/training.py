@@ -135,6 +135,9 @@ class RunConfig(Keys):
     segvol_pl/planning/devices.py; no MFU if the device is not listed."""
     profile: int = ranged(0, least=0)
     """Steps to profile, starting with the sixth. Writes a Chrome trace of rank 0 to the run folder. 0 disables."""
+    memory_snapshot: bool = False
+    """Record what allocates GPU memory, and write it into the run folder (`memory/`) after the third step and when
+    memory runs out; pytorch.org/memory_viz shows the files. Only on GPUs."""
     log_every: int = ranged(10, least=1)
     """Log metrics every N steps."""
     val_every: int = ranged(500, least=0)

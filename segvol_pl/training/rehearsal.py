@@ -38,6 +38,7 @@ from segvol_pl.errors import ConfigError, StartUpError
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.training import startup, strategies
 from segvol_pl.training.module import Task
+from segvol_pl.training.out_of_memory import check_snapshots
 from segvol_pl.training.resume import start_of
 from segvol_pl.training.run import prepared
 
@@ -100,6 +101,8 @@ def spread(config: Config) -> Config:
 
 def _checks(job: Job) -> Iterator[tuple[str, str]]:
     run, module = job.config.run, job.module
+    if run.accelerator == "cpu":
+        check_snapshots(run, torch.device("cpu"))
     start = start_of(job.config, module)
     yield "run folder", f"resumes from step {start.step} of {start.checkpoint}" if start.checkpoint else "a new run"
     yield (

@@ -42,6 +42,7 @@ from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPositi
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
 from segvol_pl.training.gradients import FiniteSteps, GradientNorm
 from segvol_pl.training.module import Sharding, Task
+from segvol_pl.training.out_of_memory import MemorySnapshot, OutOfMemoryNamed, check_snapshots
 from segvol_pl.training.preemption import Preemption, StopSignal
 from segvol_pl.training.pretrain import SimMIMTask
 from segvol_pl.training.recorder import Recorder, RecordingTrainer
@@ -250,7 +251,8 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
         strategies.compile_parts(task, config.run)
     if config.run.devices * config.run.nodes > 1:
         check_open_files(config.run.devices * config.run.nodes)
-    with StopSignal() as stop, _quiet():
+    check_snapshots(config.run, strategies.run_device(config.run))
+    with StopSignal() as stop, _quiet(), OutOfMemoryNamed(config, task):
         postmortem.record_collectives()
         trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
@@ -343,6 +345,7 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
         GradientNorm(run.log_every),
         CorpusSize(),
         *([Profile(run.profile, out)] if run.profile else []),
+        *([MemorySnapshot(out)] if run.memory_snapshot else []),
         # Before Preemption and Checkpoints: a run that ends because of NaN must save nothing more.
         FiniteSteps(run.max_bad_steps),
         # After all that communicates or reads results when a validation ends, and before what saves then.

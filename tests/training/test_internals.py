@@ -72,6 +72,22 @@ def backends_are_listed_by_device() -> bool:
         torch.distributed.destroy_process_group()
 
 
+def fake_ranks_take_part() -> bool:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=7)
+    try:
+        torch.distributed.all_reduce(torch.ones(1))  # returns, though there is nobody else
+        return torch.distributed.get_rank() == 3 and torch.distributed.get_world_size() == 7
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def snapshots_are_taken() -> bool:
+    taking = inspect.signature(torch.cuda.memory._dump_snapshot).parameters
+    return "filename" in taking and says(torch.cuda.memory._record_memory_history, "max_entries")
+
+
 def properties_are_set_without_moving_weights() -> bool:
     module = LightningModule()
     module.layer = torch.nn.Linear(1, 1)
@@ -149,6 +165,10 @@ TORCH = [
     *(Internal(name, "model.image_encoder", lambda name=name: hasattr(torch.ops.aten, name)) for name in ATTENTION),
     Internal("AdamW.found_inf", "training.module", found_inf_skips_a_step),
     Internal("get_backend_config", "training.ranks", backends_are_listed_by_device),
+    Internal("fake_pg.FakeStore", "training.rehearsal", fake_ranks_take_part),
+    Internal("_internal", "training.rehearsal", fake_ranks_take_part),
+    Internal("_record_memory_history", "training.out_of_memory", snapshots_are_taken),
+    Internal("_dump_snapshot", "training.out_of_memory", snapshots_are_taken),
 ]
 LIGHTNING = [
     Internal(

@@ -196,5 +196,5 @@ def test_the_command_prints_each_check_that_has_passed(
     assert main(command) == 1
     shown = capsys.readouterr()
     assert "checkpoints" in shown.out and "would start" not in shown.out
-    assert "fully_shard doesn't support scalar parameters. Change model.scale" in shown.err
+    assert "fully_shard doesn't support scalar parameters. Change scale" in shown.err
     assert main([*command, "data.global_batch=6"]) == MISUSED
