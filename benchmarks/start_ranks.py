@@ -40,7 +40,7 @@ from results import record
 RANKS = (2, 8, 16)
 REPEATS = 20
 KEYS = [
-    "configs/tiny/train.yaml",
+    str(Path(__file__).parents[1] / "configs" / "tiny" / "train.yaml"),
     "optim.max_steps=1",
     "optim.warmup_steps=1",
     "track.wandb=disabled",
@@ -63,7 +63,8 @@ def rank_process(arguments: list[str], result: Path) -> None:
     marks: dict[str, tuple[float, float]] = {}
 
     def mark(name: str) -> None:
-        marks[name] = (time.time() - began, time.process_time())
+        # The trainer sets up twice: for validation, and for training.
+        marks.setdefault(name, (time.time() - began, time.process_time()))
 
     import torch.distributed as dist
 
@@ -188,7 +189,7 @@ def summary(found: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def file_calls(shards: str) -> dict[str, float]:
-    """Calls about files of a start of one process, of its imports alone, and of opening the data as local rank 0 or 1."""
+    """Calls about files: of a start of one process, of its imports alone, of opening the data as local rank 0 and 1."""
     opening = (
         "import sys; from segvol_pl.config import DataConfig; from segvol_pl.data.corpus import open_folders; "
         "open_folders(DataConfig(shards=sys.argv[1]))"

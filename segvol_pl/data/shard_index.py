@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -217,9 +218,14 @@ def load_index(store: Store) -> Index:
 
 def size_problem(path: Path, shard: Shard) -> str:
     """What is wrong with a shard's size, in words; empty if nothing is."""
-    if not path.is_file():
+    # One call for each shard: a corpus has tens of thousands, on a file system that all nodes ask.
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
         return f"shard {path} is missing although the index names it: copy it there, or {remedy(str(path))}"
-    size = path.stat().st_size
+    size = found.st_size
     if size == shard.bytes:
         return ""
     fault = "is truncated" if size < shard.bytes else "is not the one indexed"
