@@ -19,6 +19,7 @@ from segvol_pl.__main__ import COMMANDS, main
 from segvol_pl.__main__ import _print_table as print_table
 from segvol_pl.config import MISSING, SCHEMAS, OptimConfig, PretrainConfig
 from segvol_pl.config.loader import fields_help
+from segvol_pl.errors import OUT_OF_MEMORY
 from segvol_pl.training.pretrain import SimMIMTask
 
 ROOT = Path(__file__).parents[1]
@@ -201,6 +202,6 @@ def test_lack_of_memory_is_reported_with_a_remedy(
         raise error
 
     monkeypatch.setitem(COMMANDS, "inspect", COMMANDS["inspect"]._replace(call=failing))
-    assert main(["inspect", "shards"]) == 1
+    assert main(["inspect", "shards"]) == OUT_OF_MEMORY
     said = capsys.readouterr().err
     assert re.fullmatch(r"segvol-pl inspect: error: out of memory: (CUDA .* GiB: )?training takes less with .*\n", said)

@@ -134,7 +134,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 WORKING = (
     *("data.index_builder", "data.shard_index", "data.verify", "demo", "evaluation.run", "experiments.compare"),
     *("experiments.fit", "inference.predictor", "inference.viewer", "model.convert", "packing.duplicates"),
-    *("packing.inventory", "packing.pack", "packing.phantom", "packing.repack", "training.run"),
+    *("packing.inventory", "packing.pack", "packing.phantom", "packing.repack", "training.rehearsal"),
+    "training.run",
 )
 """Modules that a command calls once it has read its arguments."""
 
