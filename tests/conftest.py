@@ -37,7 +37,7 @@ def _amx() -> Iterator[None]:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Ranks]]:
     """Number -> as many ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    found = {number: Ranks(folder, number) for number in (1, 2)}
+    found = {number: Ranks(folder, number) for number in (1, 2, 4)}
     yield found
     for these in found.values():
         these.stop()

@@ -102,6 +102,9 @@ class RunConfig(Keys):
     custom_strategy: str = ""
     """package.module:function of your own that makes a Lightning strategy from these settings, instead of
     `strategy`."""
+    shard_degree: int = ranged(0, least=0)
+    """Ranks that share one copy of the weights (fsdp); must divide the number of ranks. 0: all. The GPUs of a node, such
+    as 8: weights are gathered within a node, and only gradients are sent between nodes (HSDP)."""
     offload: bool = False
     """Keep the sharded state in main memory (fsdp, zero1 to zero3)."""
     devices: int = ranged(1, least=1)
@@ -187,6 +190,15 @@ class RunConfig(Keys):
         require(not (hooked and self.compile), "run.compile", "does not work with zero3: use fsdp, ddp, zero1 or zero2")
         splits = self.strategy not in (Strategy.auto, Strategy.ddp)
         require(splits or not self.offload, "run.offload", "needs a strategy that shards: fsdp, zero1, zero2 or zero3")
+        self._check_degree()
+
+    def _check_degree(self) -> None:
+        degree, ranks = self.shard_degree, self.devices * self.nodes
+        split = self.strategy is Strategy.fsdp
+        require(split or not degree, "run.shard_degree", "needs run.strategy=fsdp")
+        divides = not degree or ranks % degree == 0
+        within = f"run.devices={self.devices} x run.nodes={self.nodes}"
+        require(divides, "run.shard_degree", f"{degree} does not divide the {ranks} ranks ({within})")
 
 
 @dataclass

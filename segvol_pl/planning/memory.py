@@ -3,7 +3,8 @@
 1. `encoder_bytes`, `side_bytes`, `prompt_bytes` and `head_bytes` count what autograd stores for one volume.
 2. `moments` are the three times of most memory: decoding prompts, the start of the encoder's backward pass, and the
    optimizer's step. `peak` is the largest of them.
-3. A strategy splits weights, gradients and optimizer state over the ranks, and adds its communication buffers.
+3. A strategy splits weights, gradients and optimizer state over the ranks (fsdp: over `run.shard_degree` of them), and
+   adds its communication buffers.
 4. Inverted, this gives how many prompts a device can decode together: `prompt_groups`, for the step and the planner.
 
 All in bytes. Letters: T image tokens, E embedding.
@@ -127,7 +128,7 @@ def weights_resident(run: RunConfig) -> bool:
 
 def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state on one device."""
-    full, share = float(WIDE * trained), WIDE * trained / (run.devices * run.nodes)
+    full, share = float(WIDE * trained), WIDE * trained / (run.shard_degree or run.devices * run.nodes)
     buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
         case Strategy.auto | Strategy.ddp:

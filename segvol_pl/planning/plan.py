@@ -73,7 +73,8 @@ class Plan:
 
     def under(self, strategy: Strategy) -> Config:
         """The configuration with another strategy."""
-        return replace(self.config, run=replace(self.config.run, strategy=strategy))
+        degree = self.config.run.shard_degree if strategy is Strategy.fsdp else 0
+        return replace(self.config, run=replace(self.config.run, strategy=strategy, shard_degree=degree))
 
     def peak(self, strategy: Strategy, volumes: int) -> memory.Memory:
         """Peak memory per device under `strategy` with `volumes` volumes at once."""
@@ -204,18 +205,22 @@ def _parts(title: str, unit: str, scale: float, parts: dict[str, float]) -> Iter
 
 
 def _memory(made: Plan) -> Iterator[str]:
+    run = made.config.run
     at_once = f"{made.micro_batch} volume{'s' * (made.micro_batch != 1)} at once"
     yield f"\nmemory of a device, GiB, at {at_once} (of {made.device.gib:.0f}, {RESERVE:.0f} of them not to be had)"
     heads = ("weights", "gradients", "optimizer", "activations", "together", "most volumes at once")
     yield f"  {'strategy':<10}" + "".join(f"{head:>13}" for head in heads[:-1]) + f"  {heads[-1]}"
-    for strategy in strategies(made.config.run):
+    for strategy in strategies(run):
         peak = made.peak(strategy, made.micro_batch)
         cells = (peak.weights, peak.gradients, peak.optimizer, peak.activations, peak.total)
         fits = "" if peak.total / GIB + RESERVE <= made.device.gib else "  does not fit"
         figures = "".join(f"{cell / GIB:>13.2f}" for cell in cells)
         yield f"  {strategy.value:<10}{figures}  {made.largest(strategy)}{fits}"
+    if run.shard_degree:
+        copies = made.ranks // run.shard_degree
+        yield f"  fsdp shards over {run.shard_degree} ranks, {copies} copies (run.shard_degree={run.shard_degree})"
     if groups := made.groups():
-        stated = f"run.prompts_at_once={made.config.run.prompts_at_once}"
+        stated = f"run.prompts_at_once={run.prompts_at_once}"
         yield f"  prompts of a volume at once: {max(groups)} of {sum(groups)} ({stated})"
     yield "  (auto's model is checked against measured peaks; what the others add is by arithmetic alone)"
 

@@ -167,7 +167,11 @@ class Replicated(DDPStrategy):
 
 
 class FullyShard(ModelParallelStrategy):
-    """FSDP2: the weights of a block are gathered while it computes. Rank 0 writes complete checkpoints."""
+    """FSDP2: the weights of a block are gathered while it computes. Rank 0 writes complete checkpoints.
+
+    With `run.shard_degree` below the number of ranks (HSDP), as many neighbouring ranks share one copy of the weights,
+    and gradients are averaged over the copies.
+    """
 
     def __init__(self, run: RunConfig, backend: str, timeout: timedelta) -> None:
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
@@ -181,11 +185,15 @@ class FullyShard(ModelParallelStrategy):
         return self.run.offload and self.root_device.type != "cpu"
 
     def setup_environment(self) -> None:
-        """Start the process group, and make a mesh with one axis: torch then uses the group with all its backends."""
+        """Start the process group, and make the mesh that the weights are sharded over."""
         self._setup_distributed()
-        self._device_mesh = init_device_mesh(
-            self.root_device.type, (self.world_size,), mesh_dim_names=("data_parallel",)
-        )
+        degree = self.run.shard_degree or self.world_size
+        # Launchers number ranks node by node, so that neighbours in the last axis are on one node. With one axis, torch
+        # uses the group of all ranks with all its backends.
+        shape, names = ((self.world_size,), ("shard",))
+        if degree < self.world_size:
+            shape, names = (self.world_size // degree, degree), ("replicate", "shard")
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
 
     def model_to_device(self) -> None:
         """Move the module to the device. With offloading only its buffers: FSDP2 moves the weights block by block."""
@@ -218,7 +226,7 @@ class FullyShard(ModelParallelStrategy):
             return
         reduced = torch.bfloat16 if uses_bf16(self.root_device, self.run.precision) else None
         settings: dict[str, Any] = {
-            "mesh": self.device_mesh["data_parallel"],
+            "mesh": self.device_mesh,
             # Inputs are not cast: coordinates would lose digits. Autocast casts where it is safe.
             "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
             "offload_policy": CPUOffloadPolicy() if self.offloads else OffloadPolicy(),

@@ -226,6 +226,8 @@ def test_a_range_is_checked_in_python_too() -> None:
         (("run.strategy=zero3", "run.recompute=cheap"), "run.recompute"),
         (("run.strategy=zero3", "run.compile=true"), "run.compile"),
         (("run.strategy=ddp", "run.offload=true"), "run.offload"),
+        (("run.strategy=ddp", "run.devices=4", "run.shard_degree=2"), "run.shard_degree"),
+        (("run.strategy=fsdp", "run.devices=4", "run.nodes=2", "run.shard_degree=3"), "run.shard_degree"),
     ],
 )
 def test_what_a_strategy_cannot_do_is_refused(pairs: tuple[str, ...], key: str) -> None:

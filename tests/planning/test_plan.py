@@ -84,6 +84,16 @@ def test_memory_falls_with_what_is_split_and_computed_again() -> None:
     assert groups == sorted(groups, reverse=True)
 
 
+def test_copies_of_sharded_weights_take_the_share_of_their_ranks() -> None:
+    one = plan([TRAIN, "gpus=8", "run.strategy=fsdp"])
+    split = plan([TRAIN, *PLACE, "run.strategy=fsdp"])
+    copies = plan([TRAIN, *PLACE, "run.strategy=fsdp", "run.shard_degree=8"])
+    assert copies.peak(Strategy.fsdp, 1) == one.peak(Strategy.fsdp, 1)
+    assert copies.peak(Strategy.fsdp, 1).optimizer == pytest.approx(4 * split.peak(Strategy.fsdp, 1).optimizer)
+    assert copies.peak(Strategy.zero2, 1) == split.peak(Strategy.zero2, 1), "the other strategies know no copies"
+    assert "fsdp shards over 8 ranks, 4 copies" in "\n".join(lines(copies))
+
+
 @pytest.mark.parametrize("gib", [6, 10, 22, 78])
 @pytest.mark.parametrize("volumes", [1, 4, 16])
 def test_as_many_prompts_are_decoded_together_as_memory_holds(volumes: int, gib: int) -> None:

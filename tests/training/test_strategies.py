@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,37 +10,16 @@ import pytest
 import torch
 from factories import train_config
 from ranks import Ranks
+from trained import RELATIVE, Losses, Trained, same_state
 
 from segvol_pl.config import Strategy
-from segvol_pl.config.loader import to_yaml
-from segvol_pl.run_folder import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, HALF = 20, 10
 MULTIPLE = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 MATRIX = ["ddp", "fsdp", "zero2", "zero3"]
-RELATIVE = 1e-5
 FROZEN = "freeze=[image_encoder.*]"
-
-Losses = dict[int, float]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Runs in one folder, by one process or by two ranks."""
-
-    folder: Path
-    ranks: dict[int, Ranks]
-
-    def __truediv__(self, name: str) -> Path:
-        return self.folder / name
-
-    def __call__(self, name: str, strategy: str, devices: int, *more: str, patch: str = "") -> Losses:
-        """The losses of a run in `folder`/`name`. patch: Python that each rank runs before."""
-        keys = [f"run.out={self / name}", f"run.strategy={strategy}", *more]
-        self.ranks[devices]("train", str(self / "config.yaml"), *keys, patch=patch)
-        return dict(read_metrics(self / name / "metrics.csv", "train/loss"))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +32,7 @@ def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pyt
     model = replace(config.model, mask_prompt=True)
     prompts = replace(config.prompts, mask_fraction=0.6, per_category=3)
     config = replace(config, run=run, data=data, model=model, prompts=prompts)
-    (trained / "config.yaml").write_text(to_yaml(config))
+    trained.configure(config)
     return trained
 
 
@@ -81,22 +59,16 @@ def test_every_strategy_gives_the_losses_of_one_process(losses: dict[str, Losses
 
 
 def test_every_strategy_tells_the_norm_of_the_gradients(losses: dict[str, Losses], trained: Trained) -> None:
-    first, *others = (dict(read_metrics(trained / name / "metrics.csv", "train/grad_norm")) for name in losses)
+    first, *others = (trained.metric(name, "train/grad_norm") for name in losses)
     assert first
     for other in others:
         assert other == pytest.approx(first, rel=RELATIVE)
 
 
 def test_every_strategy_writes_the_same_checkpoint(losses: dict[str, Losses], trained: Trained) -> None:
-    """By names, shapes and the optimizer's moments: small gradients' steps differ by Adam's rounding."""
     first, *others = (torch.load(trained / name / "checkpoints/last.ckpt", weights_only=True) for name in losses)
     for other in others:
-        assert other.keys() == first.keys() and other["state_dict"].keys() == first["state_dict"].keys()
-        (ours,), (theirs,) = first["optimizer_states"], other["optimizer_states"]
-        assert ours["param_groups"] == theirs["param_groups"]
-        for key, state in ours["state"].items():
-            assert state["step"] == theirs["state"][key]["step"] == STEPS
-            torch.testing.assert_close(theirs["state"][key]["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-3, atol=1e-8)
+        same_state(first, other)
 
 
 @pytest.mark.parametrize("strategy", MATRIX)
@@ -104,7 +76,7 @@ def test_micro_batches_change_no_gradient(losses: dict[str, Losses], trained: Tr
     """Clipping sees the norm of the whole step's gradients under every strategy."""
     name = f"{strategy}-accumulate"
     trained(name, strategy, 1, "run.accumulate=2", "optim.max_steps=4")
-    found, whole = (dict(read_metrics(trained / of / "metrics.csv", "train/grad_norm")) for of in (name, "auto"))
+    found, whole = (trained.metric(of, "train/grad_norm") for of in (name, "auto"))
     assert found and found == pytest.approx({step: whole[step] for step in found}, rel=1e-4)
 
 
@@ -116,9 +88,8 @@ def test_a_run_goes_on_under_another_strategy_and_world(
     """From the checkpoint of step 10, optimizer included: the losses are those of the unbroken run."""
     after = MATRIX[(MATRIX.index(before) + 1) % len(MATRIX)] if to == "other strategy" else before
     name = f"{before}-{to}".replace(" ", "-")
-    (trained / name / "checkpoints").mkdir(parents=True)
-    shutil.copy(trained / before / f"checkpoints/step-{HALF}.ckpt", trained / name / "checkpoints/last.ckpt")
-    found = trained(name, after, 1 if to == "other world" else 2)
+    checkpoint = trained / before / f"checkpoints/step-{HALF}.ckpt"
+    found = trained.after(checkpoint, name, after, 1 if to == "other world" else 2)
     assert list(found) == list(range(HALF + 1, STEPS + 1))
     expected = [losses["auto"][step] for step in found]
     np.testing.assert_allclose(list(found.values()), expected, rtol=RELATIVE)
