@@ -73,6 +73,7 @@ from segvol_pl.config.packing import (
 from segvol_pl.config.training import (
     DEEPSPEED_BUCKET,
     MAY_CHANGE,
+    CheckpointFormat,
     OptimConfig,
     PretrainConfig,
     Recompute,
@@ -100,6 +101,7 @@ __all__ = [
     "SCHEMAS",
     "Blend",
     "CasesConfig",
+    "CheckpointFormat",
     "CompareConfig",
     "Convention",
     "Coordinates",

@@ -21,6 +21,13 @@ class Strategy(StrEnum):
     zero3 = "zero3"
 
 
+class CheckpointFormat(StrEnum):
+    """How to write checkpoints."""
+
+    full = "full"
+    sharded = "sharded"
+
+
 class Recompute(StrEnum):
     """Which activations to recompute in the backward pass."""
 
@@ -103,8 +110,8 @@ class RunConfig(Keys):
     """package.module:function of your own that makes a Lightning strategy from these settings, instead of
     `strategy`."""
     shard_degree: int = ranged(0, least=0)
-    """Ranks that share one copy of the weights (fsdp); must divide the number of ranks. 0: all. The GPUs of a node, such
-    as 8: weights are gathered within a node, and only gradients are sent between nodes (HSDP)."""
+    """Ranks that share one copy of the weights (fsdp); must divide the number of ranks. 0: all. The GPUs of a node,
+    such as 8: weights are gathered within a node, and only gradients are sent between nodes (HSDP)."""
     offload: bool = False
     """Keep the sharded state in main memory (fsdp, zero1 to zero3)."""
     devices: int = ranged(1, least=1)
@@ -151,6 +158,10 @@ class RunConfig(Keys):
     """Write a checkpoint to resume from every N steps. Each replaces the previous one."""
     checkpoint_minutes: float = ranged(0.0, least=0)
     """Also write that checkpoint after this time (minutes, on rank 0's clock). 0: only by steps."""
+    checkpoint_format: CheckpointFormat = CheckpointFormat.full
+    """full: gathered on rank 0, which writes one file. sharded: every rank writes its part at the same time; a
+    checkpoint is then a folder of the same name. Each resumes under every strategy and number of ranks. Worth it for
+    models of several GB with fsdp."""
     save_every: int = ranged(0, least=0)
     """Also keep a checkpoint every N steps; 0 disables."""
     keep_last: int = ranged(3, least=1)
@@ -183,6 +194,8 @@ class RunConfig(Keys):
         check_custom("run.custom_strategy", [self.custom_strategy] if self.custom_strategy else [])
         alone = self.strategy is Strategy.auto or not self.custom_strategy
         require(alone, "run.custom_strategy", f"replaces run.strategy={self.strategy.value}: give only one of them")
+        ours = self.checkpoint_format is CheckpointFormat.full or not self.custom_strategy
+        require(ours, "run.checkpoint_format", "sharded does not work with run.custom_strategy: use full")
         kept = self.recompute is not Recompute.cheap or self.strategy is not Strategy.zero3
         require(kept, "run.recompute", "cheap would give wrong gradients with zero3: use blocks")
         # DeepSpeed gathers weights by hooks within the blocks.

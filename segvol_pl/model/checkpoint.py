@@ -40,6 +40,7 @@ from segvol_pl.model.released import (
     without_prefix,
 )
 from segvol_pl.model.segvol import SegVol
+from segvol_pl.model.sharded import open_sharded
 from segvol_pl.model.text_encoder import TextBank
 
 __all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_model", "load_weights", "read_weights"]
@@ -252,15 +253,16 @@ def _as_stated(weights: Weights) -> Weights:
     return weights
 
 
-def read_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
-    """Read a training checkpoint to the CPU without unpickling code; `mapped` as in `read_contents`.
+def read_header(path: Path) -> dict[str, Any]:
+    """Read what a training checkpoint holds besides weights, without unpickling code. Raises CheckpointError.
 
-    Raises CheckpointError.
+    The weights of a file are checked for NaN. A sharded one was checked when it was written, and is not read.
     """
-    contents = read_contents(path, mapped)
+    whole = not path.is_dir()
+    contents = read_contents(path, mapped=True) if whole else Contents(path, {}, open_sharded(path).header)
     if not is_trained(contents):
         raise CheckpointError(f"{path}: is no training checkpoint of segvol-pl")
-    return {**contents.header, "state_dict": contents.tensors}
+    return contents.header
 
 
 def write_weights(weights: Weights, target: Path) -> Path:

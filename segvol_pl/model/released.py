@@ -22,6 +22,7 @@ from torch import Tensor
 
 from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import CheckpointError
+from segvol_pl.model.sharded import open_sharded
 
 TOWER = "text_encoder.clip_text_model."
 EXTRA = re.compile(
@@ -49,13 +50,18 @@ class Contents:
 def read_contents(path: Path, mapped: bool = False) -> Contents:
     """Read any file of weights to the CPU, without unpickling code. Raises CheckpointError, also for NaN weights.
 
+    path: a file, or the folder of a sharded checkpoint, of which the weights alone are read.
     mapped: memory-map a .ckpt, so that tensors are read when they are used.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
     if path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt", ".bin"):
         raise CheckpointError(f"{path}: unknown kind of checkpoint; give a .safetensors, .ckpt, .pth or .bin file")
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        saved = open_sharded(path)
+        besides = {key: saved.header[key] for key in saved.header.keys() - {"state_dict", "optimizer_states"}}
+        contents = Contents(path, saved.weights(), besides)
+    elif path.suffix == ".safetensors":
         contents = _read_safetensors(path)
     else:
         contents = _contents_of(_read_torch(path, mapped), path)

@@ -3,6 +3,9 @@
 1. Between two steps all ranks gather the state; rank 0 copies it to main memory, and training continues.
 2. A thread writes the copy. The next save waits for it, and so does the end of the run.
 
+With `run.checkpoint_format=sharded`, every rank copies and writes its own part, see `sharded`; a checkpoint then is a
+folder of the same name.
+
     checkpoints/last.ckpt      every `run.checkpoint_every` steps and `run.checkpoint_minutes` minutes, at a signal, and
                                at the end; a run resumes from it
     checkpoints/best.ckpt      after the validation of the lowest loss
@@ -18,12 +21,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
@@ -31,6 +36,8 @@ from segvol_pl.atomic import atomic_path, no_room
 from segvol_pl.config import RunConfig
 from segvol_pl.errors import NonFiniteError
 from segvol_pl.model.released import is_finite
+from segvol_pl.model.sharded import open_sharded
+from segvol_pl.training.sharded import local_of, put, remove, sharded_save
 
 
 class HostCopies:
@@ -43,8 +50,8 @@ class HostCopies:
         self.held: list[torch.Tensor] = []
         """Pinned buffers, one per GPU tensor, in the order of the checkpoint."""
 
-    def of(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Copy the checkpoint. The copies are complete on return, and valid until the next call."""
+    def of(self, checkpoint: Any) -> Any:
+        """Copy a checkpoint, or a part of it. The copies are complete on return, and valid until the next call."""
         place = itertools.count()
 
         def copied(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,7 +59,7 @@ class HostCopies:
                 return tensor.detach().clone()
             return self._held(next(place), tensor).copy_(tensor.detach(), non_blocking=True)
 
-        copies: dict[str, Any] = apply_to_collection(checkpoint, torch.Tensor, copied)
+        copies = apply_to_collection(checkpoint, torch.Tensor, copied)
         if self.held:
             torch.cuda.synchronize()
         return copies
@@ -69,10 +76,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically: a kill or a full disk while saving leaves the previous checkpoint intact.
 
     A thread writes one checkpoint after the other, from copies taken when saving was requested.
+
+    Args:
+        sharded: whether every rank writes its part; `save_checkpoint` is then called on all ranks.
+        timeout: how long ranks that write wait for each other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sharded: bool = False, timeout: timedelta = timedelta(minutes=30)) -> None:
         super().__init__()
+        self.sharded, self.timeout = sharded, timeout
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.pending: list[Future[None]] = []
         self.copies = HostCopies()
@@ -83,6 +95,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Copy the state, and write it in the background. Raises what writing an earlier one raised."""
         # Two copies at once would need the memory of both.
         self.wait()
+        if self.sharded:
+            save = sharded_save(checkpoint, self.timeout, self.copies.of)
+            locals_ = {name: local_of(tensor) for name, tensor in save.tensors.items()}
+            self.afterwards(lambda: save.write(Path(path), lambda: check_finite(locals_, Path(path))))
+            return
         copy = self.copies.of(checkpoint)
         self.afterwards(lambda: self._watched(copy, Path(path)))
 
@@ -93,10 +110,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             self.writing = None
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint completely, to the CPU if it is sharded. Raises CheckpointError if that cannot be read."""
+        if Path(path).is_dir():
+            return open_sharded(Path(path)).complete()
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return loaded
+
     @staticmethod
     def _write(checkpoint: dict[str, Any], path: Path) -> None:
         check_finite(checkpoint, path)
-        with atomic_path(path) as part:
+        # A folder cannot be replaced by a file in one step.
+        target = path.with_name(f"new-{path.name}") if path.is_dir() else path
+        with atomic_path(target) as part:
             # Given a path, torch writes without holding the GIL; Lightning would first serialise to memory.
             try:
                 torch.save(checkpoint, part)
@@ -106,6 +132,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise no_room(path, needed) if shutil.disk_usage(path.parent).free < needed else error from error
             with part.open("rb") as file:
                 os.fsync(file.fileno())  # after a power failure the name must not exist without the content
+        if target != path:
+            put(target, path)
 
     def afterwards(self, work: Callable[[], None]) -> None:
         """Call `work` in the background, after all earlier saves."""
@@ -149,9 +177,17 @@ def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove partial files of killed runs, each of which may be as large as a checkpoint."""
-    for part in folder.glob(".*.ckpt.*.part"):
-        part.unlink()
+    """Remove what killed runs left over, each of which may be as large as a checkpoint."""
+    replaced = (path for path in folder.glob("before-*.ckpt") if folder.joinpath(path.name[len("before-") :]).exists())
+    for part in (*folder.glob(".*.ckpt.*.part"), *replaced, *folder.glob("new-*.ckpt")):
+        remove(part)
+
+
+def save_together(strategy: Strategy, checkpoint: dict[str, Any], path: Any) -> None:
+    """Save on rank 0 alone, or on all ranks if checkpoints are sharded."""
+    io = strategy.checkpoint_io
+    if strategy.is_global_zero or (isinstance(io, AtomicCheckpointIO) and io.sharded):
+        io.save_checkpoint(checkpoint, path)
 
 
 def writer(trainer: pl.Trainer) -> AtomicCheckpointIO:
@@ -219,7 +255,7 @@ class Checkpoints(pl.Callback):
 
     def _remove_oldest(self) -> None:
         while len(self.kept) > self.run.keep_last:
-            (self.folder / f"step-{self.kept.pop(0)}.ckpt").unlink(missing_ok=True)
+            remove(self.folder / f"step-{self.kept.pop(0)}.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

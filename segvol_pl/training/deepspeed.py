@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from segvol_pl.config import DEEPSPEED_BUCKET, RunConfig
 from segvol_pl.device import uses_bf16
+from segvol_pl.training.checkpoints import save_together
 from segvol_pl.training.module import Sharding
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -112,8 +113,8 @@ class ZeRO(DeepSpeedStrategy):
         return {"state": state, "param_groups": groups[:1]}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write the gathered state on rank 0, instead of DeepSpeed's folder of one file per rank."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        """Write the gathered state, instead of DeepSpeed's folder of one file per rank."""
+        save_together(self, checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the complete checkpoint on every rank."""

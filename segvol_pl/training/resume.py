@@ -19,7 +19,8 @@ from segvol_pl.config import PretrainConfig, TrainConfig
 from segvol_pl.config.loader import changes, differences, plain
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.errors import CheckpointError, ConfigError
-from segvol_pl.model.checkpoint import read_checkpoint
+from segvol_pl.model.checkpoint import read_header
+from segvol_pl.model.sharded import HEADER, check_parts
 from segvol_pl.run_folder import read_metrics
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def start_of(config: Config, module: VolumeModule) -> Start:
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """`last.ckpt` and its content, or the newest other intact checkpoint; None if there is no checkpoint.
+    """`last.ckpt` or the newest other intact checkpoint, and what it holds besides tensors; None if there is none.
 
     Raises CheckpointError if there are checkpoints, but none is intact.
     """
@@ -78,7 +79,7 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in sorted(folder.glob("*.ckpt"), key=lambda path: (path != last, path)):
         try:
             check_intact(path)
-            intact[path] = read_checkpoint(path, mapped=True)
+            intact[path] = read_header(path)
         except CheckpointError as error:
             damage.append(error)
         if last in intact:
@@ -97,8 +98,11 @@ def check_intact(path: Path) -> None:
 
     torch writes a checksum of every tensor into the file, but does not check it when loading.
     """
+    file = path / HEADER if path.is_dir() else path
+    if path.is_dir():
+        check_parts(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             altered = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, ValueError) as error:
         raise CheckpointError(f"{path}: is damaged ({error or 'truncated'})") from error

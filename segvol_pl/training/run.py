@@ -23,7 +23,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from segvol_pl.config import Convention, PretrainConfig, Strategy, TextSource, TrainConfig
+from segvol_pl.config import CheckpointFormat, Convention, PretrainConfig, Strategy, TextSource, TrainConfig
 from segvol_pl.config.loader import custom_function, plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.collate import Arrays
@@ -280,6 +280,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         # Outside a SLURM job the ranks are started without srun, even if SLURM is installed.
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+        # A single process writes and reads sharded checkpoints too.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
@@ -314,7 +316,10 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal, recorder: R
         log_every_n_steps=run.log_every,
         logger=loggers.loggers(out, config.track, done),
         callbacks=_callbacks(config, out, stop, recorder),
-        plugins=[AtomicCheckpointIO(), *strategies.environments()],
+        plugins=[
+            AtomicCheckpointIO(run.checkpoint_format is CheckpointFormat.sharded, strategies.waiting_time(run)),
+            *strategies.environments(),
+        ],
         default_root_dir=str(out),
         use_distributed_sampler=False,
         enable_progress_bar=False,

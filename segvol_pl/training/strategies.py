@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import Strategy as LightningStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,14 +31,16 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from segvol_pl.config import RunConfig, Strategy
+from segvol_pl.config import CheckpointFormat, RunConfig, Strategy
 from segvol_pl.config.loader import custom_function
 from segvol_pl.device import resolve_device, uses_bf16
 from segvol_pl.errors import ConfigError
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
 from segvol_pl.model.prompt_encoder import PromptEncoder
+from segvol_pl.model.sharded import WEIGHTS, Sharded, open_sharded
 from segvol_pl.planning import memory
+from segvol_pl.training.checkpoints import save_together
 from segvol_pl.training.graph import StepGraph
 from segvol_pl.training.module import Sharding, Task
 
@@ -113,14 +117,18 @@ def sees_its_own_alone(devices: int, seen: int) -> bool:
     )
 
 
+def waiting_time(run: RunConfig) -> timedelta:
+    """How long ranks wait for each other: longer than the watchdog, which names the rank that hangs."""
+    return timedelta(seconds=max(2 * run.hang_timeout, LEAST_TIMEOUT))
+
+
 def _strategy(run: RunConfig, accelerator: str) -> Any:
     if run.custom_strategy:
         return custom_function(run.custom_strategy, "run.custom_strategy")(run)
     if run.strategy is Strategy.auto and run.devices * run.nodes == 1:
         return "auto"
     backend = "nccl" if accelerator == "cuda" else "gloo"
-    # Longer than the watchdog's timeout, which names the rank that hangs.
-    timeout = timedelta(seconds=max(2 * run.hang_timeout, LEAST_TIMEOUT))
+    timeout = waiting_time(run)
     if run.strategy is Strategy.fsdp:
         if run.offload and backend == "nccl":
             # Offloaded gradients are clipped in main memory, by their norm over all ranks.
@@ -164,6 +172,9 @@ class Replicated(DDPStrategy):
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         # Lightning builds it on a stream of its own, to which every gradient would then be brought, one by one.
         return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        save_together(self, checkpoint, filepath)
 
 
 class FullyShard(ModelParallelStrategy):
@@ -209,8 +220,32 @@ class FullyShard(ModelParallelStrategy):
         # The device that batches are moved to.
         _update_properties(self.lightning_module, device=self.root_device)
 
+    @property
+    def _saves_shards(self) -> bool:
+        return self.run.checkpoint_format is CheckpointFormat.sharded
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The weights: each rank's shards, or gathered on rank 0."""
+        if not self._saves_shards:
+            return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state, likewise."""
+        return (
+            LightningStrategy.optimizer_state(self, optimizer)
+            if self._saves_shards
+            else super().optimizer_state(optimizer)
+        )
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        save_together(self, checkpoint, filepath)
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load each rank's shard of the complete checkpoint."""
+        """Load each rank's shard of the complete or sharded checkpoint. Raises CheckpointError."""
+        if Path(checkpoint_path).is_dir():
+            return self._load_shards(open_sharded(Path(checkpoint_path)))
         if not self.offloads:
             return super().load_checkpoint(checkpoint_path, weights_only)
         assert self.lightning_module is not None
@@ -219,6 +254,28 @@ class FullyShard(ModelParallelStrategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         _move_buffers(self.lightning_module, self.root_device)
         return checkpoint
+
+    def _load_shards(self, saved: Sharded) -> dict[str, Any]:
+        """Fill this rank's shards in place. Returns what the checkpoint holds besides."""
+        assert self.lightning_module is not None
+        weights, small = self.lightning_module.state_dict(), saved.header["state_dict"]
+        targets = {WEIGHTS + name: value for name, value in weights.items() if small.get(name) is None}
+        moments: list[dict[int, dict[str, torch.Tensor]]] = []
+        for place, optimizer in enumerate(self.optimizers):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            states = saved.header["optimizer_states"][place]["state"]
+            moments.append({i: _emptied(state, parameters[i]) for i, state in states.items()})
+            for i, state in moments[-1].items():
+                names = {key: f"optimizer_states.{place}.state.{i}.{key}" for key in state}
+                targets |= {name: state[key] for key, name in names.items() if name in saved.tensors}
+        saved.load_into(targets)
+        with torch.no_grad():
+            for name, value in small.items():
+                if value is not None:
+                    weights[name].copy_(value)
+        for optimizer, state, whole in zip(self.optimizers, moments, saved.header["optimizer_states"], strict=True):
+            optimizer.load_state_dict({**whole, "state": state})
+        return saved.header
 
     def _shard(self, module: pl.LightningModule) -> None:
         # Lightning asks for this before validation and again before training.
@@ -248,6 +305,11 @@ class FullyShard(ModelParallelStrategy):
         # Up to torch 2.10 a block that has had its backward pass is not gathered again for a group that is recomputed.
         for block in self.decoding:
             block.unshard()
+
+
+def _emptied(state: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
+    """A parameter's state in the optimizer, with room for what the ranks have sharded as they have the parameter."""
+    return {key: torch.zeros_like(parameter) if value is None else value for key, value in state.items()}
 
 
 def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:

@@ -21,6 +21,8 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.utils.data import DataLoader, Dataset
 
 import segvol_pl
@@ -79,6 +81,16 @@ def fake_ranks_take_part() -> bool:
     try:
         torch.distributed.all_reduce(torch.ones(1))  # returns, though there is nobody else
         return torch.distributed.get_rank() == 3 and torch.distributed.get_world_size() == 7
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def shards_are_made_of_a_spec() -> bool:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        shard = DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        again = DTensor(torch.zeros(2), shard._spec, requires_grad=False)  # type: ignore[call-arg]
+        return again.placements == shard.placements and bool((again.to_local() == 0).all())
     finally:
         torch.distributed.destroy_process_group()
 
@@ -169,6 +181,23 @@ TORCH = [
     Internal("_internal", "training.rehearsal", fake_ranks_take_part),
     Internal("_record_memory_history", "training.out_of_memory", snapshots_are_taken),
     Internal("_dump_snapshot", "training.out_of_memory", snapshots_are_taken),
+    Internal("DTensor._spec", "training.sharded", shards_are_made_of_a_spec),
+    Internal(
+        "FileSystemReader.read_data",
+        "model.sharded",
+        lambda: says(
+            FileSystemReader.read_data,
+            "self.storage_data[",
+            ".relative_path",
+            ".transform_descriptors",
+            "weights_only=True",
+        ),
+    ),
+    Internal(
+        "FileSystemWriter.write_data",
+        "training.sharded",
+        lambda: says(inspect.getmodule(FileSystemWriter), "inflight_threshhold > 0", "_SerialCpuLoader("),  # type: ignore[arg-type]
+    ),
 ]
 LIGHTNING = [
     Internal(

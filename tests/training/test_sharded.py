@@ -1,4 +1,7 @@
-"""Copies of sharded weights (HSDP): four ranks, of which two share each copy, train as one process."""
+"""What many ranks share: copies of sharded weights (HSDP), and checkpoints that they write together.
+
+All by real ranks: they train as one process, and go on from each other's checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,14 @@ from factories import train_config
 from ranks import Ranks
 from trained import RELATIVE, Losses, Trained, same_state
 
+from segvol_pl.model.checkpoint import read_header
+from segvol_pl.model.sharded import HEADER, open_sharded
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, HALF = 6, 3
 DEGREE = "run.shard_degree=2"
+SHARDED = "run.checkpoint_format=sharded"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,18 @@ def alone(trained: Trained) -> Losses:
 def hybrid(trained: Trained) -> Losses:
     """Of four ranks, of which two share each copy of the weights."""
     return trained("hsdp", "fsdp", 4, DEGREE)
+
+
+@pytest.fixture(scope="module")
+def together(trained: Trained) -> dict[str, Losses]:
+    """Runs whose ranks write checkpoints together: by strategy, number of ranks and degree."""
+    return {
+        "fsdp-4": trained("fsdp-4", "fsdp", 4, SHARDED, DEGREE),
+        "fsdp-2": trained("fsdp-2", "fsdp", 2, SHARDED),
+        "ddp-2": trained("ddp-2", "ddp", 2, SHARDED),
+        "zero2-2": trained("zero2-2", "zero2", 2, SHARDED),
+        "auto-1": trained("auto-1", "auto", 1, SHARDED),
+    }
 
 
 def agree(found: Losses, alone: Losses, first: int = 1) -> None:
@@ -82,3 +101,104 @@ def test_all_copies_skip_a_step_that_is_not_finite(trained: Trained) -> None:
     assert trained.metric("nan", "train/skipped_steps") == {2: 1}
     (optimizer,) = torch.load(trained / "nan/checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
     assert {float(state["step"]) for state in optimizer["state"].values()} == {2}
+
+
+def test_a_checkpoint_of_all_ranks_is_the_one_of_one_process(
+    alone: Losses, together: dict[str, Losses], trained: Trained
+) -> None:
+    """Complete again, it has the same names, places, values besides tensors, and moments."""
+    whole = torch.load(trained / "auto/checkpoints/last.ckpt", weights_only=True)
+    for name, losses in together.items():
+        agree(losses, alone)
+        folder = trained / name / "checkpoints"
+        assert {path.name for path in folder.iterdir()} == {"last.ckpt", "best.ckpt", f"step-{HALF}.ckpt"}
+        ranks = int(name[-1])
+        parts = [path.name for path in (folder / "last.ckpt").iterdir()]
+        assert sorted(parts) == [*(f"__{rank}_0.distcp" for rank in range(ranks)), HEADER]
+        found = open_sharded(folder / "last.ckpt")
+        sizes = [part.bytes for part in found.parts.values()]
+        assert max(sizes) < 1.3 * min(sizes), "all ranks write as much"
+        same_state(whole, found.complete())
+        assert (
+            found.header["loops"]["fit_loop"] == whole["loops"]["fit_loop"]
+            and found.header["lr_schedulers"] == whole["lr_schedulers"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("before", "strategy", "devices", "keys"),
+    [
+        ("fsdp-4", "fsdp", 4, [SHARDED, DEGREE]),
+        ("fsdp-4", "fsdp", 2, []),
+        ("fsdp-4", "auto", 1, []),
+        ("fsdp-2", "fsdp", 4, [SHARDED]),
+        ("fsdp-2", "zero3", 2, []),
+        ("ddp-2", "fsdp", 2, [SHARDED]),
+        ("zero2-2", "ddp", 2, [SHARDED]),
+        ("auto-1", "zero2", 2, [SHARDED]),
+        ("auto", "fsdp", 2, [SHARDED]),
+    ],
+)
+def test_every_strategy_goes_on_from_it(
+    alone: Losses,
+    together: dict[str, Losses],
+    trained: Trained,
+    before: str,
+    strategy: str,
+    devices: int,
+    keys: list[str],
+) -> None:
+    checkpoint, name = trained / before / f"checkpoints/step-{HALF}.ckpt", f"{before}-to-{strategy}-{devices}"
+    agree(trained.after(checkpoint, name, strategy, devices, *keys), alone, HALF + 1)
+    last = trained / name / "checkpoints/last.ckpt"
+    assert last.is_dir() is (SHARDED in keys)
+    assert read_header(last)["global_step"] == STEPS
+
+
+def test_ranks_killed_while_they_write_go_on_from_the_checkpoint_before(alone: Losses, trained: Trained) -> None:
+    """One rank has written its part of the second checkpoint, the other has not."""
+    patch = "\n".join(
+        [
+            "import os, signal, time",
+            "from segvol_pl.training.sharded import PartWriter",
+            "write, calls = PartWriter.write_data, [0]",
+            "def dying(self, *arguments):",
+            "    calls[0] += 1",
+            "    if calls[0] == 2 and os.environ['LOCAL_RANK'] == '1':",
+            "        os.kill(os.getpid(), signal.SIGKILL)",
+            "    return write(self, *arguments)",
+            "PartWriter.write_data = dying",
+        ]
+    )
+    keys = [f"run.out={trained / 'killed'}", "run.strategy=fsdp", "run.save_every=0", SHARDED]
+    statuses, _ = trained.ranks[2].ended("train", str(trained / "config.yaml"), *keys, patch=patch)
+    assert all(statuses)
+    folder = trained / "killed/checkpoints"
+    assert read_header(folder / "last.ckpt")["global_step"] == HALF
+    trained("killed", "fsdp", 2, "run.save_every=0", SHARDED)
+    agree(trained.metric("killed", "train/loss"), alone)
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "best.ckpt"}, "what was half written is gone"
+
+
+def test_an_error_of_one_rank_is_one_line_of_all(trained: Trained) -> None:
+    """Its disk is full. The checkpoint before stays."""
+    patch = "\n".join(
+        [
+            "import errno, os",
+            "from segvol_pl.training.sharded import PartWriter",
+            "write, calls = PartWriter.write_data, [0]",
+            "def full(self, *arguments):",
+            "    calls[0] += 1",
+            "    if calls[0] == 2 and os.environ['LOCAL_RANK'] == '1':",
+            "        raise OSError(errno.ENOSPC, 'No space left on device')",
+            "    return write(self, *arguments)",
+            "PartWriter.write_data = full",
+        ]
+    )
+    keys = [f"run.out={trained / 'full'}", "run.strategy=ddp", "run.save_every=0", SHARDED]
+    statuses, said = trained.ranks[2].ended("train", str(trained / "config.yaml"), *keys, patch=patch)
+    assert statuses == [1, 1]
+    for text in said:
+        assert "best.ckpt: no space left on the disk" in text.splitlines()[-1]
+    assert read_header(trained / "full/checkpoints/last.ckpt")["global_step"] == HALF
+    assert not list(trained.folder.glob("full/checkpoints/.*"))
