@@ -55,7 +55,7 @@ def read_contents(path: Path, mapped: bool = False) -> Contents:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such checkpoint")
-    if path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt", ".bin"):
+    if not path.is_dir() and path.suffix not in (".safetensors", ".ckpt", ".pth", ".pt", ".bin"):
         raise CheckpointError(f"{path}: unknown kind of checkpoint; give a .safetensors, .ckpt, .pth or .bin file")
     if path.is_dir():
         saved = open_sharded(path)

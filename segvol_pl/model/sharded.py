@@ -112,8 +112,8 @@ class Sharded:
 
         Ranks need not call this together.
         """
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         if lacking := targets.keys() - self.tensors.keys():
             raise CheckpointError(f"{self.path} is of another model: it lacks {min(lacking)}: check the model section")
@@ -124,7 +124,7 @@ class Sharded:
             with warnings.catch_warnings():
                 # torch says that it does not ask other ranks, which is what is wanted.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(targets, storage_reader=self._reader(), planner=_planner(), no_dist=True)
+                load(targets, storage_reader=self._reader(), planner=_planner(), no_dist=True)
         except CheckpointException as error:
             cause = next((str(cause) for cause, _ in error.failures.values()), "") or "no reason given"
             raise CheckpointError(f"{self.path}: cannot be read ({cause.splitlines()[0]}): is it complete?") from error
@@ -152,7 +152,7 @@ class Sharded:
         return {str(name): value for name, value in filled.items() if isinstance(value, Tensor)}
 
     def _reader(self) -> Any:
-        from torch.distributed.checkpoint import FileSystemReader
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.metadata import (
             ChunkStorageMetadata,
             Metadata,
@@ -183,7 +183,7 @@ class Sharded:
 
 
 def _planner() -> Any:
-    from torch.distributed.checkpoint import DefaultLoadPlanner
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
     return DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
 

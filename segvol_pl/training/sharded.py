@@ -27,10 +27,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint import save as save_parts
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -211,6 +212,12 @@ class ShardedSave:
     def _finish(self, writer: PartWriter, parts: dict[str, Part], folder: Path, path: Path) -> None:
         if self.ranks.rank:
             return
+        for name, part in parts.items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != part.bytes:
+                raise SegVolError(
+                    f"{path}: rank 0 does not see the part {name} that another rank wrote: "
+                    "put run.out into a folder that all nodes share"
+                )
         tensors = {name: Stored(list(self.places[name]), *stored) for name, stored in writer.tensors.items()}
         with (folder / HEADER).open("wb") as file:
             torch.save({"format": FORMAT, "checkpoint": self.header, "index": index_json(parts, tensors)}, file)
@@ -236,7 +243,7 @@ def sharded_save(checkpoint: dict[str, Any], timeout: timedelta, copied: Callabl
 
 def local_of(tensor: Tensor) -> Tensor:
     """A DTensor's shard on this rank; any other tensor itself."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def _again(tensor: Tensor, copy: Tensor) -> Tensor:

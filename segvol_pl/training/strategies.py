@@ -178,7 +178,7 @@ class Replicated(DDPStrategy):
 
 
 class FullyShard(ModelParallelStrategy):
-    """FSDP2: the weights of a block are gathered while it computes. Rank 0 writes complete checkpoints.
+    """FSDP2: the weights of a block are gathered while it computes. Rank 0 writes checkpoints, or each rank its part.
 
     With `run.shard_degree` below the number of ranks (HSDP), as many neighbouring ranks share one copy of the weights,
     and gradients are averaged over the copies.
@@ -201,10 +201,17 @@ class FullyShard(ModelParallelStrategy):
         degree = self.run.shard_degree or self.world_size
         # Launchers number ranks node by node, so that neighbours in the last axis are on one node. With one axis, torch
         # uses the group of all ranks with all its backends.
-        shape, names = ((self.world_size,), ("shard",))
-        if degree < self.world_size:
-            shape, names = (self.world_size // degree, degree), ("replicate", "shard")
-        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        if degree == self.world_size:
+            self._device_mesh = init_device_mesh(self.root_device.type, (degree,), mesh_dim_names=("shard",))
+            return
+        axes = ("replicate", "shard")
+        self._device_mesh = init_device_mesh(
+            self.root_device.type,
+            (self.world_size // degree, degree),
+            mesh_dim_names=axes,
+            # Offloaded gradients are clipped over gloo, which the groups of an axis otherwise may lack.
+            backend_override=dict.fromkeys(axes, self.process_group_backend),
+        )
 
     def model_to_device(self) -> None:
         """Move the module to the device. With offloading only its buffers: FSDP2 moves the weights block by block."""
@@ -273,8 +280,8 @@ class FullyShard(ModelParallelStrategy):
             for name, value in small.items():
                 if value is not None:
                     weights[name].copy_(value)
-        for optimizer, state, whole in zip(self.optimizers, moments, saved.header["optimizer_states"], strict=True):
-            optimizer.load_state_dict({**whole, "state": state})
+        for optimizer, loaded, whole in zip(self.optimizers, moments, saved.header["optimizer_states"], strict=True):
+            optimizer.load_state_dict({**whole, "state": loaded})
         return saved.header
 
     def _shard(self, module: pl.LightningModule) -> None:

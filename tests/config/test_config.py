@@ -227,6 +227,7 @@ def test_a_range_is_checked_in_python_too() -> None:
         (("run.strategy=zero3", "run.compile=true"), "run.compile"),
         (("run.strategy=ddp", "run.offload=true"), "run.offload"),
         (("run.strategy=ddp", "run.devices=4", "run.shard_degree=2"), "run.shard_degree"),
+        (("run.custom_strategy=mine:make", "run.checkpoint_format=sharded"), "run.checkpoint_format"),
         (("run.strategy=fsdp", "run.devices=4", "run.nodes=2", "run.shard_degree=3"), "run.shard_degree"),
     ],
 )

@@ -16,9 +16,10 @@ from factories import pretrain_config, save_untrained
 from torch import Tensor
 
 from segvol_pl.config import CheckpointFormat
-from segvol_pl.errors import CheckpointError, NonFiniteError
+from segvol_pl.errors import CheckpointError, NonFiniteError, SegVolError
 from segvol_pl.model.checkpoint import load_model, read_header, read_weights
-from segvol_pl.model.sharded import HEADER, Sharded, Stored, check_parts, index_json, open_sharded
+from segvol_pl.model.sharded import HEADER, Part, Sharded, Stored, check_parts, index_json, open_sharded
+from segvol_pl.training import sharded
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, remove_parts
 from segvol_pl.training.resume import check_intact, newest_intact
 from segvol_pl.training.run import pretrain
@@ -85,6 +86,16 @@ def test_weights_that_are_not_finite_are_not_saved(whole: dict[str, Any], folder
         save({**whole, "global_step": 4}, folder)
     assert read_header(folder)["global_step"] == 3
     assert [path.name for path in folder.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_part_that_rank_0_does_not_see_is_named(
+    whole: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was written to a folder of another node."""
+    monkeypatch.setattr(sharded, "part_of", lambda file: file.unlink() or Part(1, 1))
+    with pytest.raises(SegVolError, match=r"last\.ckpt: rank 0 does not see the part __0_0\.distcp"):
+        save({**whole, "global_step": 4}, folder)
+    assert read_header(folder)["global_step"] == 3
 
 
 def flip(path: Path) -> None:
@@ -212,11 +223,11 @@ def test_a_folder_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_either_form_replaces_the_other(whole: dict[str, Any], folder: Path) -> None:
-    for sharded, step in ((False, 4), (False, 5), (True, 6), (True, 7)):
-        io = AtomicCheckpointIO(sharded)
+    for parts, step in ((False, 4), (False, 5), (True, 6), (True, 7)):
+        io = AtomicCheckpointIO(parts)
         io.save_checkpoint({**whole, "global_step": step}, folder)
         io.wait()
-        assert folder.is_dir() is sharded
+        assert folder.is_dir() is parts
         assert read_header(folder)["global_step"] == step
         assert [path.name for path in folder.parent.iterdir()] == ["last.ckpt"]
 

@@ -119,10 +119,8 @@ def test_a_checkpoint_of_all_ranks_is_the_one_of_one_process(
         sizes = [part.bytes for part in found.parts.values()]
         assert max(sizes) < 1.3 * min(sizes), "all ranks write as much"
         same_state(whole, found.complete())
-        assert (
-            found.header["loops"]["fit_loop"] == whole["loops"]["fit_loop"]
-            and found.header["lr_schedulers"] == whole["lr_schedulers"]
-        )
+        assert found.header["loops"]["fit_loop"] == whole["loops"]["fit_loop"]
+        assert found.header["lr_schedulers"] == whole["lr_schedulers"]
 
 
 @pytest.mark.parametrize(
