@@ -49,3 +49,26 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def put(new: Path, path: Path) -> None:
+    """Give a complete file or folder its name, and remove what had it before.
+
+    A folder cannot be replaced in one step: in between, the previous one is called `before-NAME`.
+    """
+    if path.is_dir() or (new.is_dir() and path.exists()):
+        before = path.with_name(f"before-{path.name}")
+        remove(before)
+        path.rename(before)
+        new.rename(path)
+        remove(before)
+    else:
+        new.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -32,12 +32,11 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.apply_func import apply_to_collection
 
-from segvol_pl.atomic import atomic_path, no_room
+from segvol_pl.atomic import atomic_path, no_room, put, remove
 from segvol_pl.config import RunConfig
 from segvol_pl.errors import NonFiniteError
 from segvol_pl.model.released import is_finite
 from segvol_pl.model.sharded import open_sharded
-from segvol_pl.training.sharded import local_of, put, remove, sharded_save
 
 
 class HostCopies:
@@ -96,9 +95,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         # Two copies at once would need the memory of both.
         self.wait()
         if self.sharded:
+            # Importing torch's distributed checkpoint takes a while, and other runs do not need it.
+            from segvol_pl.training.sharded import sharded_save
+
             save = sharded_save(checkpoint, self.timeout, self.copies.of)
-            locals_ = {name: local_of(tensor) for name, tensor in save.tensors.items()}
-            self.afterwards(lambda: save.write(Path(path), lambda: check_finite(locals_, Path(path))))
+            self.afterwards(lambda: save.write(Path(path), lambda: check_finite(save.locals(), Path(path))))
             return
         copy = self.copies.of(checkpoint)
         self.afterwards(lambda: self._watched(copy, Path(path)))

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate
 
-from segvol_pl.atomic import no_room
+from segvol_pl.atomic import no_room, put
 from segvol_pl.errors import SegVolError
 from segvol_pl.model.sharded import FORMAT, HEADER, Part, Piece, Stored, index_json, part_of
 
@@ -166,6 +166,10 @@ class ShardedSave:
     tensors: dict[str, Tensor]
     """Those that this rank writes, in main memory; DTensors with this rank's shard."""
 
+    def locals(self) -> dict[str, Tensor]:
+        """What this rank writes, without its place in complete tensors."""
+        return {name: local_of(tensor) for name, tensor in self.tensors.items()}
+
     def write(self, path: Path, check: Callable[[], None]) -> None:
         """Write the checkpoint as the folder `path`. All ranks call together; it is complete when any of them returns.
 
@@ -194,15 +198,12 @@ class ShardedSave:
     def _parts(self, folder: Path, path: Path) -> PartWriter:
         writer = PartWriter(folder)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        alone = self.ranks.group is None
         try:
-            save_parts(
-                self.tensors, storage_writer=writer, planner=planner, process_group=self.ranks.group, no_dist=alone
-            )
+            save_parts(self.tensors, storage_writer=writer, planner=planner, process_group=self.ranks.group)
         except CheckpointException as error:
             rank = min(error.failures)
             cause, _ = error.failures[rank]
-            needed = sum(local_of(tensor).nbytes for tensor in self.tensors.values())
+            needed = sum(tensor.nbytes for tensor in self.locals().values())
             full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
             if full or shutil.disk_usage(path.parent).free < needed:
                 raise no_room(path, needed) from error
@@ -251,27 +252,3 @@ def _again(tensor: Tensor, copy: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return copy
     return DTensor(copy, tensor._spec, requires_grad=False)
-
-
-def put(new: Path, path: Path) -> None:
-    """Give a complete checkpoint, file or folder, its name, and remove what had it before.
-
-    A folder cannot be replaced in one step. In between, the previous checkpoint is `before-NAME`, from which a run
-    resumes as well.
-    """
-    if path.is_dir() or (new.is_dir() and path.exists()):
-        before = path.with_name(f"before-{path.name}")
-        remove(before)
-        path.rename(before)
-        new.rename(path)
-        remove(before)
-    else:
-        new.replace(path)
-
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

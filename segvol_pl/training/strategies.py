@@ -205,12 +205,13 @@ class FullyShard(ModelParallelStrategy):
             self._device_mesh = init_device_mesh(self.root_device.type, (degree,), mesh_dim_names=("shard",))
             return
         axes = ("replicate", "shard")
+        # Offloaded gradients are clipped over gloo, which the groups of an axis otherwise may lack.
+        backends: dict[Any, Any] = dict.fromkeys(axes, self.process_group_backend)
         self._device_mesh = init_device_mesh(
             self.root_device.type,
             (self.world_size // degree, degree),
             mesh_dim_names=axes,
-            # Offloaded gradients are clipped over gloo, which the groups of an axis otherwise may lack.
-            backend_override=dict.fromkeys(axes, self.process_group_backend),
+            backend_override=backends,
         )
 
     def model_to_device(self) -> None:

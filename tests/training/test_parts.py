@@ -15,6 +15,7 @@ import torch
 from factories import pretrain_config, save_untrained
 from torch import Tensor
 
+from segvol_pl.atomic import put
 from segvol_pl.config import CheckpointFormat
 from segvol_pl.errors import CheckpointError, NonFiniteError, SegVolError
 from segvol_pl.model.checkpoint import load_model, read_header, read_weights
@@ -23,7 +24,7 @@ from segvol_pl.training import sharded
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, remove_parts
 from segvol_pl.training.resume import check_intact, newest_intact
 from segvol_pl.training.run import pretrain
-from segvol_pl.training.sharded import own_share, put, taken_apart
+from segvol_pl.training.sharded import own_share, taken_apart
 
 PART = "__0_0.distcp"
 
