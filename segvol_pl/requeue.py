@@ -108,7 +108,7 @@ def _without_kept_step(own: list[Attempt]) -> int:
 def _described(this: Attempt | None, end: End | None, cause: Cause, job: Job) -> str:
     name = cause.value.replace("_", " ")
     if this is None:
-        return f"{name} before training began (exit status {job.status})"
+        return f"{name if cause in NEVER else 'ended'} before training began (exit status {job.status})"
     if end is None:
         return f"{name} after step {this.step} (exit status {job.status}, no rank recorded why)"
     return f"{name} after step {end.step} ({end.why})" if end.why else f"{name} after step {end.step}"

@@ -83,7 +83,7 @@ TABLE = {
     "hang without a record": ([start(None, 9)], 70, True, "hang after step 9 (exit status 70"),
     "out of memory without a record": ([start(None, 9)], 71, False, "fix that"),
     "taken over": ([start(None, 9)], LOST, False, "another process writes to the run folder"),
-    "never begun": ([], 1, False, "crash before training began (exit status 1): not queued again: the job has never"),
+    "never begun": ([], 1, False, "ended before training began (exit status 1): not queued again: the job has never"),
     "configuration, never begun": ([], 2, False, "configuration before training began (exit status 2): not queued"),
     "another job's run": ([start(None, 9, job="6")], 1, False, "the job has never come to training"),
 }
@@ -106,7 +106,7 @@ def test_starts_that_end_before_they_are_recorded_count(restarts: int, again: bo
     kept = start(HANG, 9, saved=5)
     decided = requeue.decide([kept], Job(JOB, restarts, 1), wanted=True)
     assert decided.again is again
-    assert decided.reason.startswith("crash before training began (exit status 1)")
+    assert decided.reason.startswith("ended before training began (exit status 1)")
 
 
 def test_the_end_of_a_start_whose_ranks_left_none_is_recorded_once(
