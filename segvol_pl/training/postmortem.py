@@ -31,7 +31,6 @@ import psutil
 import torch
 import torch.distributed as dist
 
-import segvol_pl
 from segvol_pl.atomic import write_text
 from segvol_pl.data.loader_stacks import stacks_of
 
@@ -49,6 +48,7 @@ PART = 5.0
 LOADERS = 8
 """Loader processes whose stacks are written; the others are likely to wait for the same."""
 
+PACKAGE = Path(__file__).parents[1]
 LOADER = "torch/utils/data/dataloader.py"
 """Where the main thread waits for loader processes."""
 
@@ -181,8 +181,7 @@ def stands(frame: FrameType) -> str:
     """A frame as `function (file:line)`, and for whom: a loader process, or the innermost caller in this package."""
     if any(each.f_code.co_filename.endswith(LOADER) for each in _callers(frame)):
         return f"{_named(frame)}, waiting for a loader process"
-    package = str(Path(segvol_pl.__file__).parent)
-    own = next((each for each in _callers(frame) if each.f_code.co_filename.startswith(package)), frame)
+    own = next((each for each in _callers(frame) if Path(each.f_code.co_filename).is_relative_to(PACKAGE)), frame)
     return _named(frame) if own is frame else f"{_named(frame)}, called by {_named(own)}"
 
 
@@ -195,7 +194,7 @@ def _callers(frame: FrameType | None) -> Iterator[FrameType]:
 def _named(frame: FrameType) -> str:
     path = Path(frame.f_code.co_filename)
     roots = (parent for parent in path.parents if parent.name in ("site-packages", "dist-packages"))
-    root = next(roots, Path(segvol_pl.__file__).parents[1])
+    root = next(roots, PACKAGE.parent)
     short = path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-2:])
     return f"{frame.f_code.co_name} ({short}:{frame.f_lineno})"
 
