@@ -7,7 +7,7 @@ Cost: the time in all functions of the watchdog and of the comparison of ranks, 
 collective included, and the CPU time of the watchdog's threads, over the time of the steps of the same run. The model
 is that of `trainer_overhead.py`: a longer step lowers the share.
 
-Trials: in each run three of four ranks, in random order, are slow for 25 steps each, and recover. One computes more in
+Trials: in each run three of four ranks, in random order, are slow for 45 steps each, and recover. One computes more in
 each encoder block, or pauses in it as a throttled device does, or waits for its data; which and how much is random. A
 trial counts if exactly these ranks are named, each within its own steps, with its cause.
 """
@@ -46,9 +46,9 @@ from segvol_pl.training.watchdog import Watchdog
 
 STEPS, WARM = 150, 20
 """Of the run whose cost is measured; of them, the first are not."""
-EVERY = 5
-"""Steps of a log interval in the trials."""
-SLOW, QUIET = 25, 20
+EVERY = 10
+"""Steps of a log interval in the trials: the default of `run.log_every`."""
+SLOW, QUIET = 45, 35
 """Steps for which a rank is slow, and for which none is: before it, so that it counts as slow, and after it, as not."""
 KINDS = {"computes more": "by computing", "pauses": "by computing", "waits for data": "by data"}
 """What is injected -> the cause that the line must name."""

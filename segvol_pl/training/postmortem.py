@@ -2,7 +2,7 @@
 
     postmortem/summary.txt         the line with which the job ended: the rank that hung, its host, where it stood
     postmortem/rank-N.txt          step, last completed operation, samples, loader processes, Python stacks
-    postmortem/collectives_N       the last collectives, for `torchfrtrace postmortem --prefix collectives_`
+    postmortem/collectives_N       the last collectives, of NCCL for `torchfrtrace postmortem --prefix collectives_`
     postmortem/earlier-N/          post-mortems of earlier starts, moved there when the run starts again
 
 Every part is written within a time limit: the disk or the GPU that a run hangs on may not answer here either.
