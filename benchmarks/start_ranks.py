@@ -91,7 +91,7 @@ def rank_process(arguments: list[str], result: Path) -> None:
         os.environ["TORCH_GLOO_LAZY_INIT"] = lazy
         before, start = _connections(), time.perf_counter()
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=300))
-        startup.dist.all_reduce(_number(), group=group)
+        dist.all_reduce(_number(), group=group)
         found[kind] = {"seconds": time.perf_counter() - start, "connections": _connections() - before}
         dist.barrier()
     result.write_text(json.dumps(found))
@@ -173,7 +173,7 @@ def started(shards: str, ranks: int) -> list[dict[str, Any]]:
 
 def summary(found: list[dict[str, Any]]) -> dict[str, float]:
     """Figures of one start."""
-    figures = {}
+    figures: dict[str, float] = {}
     before = (0.0, 0.0)
     for part in PARTS:
         wall, cpu = (statistics.median(each["marks"][part][kind] for each in found) for kind in (0, 1))
@@ -202,7 +202,7 @@ def file_calls(shards: str) -> dict[str, float]:
             "local rank 0": ["-c", opening, shards],
             "local rank 1": ["-c", opening, shards],
         }
-        figures = {}
+        figures: dict[str, float] = {}
         for name, command in commands.items():
             trace = Path(folder, "trace")
             subprocess.run(

@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -67,7 +68,7 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[str], list[str]]]:
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[Any], list[str]]]:
     """Name of a case -> what six ranks on three hosts found, rank by rank, and what each logged."""
     cases = {
         "alike": {"differ": {}, "clocks": {}},
@@ -83,7 +84,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     return lambda case: ([each[list(cases).index(case)] for each in found], logs)
 
 
-def test_ranks_that_agree_may_start(compared: Callable[[str], tuple[list[str], list[str]]]) -> None:
+def test_ranks_that_agree_may_start(compared: Callable[[str], tuple[list[Any], list[str]]]) -> None:
     """And every one of them knows the hosts of all nodes."""
     assert compared("alike")[0] == [["n1", "n2", "n3"]] * 6
 
@@ -96,13 +97,13 @@ def test_ranks_that_agree_may_start(compared: Callable[[str], tuple[list[str], l
     ],
 )
 def test_the_lowest_rank_that_differs_is_named_on_every_rank(
-    compared: Callable[[str], tuple[list[str], list[str]]], case: str, line: str
+    compared: Callable[[str], tuple[list[Any], list[str]]], case: str, line: str
 ) -> None:
     advice = "use the same environment, arguments and shards on all nodes"
     assert compared(case)[0] == [line + advice] * 6
 
 
-def test_clocks_apart_and_a_late_rank_are_said_once(compared: Callable[[str], tuple[list[str], list[str]]]) -> None:
+def test_clocks_apart_and_a_late_rank_are_said_once(compared: Callable[[str], tuple[list[Any], list[str]]]) -> None:
     found, logs = compared("clocks")
     assert found == [["n1", "n2", "n3"]] * 6
     first = logs[0].splitlines()
