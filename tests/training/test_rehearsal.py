@@ -197,4 +197,4 @@ def test_the_command_prints_each_check_that_has_passed(
     shown = capsys.readouterr()
     assert "checkpoints" in shown.out and "would start" not in shown.out
     assert "fully_shard doesn't support scalar parameters. Change scale" in shown.err
-    assert main([*command, "data.global_batch=6"]) == MISUSED
+    assert main([*command, "run.strategy=ddp", "data.global_batch=6"]) == MISUSED
