@@ -267,7 +267,7 @@ def check_parts(path: Path) -> None:
     for name, part in open_sharded(path).parts.items():
         file = path / name
         if not file.is_file():
-            raise CheckpointError(f"{path}: lacks its part {name}: copy the whole folder")
+            raise CheckpointError(f"{path}: lacks its part {name}: copy the complete folder")
         if part_of(file) != part:
             raise CheckpointError(f"{path}: is damaged (wrong size or checksum of {name})")
 

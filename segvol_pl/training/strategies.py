@@ -240,7 +240,7 @@ class FullyShard(ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, likewise."""
+        """The optimizer's state, in the same way."""
         return (
             LightningStrategy.optimizer_state(self, optimizer)
             if self._saves_shards
