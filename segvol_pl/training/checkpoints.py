@@ -99,17 +99,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             from segvol_pl.training.sharded import sharded_save
 
             save = sharded_save(checkpoint, self.timeout, self.copies.of)
-            self.afterwards(lambda: save.write(Path(path), lambda: check_finite(save.locals(), Path(path))))
+            self._write_later(
+                Path(path), lambda: save.write(Path(path), lambda: check_finite(save.locals(), Path(path)))
+            )
             return
         copy = self.copies.of(checkpoint)
-        self.afterwards(lambda: self._watched(copy, Path(path)))
+        self._write_later(Path(path), lambda: self._write(copy, Path(path)))
 
-    def _watched(self, checkpoint: dict[str, Any], path: Path) -> None:
-        self.writing = path.name, time.monotonic()
-        try:
-            self._write(checkpoint, path)
-        finally:
-            self.writing = None
+    def _write_later(self, path: Path, write: Callable[[], None]) -> None:
+        def watched() -> None:
+            self.writing = path.name, time.monotonic()
+            try:
+                write()
+            finally:
+                self.writing = None
+
+        self.afterwards(watched)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint completely, to the CPU if it is sharded. Raises CheckpointError if that cannot be read."""
