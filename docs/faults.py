@@ -20,6 +20,9 @@ HEAD = """# When something goes wrong
 Each cell is a real run of a small model on CPU ranks, in which one thing goes wrong within one rank: a process that
 hangs, fails, is slow, killed or stopped, a disk that is full, a store that is down, NaN, a refused allocation. Then the
 same command is started again, without the fault.
+
+The ranks are processes of one machine that communicate over gloo, which notices at once that a rank has gone. NCCL does
+not: on GPUs the launcher (`srun --kill-on-bad-exit`) or the watchdog ends the others. That was not tried.
 """
 MEANING = """
 A cell is good if

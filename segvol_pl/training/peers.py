@@ -61,7 +61,7 @@ def one_voice(out: Path) -> Iterator[None]:
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             raise
         broken = connection_broke(error)
-        gone = _takes_word(out / "ranks", broken)
+        gone = _gone_unless_explained(out / "ranks", broken)
         if gone is None:
             log.debug("another rank reports why the run failed; here it was", exc_info=error)
             raise Silent(getattr(error, "status", FAILED)) from error
@@ -99,7 +99,7 @@ def _has_ended(pid: int) -> bool:
         return False
 
 
-def _takes_word(folder: Path, broken: bool) -> list[Place] | None:
+def _gone_unless_explained(folder: Path, broken: bool) -> list[Place] | None:
     """None if another rank reports the failure; otherwise the ranks that are gone, if a connection broke."""
     begun, found = time.monotonic(), list[Place]()
     while not (folder / WORD).exists():
@@ -109,13 +109,18 @@ def _takes_word(folder: Path, broken: bool) -> list[Place] | None:
         if time.monotonic() - begun >= patience:
             break
         time.sleep(POLL)
+    return found if take_word(folder) else None
+
+
+def take_word(folder: Path) -> bool:
+    """Keep other ranks from reporting; return False if one does already."""
     try:
         os.close(os.open(folder / WORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     except FileExistsError:
-        return None
+        return False
     except OSError:  # on a full disk, or without one, several lines are better than none
-        return found
-    return found
+        return True
+    return True
 
 
 def _lost(gone: list[Place], error: BaseException) -> str:

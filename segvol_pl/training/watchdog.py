@@ -19,6 +19,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -33,12 +34,16 @@ import psutil
 
 from segvol_pl.atomic import write_text
 from segvol_pl.errors import HUNG, listed
-from segvol_pl.training import postmortem
+from segvol_pl.training import peers, postmortem
 from segvol_pl.training.checkpoints import AtomicCheckpointIO
 from segvol_pl.training.postmortem import in_time
 
 log = logging.getLogger(__name__)
 
+DECLARED = "declared"
+"""The file in the post-mortem's folder that the rank which declares the hang creates."""
+WAITS = re.compile(r"^\w+ \((?:torch/distributed|deepspeed/comm)/")
+"""Begins where a rank stands that waits for other ranks."""
 LOOKS = 10
 """How often the count is checked and written within the timeout, at least."""
 TICK = 5.0
@@ -181,6 +186,7 @@ class Watchdog(pl.Callback):
             place = f"{self.postmortem} cannot be written"
             self._say(f"no progress for {waited:.0f} s; stalled: {own}; {place}; aborting", waited)
         elif written > self.timeout:
+            in_time(self._claim, False)
             self._report(f"rank {who.rank} on {who.host} (process {who.pid}): {saved}", written)
         elif self._elected():
             self._declare(before, waited)
@@ -201,16 +207,16 @@ class Watchdog(pl.Callback):
 
     def _elected(self) -> bool:
         """Whether this rank declares the hang: rank 0 at once, others if no rank has done so within the grace."""
-        declared = self.postmortem / "declared"
+        declared = self.postmortem / DECLARED
+        return not (self.own["rank"] > 0 and self._wait(declared.exists, self.grace)) and in_time(self._claim, False)
 
-        def create() -> bool:
-            try:
-                os.close(os.open(declared, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            except FileExistsError:
-                return False
-            return True
-
-        return not (self.own["rank"] > 0 and self._wait(declared.exists, self.grace)) and in_time(create, False)
+    def _claim(self) -> bool:
+        """Create the file that keeps other ranks from declaring the hang; return whether this rank was the first."""
+        try:
+            os.close(os.open(self.postmortem / DECLARED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        except FileExistsError:
+            return False
+        return True
 
     def _declare(self, before: Beats, waited: float) -> None:
         """Name the ranks that all wait for."""
@@ -238,6 +244,8 @@ class Watchdog(pl.Callback):
             f"{self.postmortem}; aborting (run.hang_timeout={self.timeout:.0f})"
         )
         in_time(lambda: write_text(self.postmortem / postmortem.SUMMARY, line + "\n"), None)
+        # A rank that has not waited as long fails when this process ends.
+        in_time(lambda: peers.take_word(self.folder), False)
         self._say(line, waited)
 
     def _written(self) -> set[int]:
@@ -259,8 +267,9 @@ class Watchdog(pl.Callback):
 
 def begin(out: Path) -> None:
     """Remove what an earlier start left: its ranks' files, and its post-mortem, which is moved aside."""
-    for path in (out / "ranks").glob("rank-*.json"):
-        path.unlink()
+    for name in ("rank-*.json", ".rank-*.part"):
+        for path in (out / "ranks").glob(name):
+            path.unlink(missing_ok=True)
     postmortem.set_aside(out / postmortem.FOLDER)
 
 
@@ -301,6 +310,10 @@ def suspects(before: Beats, now: Beats, ranks: int, stands: dict[int, str]) -> l
     least = min(beat["done"] for beat in now.values())
     behind = [rank for rank, beat in now.items() if beat["done"] == least]
     places = {rank: f" in {place}" if (place := stands.get(rank)) else "" for rank in now}
+    # All have completed the same operation: those are waited for that do not wait themselves.
+    awaited = [rank for rank in behind if stands.get(rank) and not WAITS.match(stands[rank])]
+    if len(behind) == ranks > 1 and 0 < len(awaited) < ranks:
+        behind = awaited
     if len(behind) == ranks > 1:
         return [f"all ranks, after the same operation; {described(now[0])}{places[0]}"]
     return [f"{described(now[rank])}{places[rank]}" for rank in behind]

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from faults.injection import Fault, Moment
 
-from segvol_pl.errors import FAILED, NOT_FINITE
-from segvol_pl.training.watchdog import HUNG
+from segvol_pl.errors import FAILED, HUNG, NOT_FINITE, OUT_OF_MEMORY
 
 STRATEGIES = ("ddp", "fsdp", "zero2")
 CLEAN = frozenset({0})
@@ -55,10 +54,12 @@ def expected(cell: Cell) -> Expected:
     gone, failed = frozenset({FAILED}), frozenset({FAILED})
     not_finite, hung = frozenset({NOT_FINITE}), frozenset({HUNG})
     named = rf"stalled: rank {cell.victim} on \S+ \(process \d+, after [^)]+\)"
+    written = rf"stalled: rank {cell.victim} on \S+ \(process \d+\): last\.ckpt is being written, for \d+ s"
     saving = cell.moment is Moment.saving
     match cell.fault:
         case Fault.hang:
-            return Expected(named, hung, hung)
+            # Of a save that hangs rank 0 knows first.
+            return Expected(written, hung, hung | failed) if saving else Expected(named, hung, hung)
         case Fault.stop:
             return Expected(named, KILLED, hung)
         case Fault.crash:
@@ -66,7 +67,9 @@ def expected(cell: Cell) -> Expected:
         case Fault.kill:
             return Expected(rf"error: rank {cell.victim} on \S+ \(process \d+\) ended without an error", KILLED, gone)
         case Fault.slow:
-            return Expected("" if saving or cell.moment is Moment.validation else f"rank {cell.victim}", CLEAN, CLEAN)
+            # What only slows down a validation or a save is no straggler.
+            seen = cell.moment in (Moment.first, Moment.middle)
+            return Expected(rf"rank {cell.victim} on \S+ is slow, for \d+ log intervals" if seen else "", CLEAN, CLEAN)
         case Fault.disk:
             return Expected(r"\.ckpt: no space left on the disk or in the quota \(.*\): make room", failed, gone)
         case Fault.store:
@@ -80,7 +83,7 @@ def expected(cell: Cell) -> Expected:
         case Fault.nan:
             return Expected(rf"step \d: the loss is not finite on rank {cell.victim} \(", not_finite, not_finite)
         case Fault.memory:
-            return Expected("out of memory", failed, gone)
+            return Expected("error: out of main memory", frozenset({OUT_OF_MEMORY}), gone)
 
 
 WIDE = [

@@ -35,6 +35,8 @@ LIMIT, GRACE = 150.0, 8.0
 COMBINATIONS = ["box+text", "points"]
 AWAY, RETRIED = 1.5, 30.0
 """Seconds for which a store is away, and for which reads of it are retried."""
+INTERVALS = 2
+"""`run.straggler_intervals` of slow runs, which have few steps."""
 DISK = "32m"
 """Size of the disk that becomes full."""
 COMPLAINT = re.compile(r"^(?:Traceback .*|Exception in thread .*|.*\berror: .*|.*\baborting\b.*)$", re.MULTILINE)
@@ -122,8 +124,8 @@ class Bench:
     def _command(self, cell: Cell, out: Path, store: Store | None) -> list[str]:
         shards = str(self.shards) if store is None else store.url
         command = ["train", *self._keys(cell.strategy, cell.ranks, out, shards)]
-        if cell.fault in (Fault.hang, Fault.stop):
-            command.append(f"run.hang_timeout={HANG_TIMEOUT}")
+        if cell.fault is Fault.slow:
+            command.append(f"run.straggler_intervals={INTERVALS}")
         if cell.fault in (Fault.store, Fault.outage):
             command.append(f"data.retry_seconds={RETRIED if cell.fault is Fault.outage else 1.0}")
         return command
@@ -139,7 +141,8 @@ class Bench:
             "port": store.port if store else 0,
         }
         patch = f"import sys\nsys.path.append({str(TESTS)!r})\nfrom faults.injection import inject\ninject(**{given!r})"
-        ranks.begin(*self._command(cell, out, store), patch=patch)
+        hangs = [f"run.hang_timeout={HANG_TIMEOUT}"] if cell.fault in (Fault.hang, Fault.stop) else []
+        ranks.begin(*self._command(cell, out, store), *hangs, patch=patch)
         with store.away_after(mark, cell.fault) if store else ExitStack():
             statuses = ranks.end(grace=GRACE, limit=LIMIT)
         said = ranks.said()

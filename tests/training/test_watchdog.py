@@ -246,3 +246,11 @@ def _beats(*pairs: tuple[int, int]) -> dict[int, Any]:
 )
 def test_the_rank_that_all_wait_for_is_found(before: dict[int, Any], now: dict[int, Any], named: list[str]) -> None:
     assert suspects(before, now, len(before), {2: "read (a.py:7)"}) == named
+
+
+def test_of_ranks_that_have_done_as_much_those_are_named_that_wait_for_no_other() -> None:
+    waits = "barrier (torch/distributed/distributed_c10d.py:5356), called by log (segvol_pl/training/module.py:48)"
+    beats = _beats((5, 1), (5, 1), (5, 1)), _beats((5, 3), (5, 2), (5, 2))
+    named = suspects(*beats, 3, {0: waits, 1: "read (a.py:7)", 2: waits})
+    assert named == ["rank 1 on n1 (process 1, after a batch) in read (a.py:7)"]
+    assert suspects(*beats, 3, dict.fromkeys(range(3), waits))[0].startswith("all ranks, after the same operation")
