@@ -456,9 +456,9 @@ def _plan(arguments: list[str]) -> int:
 def _runs(arguments: list[str]) -> int:
     if not arguments:
         raise ConfigError("takes DIR ...")
-    from segvol_pl import goodput
+    from segvol_pl.goodput import describe, run_folders
 
-    _print_table([goodput.describe(folder) for folder in goodput.run_folders(arguments)])
+    _print_table([describe(folder) for folder in run_folders(arguments)])
     return DONE
 
 
@@ -479,20 +479,21 @@ def _requeue(arguments: list[str]) -> int:
     trained = {"train", "pretrain"}
     if len(arguments) < 2 or not arguments[0].isdecimal() or arguments[1] not in trained:
         raise ConfigError("takes STATUS, then train or pretrain, then the arguments of that")
-    from segvol_pl import requeue, slurm_job
+    from segvol_pl import slurm_job
     from segvol_pl.journal import read
+    from segvol_pl.requeue import Job, decide, record_end
 
-    job = requeue.Job(slurm_job.job_name(), slurm_job.restarts(), int(arguments[0]))
+    job = Job(slurm_job.job_name(), slurm_job.restarts(), int(arguments[0]))
     try:
         run = loader.load(arguments[1], arguments[2:]).run
     except ConfigError as error:
         print(f"configuration ({error}): not queued again: fix that, and submit the job again")
         return DONE
-    decided = requeue.decide(read(Path(run.out)), job, run.requeue)
+    decided = decide(read(Path(run.out)), job, run.requeue)
     if decided.again and not slurm_job.may_be_queued_again():
         print(f"{decided.cause.value}: job {job.name or 'none'} is not running any more, and is left as it is")
         return DONE
-    requeue.record_end(Path(run.out), job, decided.cause)
+    record_end(Path(run.out), job, decided.cause)
     print(decided.reason, flush=True)
     if decided.again:
         slurm_job.queue_again()
@@ -512,7 +513,7 @@ def _print_table(rows: Sequence[Mapping[str, object]], header: bool = True) -> N
     from rich.text import Text
 
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=header)
-    for name in rows[0]:
+    for name in next(iter(rows), {}):
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row.values()))  # as Text, brackets are no markup

@@ -133,7 +133,15 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 
 WORKING = (
     *("data.index_builder", "data.shard_index", "data.verify", "demo", "evaluation.run", "experiments.compare"),
-    *("experiments.fit", "inference.predictor", "inference.viewer", "model.convert", "packing.duplicates"),
+    *(
+        "experiments.fit",
+        "goodput",
+        "requeue",
+        "inference.predictor",
+        "inference.viewer",
+        "model.convert",
+        "packing.duplicates",
+    ),
     *("packing.inventory", "packing.pack", "packing.phantom", "packing.repack", "training.rehearsal"),
     "training.run",
 )
@@ -141,9 +149,10 @@ WORKING = (
 
 
 class Nothing(list[str]):
-    """What such a function returns: no lines, no rows, no faults."""
+    """What such a function returns: no lines, no rows, no faults, and a decision that nothing is to be done."""
 
     faults: tuple[str, ...] = ()
+    again, cause, reason = False, None, ""
 
 
 class Idle(ModuleType):

@@ -139,6 +139,7 @@ class PartWriter(FileSystemWriter):
         self.tensors: dict[str, tuple[str, list[int], list[Piece]]] = {}
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Note where each rank has written which piece of a tensor, in place of torch's pickled file."""
         stored = {result.index: result.storage_data for each in results for result in each}
         pieces: dict[str, list[Piece]] = {name: [] for name in metadata.state_dict_metadata}
         for index, place in stored.items():

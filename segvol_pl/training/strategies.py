@@ -174,6 +174,7 @@ class Replicated(DDPStrategy):
         return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save on rank 0, or together if each rank writes its part."""
         save_together(self, checkpoint, filepath)
 
 
@@ -248,6 +249,7 @@ class FullyShard(ModelParallelStrategy):
         )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Save on rank 0, or together if each rank writes its part."""
         save_together(self, checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
