@@ -90,6 +90,7 @@ class Bench:
     def attempt(self, cell: Cell) -> Outcome:
         """Try a cell, in a folder of its own that is removed if the cell is as expected."""
         place = self.folder / re.sub(r"\W+", "-", str(cell))
+        shutil.rmtree(place, ignore_errors=True)  # of a matrix that was interrupted
         with ExitStack() as made:
             out = place / "run"
             if cell.fault is Fault.disk:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,21 @@ from faults.harness import Bench, no_small_disk
 from faults.injection import Fault, Moment
 from ranks import Ranks
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_the_chosen_cells_have_every_fault_moment_and_strategy() -> None:
     assert {cell.fault for cell in CHOSEN} == set(Fault)
     assert {cell.moment for cell in CHOSEN} == set(Moment)
     assert {cell.strategy for cell in CHOSEN} == set(STRATEGIES)
     assert set(CHOSEN) <= set(CELLS) and len(CELLS) == len(set(CELLS))
+
+
+def test_the_page_has_no_cell_that_is_no_longer_tried() -> None:
+    """Of a cell that is new or has changed its name: `python tests/faults/matrix.py --write PATTERN`."""
+    results = json.loads((ROOT / "docs" / "reference" / "faults.json").read_text(encoding="utf-8"))
+    names = [str(cell) for cell in CELLS]
+    assert results["cells"] and list(results["cells"]) == [name for name in names if name in results["cells"]]
 
 
 @pytest.fixture(scope="module")
