@@ -182,8 +182,7 @@ def resumed_from(cell: Cell) -> int:
     """The step of the last checkpoint before the fault; 0 without one."""
     if cell.moment is Moment.first:
         return 0
-    # A checkpoint that was being written when the store went away is completed.
-    return 2 * SAVED if cell.moment is Moment.saving and cell.fault is Fault.store else SAVED
+    return SAVED
 
 
 def losses(out: Path) -> dict[str, Losses]:

@@ -121,10 +121,13 @@ def _slow_down(when: Moment, act: Act) -> None:
 def _when_saving(what: Fault, act: Act) -> None:
     """When half of a checkpoint is written, or, for what befalls its numbers or its memory, before that."""
     save, save_checkpoint = torch.save, AtomicCheckpointIO.save_checkpoint
-    before = what in (Fault.nan, Fault.memory, Fault.disk)
+    stores = (Fault.store, Fault.outage)
+    before = what in (Fault.nan, Fault.memory, Fault.disk, *stores)
+    # The first save: at the second one, the last samples have been read.
+    step = STEP[Moment.saving] // 2 if what in stores else STEP[Moment.saving]
 
     def due(checkpoint: dict[str, Any]) -> bool:
-        return bool(checkpoint["global_step"] == STEP[Moment.saving])
+        return bool(checkpoint["global_step"] == step)
 
     def wrapped_save(checkpoint: dict[str, Any], part: Path) -> None:
         save(checkpoint, part)
