@@ -179,6 +179,7 @@ TORCH = [
     Internal("get_backend_config", "training.ranks", backends_are_listed_by_device),
     Internal("fake_pg.FakeStore", "training.rehearsal", fake_ranks_take_part),
     Internal("_internal", "training.rehearsal", fake_ranks_take_part),
+    Internal("_C", "training.postmortem", lambda: hasattr(torch._C._distributed_c10d, "_dump_fr_trace")),
     Internal("_record_memory_history", "training.out_of_memory", snapshots_are_taken),
     Internal("_dump_snapshot", "training.out_of_memory", snapshots_are_taken),
     Internal("DTensor._spec", "training.sharded", shards_are_made_of_a_spec),
@@ -294,7 +295,10 @@ def private_names(trees: dict[str, ast.Module]) -> Iterator[str]:
 
 
 def test_the_table_lists_every_private_name() -> None:
-    listed = {internal.name.split(".")[-1] for internal, _ in INTERNALS} | {"_exit"}  # os._exit is documented
+    listed = {internal.name.split(".")[-1] for internal, _ in INTERNALS} | {
+        "_exit",
+        "_current_frames",
+    }  # documented, of os and sys
     assert set(private_names(_sources())) - listed == set()
     assert list(private_names({"a": ast.parse("import a\na._b()\nself._c = a.__d__\nself._c")})) == ["_b"]
 
