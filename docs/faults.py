@@ -45,8 +45,7 @@ def page(results: Mapping[str, Any]) -> str:
     good = sum(not cell["problems"] for cell in cells)
     dates, packages = sorted({cell["date"] for cell in cells}), results["packages"]
     made = (
-        f"Tried on {' to '.join(dict.fromkeys((dates[0], dates[-1])))} at commit "
-        f"{', '.join(dict.fromkeys(cell['commit'] for cell in cells))}, with torch {packages['torch']} and lightning "
+        f"Tried on {' to '.join(dict.fromkeys((dates[0], dates[-1])))} with torch {packages['torch']} and lightning "
         f"{packages['lightning']}: {good} of {len(cells)} cells are good.\n"
     )
     blocks = [HEAD, made, MEANING.format(timeout=results["hang_timeout"]), "## Cells\n", matrix(cells)]

@@ -105,7 +105,7 @@ CELLS = [
 CHOSEN = [
     Cell(Fault.hang, Moment.validation, "fsdp"),
     Cell(Fault.crash, Moment.saving, "zero2"),
-    Cell(Fault.slow, Moment.first, "ddp", ranks=4),
+    Cell(Fault.slow, Moment.first, "ddp"),
     Cell(Fault.kill, Moment.middle, "zero2"),
     Cell(Fault.stop, Moment.saving, "ddp"),
     Cell(Fault.disk, Moment.first, "fsdp"),

@@ -58,8 +58,8 @@ def write(outcome: Outcome) -> None:
     """Put the outcome in the place of the cell's earlier one, and write the page."""
     path: Path = PAGES["RESULTS"]
     before = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
-    made = {"date": datetime.now(UTC).date().isoformat(), "commit": manifest()["commit"][:9]}
-    now = {**before, str(outcome.cell): {**outcome.record(), **made}}
+    today = datetime.now(UTC).date().isoformat()
+    now = {**before, str(outcome.cell): {**outcome.record(), "date": today}}
     results = {
         "hang_timeout": HANG_TIMEOUT,
         "packages": manifest()["packages"],
