@@ -164,7 +164,8 @@ def test_a_rehearsal_refuses_what_a_start_refuses_in_the_same_line(
     statuses, started = ranks[2].ended(*arguments, patch=broken.patch)
     line = _error(rehearsed)
     assert re.match(broken.line, line), line
-    assert [_error(said) for said in started] == [line, line]
+    # Once the ranks have met, one of them reports for all.
+    assert {_error(said) for said in started if "error: " in said} == {line}
     assert statuses == [status, status] and status
 
 
