@@ -43,9 +43,8 @@ test: lint
 coverage: env
 	OMP_NUM_THREADS=1 $(BIN)/python $(FAST) --cov --cov-report=term
 
-# The tests of one file run in one process, and all those on a real SLURM in the same one (tests/conftest.py).
 slow: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadgroup --durations=40
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile --durations=40
 
 gpu: env
 	$(BIN)/python -m pytest -m gpu --durations=20

@@ -54,13 +54,8 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_phantoms(tmp_path_factory.mktemp("phantoms"))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a CUDA device are skipped where there is none. Under `--dist loadgroup` one process runs a whole file,
-    and one process all files on a real SLURM."""
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        slurm = item.path.parent.name == "slurm"
-        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else item.nodeid.partition("::")[0]))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a CUDA device are skipped where there is none."""
     if torch.cuda.is_available():
         return
     for item in items:

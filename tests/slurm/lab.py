@@ -58,7 +58,8 @@ INSIDE = 'hostname "$1" && mount --bind "$2" /etc/hosts || exit; shift 2; "$@" &
 
 # cred_expire is also how long a requeued job waits before it runs again, two minutes by default. MessageTimeout is most
 # of the time that a lost node takes to be DOWN. config_overrides lets a node claim more CPUs and memory than there are.
-# Without accounting, scontrol is the only memory of a finished job: MinJobAge outlasts every test.
+# Without accounting, scontrol is the only memory of a finished job: MinJobAge outlasts every test. The ranks of a job
+# meet at a port that Lightning derives from the job's number: two labs at once must not count alike.
 CONFIG = """\
 ClusterName=lab
 SlurmctldHost={controller}(127.0.0.1)
@@ -81,6 +82,7 @@ MessageTimeout=5
 SlurmdTimeout=5
 KillWait=2
 MinJobAge=86400
+FirstJobId={first_job}
 JobRequeue=1
 MailProg=/bin/true
 GresTypes=gpu
@@ -292,7 +294,9 @@ class SlurmLab:
         (self.folder / "gres.conf").write_text(self._gres())
 
     def _config(self) -> str:
-        text = CONFIG.format(controller=CONTROLLER, port=self._port, folder=self.folder)
+        text = CONFIG.format(
+            controller=CONTROLLER, port=self._port, folder=self.folder, first_job=random.randrange(1, 9000)
+        )
         for port, name in enumerate(self.nodes, self._port + 1):
             text += NODE.format(name=name, port=port, cpus=self.cpus, gpus=self.gpus)
         return text + (LOOPBACK if _own_address() == "127.0.0.1" else "")
