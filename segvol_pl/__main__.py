@@ -41,7 +41,7 @@ from segvol_pl.config import (
     loader,
 )
 from segvol_pl.credentials import masked
-from segvol_pl.errors import FAILED, MISUSED, OUT_OF_MEMORY, ConfigError, SegVolError, ran_out_of_memory
+from segvol_pl.errors import FAILED, MISUSED, ConfigError, SegVolError, ran_out_of_memory, status_of
 from segvol_pl.launched import PROCESS, command_since, rank_named
 
 if TYPE_CHECKING:
@@ -93,10 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
             return DONE
         if "--debug" in flags:
             print(masked(traceback.format_exc()), end="", file=sys.stderr)
-        status = error.status if isinstance(error, SegVolError) else FAILED
-        if not isinstance(error, SegVolError) and ran_out_of_memory(error):
-            status = OUT_OF_MEMORY
-        return _complain(words, f"error: {_explain(error)}", status)
+        return _complain(words, f"error: {_explain(error)}", status_of(error))
 
 
 def _nobody_reads() -> bool:

@@ -22,9 +22,7 @@ def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
 
     ending: suffix for writers that derive the format from the name. Raises NoRoomError if the disk is full.
     """
-    # Processes of different hosts or containers that share a folder may have the same pid.
-    own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    part = path.with_name(f".{path.name}.{own}.part{ending}")
+    part = part_name(path, ending)
     try:
         yield part
         os.replace(part, path)
@@ -34,6 +32,13 @@ def atomic_path(path: Path, ending: str = "") -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def part_name(path: Path, ending: str = "") -> Path:
+    """A name in the folder of `path` for what is not complete yet; no other process uses it."""
+    # Processes of different hosts or containers that share a folder may have the same pid.
+    own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return path.with_name(f".{path.name}.{own}.part{ending}")
 
 
 def no_room(path: Path, needed: int = 0) -> NoRoomError:
@@ -49,6 +54,15 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def claim(path: Path) -> bool:
+    """Create an empty file; return whether this process was the first to do so."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def put(new: Path, path: Path) -> None:

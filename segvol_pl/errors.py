@@ -188,7 +188,7 @@ class PointsError(SegVolError):
 
 
 def status_of(error: BaseException) -> int:
-    """The exit status of a training run that ends with `error`."""
+    """The exit status of a command that ends with `error`."""
     if isinstance(error, KeyboardInterrupt):
         return SIGNALLED + signal.SIGINT
     if isinstance(error, SystemExit):

@@ -49,8 +49,6 @@ EXPLAINS = (
 """Which of the causes that several ranks give is that of the start: the first in this order."""
 LONGEST = 500
 """Characters kept of why a start ended."""
-GIVEN_UP = 5.0
-"""Seconds that writing may take in a process that ends because it hangs: its disk may be what hangs."""
 
 
 @dataclass(frozen=True)
@@ -293,13 +291,6 @@ def _command_began(now: float) -> float:
     """When the command of this process began; `now` if it is not known, as for training from Python."""
     since = command_since.get(now)
     return psutil.Process().create_time() if since == PROCESS else since
-
-
-def within(seconds: float, act: Callable[[], object]) -> None:
-    """Call `act` in a thread, and wait at most so long for it."""
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
 
 
 def line_of(event: str, record: Start | Mark) -> bytes:

@@ -82,3 +82,14 @@ def _commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def set_aside(paths: Sequence[Path], folder: Path) -> Path | None:
+    """Move the files of an earlier start to `folder`/earlier-N; return that place, None if there are no files."""
+    if not paths:
+        return None
+    place = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
+    place.mkdir()
+    for path in paths:
+        path.rename(place / path.name)
+    return place

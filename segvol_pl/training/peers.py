@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import socket
 import time
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from segvol_pl.errors import FAILED, LostRankError
+from segvol_pl.atomic import claim
+from segvol_pl.errors import LostRankError, status_of
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def one_voice(out: Path) -> Iterator[None]:
         gone = _gone_unless_explained(out / "ranks", broken)
         if gone is None:
             log.debug("another rank reports why the run failed; here it was", exc_info=error)
-            raise Silent(getattr(error, "status", FAILED)) from error
+            raise Silent(status_of(error)) from error
         if broken:
             raise LostRankError(_lost(gone, error)) from error
         raise
@@ -115,12 +115,9 @@ def _gone_unless_explained(folder: Path, broken: bool) -> list[Place] | None:
 def take_word(folder: Path) -> bool:
     """Keep other ranks from reporting; return False if one does already."""
     try:
-        os.close(os.open(folder / WORD, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    except FileExistsError:
-        return False
+        return claim(folder / WORD)
     except OSError:  # on a full disk, or without one, several lines are better than none
         return True
-    return True
 
 
 def _lost(gone: list[Place], error: BaseException) -> str:

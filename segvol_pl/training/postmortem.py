@@ -31,6 +31,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from segvol_pl import run_folder
 from segvol_pl.atomic import write_text
 from segvol_pl.data.loader_stacks import stacks_of
 
@@ -157,13 +158,7 @@ def read_stands(folder: Path, rank: int) -> str:
 
 def set_aside(folder: Path) -> None:
     """Move the post-mortem of an earlier start to `folder`/earlier-N."""
-    found = [path for path in folder.glob("*") if path.is_file()]
-    if not found:
-        return
-    place = folder / f"earlier-{1 + len(list(folder.glob('earlier-*')))}"
-    place.mkdir()
-    for path in found:
-        path.rename(place / path.name)
+    run_folder.set_aside([path for path in folder.glob("*") if path.is_file()], folder)
 
 
 # ---- stacks ----

@@ -25,10 +25,13 @@ def _made(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return group
 
 
-def gathered(own: Value, ranks: int) -> list[Value]:
-    """Gather a value from every rank, in rank order. All call together; values are pickled within one job only."""
+def gathered(own: Value, ranks: int, group: dist.ProcessGroup | None = None) -> list[Value]:
+    """Gather a value from every rank, in rank order. All call together; values are pickled within one job only.
+
+    group: of all ranks; None: `host_group`.
+    """
     if ranks == 1:
         return [own]
     values: list[Value] = [own] * ranks
-    dist.all_gather_object(values, own, group=host_group())
+    dist.all_gather_object(values, own, group=group or host_group())
     return values

@@ -20,7 +20,7 @@ from segvol_pl import goodput
 from segvol_pl.credentials import masked
 from segvol_pl.errors import SIGNALLED, STATUSES, Cause, cause_of, status_of
 from segvol_pl.goodput import Tally
-from segvol_pl.journal import GIVEN_UP, Journal, Mark, Saved, within
+from segvol_pl.journal import Journal, Mark, Saved
 from segvol_pl.training.checkpoints import writer
 from segvol_pl.training.peers import Silent, connection_broke
 
@@ -156,7 +156,7 @@ class Recorder(pl.Callback):
 
     def hung(self, why: str, waited: float) -> None:
         """Record that this rank ends after `waited` seconds without progress."""
-        within(GIVEN_UP, lambda: self.journal.end(Cause.hang, self.mark(waited), why, STATUSES[Cause.hang], waited))
+        self.journal.end(Cause.hang, self.mark(waited), why, STATUSES[Cause.hang], waited)
 
 
 def one_line(error: BaseException) -> str:

@@ -41,6 +41,7 @@ from segvol_pl.training.module import Task
 from segvol_pl.training.out_of_memory import check_snapshots
 from segvol_pl.training.resume import start_of
 from segvol_pl.training.run import prepared
+from segvol_pl.training.sharded import local_of
 
 Config = PretrainConfig | TrainConfig
 
@@ -218,12 +219,7 @@ def _held(trainer: pl.Trainer, task: Task) -> int:
         task.configure_model()
         if complete := [name for name, weight in task.named_parameters() if not isinstance(weight, DTensor)]:
             raise StartUpError(f"run.strategy: {strategy.run.strategy.value} would not split {complete[0]}")
-    return sum(_own(parameter).numel() for parameter in task.parameters())
-
-
-def _own(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a weight that this rank holds."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
+    return sum(local_of(parameter).numel() for parameter in task.parameters())
 
 
 # ---- samples ----

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from segvol_pl import run_folder
 from segvol_pl.config import PretrainConfig, TrainConfig
 from segvol_pl.config.loader import changes, differences, plain
 from segvol_pl.data.datamodule import VolumeModule
@@ -158,11 +159,5 @@ def _names_that_differ(before: list[str], now: list[str]) -> str:
 def set_aside(folder: Path) -> None:
     """Move an earlier run's checkpoints to `folder`/earlier-N: a new run neither counts nor overwrites them."""
     found = sorted(folder.glob("*.ckpt"))
-    if not found:
-        return
-    number = 1 + len(list(folder.glob("earlier-*")))
-    place = folder / f"earlier-{number}"
-    place.mkdir()
-    for path in found:
-        path.rename(place / path.name)
-    log.warning("run.resume=false: %d checkpoints of the earlier run are now in %s", len(found), place)
+    if place := run_folder.set_aside(found, folder):
+        log.warning("run.resume=false: %d checkpoints of the earlier run are now in %s", len(found), place)

@@ -15,9 +15,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-import secrets
 import shutil
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,9 +33,10 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate
 
-from segvol_pl.atomic import no_room, put
+from segvol_pl.atomic import no_room, part_name, put
 from segvol_pl.errors import SegVolError
 from segvol_pl.model.sharded import FORMAT, HEADER, Part, Piece, Stored, index_json, part_of
+from segvol_pl.training.ranks import gathered
 
 Value = TypeVar("Value")
 Keys = tuple[str | int, ...]
@@ -61,9 +60,7 @@ class Ranks:
             own = None, error
         except Exception as error:
             own = None, RuntimeError(f"rank {self.rank}: {type(error).__name__}: {error}")
-        results: list[Any] = [own] * self.count
-        if self.group is not None:
-            dist.all_gather_object(results, own, group=self.group)
+        results: list[Any] = gathered(own, self.count, self.group)
         for _, failed in results:
             if failed is not None:
                 raise failed
@@ -190,8 +187,7 @@ class ShardedSave:
 
     def _folder(self, path: Path) -> Path:
         """A new folder of rank 0. Its name was never looked for, so that no host remembers that it is missing."""
-        own = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        folder = path.with_name(f".{path.name}.{own}.part")
+        folder = part_name(path)
         if self.ranks.rank == 0:
             folder.mkdir()
         return folder

@@ -32,8 +32,9 @@ from typing import Any
 import lightning.pytorch as pl
 import psutil
 
-from segvol_pl.atomic import write_text
+from segvol_pl.atomic import claim, write_text
 from segvol_pl.errors import HUNG, listed
+from segvol_pl.folder_lock import is_running
 from segvol_pl.training import peers, postmortem
 from segvol_pl.training.checkpoints import AtomicCheckpointIO
 from segvol_pl.training.postmortem import in_time
@@ -211,12 +212,8 @@ class Watchdog(pl.Callback):
         return not (self.own["rank"] > 0 and self._wait(declared.exists, self.grace)) and in_time(self._claim, False)
 
     def _claim(self) -> bool:
-        """Create the file that keeps other ranks from declaring the hang; return whether this rank was the first."""
-        try:
-            os.close(os.open(self.postmortem / DECLARED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        except FileExistsError:
-            return False
-        return True
+        """Keep other ranks from declaring the hang; return whether this rank was the first."""
+        return claim(self.postmortem / DECLARED)
 
     def _declare(self, before: Beats, waited: float) -> None:
         """Name the ranks that all wait for."""
@@ -253,16 +250,15 @@ class Watchdog(pl.Callback):
         return {rank for rank in range(self.ranks) if (self.postmortem / f"rank-{rank}.txt").exists()}
 
     def _say(self, line: str, waited: float) -> None:
-        self.ended(line, waited)
-        # The log may lie on the disk that does not answer.
+        # The run folder and the log may lie on the disk that does not answer.
+        in_time(partial(self.ended, line, waited), None)
         in_time(lambda: log.error("%s", line), None)
 
     def _kill(self, beat: Beat) -> None:
         """End a process of this host that does not run: no launcher may do so, as with a stopped rank 0."""
         with contextlib.suppress(psutil.Error, OSError):
-            process = psutil.Process(beat["pid"])
-            if beat["host"] == self.own["host"] and abs(process.create_time() - beat["started"]) < 1:
-                process.send_signal(signal.SIGKILL)
+            if beat["host"] == self.own["host"] and is_running(beat["pid"], beat["started"]):
+                os.kill(beat["pid"], signal.SIGKILL)
 
 
 def begin(out: Path) -> None:
