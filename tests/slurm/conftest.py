@@ -1,4 +1,4 @@
-"""The cluster that tests of jobs share: two nodes that claim a GPU each."""
+"""The cluster that tests of jobs share: two nodes that claim a GPU each, or `NODES` of the test module."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from slurm.lab import SlurmLab, available
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
+def lab(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmLab]:
     if reason := available():
         pytest.skip(reason)
-    with SlurmLab(tmp_path_factory.mktemp("lab"), nodes=2, gpus=1) as lab:
+    with SlurmLab(tmp_path_factory.mktemp("lab"), nodes=getattr(request.module, "NODES", 2), gpus=1) as lab:
         yield lab
