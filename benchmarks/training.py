@@ -46,8 +46,9 @@ from segvol_pl.model.image_encoder import Block
 from segvol_pl.planning import flops
 from segvol_pl.training.module import Task, optimizer
 from segvol_pl.training.pretrain import SimMIMTask
-from segvol_pl.training.segment import SegVolTask, pseudo_targets, supervised_targets
+from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.strategies import keep_freed_memory
+from segvol_pl.training.targets import pseudo_targets, supervised_targets
 
 SMALL = SegVolConfig(
     input_shape=[16, 64, 64],

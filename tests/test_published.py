@@ -18,7 +18,8 @@ from segvol_pl.model.checkpoint import BANK
 from segvol_pl.model.prompt_encoder import PromptTensors
 from segvol_pl.model.released import split_extra, tower_of
 from segvol_pl.model.text_encoder import text_tower
-from segvol_pl.training.segment import SegVolTask, pseudo_targets, supervised_targets
+from segvol_pl.training.segment import SegVolTask
+from segvol_pl.training.targets import pseudo_targets, supervised_targets
 
 KINDS = tuple(GOLDEN["logits"])
 LOSSES = GOLDEN["losses"]

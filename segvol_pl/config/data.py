@@ -139,6 +139,9 @@ class PromptConfig(Keys):
     segmented as nothing. Needs prompts.per_category."""
     mask_fraction: float = ranged(0.0, least=0, most=1)
     """Fraction of the categories in crops whose prompts come with a simulated coarse mask. Needs model.mask_prompt."""
+    corrections: int = ranged(0, least=0)
+    """Times that each category is asked again, each time with one more click on what the last answer got wrong, and
+    with that answer as its mask. Needs model.mask_prompt. Not in the paper."""
     pseudo_per_volume: int = ranged(6, least=0)
     """Pseudo-label prompts drawn from each volume per step: even ones are points, odd ones boxes. 0 disables."""
     extra_positive: int = ranged(10, least=0)
@@ -161,4 +164,4 @@ class PromptConfig(Keys):
     def per_volume(self) -> int:
         """Prompts that are decoded from one volume in a step."""
         drawn = self.per_category or len(self.combinations)
-        return self.categories_per_volume * drawn + self.pseudo_per_volume
+        return self.categories_per_volume * (drawn + self.corrections) + self.pseudo_per_volume

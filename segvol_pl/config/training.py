@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from segvol_pl.config.data import DataConfig, PromptConfig, landmarks_in
 from segvol_pl.config.fields import MISSING, Keys, check_custom, ranged, require
-from segvol_pl.config.model import Precision, SegVolConfig, TextConfig
+from segvol_pl.config.model import FINER, Precision, SegVolConfig, TextConfig
 
 
 class Strategy(StrEnum):
@@ -290,6 +290,12 @@ class TrainConfig(Keys):
             self.model.mask_prompt or not self.prompts.mask_fraction,
             "prompts.mask_fraction",
             "needs model.mask_prompt=true",
+        )
+        whole = all(size % FINER == 0 for size in self.model.patch_size)
+        require(
+            (self.model.mask_prompt and whole) or not self.prompts.corrections,
+            "prompts.corrections",
+            f"needs model.mask_prompt=true, and model.patch_size of multiples of {FINER}",
         )
         for name in landmarks_in(self.prompts.combinations):
             require(

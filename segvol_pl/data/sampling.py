@@ -234,9 +234,10 @@ def segment_sample(
     Returns:
         The image, see `image_of`. Of the categories: bits_JDHW uint8, their packed masks; category_K (row of the text
         bank), points_KN3, labels_KN, boxes_K6, valid_K; landmarks_KM3 if the model has landmarks; combination_KC
-        int64 if combinations are drawn; coarse_KDHW uint8 and has_coarse_K if the model takes masks. Of the
-        pseudo-labels: masks, category, points, labels, boxes and valid, under names with the prefix `pseudo_`. valid is
-        0 in a crop without any category, or without any region; such a mask adds nothing to the loss.
+        int64 if combinations are drawn; coarse_KDHW uint8 and has_coarse_K if the model takes masks; corrected_K and
+        chance_KR3 if there are corrections, see `training.corrections`. Of the pseudo-labels: masks, category, points,
+        labels, boxes and valid, under names with the prefix `pseudo_`. valid is 0 in a crop without any category, or
+        without any region; such a mask adds nothing to the loss.
     """
     drawn = _draw_categories(view, facts, config, rng)
     categories = [_draw_prompt(each, row_of, config, model.landmark_counts, rng) for each in drawn]
@@ -245,6 +246,9 @@ def segment_sample(
     if model.mask_prompt:
         categories = [each.with_arrays(**_draw_coarse(each, view, config, model, rng)) for each in categories]
     pseudo = _draw_pseudos(view, config, rng)
+    # Last, so that all else is the same without corrections.
+    if config.corrections:
+        categories = [each.with_arrays(**_draw_corrections(config, rng)) for each in categories]
     return {
         **image_of(view),
         **_stack(categories, ""),
@@ -310,6 +314,13 @@ def _draw_coarse(
         return {"coarse_DHW": np.zeros(model.mask_shape, np.uint8), "has_coarse": np.array(False)}
     likely_DHW = simulated_coarse(prompted.mask.complete(), view.step_3, model.mask_shape, rng)
     return {"coarse_DHW": np.rint(likely_DHW * BYTE).astype(np.uint8), "has_coarse": np.array(True)}
+
+
+def _draw_corrections(config: PromptConfig, rng: np.random.Generator) -> Arrays:
+    """Which of a category's prompts to correct, and the random numbers of each round."""
+    combinations = config.per_category or len(config.combinations)
+    chance_R3 = rng.random((config.corrections, 3), dtype=np.float32)
+    return {"corrected": np.array(rng.integers(combinations)), "chance_R3": chance_R3}
 
 
 def _prompted(

@@ -64,6 +64,14 @@ class PromptTensors:
         """Select prompts of each image."""
         return PromptTensors(**{name: tensor[:, places] for name, tensor in self.tensors().items()})
 
+    def take(self, places_BQ: Tensor) -> PromptTensors:
+        """Select prompts of each image by their indices, int64 (B,Q)."""
+        taken = {
+            name: torch.take_along_dim(tensor, places_BQ[(...,) + (None,) * (tensor.ndim - 2)], dim=1)
+            for name, tensor in self.tensors().items()
+        }
+        return PromptTensors(**taken)
+
     def joined(self, other: PromptTensors) -> PromptTensors:
         """Append the other's prompts of the same images, equally many points each, with masks if these have any."""
         others = other.tensors()

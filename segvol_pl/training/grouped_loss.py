@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +23,26 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Term = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""term(group, *inputs) -> loss (), dice_BP, bce_BP of the prompts in the slice `group`."""
+"""term(group, *inputs) -> loss (), dice_BP, bce_BP of a group's prompts."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts of each volume that are decoded together."""
+
+    prompts: slice
+    asked: int = 0
+    """0: first answers. From 1: the round of corrections, whose prompts depend on the answers of the round before."""
 
 
 def sum_over_groups(
-    term: Term, groups: Sequence[slice], inputs: Sequence[Tensor], weights: Sequence[Tensor], resident: bool
+    term: Term, groups: Sequence[Group], inputs: Sequence[Tensor], weights: Sequence[Tensor], resident: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the losses of the groups.
 
     Args:
         term: computes the loss of a group.
-        groups: slices of the prompts.
+        groups: computed in this order.
         inputs: tensors that are passed to the term.
         weights: all trained parameters that the term uses besides.
         resident: whether this process holds the complete weights at all times, see above.
@@ -55,7 +65,7 @@ class EagerGradSum(torch.autograd.Function):
     """Way 2 of the module's docstring: gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, term: Term, groups: Sequence[slice], count: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, term: Term, groups: Sequence[Group], count: int, *tensors: Tensor) -> Any:
         """The sum of the losses, with the Dice and cross-entropy of every prompt (B,P)."""
         inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors[:count]]
         sources = [*inputs, *tensors[count:]]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segvol_pl.training.grouped_loss import sum_over_groups
+from segvol_pl.training.grouped_loss import Group, sum_over_groups
 from segvol_pl.training.losses import mask_losses, simmim_loss
 
 WEIGHT = 1 / 6
@@ -62,7 +62,7 @@ def test_bf16_rounds_neither_the_losses_nor_their_gradients(size: float, share: 
         return (WEIGHT * (dice + bce)).sum(), dice, bce
 
     with torch.autocast("cpu", torch.bfloat16):
-        loss, dice, bce = sum_over_groups(term, [slice(0, 1)], [logits], [], whole)
+        loss, dice, bce = sum_over_groups(term, [Group(slice(0, 1))], [logits], [], whole)
     (gradient,) = torch.autograd.grad(loss, logits)
     exact_dice, exact_bce, exact_gradient = _exact(logits.detach(), masks)
     torch.testing.assert_close(dice.double(), exact_dice, rtol=0, atol=1e-5)

@@ -36,7 +36,8 @@ from segvol_pl.packing.phantom_anatomy import CATEGORIES
 from segvol_pl.planning import memory
 from segvol_pl.training.module import Sharding, optimizer, schedule
 from segvol_pl.training.pretrain import SimMIMTask
-from segvol_pl.training.segment import PromptTargets, SegVolTask, pseudo_targets, supervised_targets
+from segvol_pl.training.segment import SegVolTask
+from segvol_pl.training.targets import PromptTargets, pseudo_targets, supervised_targets
 
 MODEL = tiny_model(hidden_size=32, num_layers=2, mlp_dim=64, decoder_mlp_dim=64)
 PROMPTS = PromptConfig(categories_per_volume=2, pseudo_per_volume=3)
