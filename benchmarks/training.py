@@ -95,6 +95,10 @@ def train_batch(config: TrainConfig, volumes: int = 1) -> Batch:
             f"{prefix}boxes_BK6": torch.cat([low, high], dim=-1),
             f"{prefix}valid_BK": torch.ones(volumes, count, dtype=torch.bool),
         }
+    if config.model.mask_prompt:
+        of_masks = (volumes, prompts.categories_per_volume)
+        batch["coarse_BKDHW"] = torch.zeros(*of_masks, *config.model.mask_shape, dtype=torch.uint8)
+        batch["has_coarse_BK"] = torch.zeros(of_masks, dtype=torch.bool)
     return batch
 
 

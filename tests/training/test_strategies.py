@@ -30,7 +30,7 @@ def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pyt
     data = replace(config.data, samples_per_volume=5)
     # Parts of the model and of the samples that are off by default.
     model = replace(config.model, mask_prompt=True)
-    prompts = replace(config.prompts, mask_fraction=0.6, per_category=3)
+    prompts = replace(config.prompts, mask_fraction=0.6, per_category=3, corrections=1)
     config = replace(config, run=run, data=data, model=model, prompts=prompts)
     trained.configure(config)
     return trained
