@@ -31,11 +31,10 @@ set:
   - run.cpu_threads=1
   - run.val_batches=1
   - track.wandb=disabled
-seeds: [0, 1]
 axes:
   model.hidden_size: [16, 32]
 """
-SIZE = ["--array=0-3%2", "--cpus-per-task=1", f"--chdir={ROOT}", "--job-name=grid"]
+SIZE = ["--array=0-1", "--cpus-per-task=1", f"--chdir={ROOT}", "--job-name=grid"]
 
 
 def at_home(grid: Path, *arguments: str) -> str:
@@ -64,7 +63,7 @@ def test_an_array_survives_a_node_and_gives_the_results_of_the_runs_at_home(
     job = lab.sbatch(*SIZE, *places, script=ROOT / "slurm/grid.sbatch", arguments=arguments)
 
     deadline = time.monotonic() + 120
-    names = [f"hidden-size-{hidden}_seed-{seed}" for hidden in (16, 32) for seed in (0, 1)]
+    names = ["hidden-size-16", "hidden-size-32"]
     while not (
         lost := [
             name for name in names if node_of(here / name) == "n2" and 30 < max(losses(here / name), default=0) < STEPS
@@ -75,7 +74,7 @@ def test_an_array_survives_a_node_and_gives_the_results_of_the_runs_at_home(
     lab.fail("n2")
     assert max(losses(here / lost[0])) < STEPS, "the node was lost in mid-training"
     lab.heal("n2")
-    for task in range(4):
+    for task in range(2):
         lab.wait(f"{job}_{task}", {"COMPLETED"}, timeout=200)
     assert lab.record(f"{job}_{names.index(lost[0])}")["Restarts"] == "1"
 
@@ -85,9 +84,9 @@ def test_an_array_survives_a_node_and_gives_the_results_of_the_runs_at_home(
         assert array == home and len(home) == STEPS
 
     listed = at_home(grid, shards, f"out={here}")
-    assert listed.count(f"finished  {STEPS}/{STEPS}") == 4 and "none of them is trained on" in listed
+    assert listed.count(f"finished  {STEPS}/{STEPS}") == 2 and "none of them is trained on" in listed
     before = (here / names[0] / "metrics.csv").stat().st_mtime_ns
     again = lab.sbatch(*SIZE, *places, script=ROOT / "slurm/grid.sbatch", arguments=arguments)
-    for task in range(4):
+    for task in range(2):
         lab.wait(f"{again}_{task}", {"COMPLETED"}, timeout=60)
     assert (here / names[0] / "metrics.csv").stat().st_mtime_ns == before, "finished runs are skipped"
