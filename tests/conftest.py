@@ -25,6 +25,15 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session")
+def challenge(shared: Path) -> Path:
+    """The figures of the interactive challenge's own functions."""
+    folder = shared / "reference" / "challenge"
+    if not folder.is_dir():
+        pytest.skip(f"needs the challenge's figures: no folder {folder} (set SEGVOL_SHARED)")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _amx() -> Iterator[None]:
     """Here `precision=auto` is bf16 on any CPU, as it is on CPUs with AMX: a test that compares figures states fp32."""

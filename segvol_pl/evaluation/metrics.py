@@ -1,6 +1,6 @@
 """Scores of a mask, and their statistics over cases.
 
-1. `dice`, `surface_dice` and `volume_error` compare a mask with the truth; `score` computes all three.
+1. `dice`, `surface_dice`, `hausdorff95` and `volume_error` compare a mask with the truth; `score` computes all four.
 2. `Stats` summarises one figure over many cases: mean, quartiles, and bootstrap intervals over the cases.
 
 All scores are undefined for an empty truth: they are None, and such cases are counted separately.
@@ -15,6 +15,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
+from segvol_pl.evaluation.surfels import SurfaceDistances
 from segvol_pl.imaging.box import box_of, box_slices
 
 RESAMPLES = 2000
@@ -22,7 +23,9 @@ RESAMPLES = 2000
 COVERED = (2.5, 97.5)
 """Percentiles at the ends of a 95 % interval."""
 ROUNDING = 1e-9
-"""Relative tolerance for rounding: distances equal to the tolerance count as within it."""
+"""Relative tolerance for rounding: distances of voxels equal to the tolerance count as within it."""
+HAUSDORFF_PERCENT = 95.0
+"""Percentile of the robust Hausdorff distance."""
 
 Interval = tuple[float, float]
 
@@ -34,6 +37,8 @@ class Scores:
     dice: float | None
     surface_dice: float | None
     """Normalised surface distance. None also if the spacing is unknown."""
+    hd95: float | None
+    """In mm. None also if the spacing is unknown, or if nothing was predicted."""
     volume_error: float | None
     """(predicted - true) / true volume."""
 
@@ -50,12 +55,13 @@ def score(
         tolerance: Of the surface Dice, in mm.
     """
     if not truth_DHW.any():
-        return Scores(None, None, None)
-    return Scores(
-        dice(predicted_DHW, truth_DHW),
-        None if spacing is None else surface_dice(predicted_DHW, truth_DHW, spacing, tolerance),
-        volume_error(predicted_DHW, truth_DHW),
-    )
+        return Scores(None, None, None, None)
+    overlap, volume = dice(predicted_DHW, truth_DHW), volume_error(predicted_DHW, truth_DHW)
+    if spacing is None:
+        return Scores(overlap, None, None, volume)
+    distances = SurfaceDistances.between(predicted_DHW, truth_DHW, spacing)
+    hd95 = distances.percentile(HAUSDORFF_PERCENT)
+    return Scores(overlap, distances.share_within(tolerance), hd95 if np.isfinite(hd95) else None, volume)
 
 
 def dice(predicted_DHW: np.ndarray, truth_DHW: np.ndarray) -> float:
@@ -73,10 +79,52 @@ def volume_error(predicted_DHW: np.ndarray, truth_DHW: np.ndarray) -> float:
 
 
 def surface_dice(predicted_DHW: np.ndarray, truth_DHW: np.ndarray, spacing: Sequence[float], tolerance: float) -> float:
+    """Return the share of both masks' surfaces, by area, that lies within `tolerance` mm of the other surface.
+
+    The published normalised surface distance (NSD): equal to DeepMind's `compute_surface_dice_at_tolerance`, see
+    `evaluation.surfels`. `surface_voxel_dice` counts voxels instead.
+
+    Args:
+        predicted_DHW: bool.
+        truth_DHW: bool.
+        spacing: mm along d, h, w.
+        tolerance: mm.
+
+    Returns:
+        A share from 0 to 1; 0 if one mask is empty.
+
+    Raises:
+        ValueError: Both masks are empty, or their shapes differ.
+    """
+    return SurfaceDistances.between(predicted_DHW, truth_DHW, spacing, tolerance).share_within(tolerance)
+
+
+def hausdorff95(predicted_DHW: np.ndarray, truth_DHW: np.ndarray, spacing: Sequence[float]) -> float:
+    """Return the robust Hausdorff distance in mm: 95 % of each surface, by area, lie within it of the other surface.
+
+    Equal to DeepMind's `compute_robust_hausdorff` at 95 %.
+
+    Args:
+        predicted_DHW: bool.
+        truth_DHW: bool.
+        spacing: mm along d, h, w.
+
+    Returns:
+        The distance; infinite if one mask is empty.
+
+    Raises:
+        ValueError: Both masks are empty, or their shapes differ.
+    """
+    return SurfaceDistances.between(predicted_DHW, truth_DHW, spacing).percentile(HAUSDORFF_PERCENT)
+
+
+def surface_voxel_dice(
+    predicted_DHW: np.ndarray, truth_DHW: np.ndarray, spacing: Sequence[float], tolerance: float = 2.0
+) -> float:
     """Return the share of both masks' surface voxels that lie within `tolerance` mm of the other surface.
 
-    Equal to MONAI's `compute_surface_dice` up to rounding, and several times faster: it queries a tree for near
-    neighbours instead of computing distance maps of every voxel.
+    Equal to the default of MONAI's `compute_surface_dice` up to rounding. It is not the published measure: it counts
+    voxels, however large their surface is, and measures from their middles.
 
     Args:
         predicted_DHW: bool.

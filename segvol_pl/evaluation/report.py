@@ -81,7 +81,7 @@ def _cautions(summary: Summary) -> list[str]:
         for name, count in summary.unknown.items()
     ]
     without = len({row.case for row in summary.rows if row.dice is not None and row.surface_dice is None})
-    return lines + ([f"{without} cases have no known spacing, hence no surface Dice"] if without else [])
+    return lines + ([f"{without} cases have no known spacing, hence no surface Dice and no HD95"] if without else [])
 
 
 def _box_plot(summary: Summary, category: str) -> Figure:

@@ -25,7 +25,8 @@ from segvol_pl.launched import SRUN, TORCHRUN
 
 Item = TypeVar("Item")
 
-SCHEMA = 1
+SCHEMA = 2
+"""2: the surface Dice is by area, and there is HD95."""
 CASES, SETTINGS = "cases", "settings.json"
 NEUTRAL_KEYS = (
     "checkpoint",

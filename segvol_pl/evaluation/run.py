@@ -219,6 +219,7 @@ class _Evaluation:
             dice=scores.dice,
             zoom_out=dice(coarse_DHW, truth_DHW) if voxels and coarse_DHW is not None else None,
             surface_dice=scores.surface_dice,
+            hd95=scores.hd95,
             volume_error=scores.volume_error,
             seconds=prediction.seconds,
             memory_mb=prediction.memory_mb,

@@ -45,7 +45,9 @@ class Row:
     zoom_out: float | None
     """Dice of the coarse mask. None if the truth is empty, and in modes other than zoom."""
     surface_dice: float | None
-    """Fraction of the surface within the tolerance. None if the truth is empty or the spacing unknown."""
+    """Fraction of the surface, by area, within the tolerance. None if the truth is empty or the spacing unknown."""
+    hd95: float | None
+    """95th percentile of the surface distance, in mm. None also if nothing was predicted."""
     volume_error: float | None
     """(predicted - true) / true volume. None if the truth is empty."""
     seconds: float
@@ -85,6 +87,8 @@ class GroupStats:
     dice: Stats | None
     zoom_out: Stats | None
     surface_dice: Stats | None
+    hd95: Stats | None
+    """Only over the cases in which something was predicted."""
     volume_error: Stats | None
     seconds: float
     """Mean over all rows."""
@@ -103,6 +107,7 @@ class Overall:
     """95 % bootstrap interval over the cases."""
     zoom_out: float | None
     surface_dice: float | None
+    hd95: float | None
     seconds: float
     memory_mb: float | None
     custom: dict[str, float | None]
@@ -180,6 +185,7 @@ class Summary:
             dice_interval=macro_interval(_dice_table(rows), [self.seed, _seed_of(str(setting))]),
             zoom_out=_mean([cell.zoom_out.mean for cell in cells if cell.zoom_out]),
             surface_dice=_mean([cell.surface_dice.mean for cell in cells if cell.surface_dice]),
+            hd95=_mean([cell.hd95.mean for cell in cells if cell.hd95]),
             seconds=float(np.mean([row.seconds for row in rows])),
             memory_mb=_peak_memory(rows),
             custom={name: _mean([mean.mean for cell in cells if (mean := cell.custom[name])]) for name in self.custom},
@@ -267,6 +273,7 @@ def _group_stats(rows: list[Row], seed: list[int]) -> GroupStats:
         dice=stats(row.dice for row in present),
         zoom_out=stats(row.zoom_out for row in present),
         surface_dice=stats(row.surface_dice for row in present),
+        hd95=stats(row.hd95 for row in present),
         volume_error=stats(row.volume_error for row in present),
         seconds=float(np.mean([row.seconds for row in rows])),
         memory_mb=_peak_memory(rows),

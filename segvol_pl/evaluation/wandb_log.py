@@ -60,7 +60,7 @@ def _records(kind: type, items: Sequence[Any]) -> wandb.Table:
 
 
 def _cells(summary: Summary) -> wandb.Table:
-    spreads = ("dice", "zoom_out", "surface_dice", "volume_error")
+    spreads = ("dice", "zoom_out", "surface_dice", "hd95", "volume_error")
     data = [
         [category, *setting.named, cell.n, cell.empty, *(_mean(getattr(cell, name)) for name in spreads), cell.seconds]
         for (category, setting), cell in summary.cells.items()
@@ -74,7 +74,7 @@ def _mean(spread: Any) -> float | None:
 
 def _overall(summary: Summary) -> dict[str, float]:
     """Return the figures that exist, under keys as `dice/zoom box(exact)+text`."""
-    names = ("dice", "zoom_out", "surface_dice", "seconds")
+    names = ("dice", "zoom_out", "surface_dice", "hd95", "seconds")
     return {
         f"{name}/{setting}": value
         for setting, overall in summary.overall.items()

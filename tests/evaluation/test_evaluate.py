@@ -82,7 +82,7 @@ def test_rows_summary_and_report_are_written(shards: Path, tmp_path: Path) -> No
     spleen = [row for row in rows if (row["category"], row["prompt"]) == ("spleen", "box+text")]
     (cell,) = (one for one in told["categories"] if (one["category"], one["prompt"]) == ("spleen", "box+text"))
     assert (cell["mode"], cell["box"], cell["points"]) == ("zoom", "exact", "") and cell["n"] == len(spleen) == 2
-    for name in ("dice", "zoom_out", "surface_dice", "volume_error"):
+    for name in ("dice", "zoom_out", "surface_dice", "hd95", "volume_error"):
         values = [float(row[name]) for row in spleen]
         assert cell[name]["median"] == pytest.approx(np.median(values), abs=1e-6)
         low, high = cell[name]["mean_interval"]
@@ -288,7 +288,9 @@ def test_an_unknown_spacing_leaves_the_surface_dice_out_and_says_so(tmp_path: Pa
     write_shard(tmp_path / "boxes-000000.tar", [sample_of(0, "test", placed=False)])
     build_index(tmp_path)
     summary = evaluated(evaluate_config(tmp_path, tmp_path / "out", prompts=["box"], masks=True))
-    assert all(row.surface_dice is None and row.dice == 1.0 and row.mask == "" for row in summary.rows)
+    assert all(
+        row.surface_dice is None and row.hd95 is None and row.dice == 1.0 and row.mask == "" for row in summary.rows
+    )
     assert "1 cases have no known spacing" in (tmp_path / "out" / "report.html").read_text()
     drawn = DrawConfig(boxes=["slice"], depth=6.0)
     with pytest.raises(EvaluateError, match=r"case00: .*draw\.depth"):
@@ -345,7 +347,7 @@ def test_matches_say_what_masks_look_like(shards: Path, tmp_path: Path) -> None:
 
 def test_pictures_are_of_the_worst_median_and_best_case() -> None:
     def row(case: str, category: str, value: float | None, prompt: str = "box+text") -> Row:
-        return Row(case, category, "zoom", prompt, "", "", 1, value, value, None, None, 1.0, None, 1, 1, 1)
+        return Row(case, category, "zoom", prompt, "", "", 1, value, value, None, None, None, 1.0, None, 1, 1, 1)
 
     rows = [row(str(n), "liver", value) for n, value in enumerate([0.5, 0.9, 0.1, 0.7, 0.6])]
     rows += [row("0", "spleen", 0.2), row("1", "spleen", 0.3), row("0", "aorta", 0.95), row("0", "aorta", 0.0, "text")]

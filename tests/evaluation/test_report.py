@@ -26,7 +26,7 @@ ABOUT = {"config": "split: <test>\n", "commit": "unknown", "python": "3.11.0", "
 
 def row(case: str, category: str, prompt: str, zoom_out: float, dice: float) -> Row:
     box = "exact" if "box" in prompt else ""
-    return Row(case, category, "zoom", prompt, box, "", 1, dice, zoom_out, 0.9, -0.1, 0.25, 100.0, 100, 90, 2)
+    return Row(case, category, "zoom", prompt, box, "", 1, dice, zoom_out, 0.9, 3.5, -0.1, 0.25, 100.0, 100, 90, 2)
 
 
 def small_summary() -> Summary:
@@ -36,7 +36,7 @@ def small_summary() -> Summary:
         for prompt in ("text", "box+text")
         for case, value in (("a", 0.6), ("b", 0.7), ("c", 0.9))
     ]
-    rows.append(Row("d", "liver", "zoom", "text", "", "", 0, None, None, None, None, 0.25, None, 0, 40, 2))
+    rows.append(Row("d", "liver", "zoom", "text", "", "", 0, None, None, None, None, None, 0.25, None, 0, 40, 2))
     matches = [
         CategoryMatch("a", "liver", "box(exact)", 1, "liver", 0.8),
         CategoryMatch("a", "liver", "box(exact)", 2, "spleen", 0.1),

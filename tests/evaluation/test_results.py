@@ -15,7 +15,7 @@ from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore
 from segvol_pl.evaluation.summary import Row
 
-ROW = Row("a", "liver", "zoom", "text", "", "", 1, 0.5, None, 0.25, -1.0, 0.1, 1.0, 3, 4, 1, "")
+ROW = Row("a", "liver", "zoom", "text", "", "", 1, 0.5, None, 0.25, 4.0, -1.0, 0.1, 1.0, 3, 4, 1, "")
 
 
 def config_for(out: Path) -> EvaluateConfig:

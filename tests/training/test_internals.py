@@ -152,6 +152,16 @@ def parameters_of_stage_3_are_marked() -> bool:
     return says(partition_parameters.Init, "param.ds_id = ")
 
 
+def surfels_have_normals() -> bool:
+    """256 codes, whose areas are those of MONAI's public function, which computes them in float32."""
+    from monai.metrics.utils import get_code_to_measure_table
+
+    from segvol_pl.evaluation.surfels import surfel_areas
+
+    table_C, _ = get_code_to_measure_table((3.0, 0.8, 0.7))
+    return torch.allclose(table_C.double(), torch.from_numpy(surfel_areas((3.0, 0.8, 0.7))), rtol=1e-6)
+
+
 def server_keeps_its_http_server() -> bool:
     from bokeh.server.server import BaseServer, Server
 
@@ -262,11 +272,13 @@ DEEPSPEED = [
         lambda: says(_config(), "self.zero_force_ds_cpu_optimizer", "self.torch_autocast_enabled"),
     ),
 ]
+MONAI = [Internal("_get_neighbour_code_to_normals_table", "evaluation.surfels", surfels_have_normals)]
 BOKEH = [Internal("_tornado", "inference.viewer", server_keeps_its_http_server)]
 INTERNALS = [
     *((internal, "torch") for internal in TORCH),
     *((internal, "lightning") for internal in LIGHTNING),
     *((internal, "deepspeed") for internal in DEEPSPEED),
+    *((internal, "monai") for internal in MONAI),
     *((internal, "bokeh") for internal in BOKEH),
 ]
 
