@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from segvol_pl.imaging.box import Box, box_slices
-from segvol_pl.imaging.prompts import INSIDE, Prompt, sample_points
+from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt, sample_points
 
 
 def scale_prompt(prompt: Prompt, source: Sequence[int], target: Sequence[int]) -> Prompt:
@@ -52,8 +52,9 @@ def reflect(
     Text is kept, and landmarks outside the window move to its edge. A box prompt becomes the part of the user's box
     inside the window. (The published code takes the coarse mask's box if the region is more than one window, and so
     repeats the mistakes of zooming out.) A points prompt keeps the user's points inside the window, and gets `points`
-    more that are drawn from the coarse mask. (The published code adds the coarse mask's box, and so prompts by points,
-    text and a box together, which no training combination does.)
+    more that are drawn from the coarse mask: where the user says that there is background, only from the half of it
+    that is farther from there. (The published code forgets the points that say so. It adds the coarse mask's box, and
+    so prompts by points, text and a box together, which no training combination does.)
 
     Args:
         prompt: in the volume's voxels.
@@ -63,24 +64,37 @@ def reflect(
         rng: draws them.
 
     Returns:
-        None if the window is to be skipped: it lies outside the user's box, or holds neither a part of the coarse mask
-        nor a user's point inside the structure, or (with `points` 0) nothing of the prompt lies in it.
+        None if the window is to be skipped: it holds neither a part of the coarse mask nor a user's point inside the
+        structure, or lies outside the user's box and holds none of the user's points, or (with `points` 0) nothing of
+        the prompt lies in it.
     """
     prompt = replace(prompt, landmarks=clip_landmarks(prompt, start, coarse_DHW.shape))
     points_N3, labels_N = points_inside(prompt, start, coarse_DHW.shape)
     if not coarse_DHW.any():
         return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=None) if INSIDE in labels_N else None
     box = clip_box(prompt.box, start, coarse_DHW.shape) if prompt.box is not None else None
-    if prompt.box is not None and box is None:
+    if prompt.box is not None and box is None and not len(points_N3):
         return None
     if prompt.points_N3 is None:
         return replace(prompt, box=box)
+    background_N3 = points_N3[labels_N == OUTSIDE]
+    if points and len(background_N3):
+        coarse_DHW = _farther_half(coarse_DHW, background_N3)
     drawn_N3, drawn_N = sample_points(coarse_DHW, rng, positive=points, negative=0)
     points_N3, labels_N = np.concatenate([points_N3, drawn_N3]), np.concatenate([labels_N, drawn_N])
     if len(points_N3):
         return replace(prompt, points_N3=points_N3, labels_N=labels_N, box=box)
     has_other_parts = prompt.text is not None or box is not None or prompt.landmarks
     return replace(prompt, points_N3=None, labels_N=None, box=box) if has_other_parts else None
+
+
+def _farther_half(mask_DHW: np.ndarray, points_N3: np.ndarray) -> np.ndarray:
+    """The half of a mask's voxels that is farther, in voxels, from the nearest of the points. Not empty."""
+    voxels_M3 = np.argwhere(mask_DHW)
+    squared_M = np.min([((voxels_M3 - point_3) ** 2).sum(axis=1) for point_3 in points_N3], axis=0)
+    half_DHW = np.zeros_like(mask_DHW)
+    half_DHW[tuple(voxels_M3[squared_M >= np.median(squared_M)].T)] = True
+    return half_DHW
 
 
 def prompt_map(prompt: Prompt, shape: Sequence[int]) -> np.ndarray:

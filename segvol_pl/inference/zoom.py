@@ -152,7 +152,8 @@ class Zoomer:
         """Zoom in again, with a mask found before in place of the coarse mask.
 
         The previous mask decides which windows are decoded, and is reflected into each of them as a coarse mask is; a
-        model with `mask_prompt` sees it there. Their logits replace it. A prompt without a box gets the box around that
+        model with `mask_prompt` sees it there, and no points are drawn from it in addition to the user's: where the
+        mask is wrong, they would be too. Their logits replace it. A prompt without a box gets the box around that
         mask and the points inside the structure, unless it has points and text: no training combination has all three.
 
         Args:
@@ -210,9 +211,11 @@ class Zoomer:
         self, request: ZoomRequest, base: BaseLogits, mask_DHW: np.ndarray, windows: list[Window]
     ) -> Iterator[tuple[Window, Prompt]]:
         config = self.model.config
+        seen = config.mask_prompt and isinstance(base, KnownMask)
+        points = 0 if seen else self.config.points
         for window in windows:
             inside_DHW = window.cut(mask_DHW, self.window_shape)
-            local = reflect(request.prompt, inside_DHW, window.start, self.config.points, request.rng)
+            local = reflect(request.prompt, inside_DHW, window.start, points, request.rng)
             if local is None:
                 continue
             if config.mask_prompt:

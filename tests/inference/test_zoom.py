@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from segvol_pl.config import COMBINATIONS, Convention, ZoomConfig
 from segvol_pl.imaging.box import Box, box_of, box_slices, whole_box
-from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt
+from segvol_pl.imaging.prompts import INSIDE, PADDING, Prompt, sample_points
 from segvol_pl.imaging.transforms import resize_label, resize_tensor
 from segvol_pl.inference.coarse import CoarseLogits, KnownMask, binary, enlarge
 from segvol_pl.inference.gpu_memory import free_bytes
@@ -28,6 +28,7 @@ from segvol_pl.model.checkpoint import load_model
 
 WINDOW = (8, 16, 16)
 CONFIG = ZoomConfig()
+PUBLISHED = ZoomConfig(interpolation=Convention.published, grid=Convention.published, reflection=Convention.published)
 
 
 def bright_box(shape: tuple[int, ...], box: Box) -> np.ndarray:
@@ -472,6 +473,91 @@ def test_regions_without_room_beside_the_model_are_summed_in_main_memory_which_i
     assert "4 x 5 x 7 voxels" in line and "summed in main memory" in line
 
 
+# ---- background points ----
+
+
+def points(*rows: tuple[int, int, int, int]) -> dict[str, np.ndarray]:
+    """Points of a prompt, from rows of d h w label."""
+    table_N4 = np.array(rows)
+    return {"points_N3": table_N4[:, :3], "labels_N": table_N4[:, 3]}
+
+
+def holding(seen: list[Prompt], label: int) -> list[Prompt]:
+    return [prompt for prompt in seen if prompt.labels_N is not None and label in prompt.labels_N]
+
+
+@pytest.mark.parametrize("kind", ["points", "points+text", "box+points"])
+def test_background_points_reach_every_window_that_holds_them(kind: str) -> None:
+    image_DHW = bright_box((24, 64, 64), (10, 28, 28, 13, 36, 37))
+    model, outside = Oracle(WINDOW), np.array([11, 34, 35])
+    prompt = Prompt(
+        text="liver" if "text" in kind else None,
+        box=(10, 28, 28, 13, 36, 37) if "box" in kind else None,
+        **points((11, 30, 30, 1), (*outside.tolist(), 0)),
+    )
+    zoomer = Zoomer(model, image_DHW, CONFIG)
+    result = zoomer.zoom(prompt, rng())
+    assert result.roi is not None
+    windows = windows_of(result.roi, image_DHW.shape, CONFIG)
+    near = [
+        window for window in windows if ((outside >= window.start) & (outside < np.add(window.start, WINDOW))).all()
+    ]
+    shown = holding(model.seen[1:], 0)
+    assert len(shown) == len(near) > 0
+    for window, local in zip(sorted(near, key=lambda one: one.start), shown, strict=True):
+        assert local.points_N3 is not None and local.labels_N is not None
+        assert (outside - window.start).tolist() in local.points_N3[local.labels_N == 0].tolist()
+
+
+def test_points_are_drawn_far_from_background_points() -> None:
+    coarse_DHW = bright_box(WINDOW, (2, 3, 1, 5, 6, 14)) > 0
+    local = reflect(Prompt(text="liver", **points((3, 4, 13, 0), (3, 4, 2, 1))), coarse_DHW, (0, 0, 0), 40, rng())
+    assert local is not None and local.points_N3 is not None and local.labels_N is not None
+    drawn_N3 = local.points_N3[2:]
+    assert len(drawn_N3) == 40 and coarse_DHW[tuple(drawn_N3.T)].all() and (local.labels_N[2:] == INSIDE).all()
+    assert drawn_N3[:, 2].max() <= 8 and drawn_N3[:, 2].min() == 1
+    single_DHW = bright_box(WINDOW, (3, 4, 13, 3, 4, 13)) > 0
+    alone = reflect(Prompt(text="liver", **points((3, 4, 13, 0))), single_DHW, (0, 0, 0), 2, rng())
+    assert alone is not None and alone.labels_N is not None and alone.labels_N.tolist() == [0, 1, 1]
+
+
+def test_a_prompt_without_background_points_is_reflected_as_before() -> None:
+    coarse_DHW = np.random.default_rng(1).random(WINDOW) > 0.5
+    prompt = Prompt(text="liver", **points((3, 4, 13, 1), (90, 90, 90, 0)))
+    local = reflect(prompt, coarse_DHW, (0, 0, 0), 5, rng(3))
+    drawn_N3, _ = sample_points(coarse_DHW, rng(3), 5, 0)
+    assert local is not None and local.points_N3 is not None
+    np.testing.assert_array_equal(local.points_N3[1:], drawn_N3)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_window_beyond_the_box_is_decoded_if_a_point_lies_there(label: int) -> None:
+    """A box drawn on one slice is often smaller than the structure; so is what a user corrects outside of it."""
+    coarse_DHW = bright_box(WINDOW, (2, 3, 4, 5, 6, 7)) > 0
+    prompt = Prompt(box=(0, 0, 0, 3, 9, 9), **points((6, 12, 12, label)))
+    local = reflect(prompt, coarse_DHW, (4, 10, 10), 2, rng())
+    assert local is not None and local.box is None and local.points_N3 is not None and local.labels_N is not None
+    assert local.points_N3[0].tolist() == [2, 2, 2] and local.labels_N.tolist() == [label, 1, 1]
+    assert reflect(replace(prompt, points_N3=prompt.points_N3 + 40), coarse_DHW, (4, 10, 10), 2, rng()) is None
+
+
+def test_refining_shows_a_model_that_takes_masks_no_points_but_the_users() -> None:
+    image_DHW = bright_box((24, 64, 64), (10, 28, 28, 13, 36, 37))
+    model = Oracle(WINDOW)
+    model.config.mask_prompt, model.config.mask_shape = True, WINDOW
+    click = Prompt(text="cyst", **points((11, 34, 35, 0)))
+    result = Zoomer(model, image_DHW, CONFIG).refine(click, image_DHW > 0.5, rng())
+    shown = holding(model.seen, 0)
+    assert result.windows == len(model.seen) > len(shown) > 0 and not holding(model.seen, 1)
+    assert all(prompt.mask_DHW is not None and prompt.text == "cyst" for prompt in model.seen)
+
+
+def test_published_windows_know_no_background_points() -> None:
+    model, image_DHW = Oracle(WINDOW), bright_box((16, 32, 32), (0, 0, 0, 11, 23, 23))
+    zoom(model, image_DHW, Prompt(text="liver", **points((4, 4, 4, 1), (9, 9, 9, 0))), PUBLISHED, rng())
+    assert holding(model.seen[:1], 0) and not holding(model.seen[1:], 0)
+
+
 # ---- refining ----
 
 
@@ -557,8 +643,6 @@ def test_tokens_are_kept_in_bf16_under_autocast() -> None:
 
 
 # ---- as the released weights were validated ----
-
-PUBLISHED = ZoomConfig(interpolation=Convention.published, grid=Convention.published, reflection=Convention.published)
 
 
 @pytest.mark.parametrize("kind", ["text", "box+text", "points+text"])
