@@ -35,6 +35,14 @@ class Slice(StrEnum):
     middle = "middle"
 
 
+class EvaluationProtocol(StrEnum):
+    """A published way to evaluate, which sets prompts and calls itself."""
+
+    none = ""
+    cvpr25 = "cvpr25"
+    cvpr25_text = "cvpr25-text"
+
+
 BOX_SOURCES = ("exact", "jittered", "slice")
 """The built-in ways to draw a box from the ground truth."""
 
@@ -125,6 +133,12 @@ class EvaluateConfig(Keys):
     data: CasesConfig = field(default_factory=CasesConfig)
     out: str = MISSING
     """Folder for rows.csv, summary.json, report.html, and cases/ with the results so far."""
+    protocol: EvaluationProtocol = EvaluationProtocol.none
+    """Evaluate as the CVPR 2025 challenge on interactive 3-D segmentation, in place of modes, prompts and draw. cvpr25:
+    a box, then five calls with one more click each, in the largest error of the call before. cvpr25-text: the
+    category's name, with instances. Empty: by modes, prompts and draw."""
+    target_dice: float = ranged(0.8, above=0, most=1)
+    """With protocol=cvpr25: the Dice for which the report counts the clicks needed."""
     modes: list[Mode] = field(default_factory=lambda: [Mode.zoom])
     """zoom: zoom-out-zoom-in. resize: zooming out only. sliding: windows over the full volume (paper Table 3)."""
     prompts: list[str] = field(default_factory=lambda: ["text", "box+text", "points+text"])
@@ -145,6 +159,9 @@ class EvaluateConfig(Keys):
     metrics: list[str] = field(default_factory=list)
     """Custom metrics, each as package.module:function of (predicted mask, true mask, spacing in mm). Each adds a
     column, named after the function, to rows.csv, summary.json and the report."""
+    instances: bool = False
+    """Also score the parts of each category, connected by faces, as instances: F1 at an intersection over union of 0.5,
+    mean Dice of the matched parts, and how many parts are missed and extra. Each is a column."""
     match_categories: bool = False
     """Also find out which category the mask of each spatial prompt matches best (paper Fig. 5)."""
     masks: bool = False

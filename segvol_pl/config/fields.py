@@ -159,7 +159,7 @@ def _docstrings(module: str) -> dict[tuple[str, str], str]:
 
 def _type_name(hint: Any) -> str:
     if isinstance(hint, type) and issubclass(hint, Enum):
-        return "|".join(member.value for member in hint)
+        return "|".join(member.value or '""' for member in hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return " or ".join(_type_name(part) for part in typing.get_args(hint))
     if typing.get_origin(hint) is list:

@@ -99,6 +99,29 @@ class CaseRunner:
             memory_mb=meter.memory_mb,
         )
 
+    def answer(self, prompt: Prompt, previous_DHW: np.ndarray | None, category: str) -> Prediction:
+        """Segment by a given prompt, or refine a mask by it.
+
+        Args:
+            prompt: In voxels of the volume.
+            previous_DHW: Bool mask to refine; None, or an empty one, starts from nothing.
+            category: Its name decides the points that are drawn in windows.
+        """
+        if self.config.timing is Timing.cold:
+            self._drop_encodings()
+        rng = np.random.default_rng([*self.seeds(category), ZOOM_STREAM])
+        with CostMeter(self.device) as meter, torch.inference_mode(), autocast(self.device, self.config.precision):
+            if previous_DHW is None or not previous_DHW.any():
+                result = self.zoomer.zoom(prompt, rng)
+            else:
+                result = self.zoomer.refine(prompt, previous_DHW, rng)
+            mask_DHW = result.mask(self.config.zoom.threshold)
+        return Prediction(mask_DHW, None, result.windows, [prompt], meter.seconds, meter.memory_mb)
+
+    def seeds(self, category: str) -> list[int]:
+        """Seeds of all that is drawn for a category of the case: the same whatever else is evaluated."""
+        return [self.config.seed, *(zlib.crc32(text.encode()) for text in (self.case.facts.key, category))]
+
     def sample_prompts(self, setting: Setting, category: str, truth_DHW: np.ndarray) -> list[SampledPrompt]:
         """Sample the prompts of a setting for a category, one for each component of the truth."""
         parts = split_components(truth_DHW, setting, self.config.draw)
@@ -106,8 +129,7 @@ class CaseRunner:
 
     def _sample(self, setting: Setting, category: str, part_DHW: np.ndarray, number: int) -> SampledPrompt:
         facts = self.case.facts
-        seeds = [self.config.seed, *(zlib.crc32(text.encode()) for text in (facts.key, category))]
-        seeds += [number] if number else []
+        seeds = self.seeds(category) + ([number] if number else [])
         shape, window = part_DHW.shape, self.zoomer.window_shape
         if self.config.zoom.reflection is Convention.published and setting.mode != Mode.sliding.value:
             # The published code resizes the truth to the model's input and samples from that.

@@ -15,14 +15,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from segvol_pl import html_page
+from segvol_pl.evaluation.challenge import SECONDS_A_CLASS
 from segvol_pl.evaluation.figures import COARSE, FINAL, GIVEN, TRUTH, Picture, png_of
+from segvol_pl.evaluation.protocol import ProtocolFigures, plot_curve
 from segvol_pl.evaluation.summary import MatchSummary, Row, Summary, interval_text, number
 
 LONG = 8
 """Above this many settings, their names below a plot are rotated."""
 
 
-def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], about: dict[str, Any]) -> None:
+def write_report(
+    path: Path,
+    summary: Summary,
+    pictures: Sequence[Picture],
+    about: dict[str, Any],
+    protocol: ProtocolFigures | None = None,
+) -> None:
     """Write the page of an evaluation.
 
     Args:
@@ -30,6 +38,7 @@ def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], abou
         summary: The figures.
         pictures: Cases with their masks, in the order of the page.
         about: config (YAML), commit, python, packages (name -> version).
+        protocol: The figures of a challenge's protocol.
     """
     facts = {
         "checkpoint": summary.checkpoint,
@@ -60,6 +69,9 @@ def write_report(path: Path, summary: Summary, pictures: Sequence[Picture], abou
         match_plots={
             category: png_of(_match_plot(category, match)) for category, match in summary.matches_by_category.items()
         },
+        protocol=protocol,
+        curve=png_of(plot_curve(protocol)) if protocol and protocol.curve else None,
+        seconds_a_class=SECONDS_A_CLASS,
         pictures=pictures,
         masks=masks,
         about=about,

@@ -39,6 +39,7 @@ NEUTRAL_KEYS = (
     "pictures",
     "resume",
     "part",
+    "target_dice",
     "track",
     "zoom.cache_gb",
     "zoom.device_gb",

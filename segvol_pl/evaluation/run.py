@@ -4,8 +4,9 @@
 2. For each category of a case, sample prompts from the ground truth (`evaluation.prompts`) and segment by them in each
    mode (`evaluation.case_runner`). The scores of a prediction are a `Row`.
 3. Write the rows of a case atomically (`evaluation.results`). A restart continues with the cases that have no rows.
-4. On rank 0 of a run without `part`, wait for all cases and merge them: rows.csv, category_matches.csv, summary.json,
-   report.html, and wandb if it is configured.
+   With `protocol=cvpr25` a category is segmented by six calls in place of that (`evaluation.interactive`).
+4. On rank 0 of a run without `part`, wait for all cases and merge them: rows.csv, interactions.csv,
+   category_matches.csv, summary.json, report.html, and wandb if it is configured.
 
 Spatial prompts come from the ground truth, as in the paper. So the figures measure how well the model follows a prompt,
 not how well it finds a structure without one. Only `text` does not depend on the truth.
@@ -28,17 +29,20 @@ import numpy as np
 from rich.console import Console
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import EvaluateConfig, Mode, Wandb, named_parts
+from segvol_pl.config import EvaluateConfig, EvaluationProtocol, Mode, Wandb, named_parts
 from segvol_pl.config.loader import custom_function, to_yaml
 from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import ConfigError, EvaluateError, SampleError, ShardError, VolumeError
 from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
 from segvol_pl.evaluation.cases import EvalCase, EvalCases, find_cases
+from segvol_pl.evaluation.challenge import instance_counts
 from segvol_pl.evaluation.figures import Picture, plot_picture, slice_planes
+from segvol_pl.evaluation.interactive import answer_calls, call_settings
 from segvol_pl.evaluation.mask_category import CategoryMatch, matches_of, soft_dice
 from segvol_pl.evaluation.metrics import dice, score
 from segvol_pl.evaluation.prompts import Setting, check_custom, settings
+from segvol_pl.evaluation.protocol import INSTANCE_COLUMNS, Interaction, ProtocolFigures, interactions
 from segvol_pl.evaluation.report import write_report
 from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
@@ -85,9 +89,12 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
     """
     cases = find_cases(config.data)
     model = load_model(config.checkpoint, own_device(config.device))
-    summary = _Evaluation(config, cases, model, sha256_of(Path(config.checkpoint))).run()
+    evaluation = _Evaluation(config, cases, model, sha256_of(Path(config.checkpoint)))
+    summary = evaluation.run()
     if summary and console:
         console.print(summary.table())
+        if figures := evaluation.protocol_figures(summary):
+            console.print(figures.table())
     return summary
 
 
@@ -96,9 +103,9 @@ def evaluate_model(config: EvaluateConfig, model: Evaluable) -> Summary | None:
     return _Evaluation(config, find_cases(config.data), model, config.checkpoint).run()
 
 
-def _custom_metrics(metrics: Sequence[str]) -> dict[str, Callable[..., Any]]:
+def _custom_metrics(metrics: Sequence[str], others: Sequence[str]) -> dict[str, Callable[..., Any]]:
     """Map column to function. Raises ConfigError if a function is missing, or rows.csv has a column of its name."""
-    taken = {each.name for each in fields(Row)}
+    taken = {*(each.name for each in fields(Row)), *others}
     found = {}
     for name in metrics:
         column = name.rpartition(":")[2]
@@ -122,9 +129,10 @@ class _Evaluation:
             raise EvaluateError("resume: false would remove the results of other ranks: set out to another folder")
         for category in config.categories:
             model.bank.index(category)
-        self.settings = settings(config)
+        self.settings = _settings(config)
         check_custom(config)
-        self.custom = _custom_metrics(config.metrics)
+        self.instances = config.instances or config.protocol is EvaluationProtocol.cvpr25_text
+        self.custom = _custom_metrics(config.metrics, INSTANCE_COLUMNS if self.instances else ())
         self.results = ResultStore(self.out, config, identity)
         self.attempted: set[str] = set()
         """Cases that this process has evaluated; an unreadable one is not tried twice."""
@@ -190,9 +198,17 @@ class _Evaluation:
         case = runner.case
         for category in self.config.categories or sorted(case.facts.categories):
             truth_DHW = case.truth(category)
-            for setting in self._settings_for(category, bool(truth_DHW.any())):
-                prediction = runner.predict(setting, category, truth_DHW)
+            for setting, prediction in self._predictions(runner, category, truth_DHW):
                 yield self._row(case, category, setting, truth_DHW, prediction)
+
+    def _predictions(
+        self, runner: CaseRunner, category: str, truth_DHW: np.ndarray
+    ) -> Iterator[tuple[Setting, Prediction]]:
+        if self.config.protocol is EvaluationProtocol.cvpr25:
+            yield from answer_calls(runner, category, truth_DHW) if truth_DHW.any() else ()
+            return
+        for setting in self._settings_for(category, bool(truth_DHW.any())):
+            yield setting, runner.predict(setting, category, truth_DHW)
 
     def _settings_for(self, category: str, present: bool) -> list[Setting]:
         """Settings that apply: no text for a category unknown to the model, only text for one absent from the case."""
@@ -227,13 +243,17 @@ class _Evaluation:
             predicted_voxels=int(np.count_nonzero(prediction.mask_DHW)),
             windows=prediction.windows,
             mask=self._write_mask(case, category, setting, prediction) if self.config.masks else "",
-            custom=self._custom(case, truth_DHW, prediction) if voxels else dict.fromkeys(self.custom),
+            custom=self._custom(case, truth_DHW, prediction) if voxels else self._no_custom(),
         )
 
     def _custom(self, case: EvalCase, truth_DHW: np.ndarray, prediction: Prediction) -> dict[str, float | None]:
-        """The user's own metrics; None for a metric that returns None."""
+        """Scores of instances, and the user's own metrics; None for a metric that returns None."""
+        instances = instance_counts(truth_DHW, prediction.mask_DHW) if self.instances else {}
         found = {name: of(prediction.mask_DHW, truth_DHW, case.facts.spacing) for name, of in self.custom.items()}
-        return {name: None if value is None else float(value) for name, value in found.items()}
+        return {name: None if value is None else float(value) for name, value in {**instances, **found}.items()}
+
+    def _no_custom(self) -> dict[str, float | None]:
+        return dict.fromkeys([*(INSTANCE_COLUMNS if self.instances else ()), *self.custom])
 
     def _write_mask(self, case: EvalCase, category: str, setting: Setting, prediction: Prediction) -> str:
         """Write a mask and return its path relative to `out`; empty if the case has no affine."""
@@ -266,7 +286,7 @@ class _Evaluation:
 
     def _match_setting(self) -> Setting:
         """The first configured spatial prompt, without its text; an exact box if there is none."""
-        for setting in self.settings:
+        for setting in self.settings if self.config.protocol is EvaluationProtocol.none else ():
             parts = [part for part in named_parts(setting.prompt) if part != "text"]
             if parts:
                 return Setting(Mode.resize.value, "+".join(parts), setting.box, setting.points)
@@ -295,20 +315,31 @@ class _Evaluation:
         # A case that another rank could not read may be readable here, or by now.
         if failed := [key for key in self.keys if not self._has_result(key)]:
             self._evaluate(failed)
-        found = [self.results.find(key, self.cases.fingerprints[key]) for key in self.keys]
-        summary = self._summary([result for result in found if result is not None])
+        results = [self.results.find(key, self.cases.fingerprints[key]) for key in self.keys]
+        summary = self._summary([result for result in results if result is not None])
         self._check(summary)
-        pictures = self._pictures(summary)
+        pictures, figures = self._pictures(summary), self.protocol_figures(summary)
         about = {"config": to_yaml(self.config), **manifest()}
         write_text(self.out / "rows.csv", csv_text(Row, summary.rows))
         if self.config.match_categories:
             write_text(self.out / "category_matches.csv", csv_text(CategoryMatch, summary.matches))
-        text = json.dumps({**summary.to_dict(), "manifest": about}, indent=2, ensure_ascii=False)
+        if self.config.protocol is EvaluationProtocol.cvpr25:
+            found = interactions(summary.rows, self.config.target_dice)
+            write_text(self.out / "interactions.csv", csv_text(Interaction, found))
+        protocol = {"protocol": figures.to_dict()} if figures else {}
+        text = json.dumps({**summary.to_dict(), **protocol, "manifest": about}, indent=2, ensure_ascii=False)
         write_text(self.out / "summary.json", text + "\n")
-        write_report(self.out / "report.html", summary, pictures, about)
+        write_report(self.out / "report.html", summary, pictures, about, figures)
         if self.config.track.wandb is not Wandb.disabled:
-            track(self.out, self.config, summary, pictures)
+            track(self.out, self.config, summary, pictures, figures)
         return summary
+
+    def protocol_figures(self, summary: Summary) -> ProtocolFigures | None:
+        """Return the figures of the configured protocol; None without one."""
+        protocol = self.config.protocol
+        if protocol is EvaluationProtocol.none:
+            return None
+        return ProtocolFigures.of(protocol, summary.rows, self.config.target_dice, self.config.seed)
 
     def _summary(self, results: Sequence[CaseResult]) -> Summary:
         return Summary(
@@ -341,7 +372,8 @@ class _Evaluation:
 
     def _pictures(self, summary: Summary) -> list[Picture]:
         """Draw the worst, median and best case of the worst categories; segments them again, as no rank keeps masks."""
-        chosen = select_examples(summary, self.config.pictures)
+        last = self.settings[-1] if self.config.protocol is EvaluationProtocol.cvpr25 else None
+        chosen = select_examples(summary, self.config.pictures, last)
         drawn = {
             (row.case, row.category): picture
             for case in dict.fromkeys(row.case for _, row in chosen)
@@ -354,7 +386,8 @@ class _Evaluation:
         runner = CaseRunner(self.model, case, self.config)
         for label, row in rows:
             truth_DHW = case.truth(row.category)
-            prediction = runner.predict(row.setting, row.category, truth_DHW)
+            made = self._predictions(runner, row.category, truth_DHW)
+            prediction = next(prediction for setting, prediction in made if setting == row.setting)
             coarse = {} if prediction.coarse_DHW is None else {"zoom-out": prediction.coarse_DHW}
             masks = {**coarse, "prediction": prediction.mask_DHW}
             planes = slice_planes(case.hu_DHW, case.facts.spacing or (1, 1, 1), truth_DHW, masks, prediction.prompts)
@@ -363,16 +396,28 @@ class _Evaluation:
             yield row, Picture(key, row.category, caption, plot_picture(planes))
 
 
-def select_examples(summary: Summary, categories: int) -> list[tuple[str, Row]]:
+def _settings(config: EvaluateConfig) -> list[Setting]:
+    """The settings of the protocol, or those of the configuration."""
+    if config.protocol is EvaluationProtocol.cvpr25:
+        return call_settings()
+    if config.protocol is EvaluationProtocol.cvpr25_text:
+        return [Setting(Mode.zoom.value, "text")]
+    return settings(config)
+
+
+def select_examples(summary: Summary, categories: int, setting: Setting | None = None) -> list[tuple[str, Row]]:
     """Select the worst, median and best row of up to `categories` categories, the lowest median Dice first.
 
-    All rows have one setting: zoom by box and text if that was evaluated, else the first setting.
+    Args:
+        summary: The figures.
+        categories: At most so many.
+        setting: The setting of all the rows. None: zoom by box and text if that was evaluated, else the first one.
 
     Returns:
         Pairs of a label (`worst`, `median and best`, ...) and a row.
     """
     wanted = [setting for setting in summary.settings if (setting.mode, setting.prompt) == ("zoom", "box+text")]
-    setting = [*wanted, *summary.settings][0]
+    setting = setting or [*wanted, *summary.settings][0]
     medians = {
         category: cell.dice.median
         for (category, where), cell in summary.cells.items()

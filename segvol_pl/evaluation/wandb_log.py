@@ -12,8 +12,9 @@ from matplotlib.image import imread
 
 from segvol_pl.config import EvaluateConfig
 from segvol_pl.config.loader import plain
-from segvol_pl.evaluation.figures import Picture
+from segvol_pl.evaluation.figures import Picture, png_of
 from segvol_pl.evaluation.mask_category import CategoryMatch
+from segvol_pl.evaluation.protocol import Interaction, ProtocolFigures, curve_records, interactions, plot_curve
 from segvol_pl.evaluation.summary import Row, Summary, columns
 from segvol_pl.training.loggers import finish, wandb_is_there, wandb_logger
 
@@ -21,8 +22,16 @@ if TYPE_CHECKING:
     import wandb
 
 
-def track(out: Path, config: EvaluateConfig, summary: Summary, pictures: Sequence[Picture]) -> None:
+def track(
+    out: Path,
+    config: EvaluateConfig,
+    summary: Summary,
+    pictures: Sequence[Picture],
+    protocol: ProtocolFigures | None = None,
+) -> None:
     """Log the tables `rows`, `categories` and `matches`, the pictures, and the overall figures of each setting.
+
+    Of a protocol with clicks also the tables `interactions` and `curve`, and the curve as a picture.
 
     A repeated evaluation continues its wandb run, except with `resume=false`. If wandb is not installed, only a warning
     is logged.
@@ -35,11 +44,21 @@ def track(out: Path, config: EvaluateConfig, summary: Summary, pictures: Sequenc
         "categories": _cells(summary),
         **({"matches": _records(CategoryMatch, summary.matches)} if summary.matches else {}),
         "pictures": [_image(picture) for picture in pictures],
+        **(_clicked(summary, protocol) if protocol and protocol.curve else {}),
     }
     logger.attempt(lambda: logger.experiment.config.update(plain(config), allow_val_change=True))
     logger.attempt(lambda: logger.experiment.log(content))
-    logger.attempt(lambda: logger.experiment.summary.update(_overall(summary)))
+    cases = {f"{protocol.protocol}/{name}": one.mean for name, one in protocol.cases.items()} if protocol else {}
+    logger.attempt(lambda: logger.experiment.summary.update({**_overall(summary), **cases}))
     finish([logger])
+
+
+def _clicked(summary: Summary, protocol: ProtocolFigures) -> dict[str, Any]:
+    return {
+        "interactions": _records(Interaction, interactions(summary.rows, protocol.target_dice)),
+        "curve": _table(*curve_records(protocol)),
+        "curve_picture": _image(Picture("", "", "Dice over clicks", png_of(plot_curve(protocol)))),
+    }
 
 
 def _image(picture: Picture) -> wandb.Image:

@@ -1,0 +1,72 @@
+"""The six calls of the interactive challenge on one category of a case: a box, then one more click each.
+
+1. The first call gets the challenge's box, drawn from the truth.
+2. Each further call gets one more click, in the largest error of the answer before it, all earlier clicks, the box
+   again (grown to hold the clicks inside), and that answer to refine. If nothing is wrong there is no click, and the
+   call is made all the same.
+
+The rules are in `evaluation.challenge`. Here a category is answered for itself: the challenge's map of all classes, in
+which a voxel has one class, is not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from segvol_pl.config import EvaluationProtocol, Mode
+from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
+from segvol_pl.evaluation.challenge import CALLS, Kind, Voxel, box_of_challenge, challenge_box, next_click
+from segvol_pl.evaluation.prompts import BOX_STREAM, Setting
+from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
+
+SOURCE = EvaluationProtocol.cvpr25.value
+
+
+def call_settings() -> list[Setting]:
+    """List the settings of the six calls, which distinguish their rows: `box(cvpr25)+points(clicks3)`."""
+    first = Setting(Mode.zoom.value, "box", SOURCE)
+    return [first, *(Setting(Mode.zoom.value, "box+points", SOURCE, f"clicks{number}") for number in range(1, CALLS))]
+
+
+def answer_calls(runner: CaseRunner, category: str, truth_DHW: np.ndarray) -> Iterator[tuple[Setting, Prediction]]:
+    """Make the six calls. The predictions' seconds include neither the box nor the clicks.
+
+    Args:
+        runner: Of the case.
+        category: Seeds the draws; its name is not part of the prompt.
+        truth_DHW: Bool mask, not empty.
+    """
+    rng = np.random.default_rng([*runner.seeds(category), BOX_STREAM])
+    prompt = Prompt(box=box_of_challenge(challenge_box(truth_DHW, rng)))
+    previous_DHW: np.ndarray | None = None
+    for setting in call_settings():
+        click = None if previous_DHW is None else next_click(truth_DHW, previous_DHW)
+        prompt = prompt if click is None else with_click(prompt, *click)
+        prediction = runner.answer(prompt, previous_DHW, category)
+        yield setting, prediction
+        previous_DHW = prediction.mask_DHW
+
+
+def with_click(prompt: Prompt, place: Voxel, kind: Kind) -> Prompt:
+    """Return the prompt with one more point, after those that it has.
+
+    The challenge's box is that of one slice, and often smaller than the object: it grows to hold a point inside.
+    """
+    points_N3, labels_N = np.array([place]), np.array([INSIDE if kind == "fg" else OUTSIDE])
+    if prompt.box is not None and kind == "fg":
+        prompt = replace(prompt, box=_holding(prompt.box, place))
+    if prompt.points_N3 is not None and prompt.labels_N is not None:
+        points_N3 = np.concatenate([prompt.points_N3, points_N3])
+        labels_N = np.concatenate([prompt.labels_N, labels_N])
+    return replace(prompt, points_N3=points_N3, labels_N=labels_N)
+
+
+def _holding(box: Box, place: Voxel) -> Box:
+    """The smallest box that holds a box and a voxel."""
+    d0, h0, w0 = (min(low, at) for low, at in zip(box[:3], place, strict=True))
+    d1, h1, w1 = (max(high, at) for high, at in zip(box[3:], place, strict=True))
+    return d0, h0, w0, d1, h1, w1
