@@ -75,6 +75,9 @@ class SegVolConfig(Keys):
     mask_prompt: bool = False
     """Whether a prompt may come with a mask found before: the coarse mask in zoom-in windows, the previous mask when
     refining. Not in the paper. Train it with prompts.mask_fraction."""
+    point_maps: bool = False
+    """Whether points, besides being tokens, enter as two maps next to the mask: a blurred spot at each point inside,
+    and at each point outside. Clicks then act where they are. Not in the paper. Needs model.mask_prompt."""
     landmarks: list[str] = field(default_factory=list)
     """Custom prompt types, each as `N*package.module:function`. The function marks N voxels, and each of them gets its
     own embedding, like the corners of a box. Prompt combinations name the function without `N*`."""
@@ -86,6 +89,7 @@ class SegVolConfig(Keys):
                 LANDMARKS.fullmatch(entry) is not None, "model.landmarks", f"{entry!r} is no N*package.module:function"
             )
         require(len(self.landmark_counts) == len(self.landmarks), "model.landmarks", "names a function twice")
+        require(self.mask_prompt or not self.point_maps, "model.point_maps", "needs model.mask_prompt=true")
         check_triple("model.input_shape", self.input_shape)
         check_triple("model.patch_size", self.patch_size)
         whole = all(size % patch == 0 for size, patch in zip(self.input_shape, self.patch_size, strict=True))
@@ -116,6 +120,11 @@ class SegVolConfig(Keys):
         """Voxels along (d, h, w) of the decoder's masks, and of the masks that prompts come with."""
         d, h, w = (FINER * size for size in self.grid)
         return d, h, w
+
+    @property
+    def dense_channels(self) -> int:
+        """Maps that a prompt adds to the image tokens: its mask, and its points inside and outside."""
+        return 3 if self.point_maps else 1
 
     @property
     def landmark_counts(self) -> dict[str, int]:

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from segvol_pl.config import FINER, Convention, SegVolConfig
 from segvol_pl.errors import ConfigError
-from segvol_pl.imaging.prompts import ABSENT, PADDING, Prompt, gathered_landmarks
+from segvol_pl.imaging.prompts import ABSENT, INSIDE, OUTSIDE, PADDING, Prompt, gathered_landmarks
 from segvol_pl.imaging.transforms import resize_image
+
+SPOT = 2.0
+"""Standard deviation of a point's spot in its map (voxels of the decoder's masks): half a token."""
 
 
 @dataclass(frozen=True)
@@ -207,27 +210,29 @@ class PositionEmbeddingRandom(nn.Module):
 
 
 class MaskEmbedding(nn.Module):
-    """Masks of the prompts become summands of the image tokens: 0 at the start of training.
+    """Masks of the prompts, and maps of their points, become summands of the image tokens: 0 at the start of training.
 
     Each token's 4 x 4 x 4 voxels go through two linear layers. (SAM has strided convolutions, whose kernels do not
-    overlap either.)
+    overlap either.) Letters: C maps of one prompt.
     """
 
     def __init__(self, config: SegVolConfig) -> None:
         super().__init__()
         self.grid = config.grid
-        self.lin1 = nn.Linear(FINER**3, config.hidden_size // 4)
+        self.lin1 = nn.Linear(config.dense_channels * FINER**3, config.hidden_size // 4)
         self.lin2 = nn.Linear(config.hidden_size // 4, config.hidden_size)
         nn.init.zeros_(self.lin2.weight)
         nn.init.zeros_(self.lin2.bias)
 
-    def forward(self, masks_BPDHW: Tensor, has_mask_BP: Tensor) -> Tensor:
-        """Embed to (B,P,T,E); 0 for prompts without a mask."""
+    def forward(self, maps_BPCDHW: Tensor, given_BP: Tensor) -> Tensor:
+        """Embed to (B,P,T,E); 0 for prompts that are not given."""
         d, h, w = self.grid
-        split = masks_BPDHW.reshape(*has_mask_BP.shape, d, FINER, h, FINER, w, FINER)
-        patches_BPTV = split.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*has_mask_BP.shape, d * h * w, FINER**3)
+        channels = maps_BPCDHW.shape[2]
+        split = maps_BPCDHW.reshape(*given_BP.shape, channels, d, FINER, h, FINER, w, FINER)
+        patches = split.permute(0, 1, 3, 5, 7, 2, 4, 6, 8)
+        patches_BPTV = patches.reshape(*given_BP.shape, d * h * w, channels * FINER**3)
         embedded_BPTE: Tensor = self.lin2(F.gelu(self.lin1(patches_BPTV)))
-        return embedded_BPTE * has_mask_BP[..., None, None]
+        return embedded_BPTE * given_BP[..., None, None]
 
 
 class PromptEncoder(nn.Module):
@@ -244,6 +249,7 @@ class PromptEncoder(nn.Module):
         self.landmark_embeddings = nn.Embedding(count, config.hidden_size) if count else None
         # Not `mask_downscaling`: that name is a part of the released weights that never runs.
         self.mask_embedding = MaskEmbedding(config) if config.mask_prompt else None
+        self.mask_shape, self.input_shape, self.point_maps = config.mask_shape, config.input_shape, config.point_maps
 
     def forward(self, prompts: PromptTensors, text_BPE: Tensor) -> tuple[Tensor, Tensor]:
         """tokens_BPSE, float32: points, the padding point, the box's two corners, text, landmarks; keep_BPS, bool."""
@@ -262,11 +268,46 @@ class PromptEncoder(nn.Module):
         return tokens_BPSE, self._keep(prompts)
 
     def dense(self, prompts: PromptTensors) -> Tensor | None:
-        """What is added to the image tokens of each prompt, (B,P,T,E); None if no prompt comes with a mask."""
-        if self.mask_embedding is None or prompts.masks_BPDHW is None:
+        """What is added to the image tokens of each prompt, (B,P,T,E); None if the model adds nothing to these."""
+        if self.mask_embedding is None or (prompts.masks_BPDHW is None and not self.point_maps):
             return None
-        embedded_BPTE: Tensor = self.mask_embedding(prompts.masks_BPDHW, prompts.has_mask_BP)
+        maps, given_BP = self._point_maps(prompts) if self.point_maps else [], prompts.has_points_BP
+        embedded_BPTE: Tensor
+        if prompts.masks_BPDHW is None or prompts.has_mask_BP is None:
+            embedded_BPTE = self.mask_embedding(torch.stack([torch.zeros_like(maps[0]), *maps], dim=2), given_BP)
+        elif not maps:
+            embedded_BPTE = self.mask_embedding(prompts.masks_BPDHW[:, :, None], prompts.has_mask_BP)
+        else:
+            # No mask is neither inside nor outside.
+            mask_BPDHW = (prompts.masks_BPDHW - 0.5) * prompts.has_mask_BP[..., None, None, None]
+            given_BP = given_BP | prompts.has_mask_BP
+            embedded_BPTE = self.mask_embedding(torch.stack([mask_BPDHW, *maps], dim=2), given_BP)
         return embedded_BPTE
+
+    def _point_maps(self, prompts: PromptTensors) -> list[Tensor]:
+        """Maps (B,P,D,H,W) of the points inside and of those outside: the sum of their spots, at most 1."""
+        with torch.autocast(prompts.points_BPN3.device.type, enabled=False):
+            spots = [
+                torch.exp(-((cells - at_BPN[..., None]) ** 2) / (2 * SPOT**2))
+                for cells, at_BPN in zip(self._cells(prompts), self._in_cells(prompts), strict=True)
+            ]
+            d_BPND, h_BPNH, w_BPNW = spots
+            maps = []
+            for label in (INSIDE, OUTSIDE):
+                own_BPN = prompts.has_points_BP[..., None] & (prompts.labels_BPN == label)
+                rows = (own_BPN[..., None] * d_BPND)[..., None] * h_BPNH[..., None, :]
+                summed = rows.flatten(3).transpose(2, 3) @ w_BPNW
+                maps.append(summed.unflatten(2, self.mask_shape[:2]).clamp(max=1.0))
+        return maps
+
+    def _cells(self, prompts: PromptTensors) -> list[Tensor]:
+        device = prompts.points_BPN3.device
+        return [torch.arange(size, device=device, dtype=torch.float32) for size in self.mask_shape]
+
+    def _in_cells(self, prompts: PromptTensors) -> list[Tensor]:
+        """The points' places in voxels of the maps, (B,P,N) along each axis."""
+        sizes = zip(self.mask_shape, self.input_shape, prompts.points_BPN3.unbind(-1), strict=True)
+        return [(at_BPN + 0.5) * (cells / voxels) - 0.5 for cells, voxels, at_BPN in sizes]
 
     def _points(self, points_BPN3: Tensor, labels_BPN: Tensor) -> Tensor:
         labels_BPN1 = labels_BPN[..., None]

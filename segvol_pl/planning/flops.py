@@ -63,8 +63,8 @@ def _landmarks(config: SegVolConfig) -> int:
 
 
 def _mask_embedding(config: SegVolConfig) -> int:
-    hidden = config.hidden_size
-    return _linear(FINER**3, hidden // 4) + _linear(hidden // 4, hidden) if config.mask_prompt else 0
+    hidden, voxels = config.hidden_size, config.dense_channels * FINER**3
+    return _linear(voxels, hidden // 4) + _linear(hidden // 4, hidden) if config.mask_prompt else 0
 
 
 def pretrain_parameters(config: SegVolConfig) -> dict[str, int]:
@@ -182,15 +182,18 @@ def prompt_work(config: SegVolConfig, points: int) -> Work:
     # Behind the points stand SAM's padding point, the box's corners, the text and the landmarks.
     sparse = OWN_TOKENS + points + 4 + _landmarks(config)
     mask = 2 * _product(1, hidden, hidden) + 2 * _product(1, hidden, hidden // 8)
-    return encoded + _two_way(config, sparse) + mask + _upscaling(config) + _mask_prompt_work(config)
+    return encoded + _two_way(config, sparse) + mask + _upscaling(config) + _mask_prompt_work(config, points)
 
 
-def _mask_prompt_work(config: SegVolConfig) -> Work:
-    """Embedding a prompt's mask, and projecting that three times."""
+def _mask_prompt_work(config: SegVolConfig, points: int) -> Work:
+    """Embedding a prompt's mask and the maps of its points, and projecting that three times."""
     if not config.mask_prompt:
         return Work()
     tokens, hidden = math.prod(config.grid), config.hidden_size
-    embedded = _product(tokens, FINER**3, hidden // 4, gradients=1) + _product(tokens, hidden // 4, hidden)
+    voxels, (depth, height, width) = config.dense_channels * FINER**3, config.mask_shape
+    embedded = _product(tokens, voxels, hidden // 4, gradients=1) + _product(tokens, hidden // 4, hidden)
+    if config.point_maps:
+        embedded += 2 * _product(depth * height, points, width, gradients=0)
     return embedded + 3 * _product(tokens, hidden, hidden // 2)
 
 

@@ -79,7 +79,8 @@ class Corrections:
 
     def by_round(self, loss_BQ: Tensor) -> Tensor:
         """Weigh and sum the losses of all rounds' prompts, one round after the other, (R,)."""
-        return (self._weights_BK[:, None] * loss_BQ.unflatten(1, (self.rounds, -1))).sum((0, 2))
+        loss_BRK: Tensor = loss_BQ.unflatten(1, (self.rounds, -1))
+        return (self._weights_BK[:, None] * loss_BRK).sum((0, 2))
 
     @torch.no_grad()
     def _next(self, before: int) -> PromptTensors:

@@ -67,9 +67,13 @@ def test_the_encoders_work_is_what_torch_counts(model: SegVol) -> None:
     assert _counted(lambda: model.encode(torch.rand(1, 1, 12, 32, 16))) == flops.encoder_work(SMALL)
 
 
-@pytest.mark.parametrize(("count", "landmarks", "masks"), [(1, 0, False), (3, 0, False), (3, 2, False), (3, 0, True)])
-def test_the_decoders_work_is_what_torch_counts(count: int, landmarks: int, masks: bool) -> None:
-    config = replace(SMALL, landmarks=[f"{landmarks}*toys:ends"] if landmarks else [], mask_prompt=masks)
+@pytest.mark.parametrize(
+    ("count", "landmarks", "masks", "maps"),
+    [(1, 0, False, False), (3, 0, False, False), (3, 2, False, False), (3, 0, True, False), (3, 0, True, True)],
+)
+def test_the_decoders_work_is_what_torch_counts(count: int, landmarks: int, masks: bool, maps: bool) -> None:
+    marks = [f"{landmarks}*toys:ends"] if landmarks else []
+    config = replace(SMALL, landmarks=marks, mask_prompt=masks, point_maps=maps)
     model = SegVol(config, TextBank.seeded(["liver"], SMALL.text_dim))
     tokens = torch.rand(1, 48, 32, requires_grad=True)
     expected = count * flops.prompt_work(config, POINTS) + flops.image_work(config)
@@ -92,13 +96,16 @@ def test_the_work_of_pretraining_is_what_torch_counts() -> None:
     assert _counted(lambda: task.loss(batch)) == flops.total(flops.pretrain_work(SMALL, 0.25))
 
 
-@pytest.mark.parametrize("more", ["landmarks=[]", "landmarks=[6*toys:extremes]", "mask_prompt=true"])
+@pytest.mark.parametrize(
+    "more",
+    ["landmarks=[]", "landmarks=[6*toys:extremes]", "mask_prompt=true", "mask_prompt=true model.point_maps=true"],
+)
 @pytest.mark.parametrize("name", ["tiny", "small", "base", "large", "huge"])
 def test_parameters_are_those_of_the_model(name: str, more: str) -> None:
     path = Path(__file__).parents[2] / "configs" / "model" / f"{name}.yaml"
     config = load(
         "train",
-        [f"model={path}", f"model.{more}", "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"],
+        [f"model={path}", *f"model.{more}".split(), "data.shards=DIR", "run.out=DIR", "optim.max_steps=1"],
     )
     assert isinstance(config, TrainConfig)
     with torch.device("meta"):
