@@ -311,6 +311,18 @@ def _view(arguments: list[str]) -> int:
     return DONE
 
 
+def _challenge(arguments: list[str]) -> int:
+    if arguments[:1] != ["predict"]:
+        raise ConfigError("takes predict IN OUT checkpoint=FILE, then KEY=VALUE")
+    keys = [argument for argument in arguments[1:] if "=" in argument or argument.endswith((".yaml", ".yml"))]
+    cases, out = _take([argument for argument in arguments[1:] if argument not in keys], "IN", "OUT")
+    config = loader.load("challenge predict", [f"cases={cases}", f"out={out}", *keys])
+    from segvol_pl.evaluation.challenge_predict import challenge_predict
+
+    challenge_predict(config)
+    return DONE
+
+
 def _import(arguments: list[str]) -> int:
     files = [argument for argument in arguments if "=" not in argument]
     source, destination = _take(files, "SRC", "DST")
@@ -546,6 +558,11 @@ COMMANDS = {
     "evaluate": _configured("evaluate", _evaluate),
     "predict": _configured("predict", _predict),
     "view": Command("CT [FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["view"].__doc__), _view),
+    "challenge": Command(
+        "predict IN OUT checkpoint=FILE [FILE.yaml ...] [KEY=VALUE ...]",
+        str(SCHEMAS["challenge predict"].__doc__),
+        _challenge,
+    ),
     "import": Command("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
     "export": Command(
         "SRC DST [PUBLISHED]",

@@ -171,6 +171,10 @@ class PromptError(SegVolError):
     """A prompt that does not fit the CT. The message names the prompt's part and the CT's shape."""
 
 
+class ChallengeError(SegVolError):
+    """A case of the challenge that cannot be used. The message names the file and the array in it."""
+
+
 class ViewError(SegVolError):
     """A viewer that cannot start. The message names the remedy."""
 

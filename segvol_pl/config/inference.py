@@ -1,4 +1,4 @@
-"""The schemas of inference: zoom-out-zoom-in, sliding windows, `predict` and `view`."""
+"""The schemas of inference: zoom-out-zoom-in, sliding windows, `predict`, `view` and `challenge predict`."""
 
 from __future__ import annotations
 
@@ -172,6 +172,29 @@ class ViewConfig(Keys):
     """Port to listen on. 0: any free port."""
     show: bool = True
     """Open the page in a browser on this machine."""
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
+    """Seed for the points drawn again in zoom-in windows."""
+    zoom: ZoomConfig = field(default_factory=ZoomConfig)
+    device: str = "auto"
+    """auto, cuda, cuda:1 or cpu. With auto and cuda, each task of a node takes its own GPU."""
+    precision: Precision = Precision.auto
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, otherwise fp32."""
+
+
+@dataclass
+class ChallengePredictConfig(Keys):
+    """Segment the cases of a folder in the format of the CVPR 2025 challenge on interactive segmentation."""
+
+    checkpoint: str = MISSING
+    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    cases: str = MISSING
+    """Folder that holds CASE.npz with imgs (0 to 255), and boxes, clicks, prev_pred or text_prompts. IN on the command
+    line."""
+    out: str = MISSING
+    """Folder for CASE.npz with segs. It is created; answers that it holds are replaced. OUT on the command line."""
+    clip_model: str | None = None
+    """Local folder or hub name of the CLIP model that made the model's text bank. Needed for texts that are not in the
+    bank."""
     seed: int = ranged(0, least=0, most=HIGHEST_SEED)
     """Seed for the points drawn again in zoom-in windows."""
     zoom: ZoomConfig = field(default_factory=ZoomConfig)

@@ -38,3 +38,10 @@ def whole_box(shape: Sequence[int]) -> Box:
     """The box of all voxels of a volume."""
     d, h, w = shape
     return 0, 0, 0, d - 1, h - 1, w - 1
+
+
+def union_box(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds all of these, of which there is at least one."""
+    d0, h0, w0 = (min(box[axis] for box in boxes) for axis in range(3))
+    d1, h1, w1 = (max(box[axis] for box in boxes) for axis in range(3, 6))
+    return d0, h0, w0, d1, h1, w1

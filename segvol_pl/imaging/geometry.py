@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,7 @@ class Volume:
     """A CT in canonical axes."""
 
     array_DHW: np.ndarray
-    """int16 HU."""
+    """int16 HU; of any dtype if it was normalised before, see `unplaced_volume`."""
     affine: np.ndarray
     """(d, h, w, 1) -> RAS."""
     native: NativeGrid
@@ -102,6 +103,20 @@ class Volume:
         """mm along d, h, w."""
         d, h, w = np.linalg.norm(self.affine[:3, :3], axis=0)
         return float(d), float(h), float(w)
+
+
+def unplaced_volume(array_DHW: np.ndarray, spacing: Sequence[float], path: Path) -> Volume:
+    """A volume whose file states no orientation: its array's own axes are taken as D, H, W.
+
+    Args:
+        array_DHW: The voxels; of any dtype if they are normalised already, see `Predictor.open_normalised`.
+        spacing: mm along d, h, w.
+        path: The file, for messages.
+    """
+    affine = np.eye(4)
+    affine[:3, :3] = CANONICAL * np.asarray(spacing, float)
+    d, h, w = array_DHW.shape
+    return Volume(array_DHW, affine, NativeGrid((d, h, w), affine, (0, 1, 2), (False, False, False)), path)
 
 
 def to_native(mask_DHW: np.ndarray, volume: Volume) -> np.ndarray:

@@ -41,6 +41,12 @@ def intensity_of(hu_DHW: np.ndarray) -> Intensity:
     return Intensity(mean=mean, low=float(low), high=float(high), minimum=minimum, maximum=maximum)
 
 
+def intensity_of_normalised(image_DHW: np.ndarray, highest: float) -> Intensity:
+    """The statistics by which `normalise` maps 0 to 0 and `highest` to 1: for an image that is no CT in HU any more."""
+    minimum, maximum = int(image_DHW.min()), int(image_DHW.max())
+    return Intensity(float(image_DHW.mean(dtype=np.float64)), 0.0, highest, minimum, maximum)
+
+
 def normalise(hu_DHW: np.ndarray, intensity: Intensity) -> np.ndarray:
     """Clip HU to the foreground's percentiles and scale them to float32 in [0, 1].
 

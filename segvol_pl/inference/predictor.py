@@ -1,9 +1,10 @@
 """From a CT file and prompts to masks on the CT's own grid.
 
 1. `Predictor.from_checkpoint` loads the model.
-2. `Predictor.open` reads a CT, measures its intensity, crops it to the body and encodes it once.
+2. `Predictor.open` reads a CT, measures its intensity, crops it to the body and encodes it once;
+   `Predictor.open_normalised` takes an image that is normalised already.
 3. `Session.segment` segments by a prompt, with zoom-out-zoom-in, or refines a mask found before;
-   `Session.segment_all` puts many categories into one label map.
+   `Session.segment_all` puts many categories into one label map, `Session.segment_prompts` structures by any prompts.
 4. `Mask.save` and `LabelMap.save` write on the grid of the CT's file.
 
 `predict` is the command.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,10 +28,10 @@ from segvol_pl.atomic import write_text
 from segvol_pl.config import Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
 from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import PromptError, SampleError, TextError, UnknownCategory, VolumeError
-from segvol_pl.imaging.box import Box, box_slices
+from segvol_pl.imaging.box import Box, box_or_none, box_slices, union_box, whole_box
 from segvol_pl.imaging.dicom_seg import check_dicom_seg, write_dicom_seg
 from segvol_pl.imaging.geometry import Volume, to_native
-from segvol_pl.imaging.intensity import Intensity, Normalised, body_box, intensity_of
+from segvol_pl.imaging.intensity import Intensity, Normalised, body_box, intensity_of, intensity_of_normalised
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.imaging.write import WRITABLE, write_mask
@@ -230,6 +231,23 @@ class Predictor:
         except SampleError as error:
             raise SampleError(f"{volume.path}: {error}") from error
 
+    def open_normalised(
+        self, image: Volume, highest: float, within: Sequence[Box] = (), progress: Progress | None = None
+    ) -> Session:
+        """Encode an image whose values are normalised already: 0 is the darkest, `highest` the brightest.
+
+        It is cropped to the voxels above 0. Nothing is measured, and no warning says that it is no CT in HU.
+
+        Args:
+            image: see `geometry.unplaced_volume`.
+            highest: the value that the model sees as 1.
+            within: boxes that the crop must hold, such as those of the prompts.
+            progress: as in `open`.
+        """
+        lit = box_or_none(image.array_DHW > 0) or whole_box(image.array_DHW.shape)
+        body = union_box([lit, *within])
+        return Session(self, image, progress, (intensity_of_normalised(image.array_DHW, highest), body))
+
     @property
     def categories(self) -> list[str]:
         """The categories that a text prompt may name. Raises UnknownCategory if the model has no text bank."""
@@ -254,13 +272,18 @@ class Session:
         predictor: the model.
         volume: the CT.
         progress: called as windows are decoded, see `Predictor.open`.
+        measured: intensity and body crop; measured from the CT if None.
     """
 
-    def __init__(self, predictor: Predictor, volume: Volume, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        volume: Volume,
+        progress: Progress | None = None,
+        measured: tuple[Intensity, Box] | None = None,
+    ) -> None:
         self.predictor, self.volume = predictor, volume
-        intensity = intensity_of(volume.array_DHW)
-        _warn_unless_ct(intensity, volume.path)
-        self.body = body_box(volume.array_DHW, intensity)
+        intensity, self.body = measured or _measured(volume)
         image_DHW = Normalised(volume.array_DHW[box_slices(self.body)], intensity)
         self.zoomer = Zoomer(predictor.model, image_DHW, predictor.zoom, progress)
         with predictor.autocast():
@@ -310,21 +333,46 @@ class Session:
             UnknownCategory: the model does not know a category; the message lists the nearest names.
         """
         names = list(self.predictor.categories if categories is None else categories)
-        label_DHW = np.zeros(self.volume.array_DHW.shape, np.uint8 if len(names) < 256 else np.uint16)
+        return self.segment_prompts(
+            {value: Prompt(text=name) for value, name in enumerate(names, start=1)}, overlaps=overlaps
+        )
+
+    def segment_prompts(
+        self,
+        prompts: Mapping[int, Prompt],
+        previous_DHW: np.ndarray | None = None,
+        overlaps: Overlaps = Overlaps.probability,
+    ) -> LabelMap:
+        """Segment many structures, each by a prompt of any kind, into one label map.
+
+        Args:
+            prompts: value in the label map, from 1 to 65535 -> prompt, in the CT's voxels.
+            previous_DHW: a label map to refine, of the same values. Structures that it does not hold are segmented
+                without it.
+            overlaps: how to assign voxels that several structures claim.
+
+        Raises:
+            PromptError, UnknownCategory: as `segment`.
+        """
+        highest = max(prompts, default=0)
+        label_DHW = np.zeros(self.volume.array_DHW.shape, np.uint8 if highest < 256 else np.uint16)
         inside_DHW = label_DHW[box_slices(self.body)]
         best_DHW = np.full(inside_DHW.shape, -np.inf, np.float16) if overlaps is Overlaps.probability else None
         found: list[tuple[int, float, Box | None]] = []
-        for value, (_, result) in enumerate(self._results([Prompt(text=name) for name in names]), start=1):
+        for value, result in self._results_of_values(prompts, previous_DHW):
             own_DHW, logits_N = result.found(self.predictor.zoom.threshold)
             if result.roi is not None:
                 self._claim(value, own_DHW, logits_N, box_slices(result.roi), inside_DHW, best_DHW)
             found.append((logits_N.size, _probability(logits_N), result.roi))
         # Slice by slice: of the complete volume bincount would make an int64 copy.
-        counts = np.sum([np.bincount(label_HW.reshape(-1), minlength=len(names) + 1) for label_HW in inside_DHW], 0)
+        counts = np.sum([np.bincount(label_HW.reshape(-1), minlength=highest + 1) for label_HW in inside_DHW], 0)
         litres = float(np.prod(self.volume.spacing)) / 1000
         scores = [
-            Score(name, value, int(counts[value]), int(counts[value]) * litres, own, probability, self._in_ct(roi))
-            for value, (name, (own, probability, roi)) in enumerate(zip(names, found, strict=True), start=1)
+            Score(
+                *(prompt.text or f"structure {value}", value, int(counts[value]), int(counts[value]) * litres),
+                *(own, probability, self._in_ct(roi)),
+            )
+            for (value, prompt), (own, probability, roi) in zip(prompts.items(), found, strict=True)
         ]
         return LabelMap(label_DHW, self.volume, scores, overlaps)
 
@@ -349,6 +397,17 @@ class Session:
                 best[depth][claimed_HW] = sure_N[higher_N]
             labels[depth][claimed_HW] = value
 
+    def _results_of_values(
+        self, prompts: Mapping[int, Prompt], previous_DHW: np.ndarray | None
+    ) -> Iterator[tuple[int, ZoomResult]]:
+        """In the prompts' order. Those without a mask to refine are zoomed together."""
+        inside_DHW = None if previous_DHW is None else self._in_body(previous_DHW)
+        refined = {value for value in prompts if inside_DHW is not None and (inside_DHW == value).any()}
+        zoomed = self._results([prompt for value, prompt in prompts.items() if value not in refined])
+        for value, prompt in prompts.items():
+            known = inside_DHW is not None and value in refined
+            yield value, self._refined_from(prompt, inside_DHW == value) if known else next(zoomed)[1]
+
     def _results(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, ZoomResult]]:
         for prompt in prompts:
             self.predictor.check(prompt)
@@ -368,19 +427,26 @@ class Session:
             yield result
 
     def _refined(self, prompt: Prompt, previous: Mask | np.ndarray) -> Mask:
-        array_DHW, shape = np.asarray(previous, dtype=bool), self.volume.array_DHW.shape
-        if array_DHW.shape != shape:
-            raise PromptError(f"previous: the mask has {list(array_DHW.shape)} voxels, the CT has {list(shape)}")
+        inside_DHW = self._in_body(np.asarray(previous, dtype=bool))
         if isinstance(previous, Mask):
             prompt = _continued(previous.prompt, prompt)
-        inside_DHW = array_DHW[box_slices(self.body)]
         if not inside_DHW.any():
             return self.segment(prompt)
+        return self._mask(self._refined_from(prompt, inside_DHW), prompt)
+
+    def _in_body(self, array_DHW: np.ndarray) -> np.ndarray:
+        """The part of a mask or label map of the CT that is inside the body. Raises PromptError for another shape."""
+        shape = self.volume.array_DHW.shape
+        if array_DHW.shape != shape:
+            raise PromptError(f"previous: the mask has {list(array_DHW.shape)} voxels, the CT has {list(shape)}")
+        inside_DHW: np.ndarray = array_DHW[box_slices(self.body)]
+        return inside_DHW
+
+    def _refined_from(self, prompt: Prompt, inside_DHW: np.ndarray) -> ZoomResult:
         self.predictor.check(prompt)
-        local = into_crop(prompt, shape, self.body, refining=True)
+        local = into_crop(prompt, self.volume.array_DHW.shape, self.body, refining=True)
         with self.predictor.autocast():
-            result = self.zoomer.refine(local, inside_DHW, np.random.default_rng(self.predictor.seed))
-        return self._mask(result, prompt)
+            return self.zoomer.refine(local, inside_DHW, np.random.default_rng(self.predictor.seed))
 
     def _mask(self, result: ZoomResult, prompt: Prompt) -> Mask:
         array_DHW = np.zeros(self.volume.array_DHW.shape, bool)
@@ -394,6 +460,13 @@ class Session:
             return None
         d, h, w = self.body[:3]
         return roi[0] + d, roi[1] + h, roi[2] + w, roi[3] + d, roi[4] + h, roi[5] + w
+
+
+def _measured(volume: Volume) -> tuple[Intensity, Box]:
+    """Intensity and body crop of a CT, with a warning if it is none."""
+    intensity = intensity_of(volume.array_DHW)
+    _warn_unless_ct(intensity, volume.path)
+    return intensity, body_box(volume.array_DHW, intensity)
 
 
 def _probability(logits_N: np.ndarray) -> float:
@@ -480,10 +553,19 @@ def _category_names(predictor: Predictor, config: PredictConfig) -> list[str]:
     """
     if config.everything:
         return predictor.categories
+    admit(predictor, config.text, config.clip_model)
+    return config.text
+
+
+def admit(predictor: Predictor, names: Sequence[str], clip_model: str | None) -> None:
+    """Make sure that text prompts may hold these names: unknown ones are added to the text bank with `clip_model`.
+
+    Raises UnknownCategory, TextError.
+    """
     bank: TextBank = predictor.model.bank  # type: ignore[attr-defined]
-    unknown = [name for name in config.text if name not in bank.names]
-    if unknown and config.clip_model is not None:
-        extend_bank(predictor.model, unknown, config.clip_model)
+    unknown = [name for name in dict.fromkeys(names) if name not in bank.names]
+    if unknown and clip_model is not None:
+        extend_bank(predictor.model, unknown, clip_model)
     elif unknown:
         try:
             bank.index(unknown[0])
@@ -491,7 +573,6 @@ def _category_names(predictor: Predictor, config: PredictConfig) -> list[str]:
             raise UnknownCategory(
                 f"{error}; for other names set clip_model=FOLDER, with the CLIP model that made the text bank"
             ) from error
-    return config.text
 
 
 def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
