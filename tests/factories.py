@@ -63,8 +63,8 @@ def tiny_model(**changes: Any) -> SegVolConfig:
 TINY = tiny_model()
 
 
-def save_untrained(path: Path, categories: list[str]) -> Path:
-    """A training checkpoint of a tiny SegVol that has seen nothing."""
+def save_untrained(path: Path, categories: list[str], bank: TextBank | None = None, **changes: Any) -> Path:
+    """A training checkpoint of a tiny SegVol that has seen nothing; `changes` are keys of `model`."""
     torch.manual_seed(0)
     config = tiny_model(
         input_shape=[8, 32, 32],
@@ -73,9 +73,11 @@ def save_untrained(path: Path, categories: list[str]) -> Path:
         mlp_dim=64,
         decoder_heads=4,
         decoder_mlp_dim=64,
-        text_dim=16,
+        text_dim=16 if bank is None else bank.vectors_KE.shape[1],
+        **changes,
     )
-    model = SegVol(config, TextBank.seeded(categories, config.text_dim) if categories else None)
+    seeded = TextBank.seeded(categories, config.text_dim) if categories else None
+    model = SegVol(config, bank or seeded)
     parameters = {
         "task": "segment",
         "config": plain(TrainConfig(model=config, optim=OptimConfig(max_steps=1))),

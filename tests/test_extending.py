@@ -144,7 +144,11 @@ def test_what_does_not_exist_is_named() -> None:
         ("evaluate", "metrics=[a:f,b:f]", "gives two functions of one name"),
         ("evaluate", "draw.boxes=[exakt]", "'exakt' is none of exact, jittered, slice nor a function"),
         ("train", "run.custom_strategy=mine", "'mine' is not a function"),
-        ("train", "model.landmarks=[toys:extremes]", "'toys:extremes' is no N*package.module:function"),
+        (
+            "train",
+            "model.landmarks=[toys:extremes]",
+            "'toys:extremes' is no N*package.module:function, nor one of: line",
+        ),
         ("train", "model.landmarks=[0*toys:extremes]", "is no N*package.module:function"),
         ("train", "model.landmarks=[2*toys:extremes,6*toys:extremes]", "names a function twice"),
         (
@@ -152,6 +156,9 @@ def test_what_does_not_exist_is_named() -> None:
             "prompts.combinations=[toys:extremes+text]",
             "'toys:extremes' is not among model.landmarks: add N*toys",
         ),
+        ("train", "prompts.combinations=[line+text]", "'line' is not among model.landmarks: add line"),
+        ("train", "model.landmarks=[line,line]", "names a function twice"),
+        ("evaluate", "prompts=[line+line]", "'line+line' is none of points+text"),
         ("evaluate", "prompts=[text+text]", "'text+text' is none of points+text"),
         ("evaluate", "prompts=[scribble+text]", "'scribble+text' is none of points+text"),
     ],

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, ranged, require
+from segvol_pl.config.model import SHIPPED_LANDMARKS
 
 
 class LastBatch(StrEnum):
@@ -29,7 +30,7 @@ COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points"
 """The six prompt combinations of the paper's Algorithm 1, in the published order."""
 
 PARTS = ("text", "points", "box")
-"""Parts of a combination, in addition to custom landmarks."""
+"""Parts of a combination, in addition to shipped and custom landmarks."""
 
 
 def check_combinations(key: str, names: Sequence[str]) -> None:
@@ -37,7 +38,9 @@ def check_combinations(key: str, names: Sequence[str]) -> None:
     require(len(names) > 0, key, "needs at least one")
     for name in names:
         parts, own = named_parts(name), landmarks_in([name])
-        marked = len(set(parts)) == len(parts) and all(CUSTOM.fullmatch(part) for part in own)
+        marked = len(set(parts)) == len(parts) and all(
+            part in SHIPPED_LANDMARKS or CUSTOM.fullmatch(part) for part in own
+        )
         fits = marked if own else name in COMBINATIONS
         require(fits, key, f"{name!r} is none of {', '.join(COMBINATIONS)}, and does not combine model.landmarks")
 
@@ -48,7 +51,7 @@ def named_parts(combination: str) -> list[str]:
 
 
 def landmarks_in(combinations: Sequence[str]) -> list[str]:
-    """List the custom prompt types in some combinations, without repetition, in order."""
+    """List the landmarks, shipped and custom, in some combinations, without repetition, in order."""
     return list(dict.fromkeys(part for name in combinations for part in named_parts(name) if part not in PARTS))
 
 

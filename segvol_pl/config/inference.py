@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from segvol_pl.config.fields import HIGHEST_SEED, MISSING, Keys, ranged, require
-from segvol_pl.config.model import Convention, Precision
+from segvol_pl.config.model import LINE, Convention, Precision
 
 
 class Coordinates(StrEnum):
@@ -119,9 +121,14 @@ class PredictConfig(Keys):
     points: list[list[float]] | None = ranged(None)
     """Points, each as d h w label in voxels as for box, or x y z label in mm. Label 1 is inside the structure, 0
     outside."""
+    line: list[float] | None = ranged(None)
+    """Line across the structure, from end to end in one axial slice, as d h w d h w in voxels as for box, or x y z x y
+    z in mm. Needs a model with model.landmarks=[line]."""
+    landmarks: list[str] = field(default_factory=list)
+    """Landmarks of a kind that the model knows, each as NAME:d,h,w,d,h,w,... in voxels as for box, or x y z in mm."""
     coordinates: Coordinates = Coordinates.voxel
-    """Unit of box and points. voxel: voxels. ras: mm, with x y z towards right, anterior, superior (as in NIfTI). lps:
-    mm, with x y z towards left, posterior, superior (as in DICOM and ITK)."""
+    """Unit of box, points, line and landmarks. voxel: voxels. ras: mm, with x y z towards right, anterior, superior (as
+    in NIfTI). lps: mm, with x y z towards left, posterior, superior (as in DICOM and ITK)."""
     previous: str | None = None
     """Mask of the same CT to refine. Skips zooming out: box and points drawn from this mask prompt the windows."""
     overlaps: Overlaps = Overlaps.probability
@@ -147,8 +154,10 @@ class PredictConfig(Keys):
         super().__post_init__()
         if isinstance(self.text, str):  # from Python
             self.text = [self.text]
-        spatial = [name for name in ("box", "points", "previous") if getattr(self, name) is not None]
-        require(bool(self.text or self.box or self.points), "text", "give at least one of text, box, points")
+        parts = ("box", "points", "line", "landmarks")
+        spatial = [name for name in (*parts, "previous") if getattr(self, name) not in (None, [])]
+        given = self.text or set(spatial) - {"previous"}
+        require(bool(given), "text", f"give at least one of text, {', '.join(parts)}")
         require(len(set(self.text)) == len(self.text), "text", "names a category twice")
         if len(self.text) > 1 or self.everything:
             require(not spatial, "text", f"several categories need text alone: leave {', '.join(spatial)} out")
@@ -156,6 +165,29 @@ class PredictConfig(Keys):
             require(len(self.box) == 6, "box", f"needs 6 numbers d0 h0 w0 d1 h1 w1, got {len(self.box)}")
         for row in self.points or []:
             require(len(row) == 4, "points", f"each row needs d h w label, got {row}")
+        if self.line is not None:
+            require(len(self.line) == 6, "line", f"needs 6 numbers d h w d h w, got {len(self.line)}")
+        names = [_named_numbers(entry)[0] for entry in self.landmarks] + ([] if self.line is None else [LINE])
+        require(len(set(names)) == len(names), "landmarks", "names a kind twice")
+
+    @property
+    def landmark_rows(self) -> dict[str, list[list[float]]]:
+        """Kind -> rows of d h w, or of x y z in mm, from `line` and `landmarks`."""
+        given = dict(_named_numbers(entry) for entry in self.landmarks)
+        given |= {} if self.line is None else {LINE: self.line}
+        return {name: [numbers[at : at + 3] for at in range(0, len(numbers), 3)] for name, numbers in given.items()}
+
+
+def _named_numbers(entry: str) -> tuple[str, list[float]]:
+    """Read `NAME:d,h,w,...`, whose name may hold a colon. Raises ConfigError."""
+    name, _, text = entry.rpartition(":")
+    try:
+        numbers = [float(number) for number in re.split(r"[,\s]+", text.strip())]
+    except ValueError:
+        numbers = []
+    complete = bool(name) and len(numbers) > 0 and len(numbers) % 3 == 0 and all(map(math.isfinite, numbers))
+    require(complete, "landmarks", f"{entry!r} is no NAME:d,h,w,d,h,w,...")
+    return name, numbers
 
 
 @dataclass

@@ -36,6 +36,12 @@ class TextSource(StrEnum):
 LANDMARKS = re.compile(rf"([1-9]\d*)\*({CUSTOM.pattern})")
 """A custom prompt type, `N*package.module:function`: the function marks N voxels of a structure."""
 
+LINE = "line"
+"""The shipped prompt type: the ends of a structure's longest diameter in an axial slice."""
+
+SHIPPED_LANDMARKS = {LINE: (2, "segvol_pl.imaging.lines:recist_line")}
+"""Name of a shipped prompt type -> how many voxels its function marks, and the function."""
+
 FINER = 4
 """Voxels of the decoder's masks along each axis of a token."""
 
@@ -79,15 +85,16 @@ class SegVolConfig(Keys):
     """Whether points, besides being tokens, enter as two maps next to the mask: a blurred spot at each point inside,
     and at each point outside. Clicks then act where they are. Not in the paper. Needs model.mask_prompt."""
     landmarks: list[str] = field(default_factory=list)
-    """Custom prompt types, each as `N*package.module:function`. The function marks N voxels, and each of them gets its
-    own embedding, like the corners of a box. Prompt combinations name the function without `N*`."""
+    """Further prompt types. line: the two ends of the longest diameter in an axial slice (RECIST).
+    N*package.module:function: your own function marks N voxels, and each of them gets its own embedding, like the
+    corners of a box. Prompt combinations name the function without `N*`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for entry in self.landmarks:
-            require(
-                LANDMARKS.fullmatch(entry) is not None, "model.landmarks", f"{entry!r} is no N*package.module:function"
-            )
+            known = entry in SHIPPED_LANDMARKS or LANDMARKS.fullmatch(entry) is not None
+            named = ", ".join(SHIPPED_LANDMARKS)
+            require(known, "model.landmarks", f"{entry!r} is no N*package.module:function, nor one of: {named}")
         require(len(self.landmark_counts) == len(self.landmarks), "model.landmarks", "names a function twice")
         require(self.mask_prompt or not self.point_maps, "model.point_maps", "needs model.mask_prompt=true")
         check_triple("model.input_shape", self.input_shape)
@@ -128,9 +135,14 @@ class SegVolConfig(Keys):
 
     @property
     def landmark_counts(self) -> dict[str, int]:
-        """`package.module:function` -> the number of voxels that it marks, for each of `landmarks`."""
-        found = (LANDMARKS.fullmatch(entry) for entry in self.landmarks)
-        return {match[2]: int(match[1]) for match in found if match}
+        """`line` or `package.module:function` -> the number of voxels that it marks, for each of `landmarks`."""
+        counts = {}
+        for entry in self.landmarks:
+            if entry in SHIPPED_LANDMARKS:
+                counts[entry] = SHIPPED_LANDMARKS[entry][0]
+            elif match := LANDMARKS.fullmatch(entry):
+                counts[match[2]] = int(match[1])
+        return counts
 
 
 @dataclass

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from segvol_pl.config.data import DataConfig, PromptConfig, landmarks_in
 from segvol_pl.config.fields import MISSING, Keys, check_custom, ranged, require
-from segvol_pl.config.model import FINER, Precision, SegVolConfig, TextConfig
+from segvol_pl.config.model import FINER, SHIPPED_LANDMARKS, Precision, SegVolConfig, TextConfig
 
 
 class Strategy(StrEnum):
@@ -301,5 +301,5 @@ class TrainConfig(Keys):
             require(
                 name in self.model.landmark_counts,
                 "prompts.combinations",
-                f"{name!r} is not among model.landmarks: add N*{name}",
+                f"{name!r} is not among model.landmarks: add {'' if name in SHIPPED_LANDMARKS else 'N*'}{name}",
             )

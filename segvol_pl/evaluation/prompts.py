@@ -130,7 +130,7 @@ def sample_prompt(
     if setting.box:
         box = _sample_box(setting.box, truth_DHW, spacing, config, seeds)
     landmarks = {
-        name: sample_landmarks(name, truth_DHW, np.random.default_rng([*seeds, LANDMARKS_STREAM]))
+        name: sample_landmarks(name, truth_DHW, np.random.default_rng([*seeds, LANDMARKS_STREAM]), spacing)
         for name in landmarks_in([setting.prompt])
     }
     return Prompt(category if setting.has_text else None, points_N3, labels_N, box, landmarks)

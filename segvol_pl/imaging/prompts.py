@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
+from segvol_pl.config import SHIPPED_LANDMARKS
 from segvol_pl.config.loader import custom_function
 from segvol_pl.errors import ConfigError
 from segvol_pl.imaging.box import Box
@@ -27,7 +30,7 @@ class Prompt:
         points_N3: int, one (d, h, w) row per point.
         labels_N: int, one label per point: 1 inside the structure, 0 outside.
         box: `d0 h0 w0 d1 h1 w1`, inclusive maximum.
-        landmarks: int (d, h, w) rows of each custom kind, by its name in the model's configuration.
+        landmarks: int (d, h, w) rows of each kind, by its name in the model's configuration: `line`, or a custom one.
         mask_DHW: float32 probabilities of a mask found before, on a grid of any shape that spans the array to segment.
 
     Raises:
@@ -86,8 +89,22 @@ def sample_points(
     return np.concatenate(chosen), labels_N.astype(np.int64)
 
 
-def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Place landmarks of a custom kind in a mask that is not empty.
+def landmark_function(name: str) -> Callable[..., Any]:
+    """Import the function that marks a shipped or custom kind of landmarks. Raises ConfigError if it is not found."""
+    _, function = SHIPPED_LANDMARKS.get(name, (0, name))
+    return custom_function(function, "model.landmarks")
+
+
+def sample_landmarks(
+    name: str, mask_DHW: np.ndarray, rng: np.random.Generator, spacing: Sequence[float] | None = None
+) -> np.ndarray:
+    """Place landmarks of a shipped or custom kind in a mask that is not empty.
+
+    Args:
+        name: as in the model's configuration.
+        mask_DHW: bool.
+        rng: draws what is drawn.
+        spacing: mm along d, h, w, for shipped kinds, which measure in mm; None if unknown, as in training.
 
     Returns:
         int64 (M,3), one (d, h, w) row per landmark.
@@ -95,13 +112,19 @@ def sample_landmarks(name: str, mask_DHW: np.ndarray, rng: np.random.Generator) 
     Raises:
         ConfigError: there is no function of this name, or it returns an array of another shape.
     """
-    landmarks_M3 = np.asarray(custom_function(name, "model.landmarks")(mask_DHW, rng))
+    given = (mask_DHW, rng, spacing) if name in SHIPPED_LANDMARKS else (mask_DHW, rng)
+    landmarks_M3 = np.asarray(landmark_function(name)(*given))
     if landmarks_M3.ndim != 2 or landmarks_M3.shape[1] != 3:
         raise ConfigError(
             f"model.landmarks: {name} returned an array of shape {list(landmarks_M3.shape)}, not rows of d h w",
             "model.landmarks",
         )
     return landmarks_M3.astype(np.int64)
+
+
+def ordered_line(line_23: np.ndarray) -> np.ndarray:
+    """The ends (d, h, w) of a line in ascending order: a model has one embedding for the first, one for the second."""
+    return line_23[np.lexsort(line_23.T[::-1])]
 
 
 def gathered_landmarks(landmarks: dict[str, np.ndarray], counts: dict[str, int]) -> np.ndarray:

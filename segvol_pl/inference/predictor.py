@@ -257,7 +257,10 @@ class Predictor:
         return bank.names
 
     def check(self, prompt: Prompt) -> None:
-        """Raise UnknownCategory, with the nearest names, if the model does not know the prompt's text."""
+        """Raise UnknownCategory, with the nearest names, if the model does not know the prompt's text.
+
+        Raises ConfigError for landmarks that it does not have.
+        """
         self.model.prompts([[prompt]])
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -501,12 +504,16 @@ def predict(config: PredictConfig) -> Mask | LabelMap:
     """Segment `config.image`, write the mask or label map to `config.out`, and log its size.
 
     Raises:
-        PromptError, UnknownCategory, TextError, CheckpointError, VolumeError, SampleError: each in one line.
+        PromptError, UnknownCategory, TextError, CheckpointError, VolumeError, SampleError, ConfigError (landmarks that
+            the model does not have): each in one line.
     """
     check_prompt(config)
     _check_out(config)
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     names = _category_names(predictor, config)
+    rows = config.landmark_rows
+    if rows:
+        predictor.check(Prompt(landmarks={name: np.zeros((len(each), 3), np.int64) for name, each in rows.items()}))
     start = time.perf_counter()
     session = predictor.open(config.image, _log_progress())
     log.info("%s: read and encoded in %.1f s", config.image, time.perf_counter() - start)
@@ -562,6 +569,8 @@ def admit(predictor: Predictor, names: Sequence[str], clip_model: str | None) ->
 
     Raises UnknownCategory, TextError.
     """
+    if not names:
+        return
     bank: TextBank = predictor.model.bank  # type: ignore[attr-defined]
     unknown = [name for name in dict.fromkeys(names) if name not in bank.names]
     if unknown and clip_model is not None:

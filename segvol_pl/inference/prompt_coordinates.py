@@ -1,4 +1,4 @@
-"""From a user's box and points, in voxels or millimetres, to the voxels of the crop that the model sees.
+"""From a user's box, points and landmarks, in voxels or millimetres, to the voxels of the crop that the model sees.
 
 1. `check_prompt` refuses what is wrong for every CT: an inverted box, an unknown label of a point, fractions of voxels.
 2. `prompt_of` converts box and points to voxels of the CT, through its affine if they are in millimetres.
@@ -15,22 +15,24 @@ from itertools import product
 
 import numpy as np
 
-from segvol_pl.config import Coordinates, PredictConfig
+from segvol_pl.config import LINE, Coordinates, PredictConfig
 from segvol_pl.errors import PromptError
 from segvol_pl.imaging.box import Box
 from segvol_pl.imaging.geometry import Volume, voxels_of, world_of
-from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
+from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt, ordered_line
 from segvol_pl.inference.window_prompts import clip_box, clip_landmarks
 
 
 def check_prompt(config: PredictConfig) -> None:
-    """Check box and points before the CT is read. Raises PromptError."""
+    """Check box, points and landmarks before the CT is read. Raises PromptError."""
+    marked = [number for rows in config.landmark_rows.values() for row in rows for number in row]
     numbers = [*(config.box or []), *(number for row in config.points or [] for number in row)]
-    if config.coordinates is Coordinates.voxel and any(number != int(number) for number in numbers):
-        given = next(number for number in numbers if number != int(number))
-        raise PromptError(
-            f"box, points: {given} is not a whole number; for millimetres set coordinates=ras or coordinates=lps"
-        )
+    for keys, held in (("box, points", numbers), ("line, landmarks", marked)):
+        fractions = [number for number in held if number != int(number)]
+        if config.coordinates is Coordinates.voxel and fractions:
+            raise PromptError(
+                f"{keys}: {fractions[0]} is not a whole number; for millimetres set coordinates=ras or coordinates=lps"
+            )
     if config.box and any(low > high for low, high in zip(config.box[:3], config.box[3:], strict=True)):
         raise PromptError(f"box {config.box} is inverted: its minimum exceeds its maximum")
     if any(row[3] not in (INSIDE, OUTSIDE) for row in config.points or []):
@@ -41,19 +43,25 @@ def prompt_of(config: PredictConfig, text: str | None, volume: Volume) -> Prompt
     """The configuration's prompt, in the CT's voxels.
 
     Args:
-        config: box and points in its `coordinates`.
+        config: box, points and landmarks in its `coordinates`.
         text: the category, if one is prompted.
         volume: the CT.
 
     Raises:
-        PromptError: box or points are wrong, or lie outside the CT.
+        PromptError: box, points or landmarks are wrong, or lie outside the CT.
     """
     check_prompt(config)
     rows_N4 = None if config.points is None else np.array(config.points, float).reshape(-1, 4)
     points_N3 = None if rows_N4 is None else _point_voxels(rows_N4[:, :3], config.coordinates, volume)
     labels_N = None if rows_N4 is None else rows_N4[:, 3].astype(np.int64)
     box = None if config.box is None else _box_voxels(config.box, config.coordinates, volume)
-    return Prompt(text=text, points_N3=points_N3, labels_N=labels_N, box=box)
+    landmarks = {
+        name: _point_voxels(np.array(rows, float), config.coordinates, volume)
+        for name, rows in config.landmark_rows.items()
+    }
+    if LINE in landmarks:
+        landmarks[LINE] = ordered_line(landmarks[LINE])
+    return Prompt(text=text, points_N3=points_N3, labels_N=labels_N, box=box, landmarks=landmarks)
 
 
 def _point_voxels(given_N3: np.ndarray, coordinates: Coordinates, volume: Volume) -> np.ndarray:

@@ -4,7 +4,8 @@
    for the browser: nothing is loaded from the network, and no other file is served. The page's address holds a secret,
    because other users of a shared node reach its ports. They also see a browser's arguments, so the browser gets the
    address from a file.
-2. `UserPrompt` collects clicks, a box and a category; `SlicePlane` converts positions on the screen to voxels.
+2. `UserPrompt` collects clicks, a box, landmarks and a category; `SlicePlane` converts positions on the screen to
+   voxels.
 3. `Page` is one browser tab with three planes. It sends prompts to `Session.segment` on a separate thread.
 
 Letters: D H W voxels of the CT in canonical axes; Y X rows and columns of a slice as it is shown.
@@ -28,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from segvol_pl.config import ViewConfig
+from segvol_pl.config import LINE, ViewConfig
 from segvol_pl.errors import UnknownCategory, ViewError
 from segvol_pl.imaging.box import Box
-from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
+from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt, ordered_line
 from segvol_pl.inference.predictor import Mask, Predictor, Session
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ SECRET_BYTES = 16
 """Length of the secret in the page's address."""
 RED = 0x780000FF
 """The mask's colour: alpha, blue, green, red."""
+LANDMARK_COLOUR = "#f2e205"
 POINT_COLOURS = {INSIDE: "#2bd966", OUTSIDE: "#ff9f1c"}
 
 OTHER_HOSTS = r"(?!(localhost|127(\.\d+){3}|\[?::1\]?)$).*"
@@ -110,10 +112,35 @@ class UserPrompt:
     points: list[tuple[tuple[int, int, int], int]] = field(default_factory=list)
     spans: dict[int, tuple[int, int]] = field(default_factory=dict)
     """Axis -> first and last voxel of the box."""
+    landmarks: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    """Kind -> the voxels marked so far."""
+    kinds: dict[str, int] = field(default_factory=dict)
+    """Kind of landmark that the model knows -> how many voxels it has."""
+
+    def _inside(self, voxel: tuple[int, int, int]) -> bool:
+        return all(0 <= place < size for place, size in zip(voxel, self.shape, strict=True))
+
+    def mark(self, kind: str, voxel: tuple[int, int, int]) -> bool:
+        """Add a landmark, if it lies in the CT; return whether it does. After the last of its kind begins the first."""
+        if not self._inside(voxel):
+            return False
+        placed = self.landmarks.get(kind, [])
+        self.landmarks[kind] = [*(placed if len(placed) < self.kinds[kind] else []), voxel]
+        return True
+
+    @property
+    def complete(self) -> dict[str, np.ndarray]:
+        """Kind -> landmarks (N,3), of the kinds whose voxels are all marked."""
+        found = {
+            kind: np.array(voxels, np.int64)
+            for kind, voxels in self.landmarks.items()
+            if len(voxels) == self.kinds[kind]
+        }
+        return {kind: ordered_line(voxels_N3) if kind == LINE else voxels_N3 for kind, voxels_N3 in found.items()}
 
     def click(self, voxel: tuple[int, int, int], label: int) -> bool:
         """Add a point, if it lies in the CT; return whether it does."""
-        inside = all(0 <= place < size for place, size in zip(voxel, self.shape, strict=True))
+        inside = self._inside(voxel)
         if inside:
             self.points.append((voxel, label))
         return inside
@@ -146,14 +173,16 @@ class UserPrompt:
 
     @property
     def empty(self) -> bool:
-        """Whether there is no text, point or box yet."""
-        return not (self.text or self.points or self.box)
+        """Whether there is no text, point, box or complete landmarks yet."""
+        return not (self.text or self.points or self.box or self.complete)
 
     def prompt(self) -> Prompt:
         """The prompt for the model. Raises ValueError if it is empty."""
         points_N3 = np.array([voxel for voxel, _ in self.points], np.int64) if self.points else None
         labels_N = np.array([label for _, label in self.points], np.int64) if self.points else None
-        return Prompt(text=self.text or None, points_N3=points_N3, labels_N=labels_N, box=self.box)
+        return Prompt(
+            text=self.text or None, points_N3=points_N3, labels_N=labels_N, box=self.box, landmarks=self.complete
+        )
 
 
 def view(config: ViewConfig) -> None:
@@ -257,6 +286,7 @@ class Panel:
     mask: ColumnDataSource
     points: ColumnDataSource
     box: ColumnDataSource
+    line: ColumnDataSource
     scroll: Any
 
 
@@ -267,6 +297,8 @@ class Page:
         self.session, self.worker, self.document = session, worker, document
         self.volume = session.volume
         self.mask: Mask | None = None
+        config = session.predictor.model.config
+        self.kinds: dict[str, int] = getattr(config, "landmark_counts", {})
         self.user_prompt = self._empty_prompt()
         self._controls()
         self.panels = [self._panel(plane) for plane in PLANES]
@@ -293,7 +325,7 @@ class Page:
         self.category = AutocompleteInput(
             name="category", title="Category", completions=names, restrict=False, case_sensitive=False, min_characters=1
         )
-        self.label = RadioButtonGroup(name="label", labels=["inside", "outside"], active=0)
+        self.label = RadioButtonGroup(name="label", labels=["inside", "outside", *self.kinds], active=0)
         self.refine = CheckboxGroup(name="refine", labels=["refine the mask shown"], active=[])
         self.window = Select(name="window", title="Window", options=list(WINDOWS), value=next(iter(WINDOWS)))
         self.clear = Button(name="clear", label="Clear")
@@ -314,7 +346,7 @@ class Page:
             self._draw(panel)
 
     def _empty_prompt(self) -> UserPrompt:
-        return UserPrompt(self.volume.array_DHW.shape, self.volume.spacing)
+        return UserPrompt(self.volume.array_DHW.shape, self.volume.spacing, kinds=self.kinds)
 
     def _panel(self, plane: SlicePlane) -> Panel:
         """In radiological convention: seen from the front or from the feet, the body's right is on the left."""
@@ -344,9 +376,11 @@ class Page:
         plot.scatter("x", "y", source=points, size=10, fill_color="colour", line_color="white")
         box = ColumnDataSource({"left": [], "right": [], "bottom": [], "top": []}, name=f"{plane.name} box")
         plot.quad("left", "right", "bottom", "top", source=box, fill_alpha=0, line_color="#29b6f6", line_width=2)
+        line = ColumnDataSource({"x": [], "y": []}, name=f"{plane.name} line")
+        plot.line("x", "y", source=line, line_color=LANDMARK_COLOUR, line_width=2)
         last = shape[plane.across] - 1
         scroll = Slider(name=f"{plane.name} slice", title=plane.name, start=0, end=last, value=last // 2, step=1)
-        return Panel(plane, plot, hu, mask, points, box, scroll)
+        return Panel(plane, plot, hu, mask, points, box, line, scroll)
 
     def _connect(self) -> None:
         from bokeh.events import MouseWheel, SelectionGeometry, Tap
@@ -364,12 +398,21 @@ class Page:
     # ---- events ----
 
     def _tapped(self, panel: Panel, event: Tap) -> None:
-        label = INSIDE if self.label.active == 0 else OUTSIDE
-        voxel = self._voxel(panel, event.x, event.y)
-        if self.user_prompt.click(voxel, label):
-            for other in self.panels:
-                other.scroll.value = voxel[other.plane.across]
+        voxel, kinds = self._voxel(panel, event.x, event.y), list(self.kinds)
+        kind = kinds[self.label.active - 2] if self.label.active > 1 else None
+        if kind is None:
+            placed = self.user_prompt.click(voxel, INSIDE if self.label.active == 0 else OUTSIDE)
+        else:
+            placed = self.user_prompt.mark(kind, voxel)
+        if not placed:
+            return
+        for other in self.panels:
+            other.scroll.value = voxel[other.plane.across]
+        if kind is None or kind in self.user_prompt.complete:
             self._segment()
+            return
+        self.status.text = f"{kind}: {len(self.user_prompt.landmarks[kind])} of {self.kinds[kind]} marked."
+        self._draw_all()
 
     def _selected(self, panel: Panel, event: SelectionGeometry) -> None:
         if event.final:
@@ -445,12 +488,13 @@ class Page:
 
     def _draw_prompt(self, panel: Panel, place: int) -> None:
         plane, spacing = panel.plane, self.volume.spacing
-        here = [(voxel, label) for voxel, label in self.user_prompt.points if voxel[plane.across] == place]
-        panel.points.data = {
-            "x": [(voxel[plane.along] + 0.5) * spacing[plane.along] for voxel, _ in here],
-            "y": [(voxel[plane.down] + 0.5) * spacing[plane.down] for voxel, _ in here],
-            "colour": [POINT_COLOURS[label] for _, label in here],
-        }
+        marks = [(voxel, POINT_COLOURS[label]) for voxel, label in self.user_prompt.points]
+        marks += [(voxel, LANDMARK_COLOUR) for voxels in self.user_prompt.landmarks.values() for voxel in voxels]
+        here = [(voxel, colour) for voxel, colour in marks if voxel[plane.across] == place]
+        ends = self.user_prompt.landmarks.get(LINE, [])
+        shown = ends if all(voxel[plane.across] == place for voxel in ends) else []
+        panel.points.data = {**_centres([voxel for voxel, _ in here], plane, spacing), "colour": [c for _, c in here]}
+        panel.line.data = _centres(shown, plane, spacing)
         box = self.user_prompt.box
         cut = box is not None and box[plane.across] <= place <= box[plane.across + 3]
         spans = self.user_prompt.spans if cut else {}
@@ -458,3 +502,13 @@ class Page:
         panel.box.data = {
             edge: [(spans[axis][end] + end) * spacing[axis]] if spans else [] for edge, (axis, end) in edges.items()
         }
+
+
+def _centres(
+    voxels: Sequence[tuple[int, int, int]], plane: SlicePlane, spacing: Sequence[float]
+) -> dict[str, list[float]]:
+    """Where the centres of voxels lie on the slice: mm from its corner."""
+    return {
+        "x": [(voxel[plane.along] + 0.5) * spacing[plane.along] for voxel in voxels],
+        "y": [(voxel[plane.down] + 0.5) * spacing[plane.down] for voxel in voxels],
+    }

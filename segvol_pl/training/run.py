@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from segvol_pl.config import CheckpointFormat, Convention, PretrainConfig, Strategy, TextSource, TrainConfig
-from segvol_pl.config.loader import custom_function, plain, to_yaml
+from segvol_pl.config.loader import plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.collate import Arrays
 from segvol_pl.data.corpus import Folder, category_names, open_folders
@@ -32,6 +32,7 @@ from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
 from segvol_pl.errors import ConfigError
 from segvol_pl.folder_lock import FolderLock
+from segvol_pl.imaging.prompts import landmark_function
 from segvol_pl.journal import Journal
 from segvol_pl.launched import rank_named
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
@@ -102,7 +103,7 @@ def prepared(config: Config, device: str = "cpu") -> tuple[Task, VolumeModule]:
 
 def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModule]:
     for name in config.model.landmark_counts:
-        custom_function(name, "model.landmarks")
+        landmark_function(name)
     folders = open_folders(config.data)
     categories = category_names(folders)
     sample = functools.partial(
