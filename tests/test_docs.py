@@ -132,8 +132,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 # ---- commands and keys ----
 
 WORKING = (
-    *("data.index_builder", "data.shard_index", "data.verify", "demo", "evaluation.run", "experiments.compare"),
+    *("data.index_builder", "data.shard_index", "data.verify", "demo", "evaluation.run"),
     *(
+        "evaluation.challenge_predict",
+        "experiments.compare",
         "experiments.fit",
         "goodput",
         "requeue",

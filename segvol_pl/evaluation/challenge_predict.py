@@ -52,10 +52,11 @@ def challenge_predict(config: ChallengePredictConfig) -> list[Path]:
             continue
         write_answer(labels_DHW, out / path.name)
         written.append(out / path.name)
-        count = np.unique(labels_DHW[labels_DHW > 0]).size
+        # Slice by slice: of the complete volume bincount would make an int64 copy.
+        counts = np.sum([np.bincount(labels_HW.reshape(-1), minlength=MOST + 1) for labels_HW in labels_DHW], axis=0)
         log.info(
             "%s: found %d of %d classes in %.1f s",
-            *(out / path.name, count, len(case.classes), time.perf_counter() - started),
+            *(out / path.name, np.count_nonzero(counts[1:]), len(case.classes), time.perf_counter() - started),
         )
     if failed:
         raise ChallengeError(

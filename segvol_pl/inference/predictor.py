@@ -466,7 +466,7 @@ class Session:
 
 
 def _measured(volume: Volume) -> tuple[Intensity, Box]:
-    """Intensity and body crop of a CT, with a warning if it is none."""
+    """Intensity and body crop of a CT, with a warning if it is no CT."""
     intensity = intensity_of(volume.array_DHW)
     _warn_unless_ct(intensity, volume.path)
     return intensity, body_box(volume.array_DHW, intensity)

@@ -199,7 +199,6 @@ def test_misuse_is_one_line(arguments: list[str], said: str, capsys: pytest.Capt
 def test_the_containers_script_calls_the_command(checkpoint: Path, tmp_path: Path) -> None:
     """Its own line, with /workspace elsewhere: no container is built here."""
     write_case(tmp_path / "inputs", "CT_1", boxes=[box_of_middle(LIVER)], gts=labels(liver1=LIVER))
-    (tmp_path / "model.safetensors").symlink_to(checkpoint)
     script = (ROOT / "container/predict.sh").read_text().replace("/workspace", str(tmp_path))
     (tmp_path / "predict.sh").write_text(script.replace("model.safetensors", "model.ckpt"))
     (tmp_path / "model.ckpt").symlink_to(checkpoint)
