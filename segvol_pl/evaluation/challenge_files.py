@@ -170,7 +170,7 @@ def write_answer(labels_DHW: np.ndarray, path: Path) -> None:
     if labels_DHW.size and not (labels_DHW.min() >= 0 and labels_DHW.max() <= MOST):
         raise ValueError(f"{path}: {ANSWER}: holds values beyond 0 to {MOST}")
     with atomic_path(path) as part, part.open("wb") as stream:
-        np.savez_compressed(stream, **{ANSWER: labels_DHW.astype(np.uint8)})
+        np.savez_compressed(stream, segs=labels_DHW.astype(np.uint8))
 
 
 # ---- the arrays ----

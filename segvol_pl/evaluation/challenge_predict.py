@@ -32,10 +32,12 @@ def challenge_predict(config: ChallengePredictConfig) -> list[Path]:
         The files written, in the order of their names.
 
     Raises:
-        ChallengeError: the folder holds no case; or some cases could not be used, after all others were segmented.
+        ChallengeError: the folder holds no case, or is that of the answers; or some cases could not be used, after all others were segmented.
         CheckpointError, TextError: the model or CLIP cannot be loaded.
     """
     paths, out = case_files(Path(config.cases)), Path(config.out)
+    if out.resolve() == Path(config.cases).resolve():
+        raise ChallengeError(f"{out} holds the cases, which the answers would replace: give another folder for OUT")
     out.mkdir(parents=True, exist_ok=True)
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     if config.clip_model is not None:

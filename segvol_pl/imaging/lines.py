@@ -86,17 +86,19 @@ def longest_line(mask_DHW: np.ndarray, steps_2: np.ndarray) -> np.ndarray:
 def _row_ends(mask_DHW: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """First and last voxel of each row, int64 (D,H), and which rows have one, bool (D,H)."""
     last = mask_DHW.shape[2] - 1
-    return mask_DHW.argmax(axis=2), last - mask_DHW[:, :, ::-1].argmax(axis=2), mask_DHW.any(axis=2)
+    has_DH: np.ndarray = np.any(mask_DHW, axis=2)
+    return mask_DHW.argmax(axis=2), last - mask_DHW[:, :, ::-1].argmax(axis=2), has_DH
 
 
 def _greatest_extents(first_DH: np.ndarray, last_DH: np.ndarray, has_DH: np.ndarray, steps_2: np.ndarray) -> np.ndarray:
     """The greatest extent (D,) of each slice along any of DIRECTIONS directions; -1 for an empty slice."""
-    rows_H, greatest_D = np.arange(has_DH.shape[1]) * steps_2[0], np.full(len(has_DH), -1.0)
+    rows_H = np.arange(has_DH.shape[1]) * steps_2[0]
+    greatest_D: np.ndarray = np.full(len(has_DH), -1.0)
     for angle in np.arange(DIRECTIONS) * (math.pi / DIRECTIONS):
         along_H, across = rows_H * math.cos(angle), steps_2[1] * math.sin(angle)  # across >= 0: the last voxel leads
         high_D = np.where(has_DH, along_H + last_DH * across, -np.inf).max(axis=1)
         low_D = np.where(has_DH, along_H + first_DH * across, np.inf).min(axis=1)
-        greatest_D = np.maximum(greatest_D, high_D - low_D)
+        np.maximum(greatest_D, high_D - low_D, out=greatest_D)
     return greatest_D
 
 
@@ -112,6 +114,7 @@ def _farthest(points_N2: np.ndarray, steps_2: np.ndarray) -> tuple[float, np.nda
 def _corners(points_N2: np.ndarray) -> np.ndarray:
     """The corners of the convex hull; of points on one line its two ends."""
     try:
-        return points_N2[ConvexHull(points_N2).vertices]
+        corners_N: np.ndarray = ConvexHull(points_N2).vertices
     except (QhullError, ValueError):  # too few, or all on one line, where the first and the last are farthest apart
-        return points_N2[np.lexsort(points_N2.T)[[0, -1]]]
+        corners_N = np.lexsort(points_N2.T)[[0, -1]]
+    return points_N2[corners_N]

@@ -404,12 +404,14 @@ class Session:
         self, prompts: Mapping[int, Prompt], previous_DHW: np.ndarray | None
     ) -> Iterator[tuple[int, ZoomResult]]:
         """In the prompts' order. Those without a mask to refine are zoomed together."""
-        inside_DHW = None if previous_DHW is None else self._in_body(previous_DHW)
-        refined = {value for value in prompts if inside_DHW is not None and (inside_DHW == value).any()}
+        inside_DHW = np.zeros(0) if previous_DHW is None else self._in_body(previous_DHW)
+        refined = {value for value in prompts if np.any(inside_DHW == value)}
         zoomed = self._results([prompt for value, prompt in prompts.items() if value not in refined])
         for value, prompt in prompts.items():
-            known = inside_DHW is not None and value in refined
-            yield value, self._refined_from(prompt, inside_DHW == value) if known else next(zoomed)[1]
+            if value in refined:
+                yield value, self._refined_from(prompt, np.asarray(inside_DHW == value))
+            else:
+                yield value, next(zoomed)[1]
 
     def _results(self, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, ZoomResult]]:
         for prompt in prompts:

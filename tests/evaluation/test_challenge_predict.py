@@ -166,6 +166,12 @@ def test_a_folder_is_segmented_and_what_cannot_be_is_listed(
     assert main(given) == 0 and read_labels(out / "a.npz").shape == SHAPE
 
 
+def test_cases_are_not_replaced_by_their_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = write_case(tmp_path / "cases").parent
+    assert main(["challenge", "predict", str(cases), f"{cases}/../cases", "checkpoint=gone.ckpt"]) == 1
+    assert "holds the cases, which the answers would replace" in capsys.readouterr().err
+
+
 def test_texts_that_the_bank_lacks_come_from_its_clip(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "clip").mkdir()
     clip, cases, out = write_clip(tmp_path / "clip"), tmp_path / "cases", tmp_path / "out"
