@@ -32,7 +32,8 @@ def challenge_predict(config: ChallengePredictConfig) -> list[Path]:
         The files written, in the order of their names.
 
     Raises:
-        ChallengeError: the folder holds no case, or is that of the answers; or some cases could not be used, after all others were segmented.
+        ChallengeError: the folder holds no case, or is that of the answers; or some cases could not be used, after all
+            others were segmented.
         CheckpointError, TextError: the model or CLIP cannot be loaded.
     """
     paths, out = case_files(Path(config.cases)), Path(config.out)

@@ -117,4 +117,5 @@ def _corners(points_N2: np.ndarray) -> np.ndarray:
         corners_N: np.ndarray = ConvexHull(points_N2).vertices
     except (QhullError, ValueError):  # too few, or all on one line, where the first and the last are farthest apart
         corners_N = np.lexsort(points_N2.T)[[0, -1]]
-    return points_N2[corners_N]
+    corners_N2: np.ndarray = points_N2[corners_N]
+    return corners_N2
