@@ -81,7 +81,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A CT and an untrained model."""
     folder = tmp_path_factory.mktemp("viewer")
     nib.save(nib.Nifti1Image(HU, np.diag([2.0, 1.0, 3.0, 1.0])), folder / "ct.nii.gz")
-    return folder / "ct.nii.gz", save_untrained(folder / "tiny.ckpt", ["liver", "liver tumour"])
+    return folder / "ct.nii.gz", save_untrained(folder / "tiny.ckpt", ["liver", "liver tumour"], landmarks=["line"])
 
 
 def test_only_the_loopback_is_listened_at_by_default(
@@ -317,6 +317,13 @@ def test_a_box_is_drawn_a_category_typed_and_a_slice_scrolled_to(browser: Browse
     left, top = browser.place("axial", 26, 16)
     ActionChains(browser.driver).scroll_from_origin(ScrollOrigin.from_viewport(left, top), 0, -120).perform()
     browser.until(lambda: browser.model("axial slice", "value") == 10)
+
+    browser.driver.execute_script("Bokeh.documents[0].get_model_by_name('label').active = 2")
+    browser.press(browser.place("axial", 22, 13))
+    browser.until(lambda: browser.model("status", "text") == "line: 1 of 2 marked.")
+    browser.press(browser.place("axial", 32, 23))
+    browser.until(lambda: "voxels" in browser.model("status", "text"))
+    assert browser.model("axial line", "data") == {"x": [23, 33], "y": [13.5, 23.5]}
     severe = [entry["message"] for entry in browser.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert [message for message in severe if "favicon" not in message] == []
     traffic = str([entry["message"] for entry in browser.driver.get_log("performance")])
