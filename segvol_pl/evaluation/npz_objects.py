@@ -163,6 +163,8 @@ def _numbers(stream: IO[bytes], size: int, shape: tuple[int, ...], fortran: bool
 
 
 def _filled(content: bytes, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool) -> np.ndarray:
+    if dtype.kind == "U":  # numpy fails with SystemError where a code is no character
+        content.decode("utf-32-le" if dtype.newbyteorder("<") == dtype else "utf-32-be")
     values_N: np.ndarray = np.frombuffer(content, dtype) if content else np.empty(0, dtype)
     return values_N.reshape(shape, order="F" if fortran else "C")
 
@@ -332,7 +334,7 @@ def _reduced(name: Any, arguments: Any) -> Any:
         if name == SCALAR and len(arguments) == 2 and isinstance(arguments[0], _Dtype):
             dtype, content = arguments[0].plain, arguments[1]
             if isinstance(content, bytes) and len(content) == dtype.itemsize:
-                return np.frombuffer(content, dtype)[0].item()
+                return _filled(content, dtype, (), False).item()
     raise ValueError("its pickle calls a function in a way that numpy's arrays do not: it is refused")
 
 
