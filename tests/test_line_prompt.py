@@ -45,6 +45,13 @@ def test_a_line_is_trained_and_evaluated(phantom_shards: Path, tmp_path: Path) -
     assert summary is not None and {row.prompt for row in summary.rows} == set(combinations)
 
 
+def test_an_evaluation_of_a_model_without_the_line_names_it(phantom_shards: Path, tmp_path: Path) -> None:
+    bare = save_untrained(tmp_path / "bare.ckpt", ["liver"])
+    wanted = {"prompts": [LINE], "categories": ["liver"], "limit": 1, "pictures": 0}
+    with pytest.raises(ConfigError, match=r"the model has no landmarks line; its model\.landmarks: none"):
+        evaluate(evaluate_config(phantom_shards, tmp_path / "out", str(bare), "all", device="cpu", **wanted))
+
+
 def test_shipped_and_custom_kinds_count_together() -> None:
     assert SegVolConfig(landmarks=[LINE, f"6*{EXTREMES}"]).landmark_counts == {LINE: 2, EXTREMES: 6}
 
