@@ -291,7 +291,7 @@ def plot_curve(figures: ProtocolFigures) -> Figure:
     axes.set(xlim=(-0.2, CALLS - 0.8), ylim=(-0.03, 1.03), xlabel="clicks after the box", xticks=range(CALLS))
     axes.grid(axis="y", linewidth=0.4, color="#dddddd")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    axes.legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 

@@ -20,8 +20,8 @@ from segvol_pl.evaluation.figures import COARSE, FINAL, GIVEN, TRUTH, Picture, p
 from segvol_pl.evaluation.protocol import ProtocolFigures, plot_curve
 from segvol_pl.evaluation.summary import MatchSummary, Row, Summary, interval_text, number
 
-LONG = 8
-"""Above this many settings, their names below a plot are rotated."""
+INCHES_A_CHARACTER = 0.046
+"""Width of the settings' names below a plot; they are rotated where there is no room."""
 
 
 def write_report(
@@ -99,12 +99,15 @@ def _cautions(summary: Summary) -> list[str]:
 def _box_plot(summary: Summary, category: str) -> Figure:
     rows = [row for row in summary.rows if row.category == category and not row.empty]
     settings = list(dict.fromkeys(row.setting for row in rows))
-    figure = Figure(figsize=(max(3.3, 0.55 * len(settings)), 2.8), layout="constrained")
+    width = max(3.3, 0.55 * len(settings))
+    figure = Figure(figsize=(width, 2.8), layout="constrained")
     axes = figure.add_subplot()
     for place, setting in enumerate(settings):
         _boxes(axes, place, [row for row in rows if row.setting == setting])
     names = [str(setting).replace("+", "\n+").replace(" ", "\n") for setting in settings]
-    axes.set_xticks(range(len(settings)), names, fontsize=6, rotation=90 if len(settings) > LONG else 0)
+    longest = max(len(line) for name in names for line in name.splitlines())
+    crowded = len(settings) * longest * INCHES_A_CHARACTER > width
+    axes.set_xticks(range(len(settings)), names, fontsize=6, rotation=90 if crowded else 0)
     axes.set(ylim=(-0.03, 1.03), xlim=(-0.6, len(settings) - 0.4))
     axes.set_title(category, fontsize=9)
     axes.tick_params(axis="y", labelsize=8)

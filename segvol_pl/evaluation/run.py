@@ -183,7 +183,7 @@ class _Evaluation:
         except (ShardError, SampleError, VolumeError) as error:
             log.warning("case %s cannot be evaluated: %s", key, error)
             return CaseResult(key, fingerprint, time.perf_counter() - start, problem=" ".join(str(error).split()))
-        held = set(case.facts.categories)
+        held, by_text = set(case.facts.categories), any(setting.has_text for setting in self.settings)
         return CaseResult(
             key,
             fingerprint,
@@ -191,7 +191,7 @@ class _Evaluation:
             rows,
             matches,
             absent=[category for category in self.config.categories if category not in held],
-            unknown=sorted(held - set(self.model.bank.names)),
+            unknown=sorted(held - set(self.model.bank.names)) if by_text else [],
         )
 
     def _rows(self, runner: CaseRunner) -> Iterator[Row]:
