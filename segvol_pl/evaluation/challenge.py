@@ -215,10 +215,11 @@ def instance_scores(truth_DHW: np.ndarray, mask_DHW: np.ndarray) -> dict[str, fl
     """
     if truth_DHW.shape != mask_DHW.shape:
         raise ValueError(f"truth and mask have the shapes {list(truth_DHW.shape)} and {list(mask_DHW.shape)}")
-    mask_DHW = np.asarray(mask_DHW)
+    truth_DHW, mask_DHW = np.asarray(truth_DHW), np.asarray(mask_DHW)
     if not mask_DHW.any():
         return {"tp": 0, "fp": 0, "fn": 0, "f1": 0.0, "dsc_tp": 0.0}
-    shared_TM, truth_T, mask_M = _overlaps(np.asarray(truth_DHW), _instances(mask_DHW))
+    within = box_slices(box_of((truth_DHW != 0) | (mask_DHW != 0)))
+    shared_TM, truth_T, mask_M = _overlaps(truth_DHW[within], _instances(mask_DHW[within], bool(mask_DHW.all())))
     iou_TM = shared_TM / (truth_T[:, None] + mask_M - shared_TM)
     matches_TM = iou_TM >= LEAST_IOU
     # The number of matches counts first: all of the overlap together weighs less than one of them.
@@ -245,13 +246,17 @@ def instance_counts(truth_DHW: np.ndarray, mask_DHW: np.ndarray) -> dict[str, fl
     return {"f1": found["f1"], "dsc_tp": found["dsc_tp"], "missed": parts - found["tp"], "extra": found["fp"]}
 
 
-def _instances(mask_DHW: np.ndarray) -> np.ndarray:
-    """The answer with a value for each instance: its own, or its parts if it has background and one value."""
+def _instances(mask_DHW: np.ndarray, filled: bool) -> np.ndarray:
+    """A crop of the answer with a value for each instance: its own, or its parts if all of it has two values.
+
+    `filled`: the answer has no background. Of two values 0 is then none, as in the challenge, and both have parts.
+    """
     values = np.unique(mask_DHW)
-    if len(values) != 2:
+    values = values[values != 0]
+    if len(values) + (not filled) != 2:
         return mask_DHW
     parts_DHW = np.zeros(mask_DHW.shape, np.int64)
-    for value in values[values != 0]:
+    for value in values:
         labels_DHW, _ = ndimage.label(mask_DHW == value, FACE_NEIGHBOURS)
         parts_DHW += np.where(labels_DHW > 0, labels_DHW + parts_DHW.max(), 0)
     return parts_DHW

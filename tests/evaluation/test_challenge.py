@@ -237,6 +237,12 @@ def test_an_answer_of_one_value_is_split_by_faces() -> None:
     assert instance_scores(truth, np.full(truth.shape, 4)) == {"tp": 0, "fp": 1, "fn": 2, "f1": 0.0, "dsc_tp": 0.0}
 
 
+def test_an_answer_of_two_values_is_split_only_if_there_is_no_third() -> None:
+    """Background counts as a value: the challenge counts the distinct values of the answer."""
+    assert instance_scores(lesions(1, 2, 3), lesions(4, 5, 4))["tp"] == 3
+    assert instance_scores(lesions(1, 2, 3, 3, 0), lesions(4, 5, 4, 4, 0))["fn"] == 1
+
+
 def test_instances_of_nothing() -> None:
     some, none = lesions(1, 0, 2), lesions(0, 0, 0)
     assert instance_scores(some, none) == {"tp": 0, "fp": 0, "fn": 0, "f1": 0.0, "dsc_tp": 0.0}
