@@ -49,7 +49,7 @@ BOX_SOURCES = ("exact", "jittered", "slice")
 
 @dataclass
 class CasesConfig(Keys):
-    """Cases to evaluate: packed shards, or CT files with their label maps."""
+    """Cases to evaluate: packed shards, CT files with their label maps, or the interactive challenge's files."""
 
     section = "data."
 
@@ -68,8 +68,18 @@ class CasesConfig(Keys):
     categories: str | None = None
     """YAML file that maps category names to label values. Required with label maps."""
 
+    npz: str | None = None
+    """Folder of the interactive challenge's CASE.npz instead of shards: imgs, gts, spacing, boxes, text_prompts."""
+    truths: str | None = None
+    """Folder of files of the same names that hold gts, if those of data.npz do not."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            not (self.npz and (self.shards or self.files)),
+            "data.npz",
+            "excludes data.shards, data.images and data.cases: give one of them",
+        )
         require(
             not (self.shards and self.files),
             "data.shards",
@@ -188,8 +198,10 @@ class EvaluateConfig(Keys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = self.data.shards is not None or self.data.files
-        require(given, "data.shards", "give data.shards=DIR, or data.images=... or data.cases=FILE for CT files")
+        given = self.data.shards is not None or self.data.files or self.data.npz is not None
+        require(
+            given, "data.shards", "give data.shards=DIR, data.images=... or data.cases=FILE for CT files, or data.npz"
+        )
         require(len(self.modes) > 0, "modes", "needs at least one")
         check_combinations("prompts", self.prompts)
         check_custom("metrics", self.metrics)

@@ -39,6 +39,11 @@ class EvalCase:
     """Grid of its mask files: that of the CT file, or of the packed crop; None if the affine is unknown."""
     body: Box
     """The crop within `grid`, in voxels d0 h0 w0 d1 h1 w1, ends included."""
+    boxes: dict[str, Box] | None = None
+    """Category -> box of the first call with protocol=cvpr25; a category without one begins with a click. None: all
+    are drawn from the truth."""
+    instances_DHW: np.ndarray | None = None
+    """The truth's instances, a value each; None: its parts, connected by faces."""
 
     def truth(self, category: str) -> np.ndarray:
         """Return the bool mask of a category; all False if the case does not have it."""
@@ -74,8 +79,12 @@ def find_cases(data: CasesConfig) -> EvalCases:
 
     Raises:
         EvaluateError: There is no labelled case.
-        ShardError, CaseError, PackError: The shards, the files or their list cannot be used.
+        ShardError, CaseError, PackError, ChallengeError: The shards, the files or their list cannot be used.
     """
+    if data.npz is not None:
+        from segvol_pl.evaluation.challenge_cases import NpzCases  # which makes cases of this module
+
+        return NpzCases(data)
     return FileCases(data) if data.files else ShardCases(data)
 
 

@@ -235,13 +235,18 @@ def instance_scores(truth_DHW: np.ndarray, mask_DHW: np.ndarray) -> dict[str, fl
 
 
 def instance_counts(truth_DHW: np.ndarray, mask_DHW: np.ndarray) -> dict[str, float]:
-    """Score the parts of two bool masks, connected by faces, as instances.
+    """Score the parts of a bool mask, connected by faces, as instances.
+
+    Args:
+        truth_DHW: A value for each instance of the truth; bool: its parts are its instances.
+        mask_DHW: bool.
 
     Returns:
         f1 and dsc_tp as `instance_scores`; missed and extra, the numbers of the truth's and of the answer's parts
         without a partner. Unlike there, all of the truth's parts are missed by an empty answer.
     """
-    parts_DHW, parts = ndimage.label(truth_DHW, FACE_NEIGHBOURS)
+    parts_DHW = ndimage.label(truth_DHW, FACE_NEIGHBOURS)[0] if truth_DHW.dtype == bool else truth_DHW
+    parts = np.count_nonzero(np.unique(parts_DHW))
     found = instance_scores(parts_DHW, np.asarray(mask_DHW, np.uint8))
     return {"f1": found["f1"], "dsc_tp": found["dsc_tp"], "missed": parts - found["tp"], "extra": found["fp"]}
 

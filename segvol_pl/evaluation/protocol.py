@@ -191,6 +191,7 @@ def interactions(rows: Sequence[Row], target_dice: float) -> list[Interaction]:
         target_dice: The Dice to count clicks for.
     """
     place = {setting: call for call, setting in enumerate(call_settings(), start=1)}
+    place |= {setting: call for call, setting in enumerate(call_settings(boxed=False), start=2)}
     groups: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
     for row in rows:
         groups[row.case, row.category][place[row.setting]] = row
@@ -198,10 +199,13 @@ def interactions(rows: Sequence[Row], target_dice: float) -> list[Interaction]:
 
 
 def _interaction(rows: Sequence[Row], target_dice: float) -> Interaction:
-    dsc = [float(row.dice or 0.0) for row in rows]
+    # As in the challenge a call that is left out, for want of a box, scores 0.
+    skipped = CALLS - len(rows)
+    dsc = [0.0] * skipped + [float(row.dice or 0.0) for row in rows]
     nsd = [row.surface_dice for row in rows if row.surface_dice is not None]
-    calls: Figures = {}
-    for call, row in enumerate(rows, start=1):
+    nsd = [0.0] * skipped + nsd if len(nsd) == len(rows) else []
+    calls: Figures = dict.fromkeys(("dsc_1", "nsd_1", "seconds_1"), 0.0) if skipped else {}
+    for call, row in enumerate(rows, start=1 + skipped):
         calls |= {f"dsc_{call}": row.dice, f"nsd_{call}": row.surface_dice, f"seconds_{call}": row.seconds}
     return Interaction(
         case=rows[0].case,

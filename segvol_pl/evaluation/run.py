@@ -33,7 +33,7 @@ from segvol_pl.config import EvaluateConfig, EvaluationProtocol, Mode, Wandb, na
 from segvol_pl.config.loader import custom_function, to_yaml
 from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.device import autocast, own_device
-from segvol_pl.errors import ConfigError, EvaluateError, SampleError, ShardError, VolumeError
+from segvol_pl.errors import ChallengeError, ConfigError, EvaluateError, SampleError, ShardError, VolumeError
 from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
 from segvol_pl.evaluation.cases import EvalCase, EvalCases, find_cases
 from segvol_pl.evaluation.challenge import instance_counts
@@ -180,7 +180,7 @@ class _Evaluation:
             runner = CaseRunner(self.model, case, self.config)
             rows = list(self._rows(runner))
             matches = self._matches(runner) if self.config.match_categories else []
-        except (ShardError, SampleError, VolumeError) as error:
+        except (ShardError, SampleError, VolumeError, ChallengeError) as error:
             log.warning("case %s cannot be evaluated: %s", key, error)
             return CaseResult(key, fingerprint, time.perf_counter() - start, problem=" ".join(str(error).split()))
         held, by_text = set(case.facts.categories), any(setting.has_text for setting in self.settings)
@@ -248,7 +248,8 @@ class _Evaluation:
 
     def _custom(self, case: EvalCase, truth_DHW: np.ndarray, prediction: Prediction) -> dict[str, float | None]:
         """Scores of instances, and the user's own metrics; None for a metric that returns None."""
-        instances = instance_counts(truth_DHW, prediction.mask_DHW) if self.instances else {}
+        parts_DHW = truth_DHW if case.instances_DHW is None else case.instances_DHW
+        instances = instance_counts(parts_DHW, prediction.mask_DHW) if self.instances else {}
         found = {name: of(prediction.mask_DHW, truth_DHW, case.facts.spacing) for name, of in self.custom.items()}
         return {name: None if value is None else float(value) for name, value in {**instances, **found}.items()}
 
