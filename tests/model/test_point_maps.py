@@ -1,4 +1,4 @@
-"""Points as maps (`model.point_maps`): a click changes the image tokens where it is. Models without it are as before."""
+"""Points as maps (`model.point_maps`): a click acts where it is. Models without it are as before."""
 
 from __future__ import annotations
 
