@@ -37,6 +37,7 @@ from segvol_pl.config import (
     PredictConfig,
     PretrainConfig,
     Range,
+    ServeConfig,
     TrainConfig,
     loader,
 )
@@ -228,6 +229,12 @@ def _predict(config: PredictConfig) -> None:
     from segvol_pl.inference.predictor import predict
 
     predict(config)
+
+
+def _serve(config: ServeConfig) -> None:
+    from segvol_pl.inference.server import serve
+
+    serve(config)
 
 
 def _take(arguments: list[str], *names: str) -> list[str]:
@@ -563,6 +570,7 @@ COMMANDS = {
         str(SCHEMAS["challenge predict"].__doc__),
         _challenge,
     ),
+    "serve": _configured("serve", _serve),
     "import": Command("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
     "export": Command(
         "SRC DST [PUBLISHED]",

@@ -179,6 +179,18 @@ class ViewError(SegVolError):
     """A viewer that cannot start. The message names the remedy."""
 
 
+class ServeError(SegVolError):
+    """A server that cannot start. The message names the remedy."""
+
+
+class RequestError(SegVolError):
+    """A request that a server refuses. The message names the field and the remedy; `code` is the HTTP status."""
+
+    def __init__(self, message: str, code: int = 400) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class EvaluateError(PlaceError):
     """Cases, categories or results that cannot be evaluated or put together. The message names key and remedy."""
 

@@ -140,6 +140,7 @@ WORKING = (
         "goodput",
         "requeue",
         "inference.predictor",
+        "inference.server",
         "inference.viewer",
         "model.convert",
         "packing.duplicates",

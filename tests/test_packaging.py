@@ -287,6 +287,7 @@ def test_what_needs_an_optional_package_names_it(bare: Path, phantom_shards: Pat
             "ct.nii.gz",
             "checkpoint=model.safetensors",
         ],
+        "the server needs aiohttp: pip install 'segvol_pl[serve]'": ["serve", "checkpoint=model.safetensors"],
         "s3://bucket/shards/index.json: needs a package that is not installed": ["inspect", "s3://bucket/shards"],
         "http://localhost:9/index.json: needs a package that is not installed": ["inspect", "http://localhost:9"],
         "needs wandb, which is not installed: pip install wandb": ["scaling", "fit", "wandb:me/project/group"],
@@ -305,7 +306,7 @@ for module in pkgutil.walk_packages(segvol_pl.__path__, "segvol_pl."):
 print(*(main(arguments) for arguments in json.loads(sys.argv[1])))
 """
     done = run([bare / "python", "-c", source, json.dumps(list(asked.values()))], ROOT)
-    assert done.stdout == "1 1 1 1 2\n", done.stderr
+    assert done.stdout == "1 1 1 1 1 2\n", done.stderr
     complaints = [line for line in done.stderr.splitlines() if line.startswith("segvol-pl ")]
     for line, wanted in zip(complaints, asked, strict=True):
         assert wanted in line and "pip install" in line

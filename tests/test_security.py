@@ -1,7 +1,8 @@
 """What comes from elsewhere (index, tar, list, recipe, checkpoint, web page) leads nowhere and runs nothing.
 
 Beside these: names of shards and commands in tests/data/test_store.py, pickles for `predict` in
-tests/model/test_checkpoint.py, files asked of the viewer in tests/inference/test_viewer.py.
+tests/model/test_checkpoint.py, files asked of the viewer in tests/inference/test_viewer.py, requests to the server in
+tests/inference/test_server.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The schemas of inference: zoom-out-zoom-in, sliding windows, `predict`, `view` and `challenge predict`."""
+"""The schemas of inference: zoom-out-zoom-in, sliding windows, `predict`, `view`, `serve` and `challenge predict`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,15 @@ class Blend(StrEnum):
 
     constant = "constant"
     gaussian = "gaussian"
+
+
+OPPOSITES = ("RL", "AP", "SI")
+"""The anatomical directions, in pairs: right and left, anterior and posterior, superior and inferior."""
+
+
+def names_axes(axes: str) -> bool:
+    """Whether a text names one direction of each pair, such as SPL or RAS."""
+    return len(axes) == len(OPPOSITES) and all(sum(letter in axes for letter in pair) == 1 for pair in OPPOSITES)
 
 
 EVERY_CATEGORY = "all"
@@ -234,3 +243,44 @@ class ChallengePredictConfig(Keys):
     """auto, cuda, cuda:1 or cpu. With auto and cuda, each task of a node takes its own GPU."""
     precision: Precision = Precision.auto
     """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, otherwise fp32."""
+
+
+@dataclass
+class ServeConfig(Keys):
+    """Serve a model to image viewers, by the HTTP protocol of nnInteractive, until interrupted."""
+
+    checkpoint: str = MISSING
+    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Any address other than loopback needs a key."""
+    port: int = ranged(1527, least=0, below=2**16)
+    """Port to listen on. 0: any free port."""
+    key_file: str | None = None
+    """File with the key that clients must send, readable by you alone. Without it, the environment variable
+    NN_INTERACTIVE_API_KEY is used, if it is set."""
+    axes: str = "SPL"
+    """Directions in which the three axes of the clients' arrays grow: one letter each of R or L, A or P, S or I. SPL:
+    slices from feet to head, rows from front to back, columns from right to left, as ITK reads a CT. A client can state
+    others with its image."""
+    max_sessions: int = ranged(4, least=1)
+    """Clients at the same time. Each takes 4 bytes per voxel of its image, and zoom.cache_gb."""
+    max_voxels: int = ranged(300_000_000, least=8, most=2**32)
+    """Voxels of an image, at most."""
+    max_body_mb: float = ranged(1024.0, above=0)
+    """Size of an upload, at most (MB)."""
+    idle_timeout: float = ranged(600.0, above=0)
+    """Seconds without a request of the user's after which a session is given back."""
+    liveness_timeout: float = ranged(60.0, above=0)
+    """Seconds without a sign of life after which a session is given back. Clients report every half of this time, but
+    not more often than every 5 seconds."""
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
+    """Seed for the points drawn again in zoom-in windows."""
+    zoom: ZoomConfig = field(default_factory=ZoomConfig)
+    device: str = "auto"
+    """auto, cuda, cuda:1 or cpu. With auto and cuda, each task of a node takes its own GPU."""
+    precision: Precision = Precision.auto
+    """auto: bf16 autocast on GPUs that support it and on CPUs with AMX, otherwise fp32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(names_axes(self.axes), "axes", f"{self.axes} is not one letter each of R or L, A or P, S or I")

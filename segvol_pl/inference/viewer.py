@@ -226,7 +226,7 @@ def make_server(config: ViewConfig) -> Any:
     from bokeh.application.handlers.function import FunctionHandler
     from bokeh.server.server import Server
 
-    if not _loopback(config.host):
+    if not is_loopback(config.host):
         log.warning("host: other machines may reach %s", config.host)
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     session = predictor.open(config.image)
@@ -240,7 +240,7 @@ def make_server(config: ViewConfig) -> Any:
         raise ViewError(
             f"port: {config.port} is taken ({error.strerror}): choose another, or 0 for any free one"
         ) from error
-    if _loopback(config.host):
+    if is_loopback(config.host):
         _refuse_other_hosts(server)
     _add_security_headers(server)
     server.start()
@@ -269,7 +269,8 @@ def _add_security_headers(server: Any) -> None:
     server._tornado.add_transform(Headers)
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on this address."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

@@ -34,6 +34,7 @@ REQUIRED = {
     "predict": ["checkpoint=last.ckpt", "image=ct.nii.gz", "out=mask.nii.gz", "text=liver"],
     "view": ["checkpoint=last.ckpt", "image=ct.nii.gz"],
     "challenge predict": ["checkpoint=last.ckpt", "cases=inputs", "out=outputs"],
+    "serve": ["checkpoint=last.ckpt"],
     "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
     "scaling fit": ["table=runs.csv"],
     "scaling compare": ["runs=[runs]", "axis=size"],
