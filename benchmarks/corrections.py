@@ -1,6 +1,6 @@
 """What corrections cost: a training step with them over one without, of the same model and batch, taken in turn.
 
-    python benchmarks/corrections.py             # full size: the model of configs/interactive.yaml, one volume
+    python benchmarks/corrections.py             # full size: the model of configs/interactive/train.yaml, one volume
     python benchmarks/corrections.py --small     # a small model
 
 A step is forward, backward and AdamW, of 4 categories in 6 combinations and 6 pseudo-labels, as published. The figure

@@ -19,7 +19,7 @@ VERBS = ("evaluate", "pack", "predict", "pretrain", "train")
 NAMED = {
     **{command: (command, [f"configs/{command}.yaml"]) for command in VERBS},
     **{f"tiny-{path.stem}": (path.stem, [str(path)]) for path in sorted((ROOT / "configs/tiny").glob("*.yaml"))},
-    "interactive": ("train", ["configs/interactive.yaml"]),
+    "interactive-train": ("train", ["configs/interactive/train.yaml"]),
     "train-published": ("train", ["configs/train.yaml", "model=configs/model/published.yaml"]),
     "predict-published": ("predict", ["configs/predict.yaml", "zoom=configs/zoom/published.yaml"]),
 }
