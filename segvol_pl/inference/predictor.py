@@ -296,7 +296,8 @@ class Session:
         """Segment one structure, or refine a mask of it.
 
         To refine, the previous mask takes the place of the zoom-out: it decides which windows are decoded, and gives
-        them points and boxes, because the model takes no masks. The windows' logits replace it.
+        them points and boxes. The windows' logits replace it. A model with `mask_prompt` sees the mask itself; clicks
+        then change the mask around them, and all else stays.
 
         Args:
             prompt: in the CT's voxels.

@@ -16,9 +16,9 @@ from itertools import product
 
 import numpy as np
 
-from segvol_pl.imaging.box import Box, box_of, whole_box
+from segvol_pl.imaging.box import Box, box_of, union_box, whole_box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
-from segvol_pl.imaging.transforms import Sliceable, grid_starts
+from segvol_pl.imaging.transforms import Sliceable, grid_starts, window_around
 from segvol_pl.inference.window_prompts import clip_box, points_inside
 
 Start = tuple[int, int, int]
@@ -38,6 +38,12 @@ class Window:
             slice(max(first, low) - base, min(first + size, high + 1) - base)
             for first, size, low, high, base in zip(self.start, window_shape, box[:3], box[3:], origin, strict=True)
         )
+
+    def box(self, window_shape: Sequence[int]) -> Box:
+        """All of its voxels; beyond the volume where it is padded."""
+        d, h, w = self.start
+        depth, height, width = window_shape
+        return d, h, w, d + depth - 1, h + height - 1, w + width - 1
 
     def cut(self, array_DHW: Sliceable, window_shape: Sequence[int]) -> np.ndarray:
         """The window of a volume, zero outside the bound. It may be a view: do not write into it."""
@@ -65,9 +71,7 @@ def region_of(mask_DHW: np.ndarray, prompt: Prompt, window_shape: Sequence[int],
         boxes.append(inside)
     points_N3, labels_N = points_inside(prompt, (0, 0, 0), mask_DHW.shape)
     boxes += [(d, h, w, d, h, w) for d, h, w in points_N3[labels_N == INSIDE].tolist()]
-    d0, h0, w0 = (min(box[axis] for box in boxes) for axis in range(3))
-    d1, h1, w1 = (max(box[axis] for box in boxes) for axis in range(3, 6))
-    return d0, h0, w0, d1, h1, w1
+    return union_box(boxes)
 
 
 def widened_box(mask_DHW: np.ndarray, window_shape: Sequence[int], reach: float) -> Box:
@@ -90,6 +94,24 @@ def windows_over(box: Box, window_shape: Sequence[int], shape: Sequence[int], ov
         for low, high, size, extent in zip(box[:3], box[3:], window_shape, shape, strict=True)
     ]
     return [Window((d, h, w), whole_box(shape)) for d, h, w in product(*axes)]
+
+
+def windows_around(points_N3: np.ndarray, window_shape: Sequence[int], shape: Sequence[int]) -> list[Window]:
+    """Windows with the points in their middle, as far as the volume allows.
+
+    A point in the middle half of an earlier point's window gets none of its own.
+
+    Args:
+        points_N3: voxels of the volume, in the order in which they were given.
+        window_shape: the model's input, voxels (d, h, w).
+        shape: voxels (d, h, w) of the volume.
+    """
+    starts: list[Start] = []
+    for point_3 in points_N3.tolist():
+        shifts = [np.abs(np.add(start, np.floor_divide(window_shape, 2)) - point_3) for start in starts]
+        if not any((shift_3 <= np.divide(window_shape, 4)).all() for shift_3 in shifts):
+            starts.append(window_around(point_3, window_shape, shape))
+    return [Window(start, whole_box(shape)) for start in dict.fromkeys(starts)]
 
 
 def _covering(starts: list[int], size: int, low: int, high: int) -> list[int]:

@@ -29,15 +29,15 @@ import numpy as np
 import torch
 
 from segvol_pl.config import Convention, ZoomConfig
-from segvol_pl.imaging.box import box_of
+from segvol_pl.imaging.box import Box, box_of, union_box
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.transforms import Sliceable, resize_image, resize_label
 from segvol_pl.inference.coarse import BaseLogits, CoarseLogits, KnownMask
 from segvol_pl.inference.gpu_memory import free_bytes, send
 from segvol_pl.inference.published_zoom import published_reflections, published_region, published_windows
 from segvol_pl.inference.token_cache import TokenStore
-from segvol_pl.inference.window_prompts import prompt_map, reflect, scale_prompt
-from segvol_pl.inference.windows import Window, region_of, windows_over
+from segvol_pl.inference.window_prompts import clip_box, prompt_map, reflect, scale_prompt
+from segvol_pl.inference.windows import Window, region_of, windows_around, windows_over
 from segvol_pl.inference.zoom_result import ZoomIn, ZoomResult
 
 log = logging.getLogger(__name__)
@@ -151,10 +151,13 @@ class Zoomer:
     def refine(self, prompt: Prompt, previous_DHW: np.ndarray, rng: np.random.Generator) -> ZoomResult:
         """Zoom in again, with a mask found before in place of the coarse mask.
 
-        The previous mask decides which windows are decoded, and is reflected into each of them as a coarse mask is; a
-        model with `mask_prompt` sees it there, and no points are drawn from it in addition to the user's: where the
-        mask is wrong, they would be too. Their logits replace it. A prompt without a box gets the box around that
-        mask and the points inside the structure, unless it has points and text: no training combination has all three.
+        Without points the previous mask decides which windows are decoded, and is reflected into each of them as a
+        coarse mask is; their logits replace it. So it is with points for a model that takes no masks. A model with
+        `mask_prompt` sees the mask in its windows. Then clicks change the mask around them: only windows with a point
+        in their middle are decoded, with the user's points alone, and all else stays.
+
+        A prompt without a box gets the box around that mask and the points inside the structure, unless it has points
+        and text: no training combination has all three.
 
         Args:
             prompt: in the volume's voxels.
@@ -164,7 +167,11 @@ class Zoomer:
         mask_DHW = previous_DHW | (prompt_map(prompt, previous_DHW.shape) if prompt.points_N3 is not None else False)
         if prompt.box is None and not (prompt.text is not None and prompt.points_N3 is not None):
             prompt = replace(prompt, box=box_of(mask_DHW))
-        zoom_in = self._choose_windows(self.request(prompt, rng), KnownMask(mask_DHW), Convention.consistent)
+        request, base = self.request(prompt, rng), KnownMask(mask_DHW)
+        if self.model.config.mask_prompt and prompt.points_N3 is not None:
+            zoom_in = self._around_clicks(request, base, prompt.points_N3)
+        else:
+            zoom_in = self._choose_windows(request, base, Convention.consistent)
         return next(self._zoom_in([zoom_in]))
 
     # ---- 1. zoom out ----
@@ -200,11 +207,21 @@ class Zoomer:
             roi = region_of(mask_DHW, request.prompt, self.window_shape, self.config.reach)
             windows = windows_over(roi, self.window_shape, mask_DHW.shape, self.config.overlap)
         reflect_all = self._reflected_as_published if reflection is Convention.published else self._reflected
-        shape = [high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)]
-        total_DHW = torch.zeros(shape, device=self._device_for(shape))
-        prompted = list(reflect_all(request, base, mask_DHW, windows))
         # A known mask is no logits: mixed in, it would decide every voxel.
         mix = 0.0 if isinstance(base, KnownMask) else self.config.mix
+        return self._of(base, roi, list(reflect_all(request, base, mask_DHW, windows)), mix)
+
+    def _around_clicks(self, request: ZoomRequest, base: KnownMask, points_N3: np.ndarray) -> ZoomIn:
+        """The windows around the points of a prompt that refines a mask; they may change all that they show."""
+        mask_DHW = base.mask(self.config.threshold)
+        windows = windows_around(points_N3, self.window_shape, mask_DHW.shape)
+        shown = [clip_box(window.box(self.window_shape), (0, 0, 0), mask_DHW.shape) for window in windows]
+        roi = union_box([box_of(mask_DHW), *(box for box in shown if box is not None)])
+        return self._of(base, roi, list(self._reflected(request, base, mask_DHW, windows)), mix=0.0)
+
+    def _of(self, base: BaseLogits, roi: Box, prompted: list[tuple[Window, Prompt]], mix: float) -> ZoomIn:
+        shape = [high - low + 1 for low, high in zip(roi[:3], roi[3:], strict=True)]
+        total_DHW = torch.zeros(shape, device=self._device_for(shape))
         return ZoomIn(base, roi, prompted, self.window_shape, total_DHW, mix)
 
     def _reflected(

@@ -39,19 +39,29 @@ STEPS = 2**20
 class Corrections:
     """The rounds of corrections of one step: takes the answers of a round, and gives the prompts of the next one.
 
-    A round counts in the loss as a combination does: as its mean over the batch's masks, invalid ones as 0.
+    A round counts in the loss as much as the first answers do: as its mean over the batch's masks, invalid ones as 0,
+    times the number of combinations.
 
     Args:
         labelled: the first prompts of all categories, P = K x the combinations of each.
+        combinations: how many there are.
         valid_BK: which masks are valid.
         corrected_BK: which of its prompts each category is corrected from, int64.
         chance_BKR3: uniform random numbers of each round's click, and of what becomes of the answer.
     """
 
-    def __init__(self, labelled: PromptTargets, valid_BK: Tensor, corrected_BK: Tensor, chance_BKR3: Tensor) -> None:
+    def __init__(
+        self,
+        labelled: PromptTargets,
+        combinations: int,
+        valid_BK: Tensor,
+        corrected_BK: Tensor,
+        chance_BKR3: Tensor,
+    ) -> None:
         self.categories, self.rounds = chance_BKR3.shape[1:3]
         self._masks_BKDHW, self._chance_BKR3 = labelled.masks_BKDHW, chance_BKR3
-        self._rows_K, self._weights_BK = mask_rows(valid_BK), valid_BK.float() / valid_BK.numel()
+        self._rows_K, self._share_BK = mask_rows(valid_BK), valid_BK.float() / valid_BK.numel()
+        self._combinations = combinations
         each = len(labelled.rows_P) // self.categories
         self._chosen_BK = self._rows_K * each + corrected_BK
         self._prompts = [_with_room(labelled.prompts.take(self._chosen_BK), self.rounds)]
@@ -60,11 +70,11 @@ class Corrections:
         """Low logits of each round by their first prompt. A group that is computed twice gives the same ones."""
 
     @classmethod
-    def of(cls, batch: Batch, labelled: PromptTargets) -> Corrections | None:
+    def of(cls, batch: Batch, labelled: PromptTargets, combinations: int) -> Corrections | None:
         """Those that the batch asks for."""
         if "chance_BKR3" not in batch:
             return None
-        return cls(labelled, batch["valid_BK"], batch["corrected_BK"], batch["chance_BKR3"])
+        return cls(labelled, combinations, batch["valid_BK"], batch["corrected_BK"], batch["chance_BKR3"])
 
     def answered(self, group: Group, low_BPdhw: Tensor) -> None:
         """Keep the answers to a group's prompts."""
@@ -75,12 +85,13 @@ class Corrections:
         """What round `asked` asks for, from 1, once all prompts of the round before are answered."""
         if asked == len(self._prompts):
             self._prompts.append(self._next(asked - 1))
-        return PromptTargets(self._prompts[asked], self._masks_BKDHW, self._rows_K, self._weights_BK)
+        weights_BK = self._share_BK * self._combinations
+        return PromptTargets(self._prompts[asked], self._masks_BKDHW, self._rows_K, weights_BK)
 
     def by_round(self, loss_BQ: Tensor) -> Tensor:
-        """Weigh and sum the losses of all rounds' prompts, one round after the other, (R,)."""
+        """The mean over masks of each round, (R,), of losses of all rounds' prompts, one round after the other."""
         loss_BRK: Tensor = loss_BQ.unflatten(1, (self.rounds, -1))
-        return (self._weights_BK[:, None] * loss_BRK).sum((0, 2))
+        return (self._share_BK[:, None] * loss_BRK).sum((0, 2))
 
     @torch.no_grad()
     def _next(self, before: int) -> PromptTensors:

@@ -81,7 +81,7 @@ class SegVolTask(Task):
         """
         combinations, landmark_counts = self.config.prompts.combinations, self.config.model.landmark_counts
         targets = labelled = supervised_targets(batch, combinations, landmark_counts)
-        corrections = Corrections.of(batch, labelled)
+        corrections = Corrections.of(batch, labelled, len(combinations))
         pseudo = pseudo_targets(batch, landmark_counts) if "pseudo_boxes_BK6" in batch else None
         if pseudo is not None:
             targets = labelled.joined(pseudo, self.config.pseudo_weight)

@@ -21,7 +21,7 @@ from segvol_pl.inference.gpu_memory import free_bytes
 from segvol_pl.inference.published_zoom import published_region, published_windows
 from segvol_pl.inference.token_cache import TokenStore
 from segvol_pl.inference.window_prompts import clip_box, reflect, scale_box, scale_prompt
-from segvol_pl.inference.windows import Window, region_of, widened_box, windows_over
+from segvol_pl.inference.windows import Window, region_of, widened_box, windows_around, windows_over
 from segvol_pl.inference.zoom import Zoomer, zoom
 from segvol_pl.inference.zoom_result import ZoomIn
 from segvol_pl.model.checkpoint import load_model
@@ -541,15 +541,52 @@ def test_a_window_beyond_the_box_is_decoded_if_a_point_lies_there(label: int) ->
     assert reflect(replace(prompt, points_N3=prompt.points_N3 + 40), coarse_DHW, (4, 10, 10), 2, rng()) is None
 
 
-def test_refining_shows_a_model_that_takes_masks_no_points_but_the_users() -> None:
-    image_DHW = bright_box((24, 64, 64), (10, 28, 28, 13, 36, 37))
+def test_a_click_changes_the_mask_around_it_and_nowhere_else() -> None:
+    """For a model that takes masks; it sees no points but the user's."""
+    first, second = (4, 4, 4, 9, 14, 14), (30, 44, 44, 37, 57, 57)
+    image_DHW = bright_box((40, 60, 60), first) + bright_box((40, 60, 60), second)
     model = Oracle(WINDOW)
     model.config.mask_prompt, model.config.mask_shape = True, WINDOW
-    click = Prompt(text="cyst", **points((11, 34, 35, 0)))
-    result = Zoomer(model, image_DHW, CONFIG).refine(click, image_DHW > 0.5, rng())
-    shown = holding(model.seen, 0)
-    assert result.windows == len(model.seen) > len(shown) > 0 and not holding(model.seen, 1)
-    assert all(prompt.mask_DHW is not None and prompt.text == "cyst" for prompt in model.seen)
+    previous_DHW = bright_box(image_DHW.shape, (4, 4, 4, 9, 14, 9)) > 0
+    previous_DHW[33:37, 50:55, 20:30] = True
+    click = Prompt(text="cyst", **points((6, 9, 13, 1)))
+    result = Zoomer(model, image_DHW, CONFIG).refine(click, previous_DHW, rng())
+    (seen,) = model.seen
+    assert result.windows == model.encoded == 1 and seen.mask_DHW is not None and seen.text == "cyst"
+    assert seen.points_N3 is not None and len(seen.points_N3) == 1
+    expected_DHW = bright_box(image_DHW.shape, first) > 0
+    expected_DHW[33:37, 50:55, 20:30] = True
+    np.testing.assert_array_equal(result.mask(0.5), expected_DHW)
+
+
+def test_a_click_beyond_the_mask_may_change_all_of_its_window() -> None:
+    whole = (4, 4, 4, 9, 14, 40)
+    image_DHW, model = bright_box((24, 60, 60), whole), Oracle(WINDOW)
+    model.config.mask_prompt, model.config.mask_shape = True, WINDOW
+    previous_DHW = bright_box(image_DHW.shape, (4, 4, 4, 9, 14, 27)) > 0
+    clicks = Prompt(text="cyst", **points((6, 9, 33, 1), (6, 9, 36, 1)))
+    result = Zoomer(model, image_DHW, CONFIG).refine(clicks, previous_DHW, rng())
+    np.testing.assert_array_equal(result.mask(0.5), image_DHW > 0.5)
+    assert result.windows == 1, "both clicks lie in the middle of one window"
+
+
+@given(st.lists(st.tuples(*(st.integers(0, size - 1) for size in (20, 50, 9))), min_size=1, max_size=9))
+def test_every_click_lies_in_the_middle_of_a_window_or_as_near_as_the_volume_allows(
+    clicks: list[tuple[int, int, int]],
+) -> None:
+    shape = (20, 50, 9)
+    windows = windows_around(np.array(clicks), WINDOW, shape)
+    assert len(set(windows)) == len(windows) <= len(clicks)
+    for click in clicks:
+        around = [
+            all(
+                abs(at - (start + size // 2)) <= size / 4 or start in (0, max(extent - size, 0))
+                for at, start, size, extent in zip(click, window.start, WINDOW, shape, strict=True)
+            )
+            and clip_box((*click, *click), window.start, WINDOW) is not None
+            for window in windows
+        ]
+        assert any(around)
 
 
 def test_published_windows_know_no_background_points() -> None:

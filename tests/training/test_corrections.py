@@ -137,7 +137,7 @@ def test_rounds_are_added_to_the_loss_and_logged(batch: Batch, batch_without: Ba
     assert all(torch.equal(parts[name], value) for name, value in without.items() if name != "loss")
     rounds = [parts[f"{kind}/correction{asked}"] for kind in ("dice_loss", "bce") for asked in (1, 2)]
     assert all(value > 0 for value in rounds)
-    torch.testing.assert_close(loss, without["loss"] + sum(rounds))
+    torch.testing.assert_close(loss, without["loss"] + len(PROMPTS.combinations) * sum(rounds))
 
 
 def test_the_loss_is_a_function_of_the_batch(batch: Batch) -> None:
