@@ -292,7 +292,7 @@ class Session:
         with predictor.autocast():
             self.zoomer.encode_overview()
 
-    def segment(self, prompt: Prompt, previous: Mask | np.ndarray | None = None) -> Mask:
+    def segment(self, prompt: Prompt, previous: Mask | np.ndarray | None = None, everywhere: bool = False) -> Mask:
         """Segment one structure, or refine a mask of it.
 
         To refine, the previous mask takes the place of the zoom-out: it decides which windows are decoded, and gives
@@ -303,12 +303,13 @@ class Session:
             prompt: in the CT's voxels.
             previous: a mask to refine, bool on the CT's grid. The text, points and landmarks of a Mask's own prompt are
                 used again. An empty mask is ignored.
+            everywhere: let clicks change more than what is around them: for a prompt whose box or text is new.
 
         Raises:
             PromptError: the prompt does not fit the CT.
             UnknownCategory: the model does not know the text; the message lists the nearest names.
         """
-        return next(self.segment_each([prompt])) if previous is None else self._refined(prompt, previous)
+        return next(self.segment_each([prompt])) if previous is None else self._refined(prompt, previous, everywhere)
 
     def segment_each(self, prompts: Sequence[Prompt]) -> Iterator[Mask]:
         """Segment several structures. A window that several prompts need is encoded once.
@@ -432,13 +433,13 @@ class Session:
                 return
             yield result
 
-    def _refined(self, prompt: Prompt, previous: Mask | np.ndarray) -> Mask:
+    def _refined(self, prompt: Prompt, previous: Mask | np.ndarray, everywhere: bool) -> Mask:
         inside_DHW = self._in_body(np.asarray(previous, dtype=bool))
         if isinstance(previous, Mask):
             prompt = _continued(previous.prompt, prompt)
         if not inside_DHW.any():
             return self.segment(prompt)
-        return self._mask(self._refined_from(prompt, inside_DHW), prompt)
+        return self._mask(self._refined_from(prompt, inside_DHW, everywhere), prompt)
 
     def _in_body(self, array_DHW: np.ndarray) -> np.ndarray:
         """The part of a mask or label map of the CT that is inside the body. Raises PromptError for another shape."""
@@ -448,11 +449,11 @@ class Session:
         inside_DHW: np.ndarray = array_DHW[box_slices(self.body)]
         return inside_DHW
 
-    def _refined_from(self, prompt: Prompt, inside_DHW: np.ndarray) -> ZoomResult:
+    def _refined_from(self, prompt: Prompt, inside_DHW: np.ndarray, everywhere: bool = False) -> ZoomResult:
         self.predictor.check(prompt)
         local = into_crop(prompt, self.volume.array_DHW.shape, self.body, refining=True)
         with self.predictor.autocast():
-            return self.zoomer.refine(local, inside_DHW, np.random.default_rng(self.predictor.seed))
+            return self.zoomer.refine(local, inside_DHW, np.random.default_rng(self.predictor.seed), everywhere)
 
     def _mask(self, result: ZoomResult, prompt: Prompt) -> Mask:
         array_DHW = np.zeros(self.volume.array_DHW.shape, bool)

@@ -66,6 +66,7 @@ class State:
     packed: np.ndarray | None
     """The mask's bits; None without a mask."""
     pending: bool
+    everywhere: bool
 
 
 def client_volume(image_CXYZ: np.ndarray, properties: dict[str, Any], axes: str) -> Volume:
@@ -140,6 +141,8 @@ class ServedSession:
         """The mask as the client shows it; None for an empty one."""
         self._pending = False
         """Whether prompts were added since the mask was computed."""
+        self._everywhere = False
+        """Whether box or text were among them: more than what is around the clicks may change then."""
         self._undo: deque[State] = deque(maxlen=UNDO_LEVELS)
 
     @staticmethod
@@ -267,16 +270,17 @@ class ServedSession:
         before, mask_DHW = self._state(), grid.to_canonical(mask_XYZ != 0)
         empty = UserPrompt(*self._size(self._open))
         self._shown_DHW = mask_DHW  # by the client, even if this is refused
-        found_DHW = self._segmented(empty, mask_DHW) if run else mask_DHW
+        found_DHW = self._segmented(empty, mask_DHW, everywhere=True) if run else mask_DHW
         self._undo.append(before)
-        self.prompt, self._pending, self._mask_DHW = empty, False, found_DHW
+        self.prompt, self._pending, self._everywhere, self._mask_DHW = empty, False, False, found_DHW
         return self._change() if run else Change(ran=False)
 
     def predict(self) -> Change:
         """Segment by the prompts that were added without it."""
         if not self._pending:
             return Change(ran=False)
-        self._mask_DHW, self._pending = self._segmented(self.prompt, self._mask_DHW), False
+        self._mask_DHW = self._segmented(self.prompt, self._mask_DHW, self._everywhere)
+        self._pending = self._everywhere = False
         return self._change()
 
     # ---- back ----
@@ -287,7 +291,7 @@ class ServedSession:
         if not self._undo:
             return Change(ran=False)
         state, shape = self._undo.pop(), session.volume.array_DHW.shape
-        self.prompt, self._pending = state.prompt, state.pending
+        self.prompt, self._pending, self._everywhere = state.prompt, state.pending, state.everywhere
         self._mask_DHW = None
         if state.packed is not None:
             self._mask_DHW = np.unpackbits(state.packed, count=math.prod(shape)).reshape(shape).view(bool)
@@ -305,7 +309,7 @@ class ServedSession:
 
     def _state(self) -> State:
         packed = None if self._mask_DHW is None else np.packbits(self._mask_DHW)
-        return State(self.prompt, packed, self._pending)
+        return State(self.prompt, packed, self._pending, self._everywhere)
 
     def _check_within(self, box: Sequence[Interval], name: str) -> None:
         shape = self._grid.shape
@@ -347,12 +351,18 @@ class ServedSession:
 
     def _add(self, prompt: UserPrompt, run: bool) -> Change:
         before = self._state()
-        found_DHW = self._segmented(prompt, self._mask_DHW) if run else self._mask_DHW
+        everywhere = self._everywhere or (prompt.spans, prompt.text) != (self.prompt.spans, self.prompt.text)
+        found_DHW = self._segmented(prompt, self._mask_DHW, everywhere) if run else self._mask_DHW
         self._undo.append(before)
-        self.prompt, self._mask_DHW, self._pending = prompt, found_DHW, not run
+        self.prompt, self._mask_DHW, self._pending, self._everywhere = (
+            prompt,
+            found_DHW,
+            not run,
+            not run and everywhere,
+        )
         return self._change() if run else Change(ran=False)
 
-    def _segmented(self, prompt: UserPrompt, previous_DHW: np.ndarray | None) -> np.ndarray:
+    def _segmented(self, prompt: UserPrompt, previous_DHW: np.ndarray | None, everywhere: bool) -> np.ndarray:
         """The mask of all prompts; it refines the previous one. That alone is refined by its own box."""
         session, held = self._open, None if previous_DHW is None else box_or_none(previous_DHW)
         if prompt.empty:
@@ -360,7 +370,7 @@ class ServedSession:
                 raise RequestError("initial segmentation: it is empty, and there is no other prompt")
             return session.segment(Prompt(box=held), previous_DHW).array_DHW
         self._check_points(prompt, session.body, refining=held is not None)
-        return session.segment(prompt.prompt(), None if held is None else previous_DHW).array_DHW
+        return session.segment(prompt.prompt(), None if held is None else previous_DHW, everywhere).array_DHW
 
     @staticmethod
     def _check_points(prompt: UserPrompt, body: Box, refining: bool) -> None:

@@ -410,7 +410,7 @@ class Page:
         for other in self.panels:
             other.scroll.value = voxel[other.plane.across]
         if kind is None or kind in self.user_prompt.complete:
-            self._segment()
+            self._segment(everywhere=kind is not None)
             return
         self.status.text = f"{kind}: {len(self.user_prompt.landmarks[kind])} of {self.kinds[kind]} marked."
         self._draw_all()
@@ -420,7 +420,7 @@ class Page:
             rectangle = event.geometry
             corners = [self._voxel(panel, rectangle[f"x{end}"], rectangle[f"y{end}"]) for end in (0, 1)]
             self.user_prompt.draw(panel.plane, corners)
-            self._segment()
+            self._segment(everywhere=True)
 
     def _voxel(self, panel: Panel, x: float, y: float) -> tuple[int, int, int]:
         return panel.plane.voxel(x, y, int(panel.scroll.value), self.volume.spacing)
@@ -432,7 +432,7 @@ class Page:
     def _typed(self, name: str) -> None:
         self.user_prompt.text = name.strip()
         if not self.user_prompt.empty:
-            self._segment()
+            self._segment(everywhere=True)
 
     def _cleared(self) -> None:
         self.user_prompt, self.mask = self._empty_prompt(), None
@@ -453,11 +453,12 @@ class Page:
 
     # ---- segmentation ----
 
-    def _segment(self) -> None:
+    def _segment(self, everywhere: bool) -> None:
+        """everywhere: whether refining may change more than what is around the clicks."""
         self.status.text = "Segmenting ..."
         self._draw_all()
         previous = self.mask.array_DHW if self.mask is not None and self.refine.active else None
-        future = self.worker.submit(self.session.segment, self.user_prompt.prompt(), previous)
+        future = self.worker.submit(self.session.segment, self.user_prompt.prompt(), previous, everywhere)
         future.add_done_callback(lambda done: self.document.add_next_tick_callback(partial(self._finished, done)))
 
     def _finished(self, done: Future[Mask]) -> None:

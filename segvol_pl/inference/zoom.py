@@ -148,7 +148,9 @@ class Zoomer:
         yield from self._zoom_in(group)
 
     @torch.inference_mode()
-    def refine(self, prompt: Prompt, previous_DHW: np.ndarray, rng: np.random.Generator) -> ZoomResult:
+    def refine(
+        self, prompt: Prompt, previous_DHW: np.ndarray, rng: np.random.Generator, everywhere: bool = False
+    ) -> ZoomResult:
         """Zoom in again, with a mask found before in place of the coarse mask.
 
         Without points the previous mask decides which windows are decoded, and is reflected into each of them as a
@@ -163,12 +165,13 @@ class Zoomer:
             prompt: in the volume's voxels.
             previous_DHW: bool, on the volume's grid; not empty.
             rng: draws the points in windows.
+            everywhere: decode all windows even so, as a new box or text asks for.
         """
         mask_DHW = previous_DHW | (prompt_map(prompt, previous_DHW.shape) if prompt.points_N3 is not None else False)
         if prompt.box is None and not (prompt.text is not None and prompt.points_N3 is not None):
             prompt = replace(prompt, box=box_of(mask_DHW))
         request, base = self.request(prompt, rng), KnownMask(mask_DHW)
-        if self.model.config.mask_prompt and prompt.points_N3 is not None:
+        if self.model.config.mask_prompt and prompt.points_N3 is not None and not everywhere:
             zoom_in = self._around_clicks(request, base, prompt.points_N3)
         else:
             zoom_in = self._choose_windows(request, base, Convention.consistent)

@@ -36,7 +36,7 @@ from segvol_pl.errors import ConfigError, PromptError, RequestError, ServeError
 from segvol_pl.imaging.geometry import NativeGrid, Volume
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.inference.leases import Leases
-from segvol_pl.inference.predictor import Predictor
+from segvol_pl.inference.predictor import Predictor, Session
 from segvol_pl.inference.served_arrays import pack_array, unpack_array
 from segvol_pl.inference.served_session import MOST_POINTS, ServedSession, spread
 from segvol_pl.inference.server import KEY_VARIABLE, Service, api_key, start
@@ -202,6 +202,31 @@ def test_undo_goes_back_prompt_by_prompt_and_reset_to_the_beginning(client: Clie
     assert not client.undo()
     client.add_bbox_interaction(OTHER_BOX, include_interaction=True)
     assert np.array_equal(drawn(client), bright(OTHER))
+
+
+def test_clicks_change_what_is_around_them_and_a_new_box_or_text_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a model that takes masks. What was added without segmenting counts at the next time."""
+    session = ServedSession(predictor_of(Oracle((8, 16, 16))), "SPL")
+    session.set_image(image(), {})
+    asked: list[bool] = []
+    segment = Session.segment
+
+    def recorded(self: Session, prompt: Prompt, previous: Any = None, everywhere: bool = False) -> Any:
+        asked.append(everywhere)
+        return segment(self, prompt, previous, everywhere)
+
+    monkeypatch.setattr(Session, "segment", recorded)
+    session.add_point([8, 15, 10], True, True)
+    session.add_box(ONE_BOX, True, True)
+    session.add_point([8, 16, 11], True, True)
+    session.add_box(OTHER_BOX, True, False)
+    session.undo()
+    session.add_point([8, 17, 11], True, True)
+    session.add_box(OTHER_BOX, True, False)
+    session.add_point([8, 15, 20], True, False)
+    session.predict()
+    session.add_point([8, 16, 20], True, True)
+    assert asked == [False, True, False, False, True, False]
 
 
 def test_an_initial_segmentation_is_refined(client: Client) -> None:

@@ -555,6 +555,8 @@ def test_a_click_changes_the_mask_around_it_and_nowhere_else() -> None:
     assert result.windows == model.encoded == 1 and seen.mask_DHW is not None and seen.text == "cyst"
     assert seen.points_N3 is not None and len(seen.points_N3) == 1
     expected_DHW = bright_box(image_DHW.shape, first) > 0
+    everywhere = Zoomer(model, image_DHW, CONFIG).refine(click, previous_DHW, rng(), everywhere=True)
+    assert everywhere.windows > 1 and not everywhere.mask(0.5)[33:37, 50:55, 20:30].any()
     expected_DHW[33:37, 50:55, 20:30] = True
     np.testing.assert_array_equal(result.mask(0.5), expected_DHW)
 
