@@ -24,7 +24,7 @@ from segvol_pl.goodput import parts
 from segvol_pl.journal import read
 from segvol_pl.run_folder import read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 NODES = 3
@@ -47,7 +47,7 @@ def whole(lab: SlurmLab, config: TrainConfig) -> Losses:
     """The losses of an unbroken job on two nodes."""
     out = Path(config.run.out)
     job = _submit(lab, config, out)
-    lab.wait(job, {"COMPLETED"}, timeout=120)
+    lab.wait(job, {"COMPLETED"}, timeout=300)
     assert "2 ranks on n1, n2" in (out.parent / f"lab-{job}-0.log").read_text()
     return _losses(out)
 
@@ -65,7 +65,7 @@ def _losses(out: Path) -> Losses:
 
 
 def _await_step(lab: SlurmLab, job: str, out: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while max(_losses(out), default=0) < step:
         assert time.monotonic() < deadline, f"no step {step}: {lab.state(job)}\n{lab.log(job)}"
         time.sleep(0.05)
@@ -92,7 +92,7 @@ def test_signalled_jobs_are_queued_again_and_go_on_exactly(
         _await_step(lab, job, out, step)
         lab.scancel(job, signal=name)
         lab.wait_log(job, f"restart {number} on n[1-2]")
-    lab.wait(job, {"COMPLETED"}, timeout=120)
+    lab.wait(job, {"COMPLETED"}, timeout=300)
     assert lab.record(job)["Restarts"] == "2"
     assert _losses(out) == whole
 
@@ -108,7 +108,7 @@ def test_the_loss_of_a_node_costs_a_checkpoints_interval_at_most(
     # Not healed before the job is done: SLURM still owes n2 the end of the first start's step, sends it again a minute
     # later, and would end the second start's step there, which has the same name.
     try:
-        lab.wait(job, {"COMPLETED"}, timeout=180)
+        lab.wait(job, {"COMPLETED"}, timeout=300)
     finally:
         lab.heal("n2")
     assert "restart 1 on n[1,3]" in lab.log(job)
@@ -129,17 +129,17 @@ def test_a_second_job_in_the_same_folder_is_refused(
     _await_step(lab, first, out, 5)
     # The nodes have one GPU each, which the first one has.
     second = _submit(lab, config, out, "--gpus-per-node=0")
-    lab.wait(second, {"FAILED"}, timeout=120)
+    lab.wait(second, {"FAILED"}, timeout=300)
     said = (tmp_path / f"lab-{second}-0.log").read_text()
     assert f"{out} is being written by" in said and f"SLURM job {first}" in said
-    lab.wait(first, {"COMPLETED"}, timeout=120)
+    lab.wait(first, {"COMPLETED"}, timeout=300)
     assert _losses(out) == whole
 
 
 def test_a_run_that_is_not_finite_is_not_queued_again(lab: SlurmLab, config: TrainConfig, tmp_path: Path) -> None:
     out = tmp_path / "run"
     job = _submit(lab, replace(config, optim=replace(config.optim, lr=1e30, warmup_steps=0)), out)
-    lab.wait(job, {"FAILED"}, timeout=120)
+    lab.wait(job, {"FAILED"}, timeout=300)
     assert lab.record(job)["Restarts"] == "0" and f"Exited with exit code {NOT_FINITE}" in lab.log(job)
     assert "not finite" in (tmp_path / f"lab-{job}-0.log").read_text()
     assert _last_line(lab, job, out).startswith("non finite after step ")
@@ -176,7 +176,7 @@ def test_a_job_without_memory_is_not_queued_again(lab: SlurmLab, config: TrainCo
     out = tmp_path / "run"
     run = replace(config.run, custom_strategy="tests.slurm.faulty:lacks_memory")
     job = _submit(lab, replace(config, run=run), out)
-    lab.wait(job, {"FAILED"}, timeout=120)
+    lab.wait(job, {"FAILED"}, timeout=300)
     assert lab.record(job)["Restarts"] == "0"
     said = _last_line(lab, job, out)
     assert said.startswith(f"out of memory after step {FAILS}") and "tried to allocate 3 GB" in said
