@@ -298,7 +298,7 @@ def _sources() -> dict[str, ast.Module]:
 def private_names(trees: dict[str, ast.Module]) -> Iterator[str]:
     """Names with a leading underscore that the sources use and do not define."""
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
-    ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    ours = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     ours |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
     ours |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
