@@ -63,7 +63,7 @@ def test_an_array_survives_a_node_and_gives_the_results_of_the_runs_at_home(
     job = lab.sbatch(*SIZE, *places, script=ROOT / "slurm/grid.sbatch", arguments=arguments)
 
     deadline = time.monotonic() + 120
-    names = ["hidden-size-16", "hidden-size-32"]
+    names = ["hidden-size-16_seed-0", "hidden-size-32_seed-0"]
     while not (
         lost := [
             name for name in names if node_of(here / name) == "n2" and 30 < max(losses(here / name), default=0) < STEPS
