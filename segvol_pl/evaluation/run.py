@@ -210,6 +210,13 @@ class _Evaluation:
         for setting in self._settings_for(category, bool(truth_DHW.any())):
             yield setting, runner.predict(setting, category, truth_DHW)
 
+    def _prediction_of(self, row: Row, runner: CaseRunner, truth_DHW: np.ndarray) -> Prediction:
+        """The prediction of a row, made again. A call of a protocol needs those before it; other settings do not."""
+        if self.config.protocol is not EvaluationProtocol.cvpr25:
+            return runner.predict(row.setting, row.category, truth_DHW)
+        calls = answer_calls(runner, row.category, truth_DHW)
+        return next(prediction for setting, prediction in calls if setting == row.setting)
+
     def _settings_for(self, category: str, present: bool) -> list[Setting]:
         """Settings that apply: no text for a category unknown to the model, only text for one absent from the case."""
         known = category in self.model.bank.names
@@ -387,8 +394,7 @@ class _Evaluation:
         runner = CaseRunner(self.model, case, self.config)
         for label, row in rows:
             truth_DHW = case.truth(row.category)
-            made = self._predictions(runner, row.category, truth_DHW)
-            prediction = next(prediction for setting, prediction in made if setting == row.setting)
+            prediction = self._prediction_of(row, runner, truth_DHW)
             coarse = {} if prediction.coarse_DHW is None else {"zoom-out": prediction.coarse_DHW}
             masks = {**coarse, "prediction": prediction.mask_DHW}
             planes = slice_planes(case.hu_DHW, case.facts.spacing or (1, 1, 1), truth_DHW, masks, prediction.prompts)
