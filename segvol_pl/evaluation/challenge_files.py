@@ -22,7 +22,7 @@ import numpy as np
 from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import ChallengeError
 from segvol_pl.evaluation.npz_objects import NpzReader
-from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.box import Box, point_boxes, union_box
 from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
 
 ENDING = ".npz"
@@ -95,15 +95,8 @@ class ChallengeCase:
         if points_N3 is None and box is None and text is None:
             return None
         if box is not None and points_N3 is not None and labels_N is not None:
-            box = _holding(box, points_N3[labels_N == INSIDE])
+            box = union_box([box, *point_boxes(points_N3[labels_N == INSIDE])])
         return Prompt(text=text, points_N3=points_N3, labels_N=labels_N, box=box)
-
-
-def _holding(box: Box, points_N3: np.ndarray) -> Box:
-    """The smallest box that holds a box and points."""
-    corners_N3 = np.concatenate([np.reshape(box, (2, 3)), points_N3])
-    d0, h0, w0, d1, h1, w1 = (int(number) for number in (*corners_N3.min(axis=0), *corners_N3.max(axis=0)))
-    return d0, h0, w0, d1, h1, w1
 
 
 def case_files(folder: Path) -> list[Path]:

@@ -17,7 +17,7 @@ import numpy as np
 from segvol_pl.config import ChallengePredictConfig
 from segvol_pl.errors import ChallengeError, SegVolError, listed
 from segvol_pl.evaluation.challenge_files import MOST, ChallengeCase, case_files, read_case, read_texts, write_answer
-from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.box import Box, point_boxes
 from segvol_pl.imaging.geometry import unplaced_volume
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.inference.predictor import Predictor, admit
@@ -106,5 +106,4 @@ def _places(prompt: Prompt) -> Iterator[Box]:
     if prompt.box is not None:
         yield prompt.box
     if prompt.points_N3 is not None and prompt.labels_N is not None:
-        for d, h, w in prompt.points_N3[prompt.labels_N == INSIDE].tolist():
-            yield d, h, w, d, h, w
+        yield from point_boxes(prompt.points_N3[prompt.labels_N == INSIDE])

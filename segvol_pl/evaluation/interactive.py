@@ -21,7 +21,7 @@ from segvol_pl.config import EvaluationProtocol, Mode
 from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
 from segvol_pl.evaluation.challenge import CALLS, Kind, Voxel, box_of_challenge, challenge_box, next_click
 from segvol_pl.evaluation.prompts import BOX_STREAM, Setting
-from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.box import Box, point_boxes, union_box
 from segvol_pl.imaging.prompts import INSIDE, OUTSIDE, Prompt
 
 SOURCE = EvaluationProtocol.cvpr25.value
@@ -74,15 +74,5 @@ def with_click(prompt: Prompt | None, place: Voxel, kind: Kind) -> Prompt:
     if prompt is None:
         return Prompt(points_N3=points_N3, labels_N=labels_N)
     if prompt.box is not None and kind == "fg":
-        prompt = replace(prompt, box=_holding(prompt.box, place))
-    if prompt.points_N3 is not None and prompt.labels_N is not None:
-        points_N3 = np.concatenate([prompt.points_N3, points_N3])
-        labels_N = np.concatenate([prompt.labels_N, labels_N])
-    return replace(prompt, points_N3=points_N3, labels_N=labels_N)
-
-
-def _holding(box: Box, place: Voxel) -> Box:
-    """The smallest box that holds a box and a voxel."""
-    d0, h0, w0 = (min(low, at) for low, at in zip(box[:3], place, strict=True))
-    d1, h1, w1 = (max(high, at) for high, at in zip(box[3:], place, strict=True))
-    return d0, h0, w0, d1, h1, w1
+        prompt = replace(prompt, box=union_box([prompt.box, *point_boxes(points_N3)]))
+    return prompt.with_points(points_N3, labels_N)

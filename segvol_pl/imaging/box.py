@@ -40,6 +40,11 @@ def whole_box(shape: Sequence[int]) -> Box:
     return 0, 0, 0, d - 1, h - 1, w - 1
 
 
+def point_boxes(points_N3: np.ndarray) -> list[Box]:
+    """The boxes of single voxels (d, h, w)."""
+    return [(d, h, w, d, h, w) for d, h, w in points_N3.tolist()]
+
+
 def union_box(boxes: Sequence[Box]) -> Box:
     """The smallest box that holds all of these, of which there is at least one."""
     d0, h0, w0 = (min(box[axis] for box in boxes) for axis in range(3))

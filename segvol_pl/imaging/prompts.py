@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,13 @@ class Prompt:
             self._check_points(self.points_N3)
         if self.box is not None:
             self._check_box(self.box)
+
+    def with_points(self, points_N3: np.ndarray, labels_N: np.ndarray) -> Prompt:
+        """The same with further points, after those that it has."""
+        if self.points_N3 is not None and self.labels_N is not None:
+            points_N3 = np.concatenate([self.points_N3, points_N3])
+            labels_N = np.concatenate([self.labels_N, labels_N])
+        return replace(self, points_N3=points_N3, labels_N=labels_N)
 
     def _check_points(self, points_N3: np.ndarray) -> None:
         if points_N3.ndim != 2 or points_N3.shape[1] != 3 or len(points_N3) == 0:

@@ -484,13 +484,13 @@ def _probability(logits_N: np.ndarray) -> float:
 def _continued(earlier: Prompt, later: Prompt) -> Prompt:
     """The later prompt with the earlier one's points and landmarks, and its text where it has none."""
     text = earlier.text if later.text is None else later.text
-    later = replace(later, text=text, landmarks={**earlier.landmarks, **later.landmarks})
+    joined = replace(later, text=text, landmarks={**earlier.landmarks, **later.landmarks})
     if earlier.points_N3 is None or earlier.labels_N is None:
-        return later
+        return joined
+    joined = replace(joined, points_N3=earlier.points_N3, labels_N=earlier.labels_N)
     if later.points_N3 is None or later.labels_N is None:
-        return replace(later, points_N3=earlier.points_N3, labels_N=earlier.labels_N)
-    points_N3 = np.concatenate([earlier.points_N3, later.points_N3])
-    return replace(later, points_N3=points_N3, labels_N=np.concatenate([earlier.labels_N, later.labels_N]))
+        return joined
+    return joined.with_points(later.points_N3, later.labels_N)
 
 
 def _warn_unless_ct(intensity: Intensity, path: Path) -> None:

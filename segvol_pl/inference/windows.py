@@ -16,7 +16,7 @@ from itertools import product
 
 import numpy as np
 
-from segvol_pl.imaging.box import Box, box_of, union_box, whole_box
+from segvol_pl.imaging.box import Box, box_of, point_boxes, union_box, whole_box
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.imaging.transforms import Sliceable, grid_starts, window_around
 from segvol_pl.inference.window_prompts import clip_box, points_inside
@@ -70,7 +70,7 @@ def region_of(mask_DHW: np.ndarray, prompt: Prompt, window_shape: Sequence[int],
     if prompt.box is not None and (inside := clip_box(prompt.box, (0, 0, 0), mask_DHW.shape)) is not None:
         boxes.append(inside)
     points_N3, labels_N = points_inside(prompt, (0, 0, 0), mask_DHW.shape)
-    boxes += [(d, h, w, d, h, w) for d, h, w in points_N3[labels_N == INSIDE].tolist()]
+    boxes += point_boxes(points_N3[labels_N == INSIDE])
     return union_box(boxes)
 
 
