@@ -269,19 +269,22 @@ class PromptEncoder(nn.Module):
 
     def dense(self, prompts: PromptTensors) -> Tensor | None:
         """What is added to the image tokens of each prompt, (B,P,T,E); None if the model adds nothing to these."""
-        if self.mask_embedding is None or (prompts.masks_BPDHW is None and not self.point_maps):
+        if self.mask_embedding is None:
             return None
-        maps, given_BP = self._point_maps(prompts) if self.point_maps else [], prompts.has_points_BP
-        embedded_BPTE: Tensor
-        if prompts.masks_BPDHW is None or prompts.has_mask_BP is None:
-            embedded_BPTE = self.mask_embedding(torch.stack([torch.zeros_like(maps[0]), *maps], dim=2), given_BP)
-        elif not maps:
-            embedded_BPTE = self.mask_embedding(prompts.masks_BPDHW[:, :, None], prompts.has_mask_BP)
+        masks_BPDHW, has_mask_BP = prompts.masks_BPDHW, prompts.has_mask_BP
+        if self.point_maps:
+            inside_BPDHW, outside_BPDHW = self._point_maps(prompts)
+            mask_BPDHW, given_BP = torch.zeros_like(inside_BPDHW), prompts.has_points_BP
+            if masks_BPDHW is not None and has_mask_BP is not None:
+                # No mask is neither inside nor outside.
+                mask_BPDHW = (masks_BPDHW - 0.5) * has_mask_BP[..., None, None, None]
+                given_BP = given_BP | has_mask_BP
+            maps_BPCDHW = torch.stack([mask_BPDHW, inside_BPDHW, outside_BPDHW], dim=2)
+        elif masks_BPDHW is None or has_mask_BP is None:
+            return None
         else:
-            # No mask is neither inside nor outside.
-            mask_BPDHW = (prompts.masks_BPDHW - 0.5) * prompts.has_mask_BP[..., None, None, None]
-            given_BP = given_BP | prompts.has_mask_BP
-            embedded_BPTE = self.mask_embedding(torch.stack([mask_BPDHW, *maps], dim=2), given_BP)
+            maps_BPCDHW, given_BP = masks_BPDHW[:, :, None], has_mask_BP
+        embedded_BPTE: Tensor = self.mask_embedding(maps_BPCDHW, given_BP)
         return embedded_BPTE
 
     def _point_maps(self, prompts: PromptTensors) -> list[Tensor]:

@@ -152,7 +152,9 @@ def draw_click(inside_BKdhw: Tensor, masks_BKDHW: Tensor, chance_BK2: Tensor) ->
         chance_BK2: uniform random numbers in [0, 1), for the cell and for the voxel.
     """
     cell = [size // cells for size, cells in zip(masks_BKDHW.shape[2:], inside_BKdhw.shape[2:], strict=True)]
-    weights_BKV = _weights(inside_BKdhw, cell_shares(masks_BKDHW, cell)).flatten(2)
+    # The share of each cell's voxels that are inside.
+    share_BKdhw = F.avg_pool3d(masks_BKDHW.float(), cell)
+    weights_BKV = _weights(inside_BKdhw, share_BKdhw).flatten(2)
     place_BK, some_BK = _drawn(weights_BKV, chance_BK2[..., 0])
     label_BK = 1 - torch.take_along_dim(inside_BKdhw.flatten(2), place_BK[..., None], dim=2)[..., 0].long()
     voxels_BKV3 = _voxels(place_BK, inside_BKdhw.shape[2:], cell)
@@ -163,12 +165,6 @@ def draw_click(inside_BKdhw: Tensor, masks_BKDHW: Tensor, chance_BK2: Tensor) ->
     chosen_BK, _ = _drawn(wrong_BKV.long(), chance_BK2[..., 1])
     voxel_BK3 = torch.take_along_dim(voxels_BKV3, chosen_BK[..., None, None], dim=2)[:, :, 0]
     return Click(voxel_BK3, torch.where(some_BK, label_BK, ABSENT))
-
-
-def cell_shares(masks_BKDHW: Tensor, cell: list[int]) -> Tensor:
-    """The share of each cell's voxels that are inside, float32 (B,K,d,h,w)."""
-    shares: Tensor = F.avg_pool3d(masks_BKDHW.float(), cell)
-    return shares
 
 
 def _weights(inside_BKdhw: Tensor, share_BKdhw: Tensor) -> Tensor:
