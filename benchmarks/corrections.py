@@ -39,7 +39,7 @@ def stepper(model: SegVolConfig, corrections: int, precision: Precision) -> Call
         batch["corrected_BK"] = torch.zeros(of_masks, dtype=torch.int64)
         batch["chance_BKR3"] = torch.rand(*of_masks, corrections, 3, generator=generator)
     batch = {name: value.to(device) for name, value in batch.items()}
-    adamw, _ = optimizer(task.parameters(), OPTIM)
+    adamw, _ = optimizer(task, OPTIM)
 
     def step() -> None:
         with autocast(device, precision):

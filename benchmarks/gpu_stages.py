@@ -142,7 +142,7 @@ class Step:
     precision: Precision
 
     def __post_init__(self) -> None:
-        self.adamw, self.scheduler = optimizer(self.task.parameters(), OPTIM)
+        self.adamw, self.scheduler = optimizer(self.task, OPTIM)
 
     def loss(self) -> Tensor:
         """Under the step's precision."""

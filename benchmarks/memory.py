@@ -66,7 +66,7 @@ def measure(row: str, precision: Precision) -> tuple[float, float]:
         tokens = config.model.grid[0] * config.model.grid[1] * config.model.grid[2]
         mask_BT = torch.randperm(tokens)[None] < task.hidden
         batch = {"image_BCDHW": torch.rand(1, 1, *config.model.input_shape), "mask_BT": mask_BT}
-    adamw, _ = optimizer(task.parameters(), OPTIM)
+    adamw, _ = optimizer(task, OPTIM)
     for _ in range(STEPS):
         with autocast(torch.device("cpu"), precision):
             loss = task.losses(batch)[0] if isinstance(task, SegVolTask) else task.loss(batch)

@@ -111,7 +111,7 @@ def by_bare_loop(config: TrainConfig) -> float:
     module = VolumeModule(config.data, config.run, draw, draw, labelled=True)
     rows.update({name: row for row, name in enumerate(module.categories)})
     task = SegVolTask(config, TextBank.seeded(module.categories, config.model.text_dim))
-    adamw, scheduler = optimizer(task.parameters(), config.optim)
+    adamw, scheduler = optimizer(task, config.optim)
     marks = []
     for _, batch in zip(range(config.optim.max_steps), module.train_dataloader(), strict=False):
         loss, _ = task.losses(module.on_after_batch_transfer(module.on_before_batch_transfer(batch, 0), 0))

@@ -192,7 +192,7 @@ def measured(task: Task, loss: Step, operations: int, arguments: argparse.Namesp
         keep_freed_memory()
     bf16 = arguments.precision is Precision.bf16
     rate = matrix_rate(device, bf16, math.prod(model.grid), model.hidden_size, model.mlp_dim)
-    adamw, _ = optimizer(task.parameters(), OPTIM)
+    adamw, _ = optimizer(task, OPTIM)
 
     def step() -> None:
         with autocast(device, arguments.precision):

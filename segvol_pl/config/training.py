@@ -78,6 +78,8 @@ class OptimConfig(Keys):
     """Peak learning rate."""
     weight_decay: float = ranged(1e-5, least=0)
     """AdamW weight decay."""
+    weight_decay_all: bool = True
+    """Let all weights decay. false: only those of linear layers and convolutions, not norms, biases and embeddings."""
     betas: list[float] = ranged([0.9, 0.999], least=0, below=1)
     """AdamW decay rates of the moments."""
     warmup_steps: int = ranged(1000, least=0)

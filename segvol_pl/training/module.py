@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from segvol_pl.config import OptimConfig
 from segvol_pl.data.batch import Batch
 from segvol_pl.training.graph import StepGraph
+from segvol_pl.training.parameter_groups import parameter_groups
 
 
 def schedule(step: int, config: OptimConfig) -> float:
@@ -125,13 +126,12 @@ class Task(pl.LightningModule):
         optimizer.found_inf = (~self.step_norm.isfinite()).float()
 
     def configure_optimizers(self) -> Any:
-        adamw, scheduler = optimizer(self.parameters(), self.optim)
+        adamw, scheduler = optimizer(self, self.optim)
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW over the parameters that require a gradient, and its schedule per step."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    beta1, beta2 = config.betas
-    adamw = torch.optim.AdamW(trained, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+def optimizer(module: nn.Module, config: OptimConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW over the module's parameters that require a gradient, and its schedule per step."""
+    groups, (beta1, beta2) = parameter_groups(module, config), config.betas
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
     return adamw, LambdaLR(adamw, lambda step: schedule(step, config))

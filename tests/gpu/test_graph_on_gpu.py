@@ -27,7 +27,7 @@ def deterministic() -> Iterator[None]:
 
 def stepped(task: Task, batches: list[Batch], bf16: bool) -> list[Tensor]:
     """The loss of every step."""
-    adamw, _ = optimizer(task.parameters(), task.optim)
+    adamw, _ = optimizer(task, task.optim)
     losses = []
     for place, batch in enumerate(batches):
         if place == len(batches) - 2:

@@ -28,7 +28,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def run_steps(task: Task, batch: dict[str, Tensor], bf16: bool) -> None:
-    adamw, scheduler = optimizer(task.parameters(), task.optim)
+    adamw, scheduler = optimizer(task, task.optim)
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):

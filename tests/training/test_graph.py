@@ -55,7 +55,7 @@ def poison(found: Found) -> None:
 
 def steps(task: Task, batches: list[Batch]) -> list[dict[str, Tensor]]:
     """Of every step, its parts and the loss as it is descended."""
-    adamw, _ = optimizer(task.parameters(), task.optim)
+    adamw, _ = optimizer(task, task.optim)
     seen = []
     for batch in batches:
         loss, parts = task.step_losses(batch)

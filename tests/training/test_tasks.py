@@ -299,7 +299,7 @@ def test_hidden_voxels_do_not_reach_the_encoder(simmim_batch: Batch) -> None:
 def test_a_batch_can_be_learned(kind: str, request: pytest.FixtureRequest) -> None:
     batch: Batch = request.getfixturevalue(f"{kind}_batch")
     task = _segment_task() if kind == "segment" else _simmim_task()
-    adamw, scheduler = optimizer(task.parameters(), OPTIM)
+    adamw, scheduler = optimizer(task, OPTIM)
     losses = []
     for _ in range(OPTIM.max_steps):
         loss = task.losses(batch)[0] if isinstance(task, SegVolTask) else task.loss(batch)
