@@ -342,11 +342,15 @@ def _import(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    source, destination = _take(arguments[:2], "SRC", "DST")
-    published = _take(arguments[2:], "PUBLISHED")[0] if arguments[2:] else None
+    keys = [argument for argument in arguments if argument.startswith("weights=")]
+    if set(keys) - {"weights=ema"}:
+        raise ConfigError(f"{keys[0]}: the only choice is weights=ema, the averaged weights (optim.ema)")
+    files = [argument for argument in arguments if argument not in keys]
+    source, destination = _take(files[:2], "SRC", "DST")
+    published = _take(files[2:], "PUBLISHED")[0] if files[2:] else None
     from segvol_pl.model.convert import export
 
-    export(source, destination, published)
+    export(source, destination, published, averaged=bool(keys))
     return DONE
 
 
@@ -573,8 +577,9 @@ COMMANDS = {
     "serve": _configured("serve", _serve),
     "import": Command("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
     "export": Command(
-        "SRC DST [PUBLISHED]",
-        "Write a model as .safetensors, or as .pth for the published code (with the text tower of the file PUBLISHED).",
+        "SRC DST [PUBLISHED] [weights=ema]",
+        "Write a model as .safetensors, or as .pth for the published code (with the text tower of the file PUBLISHED). "
+        "weights=ema: the averaged weights of a checkpoint.",
         _export,
     ),
     "grid": Command(

@@ -21,6 +21,21 @@ class Strategy(StrEnum):
     zero3 = "zero3"
 
 
+class Schedule(StrEnum):
+    """How the learning rate goes on after the warm-up."""
+
+    cosine = "cosine"
+    wsd = "wsd"
+
+
+class DecayShape(StrEnum):
+    """How the learning rate falls at the end of the schedule wsd."""
+
+    sqrt = "sqrt"
+    linear = "linear"
+    cosine = "cosine"
+
+
 class CheckpointFormat(StrEnum):
     """How to write checkpoints."""
 
@@ -70,7 +85,7 @@ MAY_CHANGE = (
 
 @dataclass
 class OptimConfig(Keys):
-    """AdamW with linear warm-up and cosine decay per step."""
+    """AdamW, and its learning rate per step: linear warm-up, then the schedule."""
 
     section = "optim."
 
@@ -85,13 +100,33 @@ class OptimConfig(Keys):
     warmup_steps: int = ranged(1000, least=0)
     """Length of the linear warm-up (steps)."""
     max_steps: int = ranged(MISSING, least=1)
-    """Optimizer steps to train for. The cosine decay ends here."""
+    """Optimizer steps to train for. The learning rate is 0 here."""
+    schedule: Schedule = Schedule.cosine
+    """cosine: cosine decay from the end of the warm-up on. wsd: constant after the warm-up, decay at the end (MiniCPM,
+    arXiv 2404.06395; Hägele et al. 2024, arXiv 2405.18392), so that shorter runs can branch from a longer one."""
+    decay_share: float = ranged(0.2, above=0, most=1)
+    """Share of the steps, at the end, in which the learning rate decays (wsd)."""
+    decay_shape: DecayShape = DecayShape.sqrt
+    """Shape of that decay over the share x of it that is done. sqrt: 1 - sqrt(x). linear: 1 - x. cosine: half a
+    cosine wave."""
+    ema: float = ranged(0.0, least=0, below=1)
+    """Decay per step of an exponential average of the trained weights, such as 0.999. It is in checkpoints, validation
+    uses it, and `export` writes it with weights=ema. 0: no average."""
     clip_norm: float = ranged(1.0, least=0)
     """Maximum gradient norm. 0 disables clipping."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(len(self.betas) == 2, "optim.betas", f"needs 2 numbers, got {len(self.betas)}")
+        if self.schedule is Schedule.wsd and self.max_steps != MISSING:
+            begins = f"the decay begins at step {self.decay_start} of optim.max_steps={self.max_steps}"
+            problem = f"{self.warmup_steps} steps are too long: {begins}"
+            require(self.warmup_steps <= self.decay_start, "optim.warmup_steps", problem)
+
+    @property
+    def decay_start(self) -> int:
+        """The step after which the learning rate decays (wsd)."""
+        return self.max_steps - max(1, round(self.decay_share * self.max_steps))
 
 
 @dataclass
@@ -168,6 +203,12 @@ class RunConfig(Keys):
     """Also keep a checkpoint every N steps; 0 disables."""
     keep_last: int = ranged(3, least=1)
     """How many of the newest `save_every` checkpoints to keep."""
+    keep_steps: list[int] = ranged([], least=1)
+    """Also keep a checkpoint of each of these steps, for good. Other runs can branch from them."""
+    branch_from: str | None = None
+    """Checkpoint of another run, `step-N.ckpt`, to go on from in `out`, with another length: optim.max_steps and the
+    decay of the schedule wsd. Everything else must be as in that run. The result is that of a run of this length from
+    the start. Not used once `out` holds a checkpoint of its own."""
     max_bad_steps: int = ranged(0, least=0)
     """Consecutive steps with NaN or infinite loss or gradients to skip. One more aborts the run."""
     cpu_threads: int = ranged(0, least=0)
@@ -239,6 +280,15 @@ def check_shares(data: DataConfig, run: RunConfig) -> None:
     require(fits, "data.locality", f"{data.locality} shares are not possible: {given}")
 
 
+def check_steps(optim: OptimConfig, run: RunConfig) -> None:
+    """Raise ConfigError for a step to keep that the run does not pass, and for a branch without the schedule wsd."""
+    passed = optim.max_steps == MISSING or max(run.keep_steps, default=0) < optim.max_steps
+    problem = f"{max(run.keep_steps, default=0)} is not below optim.max_steps={optim.max_steps}"
+    require(passed, "run.keep_steps", problem)
+    branches = run.branch_from is None or optim.schedule is Schedule.wsd
+    require(branches, "run.branch_from", f"needs optim.schedule=wsd, this is {optim.schedule.value}")
+
+
 @dataclass
 class PretrainConfig(Keys):
     """Pre-train the image encoder with SimMIM (paper Eq. 1)."""
@@ -254,6 +304,7 @@ class PretrainConfig(Keys):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(self.data, self.run)
+        check_steps(self.optim, self.run)
 
 
 @dataclass
@@ -283,6 +334,7 @@ class TrainConfig(Keys):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shares(self.data, self.run)
+        check_steps(self.optim, self.run)
         require(
             self.pretrained is None or self.weights is None,
             "pretrained",

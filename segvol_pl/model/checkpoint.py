@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from reprlib import repr as shortened
@@ -34,6 +34,7 @@ from segvol_pl.model.released import (
     Contents,
     Tensors,
     encoder_of,
+    is_finite,
     read_contents,
     split_extra,
     tower_of,
@@ -49,6 +50,8 @@ BANK = "text_encoder.bank_KE"
 MASK_EMBEDDING = "prompt_encoder.mask_embedding."
 """Prefix of tensors that a model with `mask_prompt` adds: without training they change nothing."""
 FORMAT = "segvol_pl/1"
+EMA, EMA_NAMES = "ema", "ema_names"
+"""Of a training checkpoint: a weight's average in the optimizer's state, and the names of the optimizer's weights."""
 STACKS = {"num_layers": "image_encoder.blocks.", "decoder_layers": "mask_decoder.transformer.layers."}
 """Keys of the model that count blocks -> prefix of the blocks' tensors."""
 
@@ -186,6 +189,26 @@ def _exported(contents: Contents) -> Weights:
     order = _names(_header_json(contents, "order", "[]"), "order", contents.path)
     tensors, extra_tensors = split_extra(contents.tensors)
     return _as_stated(Weights(contents.path, config, categories, tensors, extra_tensors, order))
+
+
+def with_averages(contents: Contents) -> Contents:
+    """A training checkpoint with the averages of its weights (`optim.ema`) in their place. Raises CheckpointError."""
+    path, names = contents.path, contents.header.get(EMA_NAMES)
+    if not is_trained(contents) or not isinstance(names, list):
+        raise CheckpointError(f"{path}: holds no averaged weights: train with optim.ema, or leave out weights=ema")
+    sharded = open_sharded(path) if path.is_dir() else None
+    (state,) = (sharded.header if sharded else contents.header)["optimizer_states"]
+    averages: Tensors = {}
+    for number, name in enumerate(names):
+        # A weight that never had a gradient has no average: it has not moved.
+        if EMA in state["state"].get(number, {}):
+            at = f"optimizer_states.0.state.{number}.{EMA}"
+            held = state["state"][number][EMA]
+            averages[name] = sharded.read([at])[at] if sharded and held is None else held
+    for name, value in averages.items():
+        if not is_finite(value):
+            raise CheckpointError(f"{path}: the average of {name} holds NaN or infinite values: take an earlier one")
+    return replace(contents, tensors={**contents.tensors, **averages})
 
 
 def _header_json(contents: Contents, name: str, default: str | None = None) -> Any:

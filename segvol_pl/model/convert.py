@@ -22,6 +22,7 @@ from segvol_pl.model.checkpoint import (
     is_trained,
     load_exactly,
     read_weights,
+    with_averages,
     write_safetensors,
     write_weights,
 )
@@ -73,7 +74,7 @@ def _import_encoder(contents: Contents, config: SegVolConfig, target: Path) -> P
     return write_safetensors({f"image_encoder.{name}": value for name, value in encoder.state_dict().items()}, target)
 
 
-def export(source: str | Path, target: str | Path, published: str | Path | None = None) -> Path:
+def export(source: str | Path, target: str | Path, published: str | Path | None = None, averaged: bool = False) -> Path:
     """Export a model to a self-contained .safetensors, or to the published `.pth` layout.
 
     Args:
@@ -81,6 +82,7 @@ def export(source: str | Path, target: str | Path, published: str | Path | None 
         target: the file to write, .safetensors or .pth.
         published: released weights, or their import, with the parts of the published layout that this model does not
             have: CLIP's text tower, and modules that never run. Not needed if `source` is an import itself.
+        averaged: whether to write the averaged weights of a checkpoint (`optim.ema`).
 
     Returns:
         The written file.
@@ -89,7 +91,8 @@ def export(source: str | Path, target: str | Path, published: str | Path | None 
         CheckpointError: a file cannot be read, or the model does not fit the published layout.
     """
     target = _checked_target(target, (".safetensors", ".pth"))
-    weights = read_weights(Path(source))
+    contents = read_contents(Path(source))
+    weights = read_weights(with_averages(contents) if averaged else contents)
     extras = weights if published is None else read_weights(Path(published), weights.config)
     if target.suffix == ".safetensors":
         return write_weights(replace(weights, extra_tensors=extras.extra_tensors, order=extras.order), target)

@@ -85,7 +85,7 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
     """
     parts = flops.run_parameters(config)
     trained = sum(parts.values())
-    weights, gradients, optimizer = state(config.run, config.model, trained, bf16)
+    weights, gradients, optimizer = state(config, trained, bf16)
     cast = NARROW * trained if bf16 else 0
     encoder = volumes * encoder_bytes(config.model, config.run.recompute, bf16)
     recorded = on_gpu and replays(config.run)
@@ -126,24 +126,25 @@ def weights_resident(run: RunConfig) -> bool:
     return run.strategy not in (Strategy.fsdp, Strategy.zero3)
 
 
-def state(run: RunConfig, model: SegVolConfig, trained: int, bf16: bool) -> tuple[float, float, float]:
+def state(config: Config, trained: int, bf16: bool) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state on one device."""
+    run, averages = config.run, 1 if config.optim.ema else 0
     full, share = float(WIDE * trained), WIDE * trained / (run.shard_degree or run.devices * run.nodes)
     buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
         case Strategy.auto | Strategy.ddp:
-            return full, full, 2 * full
+            return full, full, (2 + averages) * full
         # DeepSpeed's optimizer holds its own copy of the weights.
         case Strategy.zero1:
-            weights, gradients, optimizer = full, full + buckets, 3 * share
+            weights, gradients, optimizer = full, full + buckets, (3 + averages) * share
         case Strategy.zero2:
-            weights, gradients, optimizer = full, share + buckets, 3 * share
+            weights, gradients, optimizer = full, share + buckets, (3 + averages) * share
         # Below 10^9 parameters ZeRO-3 frees none of the gathered weights.
         case Strategy.zero3:
-            weights, gradients, optimizer = share + full, share + buckets, 3 * share
+            weights, gradients, optimizer = share + full, share + buckets, (3 + averages) * share
         case Strategy.fsdp:
-            gathered = _gathered(model, trained, bf16)
-            weights, gradients, optimizer = share + gathered, share + gathered, 2 * share
+            gathered = _gathered(config.model, trained, bf16)
+            weights, gradients, optimizer = share + gathered, share + gathered, (2 + averages) * share
             weights -= share if run.offload else 0
     return weights, gradients, 0.0 if run.offload else optimizer
 

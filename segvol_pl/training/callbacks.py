@@ -275,8 +275,14 @@ def peak_memory(device: torch.device) -> float:
 
 
 class ValidationLine(pl.Callback):
-    """Write one log line per validation."""
+    """Write one log line per validation. averaged: whether it uses the averaged weights (`optim.ema`)."""
+
+    def __init__(self, averaged: bool = False) -> None:
+        self.averaged = averaged
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if trainer.is_global_zero and "val/loss" in trainer.callback_metrics:
-            log.info("step %d  validation loss %.4f", trainer.global_step, float(trainer.callback_metrics["val/loss"]))
+            of = " of the averaged weights" if self.averaged else ""
+            log.info(
+                "step %d  validation loss %.4f%s", trainer.global_step, float(trainer.callback_metrics["val/loss"]), of
+            )

@@ -9,7 +9,8 @@ folder of the same name.
     checkpoints/last.ckpt      every `run.checkpoint_every` steps and `run.checkpoint_minutes` minutes, at a signal, and
                                at the end; a run resumes from it
     checkpoints/best.ckpt      after the validation of the lowest loss
-    checkpoints/step-N.ckpt    every `run.save_every` steps, the newest `run.keep_last` of them
+    checkpoints/step-N.ckpt    every `run.save_every` steps, the newest `run.keep_last` of them; and for good those of
+                               `run.keep_steps`
 """
 
 from __future__ import annotations
@@ -204,18 +205,23 @@ def writer(trainer: pl.Trainer) -> AtomicCheckpointIO:
 
 
 class Checkpoints(pl.Callback):
-    """Save checkpoints between two steps, after the metrics of the previous step are logged."""
+    """Save checkpoints between two steps, after the metrics of the previous step are logged.
 
-    def __init__(self, folder: Path, run: RunConfig) -> None:
-        self.folder, self.run = folder, run
+    branched: whether this start goes on from another run's checkpoint, whose best loss does not count here.
+    """
+
+    def __init__(self, folder: Path, run: RunConfig, branched: bool = False) -> None:
+        self.folder, self.run, self.branched = folder, run, branched
         self.best = math.inf
         self.saved = -1
+        self.again = False
+        """Whether to keep the checkpoint of the step that this start resumes from."""
         self.written = time.monotonic()
         """Time when `last` was saved, or when training began."""
         self.wanted = False
         """Whether all ranks have agreed (`Preemption`) to save before the next step."""
         self.kept: list[int] = []
-        """Steps of the existing step-N.ckpt, oldest first."""
+        """Steps of the existing step-N.ckpt that will be removed, oldest first."""
 
     @property
     def last(self) -> Path:
@@ -230,22 +236,31 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.saved, self.written = trainer.global_step, time.monotonic()
         # Checkpoints of later steps were found damaged, or belong to another run.
-        self.kept = [step for step in sorted(map(_step, self.folder.glob("step-*.ckpt"))) if step <= self.saved]
+        found = sorted(map(_step, self.folder.glob("step-*.ckpt")))
+        self.kept = [step for step in found if step <= self.saved and step not in self.run.keep_steps]
         if trainer.is_global_zero:
             remove_parts(self.folder)
+        # A kill may have come after last.ckpt of this step, and before the one to keep.
+        self.again = self.saved in self.run.keep_steps and not self.branched
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, index: int) -> None:
         step = trainer.global_step
         writer(trainer).check()
-        if index % trainer.accumulate_grad_batches or step == self.saved:
+        if index % trainer.accumulate_grad_batches:
+            return
+        if step == self.saved:
+            if self.again:
+                trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
+            self.again = False
             return
         self.saved = step
         if self.wanted or step % self.run.checkpoint_every == 0:
             trainer.save_checkpoint(self.last)
             self.wanted, self.written = False, time.monotonic()
-        if self.run.save_every and step % self.run.save_every == 0:
+        for_good = step in self.run.keep_steps
+        if for_good or (self.run.save_every and step % self.run.save_every == 0):
             trainer.save_checkpoint(self.folder / f"step-{step}.ckpt")
-            self.kept.append(step)
+            self.kept += [] if for_good else [step]
             if trainer.is_global_zero:
                 writer(trainer).afterwards(self._remove_oldest)
 
@@ -267,7 +282,7 @@ class Checkpoints(pl.Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = math.inf if self.branched else state_dict["best"]
 
 
 def _step(path: Path) -> int:

@@ -10,6 +10,7 @@ listed and tested in `tests/training/test_internals.py`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping
@@ -23,8 +24,10 @@ from torch.optim import Optimizer
 
 from segvol_pl.config import DEEPSPEED_BUCKET, RunConfig
 from segvol_pl.device import uses_bf16
+from segvol_pl.model.checkpoint import EMA
 from segvol_pl.training.checkpoints import save_together
-from segvol_pl.training.module import Sharding
+from segvol_pl.training.module import Sharding, Task
+from segvol_pl.training.parameter_groups import parameter_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's names of its moments."""
@@ -42,7 +45,11 @@ class ZeRO(DeepSpeedStrategy):
 
     def __init__(self, run: RunConfig, stage: int, backend: str, timeout: timedelta) -> None:
         self.on_cpu, self.stage = backend == "gloo", stage
-        self.sharding = Sharding(weights_resident=stage < 3)
+        self.sharding = Sharding(
+            weights_resident=stage < 3,
+            use_averages=lambda optimizer: self._put(EMA),
+            use_weights=lambda optimizer: self._put(None),
+        )
         if self.on_cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
         super().__init__(
@@ -102,15 +109,18 @@ class ZeRO(DeepSpeedStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Gather the optimizer's state in the form of torch's AdamW, whose parameters are numbered."""
-        trained = self._trained()
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-        groups[0]["params"] = list(range(len(trained)))
+        numbers = itertools.count()
+        for group, members in zip(groups, self._groups(), strict=True):
+            group["params"] = list(itertools.islice(numbers, len(members)))
         state: dict[int, dict[str, torch.Tensor]] = {}
+        self._link(optimizer)
         # Empty before the first step.
         for adams in list(self._adam(optimizer).state.values())[:1]:
-            for i, parameter in enumerate(trained):
-                state[i] = {"step": adams["step"].clone(), **{key: _gathered(parameter, key) for key in MOMENTS}}
-        return {"state": state, "param_groups": groups[:1]}
+            kept = [key for key in (*MOMENTS, EMA) if key in adams]
+            for i, parameter in enumerate(self._trained()):
+                state[i] = {"step": adams["step"].clone(), **{key: _gathered(parameter, key) for key in kept}}
+        return {"state": state, "param_groups": groups}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the gathered state, instead of DeepSpeed's folder of one file per rank."""
@@ -143,28 +153,53 @@ class ZeRO(DeepSpeedStrategy):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         (optimizer,), (saved,) = self.optimizers, checkpoint["optimizer_states"]
+        trained = self._trained()
         if saved["state"]:
-            self._start_moments(optimizer, saved["state"][0]["step"])
+            self._start_moments(optimizer, saved["state"][0])
         for i, state in saved["state"].items():
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(self._trained()[i], state[key].to(self.root_device), key)
-        for group in optimizer.param_groups:
-            group.update({key: value for key, value in saved["param_groups"][0].items() if key != "params"})
+            for key in (key for key in state if key != "step"):
+                safe_set_full_optimizer_state(trained[i], state[key].to(self.root_device), key)
+        for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            group.update({key: value for key, value in before.items() if key != "params"})
 
-    def _start_moments(self, optimizer: Any, step: torch.Tensor) -> None:
-        """Create AdamW's state, which otherwise exists only after the first step."""
+    def _start_moments(self, optimizer: Any, like: dict[str, torch.Tensor]) -> None:
+        """Create AdamW's state, which otherwise exists only after the first step. like: the saved one of a weight."""
         zero = getattr(optimizer, "_optimizer", optimizer)
         flat = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         for partition in flat:
-            moments = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
+            kept = {key: torch.zeros_like(partition, requires_grad=False) for key in like if key != "step"}
             # A fused AdamW keeps its step count on the device.
-            zero.optimizer.state[partition] = {"step": step.to(partition.device, copy=True), **moments}
-        if self.stage < 3:
+            zero.optimizer.state[partition] = {"step": like["step"].to(partition.device, copy=True), **kept}
+        self._link(optimizer)
+
+    def _link(self, optimizer: Any) -> None:
+        """Let DeepSpeed find the state of each weight. It looks once, when only the first group has had a step."""
+        zero = getattr(optimizer, "_optimizer", optimizer)
+        if self.stage < 3 and zero.optimizer.state:
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
+    def _put(self, moment: str | None) -> None:
+        """Put the averages, or the optimizer's own copy of the weights, in the place of the weights."""
+        import deepspeed
+
+        (optimizer,) = self.optimizers
+        self._link(optimizer)
+        if not any(EMA in state for state in self._adam(optimizer).state.values()):
+            return
+        for parameter in self._trained():
+            full = _full(parameter, moment)
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], 0, enabled=self.stage == 3):
+                parameter.copy_(full)
+
+    def _groups(self) -> list[list[Parameter]]:
+        """The trained weights in the optimizer's groups, whose own members are DeepSpeed's partitions."""
+        assert isinstance(self.lightning_module, Task)
+        return [group["params"] for group in parameter_groups(self.lightning_module, self.lightning_module.optim)]
+
     def _trained(self) -> list[Parameter]:
-        assert self.lightning_module is not None
-        return [parameter for parameter in self.lightning_module.parameters() if parameter.requires_grad]
+        """The trained weights as the optimizer numbers them."""
+        return list(itertools.chain.from_iterable(self._groups()))
 
     def _adam(self, optimizer: Any) -> Optimizer:
         """The AdamW that DeepSpeed's optimizer wraps."""
@@ -175,12 +210,19 @@ class ZeRO(DeepSpeedStrategy):
 def _gathered(parameter: Parameter, moment: str | None = None) -> torch.Tensor:
     """The complete parameter, or one of its moments, float32 on the CPU. All ranks call this together."""
     import deepspeed
-    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     if not parameter.requires_grad:
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             return parameter.detach().float().cpu().clone()
+    copied: torch.Tensor = _full(parameter, moment).detach().float().cpu().clone()
+    return copied
+
+
+def _full(parameter: Parameter, moment: str | None) -> torch.Tensor:
+    """The optimizer's copy of a trained parameter, or one of its moments, complete. All ranks call this together."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    full: torch.Tensor | None
     full = safe_get_full_optimizer_state(parameter, moment) if moment else safe_get_full_fp32_param(parameter)
     assert full is not None, "a moment exists only after the first step"
-    copied: torch.Tensor = full.detach().float().cpu().clone()
-    return copied
+    return full

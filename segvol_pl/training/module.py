@@ -13,18 +13,25 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from segvol_pl.config import OptimConfig
+from segvol_pl.config import DecayShape, OptimConfig, Schedule
 from segvol_pl.data.batch import Batch
+from segvol_pl.training.averages import exchange, keep_averages
 from segvol_pl.training.graph import StepGraph
 from segvol_pl.training.parameter_groups import parameter_groups
 
 
 def schedule(step: int, config: OptimConfig) -> float:
-    """Factor on `optim.lr` at `step`: linear warm-up, then cosine decay to 0 at `max_steps`."""
+    """Factor on `optim.lr` at `step`: linear warm-up, then `optim.schedule`; 0 at `max_steps`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
-    decayed = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, decayed)))
+    wsd = config.schedule is Schedule.wsd
+    begins = config.decay_start if wsd else config.warmup_steps
+    decayed = min(1.0, max(0, step - begins) / max(1, config.max_steps - begins))
+    if wsd and config.decay_shape is DecayShape.sqrt:
+        return 1 - math.sqrt(decayed)
+    if wsd and config.decay_shape is DecayShape.linear:
+        return 1 - decayed
+    return 0.5 * (1 + math.cos(math.pi * decayed))
 
 
 class StepMeans:
@@ -77,6 +84,10 @@ class Sharding:
     """Splits the weights over the ranks. May be called more than once."""
     gather: Callable[[], None] = lambda: None
     """Makes the decoder's weights complete before it computes, where torch does not do so itself."""
+    use_averages: Callable[[Any], None] = exchange
+    """Puts the averages that an optimizer holds (`optim.ema`) in the place of the weights."""
+    use_weights: Callable[[Any], None] = exchange
+    """Puts the weights back."""
 
 
 class Task(pl.LightningModule):
@@ -134,4 +145,6 @@ def optimizer(module: nn.Module, config: OptimConfig) -> tuple[torch.optim.AdamW
     """AdamW over the module's parameters that require a gradient, and its schedule per step."""
     groups, (beta1, beta2) = parameter_groups(module, config), config.betas
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
+    if config.ema:
+        keep_averages(adamw, config.ema)
     return adamw, LambdaLR(adamw, lambda step: schedule(step, config))

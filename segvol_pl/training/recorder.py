@@ -21,6 +21,7 @@ from segvol_pl.credentials import masked
 from segvol_pl.errors import SIGNALLED, STATUSES, Cause, cause_of, status_of
 from segvol_pl.goodput import Tally
 from segvol_pl.journal import Journal, Mark, Saved
+from segvol_pl.training.averages import AveragedValidation
 from segvol_pl.training.checkpoints import writer
 from segvol_pl.training.peers import Silent, connection_broke
 
@@ -177,6 +178,9 @@ class RecordingTrainer(pl.Trainer):
 
     def save_checkpoint(self, filepath: Any, *arguments: Any, **named: Any) -> None:
         """Save; returns when the content is copied, see `checkpoints`."""
+        for callback in self.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AveragedValidation):
+                callback.put_back(self)
         with self.recorder.saving():
             super().save_checkpoint(filepath, *arguments, **named)
         taken = self.recorder.mark()

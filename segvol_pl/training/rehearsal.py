@@ -113,7 +113,7 @@ def _checks(job: Job) -> Iterator[tuple[str, str]]:
             f"{sum(len(part.records.per_shard()) for part in module.train_corpus.parts)} shards"
         ),
     )
-    yield "checkpoints", startup.check_room(run, sum(parameter.numel() for parameter in job.task.parameters()))
+    yield "checkpoints", startup.check_room(job.config, sum(parameter.numel() for parameter in job.task.parameters()))
     yield "shared memory", startup.check_shared_memory(job.config)
     if job.ranks > 1:
         yield "open files", startup.check_open_files(job.ranks)

@@ -4,6 +4,8 @@
 2. Configuration, samples and category names must be those of the run's first start; a difference is refused in one
    line. Folders may have moved, and a run may be made longer.
 3. A change that is allowed but shows in the losses, such as the precision, is logged.
+4. A branch (`run.branch_from`) begins from another run's checkpoint. It may differ in what has not had an effect until
+   that step: the length, and the decay of the schedule wsd. From its own first checkpoint on it is a run as any other.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import logging
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from segvol_pl import run_folder
 from segvol_pl.config import PretrainConfig, TrainConfig
-from segvol_pl.config.loader import changes, differences, plain
+from segvol_pl.config.loader import changes, differences, flat, plain
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.errors import CheckpointError, ConfigError
 from segvol_pl.model.checkpoint import read_header
@@ -39,6 +41,8 @@ LOGGED = (
 )
 """Keys that may change with a warning: losses then agree up to rounding, or folders have moved."""
 LENGTH = "optim.max_steps"
+BRANCHES = (LENGTH, "optim.decay_share", "optim.decay_shape")
+"""Keys in which a branch may differ from its trunk."""
 REMEDY = "restore the original settings, choose another run.out, or set run.resume=false to start over"
 
 
@@ -49,24 +53,59 @@ class Start:
     step: int = 0
     checkpoint: Path | None = None
     changed: tuple[str, ...] = ()
-    """`key before -> now` for each key that differs from the previous start."""
+    """`key before -> now` for each key that differs from the previous start, or from the trunk."""
+    branched: bool = False
+    """Whether the checkpoint is another run's."""
 
 
 def start_of(config: Config, module: VolumeModule) -> Start:
     """Where this start of the run in `config.run.out` resumes. Raises ConfigError if it may not resume."""
-    folder = Path(config.run.out) / "checkpoints"
-    if not config.run.resume:
-        return Start()
-    found = newest_intact(folder)
+    folder, trunk = Path(config.run.out) / "checkpoints", config.run.branch_from
+    found = newest_intact(folder) if config.run.resume else None
+    if found is None and trunk is not None:
+        start = _branch_of(config, module, Path(trunk))
+        if config.run.resume:
+            _refuse_lost_run(config, folder, start.step)
+        return start
     if found is None:
-        _refuse_lost_run(config, folder)
+        if config.run.resume:
+            _refuse_lost_run(config, folder)
         return Start()
     path, checkpoint = found
-    changed = _check_configuration(config, checkpoint["hyper_parameters"]["config"])
+    changed = _check_configuration(config, _stated(config, checkpoint))
     _check_data(config, module, checkpoint)
     step = int(checkpoint["global_step"])
     log.info("resuming from step %d of %s", step, path)
     return Start(step, path, changed)
+
+
+def _stated(config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The configuration in a checkpoint. A key that is newer than the checkpoint has its default."""
+    stated: dict[str, Any] = checkpoint["hyper_parameters"]["config"]
+    return {**flat(plain(type(config)())), **flat(stated)}
+
+
+def _branch_of(config: Config, module: VolumeModule, path: Path) -> Start:
+    """The start of a branch from a checkpoint of its trunk. Raises ConfigError or CheckpointError if it may not be."""
+    if not path.exists():
+        raise CheckpointError(f"run.branch_from: {path}: no such checkpoint: has the other run come to this step?")
+    check_intact(path)
+    checkpoint = read_header(path)
+    step, before, now = int(checkpoint["global_step"]), _stated(config, checkpoint), plain(config)
+    refused = [text for text in differences(before, now) if not text.startswith(BRANCHES)]
+    if refused:
+        allowed = f"only {', '.join(BRANCHES)} and run.* may differ"
+        raise ConfigError(f"run.branch_from: {path} is of a run with {', '.join(refused[:5])}: {allowed}")
+    shape = {key.removeprefix("optim."): before[key] for key in BRANCHES}
+    for of, optim in (("its run", replace(config.optim, **shape)), ("this run", config.optim)):
+        if optim.decay_start < step:
+            raise ConfigError(
+                f"run.branch_from: {path} is of step {step}, and the decay of {of} begins at step {optim.decay_start}: "
+                "take an earlier checkpoint"
+            )
+    _check_data(config, module, checkpoint)
+    log.info("branching from step %d of %s", step, path)
+    return Start(step, path, _listed(changes(before, now)), branched=True)
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -111,12 +150,15 @@ def check_intact(path: Path) -> None:
         raise CheckpointError(f"{path}: is damaged (wrong checksum of {altered})")
 
 
-def _refuse_lost_run(config: Config, folder: Path) -> None:
-    """Raise ConfigError if a run has saved, but all its checkpoints are gone: its records are not overwritten."""
+def _refuse_lost_run(config: Config, folder: Path, begun: int = 0) -> None:
+    """Raise ConfigError if a run has saved, but all its checkpoints are gone: its records are not overwritten.
+
+    begun: the step that the run begins at.
+    """
     metrics = folder.parent / "metrics.csv"
     logged = max((step for step, _ in read_metrics(metrics, "train/loss")), default=0) if metrics.exists() else 0
     # One interval may have passed before the first save was on the disk.
-    if logged >= 2 * config.run.checkpoint_every:
+    if logged - begun >= 2 * config.run.checkpoint_every:
         raise ConfigError(
             f"run.out: {folder.parent} holds a run that came to step {logged}, and no checkpoint: put one back as "
             f"{folder / 'last.ckpt'}, or {REMEDY}"
@@ -137,6 +179,10 @@ def _check_configuration(config: Config, before: dict[str, Any]) -> tuple[str, .
         )
     for key in (key for key in LOGGED if key in changed):
         log.warning("%s %s -> %s since the previous start", key, *changed[key])
+    return _listed(changed)
+
+
+def _listed(changed: dict[str, tuple[Any, Any]]) -> tuple[str, ...]:
     return tuple(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
 
 

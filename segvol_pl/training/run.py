@@ -1,7 +1,8 @@
 """A training run: data, task, trainer, run folder.
 
 1. The configuration and the manifest are written to the run folder.
-2. If the folder holds a checkpoint of the same configuration and data, the run continues from it, see `resume`.
+2. If the folder holds a checkpoint of the same configuration and data, the run continues from it, see `resume`; with
+   `run.branch_from` it otherwise continues from a checkpoint of another run.
 3. Validation also runs before the first step, so that every curve has its start (except with DeepSpeed).
 4. `checkpoints/last.ckpt` is the newest state, see `checkpoints`.
 """
@@ -39,6 +40,7 @@ from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run_folder import write_manifest
 from segvol_pl.training import loggers, peers, postmortem, strategies, watchdog
+from segvol_pl.training.averages import AveragedValidation
 from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
 from segvol_pl.training.gradients import FiniteSteps, GradientNorm
@@ -255,7 +257,7 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
     check_snapshots(config.run, strategies.run_device(config.run))
     with StopSignal() as stop, _quiet(), OutOfMemoryNamed(config, task):
         postmortem.record_collectives()
-        trainer = _trainer(config, Path(config.run.out), start.step, stop, recorder)
+        trainer = _trainer(config, start, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
         with watched(trainer):
             # DeepSpeed would add its hooks to the modules twice: for validation, and again for training.
@@ -297,8 +299,8 @@ def _write_records(config: Config, start: Start, journal: Journal) -> None:
     journal.start(start.step, config.optim.max_steps, config.run.resume)
 
 
-def _trainer(config: Config, out: Path, done: int, stop: StopSignal, recorder: Recorder) -> pl.Trainer:
-    run = config.run
+def _trainer(config: Config, start: Start, stop: StopSignal, recorder: Recorder) -> pl.Trainer:
+    run, out = config.run, Path(config.run.out)
     return RecordingTrainer(
         recorder,
         **strategies.trainer_placement(run),
@@ -315,8 +317,8 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal, recorder: R
         # FSDP2 sets attributes on the weights that it gathers, which inference mode forbids.
         inference_mode=run.strategy is not Strategy.fsdp,
         log_every_n_steps=run.log_every,
-        logger=loggers.loggers(out, config.track, done),
-        callbacks=_callbacks(config, out, stop, recorder),
+        logger=loggers.loggers(out, config.track, start.step),
+        callbacks=_callbacks(config, start, stop, recorder),
         plugins=[
             AtomicCheckpointIO(run.checkpoint_format is CheckpointFormat.sharded, strategies.waiting_time(run)),
             *strategies.environments(),
@@ -329,10 +331,10 @@ def _trainer(config: Config, out: Path, done: int, stop: StopSignal, recorder: R
     )
 
 
-def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) -> list[Callback]:
+def _callbacks(config: Config, start: Start, stop: StopSignal, recorder: Recorder) -> list[Callback]:
     """All callbacks. Lightning calls them in this order, on which the run's correctness depends."""
-    run = config.run
-    checkpoints = Checkpoints(out / "checkpoints", run)
+    run, out = config.run, Path(config.run.out)
+    checkpoints = Checkpoints(out / "checkpoints", run, start.branched)
     throughput = Throughput(run.log_every, Load.of(config, strategies.run_device(run)))
     return [
         # First: ranks that differ must end before any other callback communicates.
@@ -346,7 +348,7 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
         # After Throughput: it compares what that has just measured.
         Stragglers(throughput, run),
         # The next ones only log: their place among each other is free.
-        ValidationLine(),
+        ValidationLine(averaged=config.optim.ema > 0),
         ValidationDice(),
         GradientNorm(run.log_every),
         CorpusSize(),
@@ -354,6 +356,8 @@ def _callbacks(config: Config, out: Path, stop: StopSignal, recorder: Recorder) 
         *([MemorySnapshot(out)] if run.memory_snapshot else []),
         # Before Preemption and Checkpoints: a run that ends because of NaN must save nothing more.
         FiniteSteps(run.max_bad_steps),
+        # Before what saves when a validation ends: it puts the weights back.
+        *([AveragedValidation()] if config.optim.ema else []),
         # After all that communicates or reads results when a validation ends, and before what saves then.
         recorder,
         # Before Preemption and Checkpoints: a rank that hangs in them has already reported its batch.

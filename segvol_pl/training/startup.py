@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from segvol_pl.config import PretrainConfig, RunConfig, TrainConfig
+from segvol_pl.config import PretrainConfig, TrainConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.store import KEPT_OPEN
@@ -38,8 +38,8 @@ CLOCK = 60.0
 """Difference of the ranks' clocks, in seconds, above which a warning is logged."""
 LATE = 10.0
 """Seconds between the first and the last rank to get here above which the last one is named."""
-BYTES_A_WEIGHT = 12
-"""Bytes of a checkpoint per weight: float32, and AdamW's two moments."""
+BYTES_A_WEIGHT, BYTES_AN_AVERAGE = 12, 4
+"""Bytes of a checkpoint per weight: float32 and AdamW's two moments; and its average, with `optim.ema`."""
 CHECKPOINTS = 3
 """Checkpoints that exist at once besides the step-N.ckpt: last, best, and the one being written."""
 SHARED = Path("/dev/shm")
@@ -72,7 +72,7 @@ class StartUp(pl.Callback):
         if self.checked:
             return
         self.checked = True
-        check_room(self.config.run, sum(parameter.numel() for parameter in module.parameters()))
+        check_room(self.config, sum(parameter.numel() for parameter in module.parameters()))
         check_shared_memory(self.config)
         if trainer.world_size > 1:
             # By rank 0 of each node: all reduce the names of hosts together.
@@ -188,18 +188,20 @@ def _host(words: list[int]) -> str:
     return b"".join(word.to_bytes(WORD, "big") for word in words).rstrip(b"\0").decode("ascii")
 
 
-def check_room(run: RunConfig, weights: int) -> str:
+def check_room(config: Config, weights: int) -> str:
     """Raise StartUpError if the run folder's disk cannot hold the checkpoints. weights: number of parameters.
 
     Returns what is needed, and what is free, in words; so do the other checks.
     """
-    count = CHECKPOINTS + (run.keep_last if run.save_every else 0)
-    needed, free = count * BYTES_A_WEIGHT * weights, shutil.disk_usage(run.out).free
+    run = config.run
+    count = CHECKPOINTS + len(set(run.keep_steps)) + (run.keep_last if run.save_every else 0)
+    size = weights * (BYTES_A_WEIGHT + (BYTES_AN_AVERAGE if config.optim.ema else 0))
+    needed, free = count * size, shutil.disk_usage(run.out).free
     if free < needed:
         raise StartUpError(
             f"run.out: {run.out} has {free / 1e9:.1f} GB free, {count} checkpoints need {needed / 1e9:.1f}: make room"
         )
-    return f"{count} of {BYTES_A_WEIGHT * weights / 1e9:.2f} GB at once; {free / 1e9:.1f} GB free"
+    return f"{count} of {size / 1e9:.2f} GB at once; {free / 1e9:.1f} GB free"
 
 
 def shared_bytes(config: Config) -> int:

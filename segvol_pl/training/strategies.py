@@ -24,22 +24,26 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
+    FullyShardedDataParallel,
     MixedPrecisionPolicy,
     OffloadPolicy,
+    OptimStateKeyType,
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from segvol_pl.config import CheckpointFormat, RunConfig, Strategy
 from segvol_pl.config.loader import custom_function
 from segvol_pl.device import resolve_device, uses_bf16
-from segvol_pl.errors import ConfigError
+from segvol_pl.errors import CheckpointError, ConfigError
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import MaskDecoder, TwoWayAttentionBlock
 from segvol_pl.model.prompt_encoder import PromptEncoder
 from segvol_pl.model.sharded import WEIGHTS, Sharded, open_sharded
 from segvol_pl.planning import memory
+from segvol_pl.training.averages import exchange, held
 from segvol_pl.training.checkpoints import save_together
 from segvol_pl.training.graph import StepGraph
 from segvol_pl.training.module import Sharding, Task
@@ -189,7 +193,7 @@ class FullyShard(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False, process_group_backend=backend, timeout=timeout)
         self.run = run
         self.decoding: list[FSDPModule] = []
-        self.sharding = Sharding(weights_resident=False, shard=self._shard, gather=self._gather)
+        self.sharding = Sharding(False, self._shard, self._gather, self._exchange, self._exchange)
 
     @property
     def offloads(self) -> bool:
@@ -221,10 +225,7 @@ class FullyShard(ModelParallelStrategy):
             super().model_to_device()
             return
         assert self.lightning_module is not None
-        # A validation leaves the outermost weights gathered: the optimizer would get those instead of the shards.
-        for part in self.lightning_module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        self._reshard()
         _move_buffers(self.lightning_module, self.root_device)
         # The device that batches are moved to.
         _update_properties(self.lightning_module, device=self.root_device)
@@ -241,12 +242,22 @@ class FullyShard(ModelParallelStrategy):
         return self.lightning_module.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """The optimizer's state, in the same way."""
-        return (
-            LightningStrategy.optimizer_state(self, optimizer)
-            if self._saves_shards
-            else super().optimizer_state(optimizer)
-        )
+        """The optimizer's state, in the same way. Numbered by the optimizer's groups, as torch's optimizers do."""
+        if self._saves_shards:
+            return LightningStrategy.optimizer_state(self, optimizer)
+        # Importing torch's distributed checkpoint takes a while, and other runs do not need it.
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        assert self.model is not None
+        inner = getattr(optimizer, "_optimizer", optimizer)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state: dict[str, Any] = get_optimizer_state_dict(self.model, inner, options=options)
+        if self.is_global_zero:
+            # Lightning would number by the order of the module's weights, frozen ones included.
+            state = FullyShardedDataParallel.rekey_optim_state_dict(
+                state, OptimStateKeyType.PARAM_ID, self.model, optim=inner
+            )
+        return state
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Save on rank 0, or together if each rank writes its part."""
@@ -254,15 +265,31 @@ class FullyShard(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load each rank's shard of the complete or sharded checkpoint. Raises CheckpointError."""
-        if Path(checkpoint_path).is_dir():
-            return self._load_shards(open_sharded(Path(checkpoint_path)))
-        if not self.offloads:
-            return super().load_checkpoint(checkpoint_path, weights_only)
+        path = Path(checkpoint_path)
+        return self._load_shards(open_sharded(path)) if path.is_dir() else self._load_whole(path)
+
+    def _load_whole(self, path: Path) -> dict[str, Any]:
+        """Fill this rank's shards in place. Ranks need not call this together. Returns the checkpoint.
+
+        Unlike Lightning's method, it follows the order of the optimizer's groups.
+        """
         assert self.lightning_module is not None
-        # torch requires all tensors of a module on one device while loading.
-        _move_buffers(self.lightning_module, torch.device("cpu"))
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        _move_buffers(self.lightning_module, self.root_device)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights, saved = self.lightning_module.state_dict(), checkpoint["state_dict"]
+        if different := sorted(weights.keys() ^ saved.keys()):
+            raise CheckpointError(f"{path} is of another model: {different[0]}: check the model section")
+        with torch.no_grad():
+            for name, value in saved.items():
+                held(weights[name]).copy_(held(_split_as(weights[name], value)))
+        for optimizer, whole in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+            numbers = (number for group in whole["param_groups"] for number in group["params"])
+            own = dict(zip(numbers, parameters, strict=True))
+            state = {
+                number: {key: _split_as(own[number], value) for key, value in values.items()}
+                for number, values in whole["state"].items()
+            }
+            optimizer.load_state_dict({**whole, "state": state})
         return checkpoint
 
     def _load_shards(self, saved: Sharded) -> dict[str, Any]:
@@ -311,6 +338,17 @@ class FullyShard(ModelParallelStrategy):
         for step in ("training_step", "validation_step"):
             register_fsdp_forward_method(module, step)
 
+    def _exchange(self, optimizer: Any) -> None:
+        self._reshard()
+        exchange(optimizer)
+
+    def _reshard(self) -> None:
+        # A validation leaves the outermost weights gathered: the optimizer has the shards.
+        assert self.lightning_module is not None
+        for part in self.lightning_module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
     def _gather(self) -> None:
         # Up to torch 2.10 a block that has had its backward pass is not gathered again for a group that is recomputed.
         for block in self.decoding:
@@ -320,6 +358,13 @@ class FullyShard(ModelParallelStrategy):
 def _emptied(state: dict[str, Any], parameter: torch.Tensor) -> dict[str, Any]:
     """A parameter's state in the optimizer, with room for what the ranks have sharded as they have the parameter."""
     return {key: torch.zeros_like(parameter) if value is None else value for key, value in state.items()}
+
+
+def _split_as(like: torch.Tensor, value: Any) -> Any:
+    """A complete tensor split as `like` is. Other values, such as a step count, as they are."""
+    if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        return value
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from factories import train_config
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.torch_version import TorchVersion
 
-from segvol_pl.config import Precision, RunConfig, Strategy, TrainConfig
+from segvol_pl.config import OptimConfig, Precision, PretrainConfig, RunConfig, Strategy, TrainConfig
 from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.errors import ConfigError, StartUpError
 from segvol_pl.planning.plan import sample_bytes
@@ -114,12 +114,16 @@ def test_clocks_apart_and_a_late_rank_are_said_once(compared: Callable[[str], tu
 
 def test_a_disk_without_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(out=str(tmp_path), save_every=0, keep_last=5)
-    check_room(run, weights=1)
+    config = PretrainConfig(run=run)
+    check_room(config, weights=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
     with pytest.raises(StartUpError, match=r"has 1.0 GB free, 3 checkpoints need 3.6"):
-        check_room(run, weights=10**8)
+        check_room(config, weights=10**8)
     with pytest.raises(StartUpError, match=r"has 1.0 GB free, 8 checkpoints need 9.6"):
-        check_room(replace(run, save_every=10), weights=10**8)
+        check_room(replace(config, run=replace(run, save_every=10)), weights=10**8)
+    averaged = replace(config, run=replace(run, keep_steps=[3, 5]), optim=OptimConfig(ema=0.9))
+    with pytest.raises(StartUpError, match=r"has 1.0 GB free, 5 checkpoints need 8.0"):
+        check_room(averaged, weights=10**8)
 
 
 def test_shared_memory_must_hold_the_batches_of_a_nodes_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
