@@ -379,7 +379,7 @@ def _grid(arguments: list[str]) -> int:
         launch.start(run, _train if run.command == "train" else _pretrain, not rank_named())
     else:
         _print_table(launch.describe(runs))
-        print(launch.held_out(runs))
+        print("\n".join([launch.held_out(runs), *launch.branching(grid, runs, passed)]))
     return DONE
 
 

@@ -51,7 +51,7 @@ class Trained:
 
 
 def same_state(first: dict[str, Any], other: dict[str, Any]) -> None:
-    """By names, shapes and the optimizer's moments: small gradients' steps differ by Adam's rounding."""
+    """By names, shapes, the optimizer's moments and averages: small gradients' steps differ by Adam's rounding."""
     assert other.keys() == first.keys() and list(other["state_dict"]) == list(first["state_dict"])
     (ours,), (theirs,) = first["optimizer_states"], other["optimizer_states"]
     assert ours["param_groups"] == theirs["param_groups"]
@@ -59,3 +59,5 @@ def same_state(first: dict[str, Any], other: dict[str, Any]) -> None:
     for key, state in ours["state"].items():
         assert state["step"] == theirs["state"][key]["step"] == first["global_step"]
         torch.testing.assert_close(theirs["state"][key]["exp_avg_sq"], state["exp_avg_sq"], rtol=1e-3, atol=1e-8)
+        if "ema" in state:
+            torch.testing.assert_close(theirs["state"][key]["ema"], state["ema"], rtol=1e-3, atol=1e-4)

@@ -5,7 +5,9 @@
    places on them: `size-s_fraction-0.5_seed-1`. Adding a value later changes numbers, never names.
 3. Each run is a command line of `train` or `pretrain`. All are checked before anything runs: the error for a wrong key
    names file and line.
-4. `launch` runs them, shows their state, and writes the sweep for wandb.
+4. With `lengths`, every setting is a run of the longest length, the trunk, and branches of the others, each from the
+   trunk's checkpoint of the step where its own decay begins. Branches are numbered after all trunks.
+5. `launch` runs them, shows their state, and writes the sweep for wandb.
 
 Imports neither torch nor lightning: a wrong key must fail at once.
 """
@@ -16,13 +18,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from segvol_pl.config import loader
+from segvol_pl.config import Schedule, loader
 from segvol_pl.config.loader import PAIR, SECTION_FILE, Written, did_you_mean
 from segvol_pl.config.yaml_nodes import convert
 from segvol_pl.errors import ConfigError
@@ -37,13 +39,17 @@ KEYS = {
     "axes": "What varies. A key of the command: a list of values. Another name: named points, lists of KEY=VALUE.",
     "zip": "Lists of axes that step together instead of being crossed.",
     "flops": "List of budgets in training FLOPs: one more axis. optim.max_steps follows from the FLOPs of one step.",
+    "lengths": "List of different numbers of steps: one more axis. Each setting trains the longest, its trunk; the "
+    "others branch from checkpoints of that, and only decay. Needs optim.schedule=wsd.",
 }
 COMMANDS = ("pretrain", "train")
 HELP = "Keys of FILE:\n" + "\n".join(f"  {key}\n      {text}" for key, text in KEYS.items())
-SEED, BUDGET = "seed", "flops"
+SEED, BUDGET, LENGTH = "seed", "flops", "length"
 """Names of the axes that are not configuration keys."""
 DECIDED = ("run.out", "data.seed")
 """Keys that the grid sets itself."""
+BY_LENGTH = ("optim.max_steps", "run.keep_steps", "run.branch_from")
+"""Keys that `lengths` sets."""
 UNSAFE = re.compile(r"[^A-Za-z0-9.+]+")
 """Characters not allowed in the name of a run, where `-` and `_` separate its places."""
 
@@ -74,6 +80,7 @@ class Grid:
     axes: Axes = field(default_factory=dict)
     zip: list[list[str]] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -93,6 +100,9 @@ class Run:
     """Axis (including `seed`) -> label."""
     arguments: list[str]
     config: Any = field(compare=False, repr=False)
+    place: Place = field(default_factory=dict, compare=False, repr=False)
+    trunk: Run | None = field(default=None, compare=False, repr=False)
+    """The run that this one branches from."""
 
 
 # ---- the file ----
@@ -109,6 +119,7 @@ def read(path: Path, out: str | None = None) -> Grid:
     }
     grid = Grid(**{**vars(grid), **parts})
     _check_zips(grid)
+    _check_lengths(grid)
     return grid
 
 
@@ -133,6 +144,7 @@ def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
     """Convert the keys that are plain values."""
     values: dict[str, Any] = {"out": str(Path("runs") / path.stem)}
     wanted = {"command": str, "out": str, "seeds": list[int], "zip": list[list[str]], "flops": list[float]}
+    wanted["lengths"] = list[int]
     for key, node in nodes.items():
         try:
             values[key] = convert(node, wanted[key])
@@ -142,9 +154,13 @@ def _typed(path: Path, nodes: dict[str, yaml.Node], out: str | None) -> Grid:
         ("command", values.get("command", "train") in COMMANDS),
         ("seeds", len(set(values.get("seeds", [0]))) == len(values.get("seeds", [0])) > 0),
         ("flops", all(budget > 0 for budget in values.get("flops", []))),
+        ("lengths", len(set(lengths := values.get("lengths", []))) == len(lengths) and min(lengths, default=1) > 0),
     ):
         if not holds:
             raise ConfigError(f"{key} ({line_of(path, nodes[key])}): {KEYS[key]} Got {values[key]}")
+    if values.get("lengths") and values.get("flops"):
+        where = line_of(path, nodes["lengths"])
+        raise ConfigError(f"lengths ({where}): both lengths and flops set optim.max_steps: give only one of them")
     return Grid(**{**values, "path": path, "out": Path(out or values["out"])})
 
 
@@ -236,6 +252,17 @@ def _check_zips(grid: Grid) -> None:
             raise ConfigError(f"zip ({grid.path}): axes that step together need as many points each, got {lengths}")
 
 
+def _check_lengths(grid: Grid) -> None:
+    """Raise ConfigError if something else sets what `lengths` sets."""
+    if not grid.lengths:
+        return
+    if LENGTH in grid.axes:
+        raise ConfigError(f"axes.{LENGTH} ({grid.path}): `lengths` is an axis of this name: choose another one")
+    for pair in (*grid.set, *(pair for points in grid.axes.values() for point in points for pair in point.pairs)):
+        if _key(pair) in BY_LENGTH:
+            raise ConfigError(f"{_key(pair)} ({pair.origin}): the grid's key `lengths` sets it: remove it")
+
+
 # ---- the runs ----
 
 
@@ -252,10 +279,16 @@ def expand(grid: Grid, given: Sequence[str] = ()) -> list[Run]:
     decided = dict.fromkeys(DECIDED, "the grid sets it: use out=DIR and `seeds`")
     varied = {_key(pair) for points in grid.axes.values() for point in points for pair in point.pairs}
     refused = {**dict.fromkeys(varied, "varies in the grid"), **decided}
+    refused |= dict.fromkeys(BY_LENGTH if grid.lengths else (), "the grid's key `lengths` sets it")
     for pair in given:
         if _key(pair) in refused:
             raise ConfigError(f"{_key(pair)} (command line): {refused[_key(pair)]}", _key(pair))
-    runs = [_run(grid, number, place, seed, given) for number, (place, seed) in enumerate(_places(grid))]
+    places = enumerate(_places(grid))
+    runs = [(_trunk if grid.lengths else _run)(grid, number, place, seed, given) for number, (place, seed) in places]
+    runs += [
+        _branch(grid, len(runs) + number, trunk, length, given)
+        for number, (trunk, length) in enumerate(itertools.product(runs, sorted(grid.lengths)[:-1]))
+    ]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ConfigError(
@@ -287,17 +320,18 @@ def _places(grid: Grid) -> Iterator[tuple[Place, int]]:
             yield {axis: point for part in parts for axis, point in part.items()}, seed
 
 
-def _run(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str]) -> Run:
+def _run(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str], more: Sequence[str] = ()) -> Run:
+    """more: KEY=VALUE that follow from the place."""
     labels = {**{axis: point.label for axis, point in place.items()}, SEED: str(seed)}
     name = "_".join(f"{_short(axis, grid.axes)}-{label}" for axis, label in labels.items())
     pairs = [*grid.set, *(pair for point in place.values() for pair in point.pairs)]
     out = grid.out / name
     tracked = [f"track.group={grid.name}", f"track.name={name}"]
     arguments: list[str] = [*grid.files, *tracked, *(_filled(pair, labels) for pair in pairs), *given]
-    arguments += [f"data.seed={seed}", f"run.out={out}"]
+    arguments += [f"data.seed={seed}", f"run.out={out}", *more]
     if BUDGET in place:
         arguments.append(_steps(grid, arguments, float(labels[BUDGET])))
-    return Run(number, name, grid.command, out, labels, arguments, loader.load(grid.command, arguments))
+    return Run(number, name, grid.command, out, labels, arguments, loader.load(grid.command, arguments), place=place)
 
 
 def _short(axis: str, axes: Axes) -> str:
@@ -311,12 +345,42 @@ def _filled(pair: Written, labels: dict[str, str]) -> Written:
     return Written(re.sub(r"(?<!\$)\{([\w.]+)\}", lambda match: labels.get(match[1], match[0]), pair), pair.origin)
 
 
+# ---- lengths ----
+
+
+def _trunk(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str]) -> Run:
+    """The run of the longest length, which keeps the checkpoints that the others branch from."""
+    *shorter, longest = sorted(grid.lengths)
+    place = place | _length(grid, longest)
+    run = _run(grid, number, place, seed, given)
+    optim = run.config.optim
+    if optim.schedule is not Schedule.wsd:
+        raise ConfigError(
+            f"lengths ({grid.path}): need optim.schedule=wsd, {run.name} has {optim.schedule.value}: add it to `set`"
+        )
+    begins = sorted({replace(optim, max_steps=length).decay_start for length in shorter})
+    return _run(grid, number, place, seed, given, [f"run.keep_steps={begins}"])
+
+
+def _branch(grid: Grid, number: int, trunk: Run, length: int, given: Sequence[str]) -> Run:
+    """The run of a shorter length: from the trunk's checkpoint of the step where its decay begins."""
+    begins = replace(trunk.config.optim, max_steps=length).decay_start
+    place, seed = trunk.place | _length(grid, length), trunk.config.data.seed
+    start = f"run.branch_from={trunk.out / 'checkpoints' / f'step-{begins}.ckpt'}"
+    return replace(_run(grid, number, place, seed, given, [start]), trunk=trunk)
+
+
+def _length(grid: Grid, steps: int) -> Place:
+    return {LENGTH: Point(str(steps), [Written(f"optim.max_steps={steps}", str(grid.path))])}
+
+
 # ---- budgets of compute ----
 
 
 def _steps(grid: Grid, arguments: Sequence[str], budget: float) -> Written:
     """`optim.max_steps` that spends the budget. Raises ConfigError if the warm-up would be longer."""
-    config = loader.load(grid.command, [*arguments, "optim.max_steps=1"])
+    # Of any length that every schedule has room for.
+    config = loader.load(grid.command, [*arguments, f"optim.max_steps={10**9}"])
     step = config.data.global_batch * volume_flops(config)
     steps = round(budget / step)
     if steps <= config.optim.warmup_steps:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from segvol_pl.run_folder import GRID_ENTRY, read_grid_entry
 log = logging.getLogger(__name__)
 
 MISSING, RUNNING, PARTIAL, FAILED, FINISHED, CHANGED = "missing", "running", "partial", "failed", "finished", "changed"
+WAITS = "waits for trunk"
+"""State, followed by the trunk's number, of a branch whose checkpoint to start from does not exist yet."""
 PLACES = ("out", "device", "workers")
 """Keys of commands that do not train which change where and how fast they run, not their results."""
 SILENCE = 900.0
@@ -42,7 +45,7 @@ SILENCE = 900.0
 
 @dataclass(frozen=True)
 class State:
-    """State of a run: missing, running, partial, failed, finished or changed."""
+    """State of a run: missing, running, partial, failed, finished, changed, or `waits for trunk K`."""
 
     name: str
     step: int = 0
@@ -52,6 +55,25 @@ class State:
 
 def state(run: Run) -> State:
     """Read the state from the run folder. `changed`: the folder holds a run with another configuration."""
+    own = _own_state(run)
+    return _waiting(run) or own if own.name in (MISSING, PARTIAL, FAILED) else own
+
+
+def _waiting(run: Run) -> State | None:
+    """The state of a branch that can neither start nor resume; None for any other run."""
+    if run.trunk is None or (run.out / "checkpoints").exists():
+        return None
+    start = Path(run.config.run.branch_from)
+    if start.exists():
+        return None
+    trunk = _own_state(run.trunk)
+    detail = f"for its {start.name}; that run is {trunk.name}, step {trunk.step}"
+    if trunk.name == FINISHED:
+        detail = f"which has finished without {start.name}: give another out=DIR, or remove {run.trunk.out}"
+    return State(f"{WAITS} {run.trunk.number}", 0, detail)
+
+
+def _own_state(run: Run) -> State:
     record, step = read_grid_entry(run.out), _last_step(run.out / "metrics.csv")
     if record is None and not (run.out / "config.yaml").exists():
         return State(MISSING)
@@ -72,7 +94,7 @@ def start(run: Run, call: Callable[[Any], Any], first: bool) -> None:
         first: Whether this process is rank 0, which keeps the record.
 
     Raises:
-        RunError: The folder holds a run with another configuration.
+        RunError: The folder holds a run with another configuration, or a branch's trunk has not come far enough.
         LockedError: Another process runs it.
     """
     before = state(run)
@@ -81,6 +103,8 @@ def start(run: Run, call: Callable[[Any], Any], first: bool) -> None:
         return
     if before.name == CHANGED:
         raise RunError(f"{run.out} holds a run with {before.detail}: give another out=DIR, or remove the folder")
+    if before.name.startswith(WAITS):
+        raise RunError(f"run {run.number} {run.name}: {before.name}, {before.detail}: start it again after that")
     if not first:
         call(run.config)
         return
@@ -112,6 +136,8 @@ def start_all(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> None:
 
 def sweep(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> str:
     """Return the YAML of a wandb sweep over the run numbers. `wandb agent` then calls `segvol-pl grid FILE run=K`."""
+    if grid.lengths:
+        raise ConfigError("sweep: agents do not wait for the trunks of `lengths`: use run=all, or two arrays on SLURM")
     project = {run.config.track.project for run in runs}
     if len(project) > 1:
         raise ConfigError(f"track.project: a sweep needs one project, these runs have {', '.join(sorted(project))}")
@@ -202,6 +228,24 @@ def describe(runs: Sequence[Run]) -> list[dict[str, str]]:
         }
         rows.append(row)
     return rows
+
+
+def branching(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> list[str]:
+    """What the `lengths` of a grid save, and how to submit them to SLURM, in lines; none without `lengths`."""
+    branches = [run for run in runs if run.trunk is not None]
+    if not branches:
+        return []
+    whole = sum(run.config.optim.max_steps for run in runs)
+    saved = sum(run.config.optim.decay_start for run in branches)
+    call = shlex.join(["slurm/grid.sbatch", str(grid.path), *map(masked, given)])
+    first = branches[0].number
+    return [
+        f"steps: {whole - saved:,} in place of {whole:,}, {100 * saved / whole:.1f} % saved: {len(branches)} branches "
+        f"begin from a checkpoint of {first} trunks",
+        "on SLURM:",
+        f"  trunks=$(sbatch --parsable --array=0-{first - 1} {call})",
+        f"  sbatch --array={first}-{len(runs) - 1} --dependency=afterok:$trunks {call}",
+    ]
 
 
 def held_out(runs: Sequence[Run]) -> str:

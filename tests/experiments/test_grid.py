@@ -16,9 +16,12 @@ from factories import TINY_KEYS
 from holders import holding
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from segvol_pl.errors import ConfigError
+from segvol_pl.config import PointsConfig
+from segvol_pl.config.loader import changes, plain
+from segvol_pl.errors import ConfigError, RunError
 from segvol_pl.experiments import launch
 from segvol_pl.experiments.grid import Run, expand, read, volume_flops
+from segvol_pl.experiments.points import gather
 from segvol_pl.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -162,6 +165,98 @@ flops: [1e14, 4e14]
         expand(read(path), ["data.shards=shards"])
 
 
+LENGTHS = """
+set: [optim.schedule=wsd, optim.warmup_steps=10]
+lengths: [100, 400, 200, 800]
+axes: {pseudo_weight: [0, 0.1]}
+"""
+
+
+def lengths_of(folder: Path, text: str = LENGTHS, *given: str) -> list[Run]:
+    path = folder / "lengths.yaml"
+    path.write_text(text)
+    return expand(read(path, str(folder / "runs")), ["data.shards=shards", *given])
+
+
+def test_lengths_are_trunks_and_branches_numbered_after_them(tmp_path: Path) -> None:
+    runs = lengths_of(tmp_path)
+    assert [run.number for run in runs] == list(range(8))
+    trunks, branches = runs[:2], runs[2:]
+    assert [run.name for run in trunks] == [f"pseudo-weight-{w}_length-800_seed-0" for w in ("0", "0.1")]
+    assert [run.places["length"] for run in branches] == ["100", "200", "400"] * 2
+    for run in trunks:
+        assert run.trunk is None and run.config.run.keep_steps == [80, 160, 320] and run.config.optim.max_steps == 800
+    for run in branches:
+        assert run.trunk in trunks and run.trunk.places["pseudo_weight"] == run.places["pseudo_weight"]
+        start = run.trunk.out / f"checkpoints/step-{run.config.optim.decay_start}.ckpt"
+        assert run.config.run.branch_from == str(start)
+        changed = {key for key, (_, new) in changes(plain(run.trunk.config), plain(run.config)).items()}
+        assert changed == {"optim.max_steps", "run.out", "run.keep_steps", "run.branch_from", "track.name"}
+
+
+def test_four_lengths_cost_less_than_two_thirds(tmp_path: Path) -> None:
+    runs = lengths_of(tmp_path)
+    first, _, *commands = launch.branching(read(tmp_path / "lengths.yaml"), runs, ["data.shards=my shards"])
+    assert first == "steps: 1,880 in place of 3,000, 37.3 % saved: 6 branches begin from a checkpoint of 2 trunks"
+    call = f"slurm/grid.sbatch {tmp_path / 'lengths.yaml'} 'data.shards=my shards'"
+    assert [line.strip() for line in commands] == [
+        f"trunks=$(sbatch --parsable --array=0-1 {call})",
+        f"sbatch --array=2-7 --dependency=afterok:$trunks {call}",
+    ]
+    assert launch.branching(read(tmp_path / "lengths.yaml"), runs[:2], []) == []
+
+
+def test_a_longer_length_makes_the_old_trunk_a_branch_of_the_same_name(tmp_path: Path) -> None:
+    before = {run.name for run in lengths_of(tmp_path)}
+    after = lengths_of(tmp_path, LENGTHS.replace("800]", "800, 1600]"))
+    assert before < {run.name for run in after}
+    assert [run.places["length"] for run in after if run.trunk is None] == ["1600", "1600"]
+
+
+def test_a_branch_waits_until_its_trunk_has_come_so_far(tmp_path: Path) -> None:
+    run = lengths_of(tmp_path)[3]
+    assert run.trunk is not None
+    waits = launch.State("waits for trunk 0", 0, "for its step-160.ckpt; that run is missing, step 0")
+    assert launch.state(run) == waits
+    with pytest.raises(RunError, match=r"^run 3 .*length-200_seed-0: waits for trunk 0, for its step-160\.ckpt"):
+        launch.start(run, lambda config: None, first=True)
+    assert not run.out.exists()
+    folder = run.trunk.out / "checkpoints"
+    folder.mkdir(parents=True)
+    launch._write(run.trunk, launch.FINISHED)
+    assert re.match(r"which has finished without step-160\.ckpt: give another out=DIR", launch.state(run).detail)
+    (folder / "step-160.ckpt").touch()
+    assert launch.state(run) == launch.State(launch.MISSING)
+
+
+def test_agents_of_wandb_get_no_branches(tmp_path: Path) -> None:
+    runs = lengths_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"^sweep: agents do not wait for the trunks of `lengths`"):
+        launch.sweep(read(tmp_path / "lengths.yaml"), runs, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "expected"),
+    [
+        ("lengths: [10, 20]\n", (), r"^lengths \(.*yaml\): need optim\.schedule=wsd, length-20_seed-0 has cosine: add"),
+        ("lengths: [10, 10]\n", (), r"^lengths \(.*yaml:1\): List of different numbers of steps"),
+        ("lengths: [0, 10]\n", (), r"^lengths \(.*yaml:1\): List of different numbers of steps"),
+        ("lengths: [10]\nflops: [1e14]\n", (), r"^lengths \(.*yaml:1\): both lengths and flops set optim\.max_steps"),
+        (
+            "lengths: [10]\nset:\n  - optim.max_steps=3\n",
+            (),
+            r"^optim\.max_steps \(.*yaml:3\): the grid's key `lengths`",
+        ),
+        (LENGTHS, ("run.keep_steps=[1]",), r"^run\.keep_steps \(command line\): the grid's key `lengths` sets it"),
+        ("lengths: [10]\naxes: {length: {a: []}}\n", (), r"^axes\.length \(.*yaml\): `lengths` is an axis"),
+        (LENGTHS, ("optim.warmup_steps=90",), r"^optim\.warmup_steps: 90 .* begins at step 80 of optim\.max_steps=100"),
+    ],
+)
+def test_wrong_lengths_are_refused(tmp_path: Path, text: str, given: tuple[str, ...], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        lengths_of(tmp_path, text, *given)
+
+
 # ---- faults ----
 
 
@@ -290,6 +385,25 @@ def test_leaks_are_reported_in_the_listing(two: tuple[Path, list[str]], tmp_path
     assert launch.held_out([*runs[:1], *leaking]).endswith("ALSO TRAINED ON by 1 runs, first start-lost_seed-0")
     other = replace(runs[1].config, data=replace(runs[1].config.data, val_split="train", split="test"))
     assert "2 DIFFERENT SETS" in launch.held_out([runs[0], replace(runs[1], config=other)])
+
+
+@pytest.mark.slow
+def test_a_grid_of_lengths_runs_from_its_trunk_to_its_points(phantom_shards: Path, tmp_path: Path) -> None:
+    """All runs, one after another; the points of a scaling law count the samples of each length."""
+    path = tmp_path / "lengths.yaml"
+    wsd = "  - model.hidden_size=16\n  - optim.schedule=wsd\n  - optim.warmup_steps=1\n  - run.val_every=0\n"
+    small = SMALL.replace("  - optim.max_steps=3\n", "")
+    path.write_text(f"set:\n{small}{wsd}lengths: [5, 10]\n")
+    given = [f"data.shards={phantom_shards}", f"out={tmp_path / 'runs'}"]
+    early = program(path, *given, "run=1")
+    assert early.returncode == 1 and "run 1 length-5_seed-0: waits for trunk 0" in early.stderr.splitlines()[-1]
+    assert program(path, *given, "run=all").returncode == 0
+    listed = program(path, *given).stdout.splitlines()
+    assert re.search(r"length-10_seed-0 +finished +10/10", listed[1])
+    assert re.search(r"length-5_seed-0 +finished +5/5", listed[2])
+    assert listed[4] == "steps: 11 in place of 15, 26.7 % saved: 1 branches begin from a checkpoint of 1 trunks"
+    points = gather(PointsConfig(runs=[str(tmp_path / "runs")])).used
+    assert {point.places["length"]: point.samples for point in points} == {"10": 20, "5": 10}
 
 
 def test_a_sweep_calls_the_same_command_line(two: tuple[Path, list[str]], tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_until_its_decay_a_length_has_the_rates_of_a_longer_one() -> None:
 
 
 def test_a_warm_up_that_reaches_into_the_decay_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^optim\.warmup_steps: 90 steps .* begins at step 80 of optim\.max_steps=100"):
+    with pytest.raises(
+        ConfigError, match=r"^optim\.warmup_steps: 90 steps .* begins at step 80 of optim\.max_steps=100"
+    ):
         OptimConfig(warmup_steps=90, max_steps=100, schedule=Schedule.wsd)
     OptimConfig(warmup_steps=90, max_steps=100)
 

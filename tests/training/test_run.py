@@ -376,8 +376,10 @@ def test_a_signal_before_the_first_step_ends_the_first_validation_between_two_ba
 def test_a_signal_in_a_validation_ends_it_between_two_batches(
     phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the averaged weights are being validated: it saves the others."""
     base = train_config(phantom_shards, tmp_path / "whole", steps=6)
-    whole = replace(base, run=replace(base.run, val_every=4, val_batches=5, checkpoint_every=1000))
+    run = replace(base.run, val_every=4, val_batches=5, checkpoint_every=1000)
+    whole = replace(base, run=run, optim=replace(base.optim, ema=0.9))
     signalled = replace(whole, run=replace(whole.run, out=str(tmp_path / "signalled")))
     train(whole)
     validate, seen = SegVolTask.validation_step, []

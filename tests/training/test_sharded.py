@@ -15,7 +15,8 @@ from factories import train_config
 from ranks import Ranks
 from trained import RELATIVE, Losses, Trained, same_state
 
-from segvol_pl.model.checkpoint import read_header
+from segvol_pl.model.checkpoint import read_header, with_averages
+from segvol_pl.model.released import read_contents
 from segvol_pl.model.sharded import HEADER, open_sharded
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -30,7 +31,8 @@ def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pyt
     trained = Trained(tmp_path_factory.mktemp("sharded"), ranks)
     config = train_config(phantom_shards, trained / "run", steps=STEPS)
     run = replace(config.run, checkpoint_every=HALF, save_every=HALF, val_every=0, val_batches=1)
-    trained.configure(replace(config, run=run, data=replace(config.data, global_batch=4)))
+    optim = replace(config.optim, ema=0.8, weight_decay_all=False)
+    trained.configure(replace(config, run=run, data=replace(config.data, global_batch=4), optim=optim))
     return trained
 
 
@@ -151,6 +153,11 @@ def test_every_strategy_goes_on_from_it(
     last = trained / name / "checkpoints/last.ckpt"
     assert last.is_dir() is (SHARDED in keys)
     assert read_header(last)["global_step"] == STEPS
+    whole, found = (
+        with_averages(read_contents(path)).tensors for path in (trained / "auto/checkpoints/last.ckpt", last)
+    )
+    for tensor, expected in whole.items():
+        torch.testing.assert_close(found[tensor], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_ranks_killed_while_they_write_go_on_from_the_checkpoint_before(alone: Losses, trained: Trained) -> None:

@@ -13,6 +13,8 @@ from ranks import Ranks
 from trained import RELATIVE, Losses, Trained, same_state
 
 from segvol_pl.config import Strategy
+from segvol_pl.model.checkpoint import with_averages
+from segvol_pl.model.released import read_contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -31,7 +33,8 @@ def trained(phantom_shards: Path, ranks: dict[int, Ranks], tmp_path_factory: pyt
     # Parts of the model and of the samples that are off by default.
     model = replace(config.model, mask_prompt=True)
     prompts = replace(config.prompts, mask_fraction=0.6, per_category=3, corrections=1)
-    config = replace(config, run=run, data=data, model=model, prompts=prompts)
+    optim = replace(config.optim, ema=0.8, weight_decay_all=False)
+    config = replace(config, run=run, data=data, model=model, prompts=prompts, optim=optim)
     trained.configure(config)
     return trained
 
@@ -71,6 +74,18 @@ def test_every_strategy_writes_the_same_checkpoint(losses: dict[str, Losses], tr
         same_state(first, other)
 
 
+def test_every_strategy_validates_the_averaged_weights(losses: dict[str, Losses], trained: Trained) -> None:
+    """Which `export` finds in each checkpoint; they are not the weights."""
+    whole = read_contents(trained / "auto/checkpoints/last.ckpt")
+    averages, validated = with_averages(whole).tensors, trained.metric("auto", "val/loss")[STEPS]
+    assert max(float((averages[name] - whole.tensors[name]).abs().max()) for name in averages) > 1e-3
+    for name in MULTIPLE:
+        assert trained.metric(name, "val/loss")[STEPS] == pytest.approx(validated, rel=RELATIVE)
+        found = with_averages(read_contents(trained / name / "checkpoints/last.ckpt")).tensors
+        for tensor, expected in averages.items():
+            torch.testing.assert_close(found[tensor], expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("strategy", MATRIX)
 def test_micro_batches_change_no_gradient(losses: dict[str, Losses], trained: Trained, strategy: str) -> None:
     """Clipping sees the norm of the whole step's gradients under every strategy."""
@@ -85,7 +100,7 @@ def test_micro_batches_change_no_gradient(losses: dict[str, Losses], trained: Tr
 def test_a_run_goes_on_under_another_strategy_and_world(
     losses: dict[str, Losses], trained: Trained, before: str, to: str
 ) -> None:
-    """From the checkpoint of step 10, optimizer included: the losses are those of the unbroken run."""
+    """From the checkpoint of step 10, optimizer and averages included: the losses are those of the unbroken run."""
     after = MATRIX[(MATRIX.index(before) + 1) % len(MATRIX)] if to == "other strategy" else before
     name = f"{before}-{to}".replace(" ", "-")
     checkpoint = trained / before / f"checkpoints/step-{HALF}.ckpt"
@@ -93,6 +108,8 @@ def test_a_run_goes_on_under_another_strategy_and_world(
     assert list(found) == list(range(HALF + 1, STEPS + 1))
     expected = [losses["auto"][step] for step in found]
     np.testing.assert_allclose(list(found.values()), expected, rtol=RELATIVE)
+    validated, unbroken = (trained.metric(of, "val/loss")[STEPS] for of in (name, "auto"))
+    assert validated == pytest.approx(unbroken, rel=RELATIVE)
 
 
 @pytest.mark.parametrize("strategy", MATRIX)
