@@ -358,6 +358,12 @@ def _trunk(grid: Grid, number: int, place: Place, seed: int, given: Sequence[str
         raise ConfigError(
             f"lengths ({grid.path}): need optim.schedule=wsd, {run.name} has {optim.schedule.value}: add it to `set`"
         )
+    every = run.config.run.val_every
+    if unvalidated := [length for length in grid.lengths if every and length % every]:
+        raise ConfigError(
+            f"lengths ({grid.path}): {unvalidated[0]} is no multiple of run.val_every={every}, so its end would not be "
+            "validated: set run.val_every=0 (only at the end) or a divisor"
+        )
     begins = sorted({replace(optim, max_steps=length).decay_start for length in shorter})
     return _run(grid, number, place, seed, given, [f"run.keep_steps={begins}"])
 

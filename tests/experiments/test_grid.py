@@ -166,7 +166,7 @@ flops: [1e14, 4e14]
 
 
 LENGTHS = """
-set: [optim.schedule=wsd, optim.warmup_steps=10]
+set: [optim.schedule=wsd, optim.warmup_steps=10, run.val_every=0]
 lengths: [100, 400, 200, 800]
 axes: {pseudo_weight: [0, 0.1]}
 """
@@ -246,6 +246,11 @@ def test_agents_of_wandb_get_no_branches(tmp_path: Path) -> None:
             "lengths: [10]\nset:\n  - optim.max_steps=3\n",
             (),
             r"^optim\.max_steps \(.*yaml:3\): the grid's key `lengths`",
+        ),
+        (
+            LENGTHS.replace("=0]", "=200]"),
+            (),
+            r"^lengths \(.*yaml\): 100 is no multiple of run\.val_every=200",
         ),
         (LENGTHS, ("run.keep_steps=[1]",), r"^run\.keep_steps \(command line\): the grid's key `lengths` sets it"),
         ("lengths: [10]\naxes: {length: {a: []}}\n", (), r"^axes\.length \(.*yaml\): `lengths` is an axis"),

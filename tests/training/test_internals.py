@@ -58,6 +58,12 @@ def found_inf_skips_a_step() -> bool:
     return bool((weight == 1).all()) and float(adamw.state[weight]["step"]) == 0
 
 
+def averages_move_by_a_share() -> bool:
+    average = torch.zeros(2)
+    torch._foreach_lerp_([average], [torch.ones(2)], 0.25)
+    return bool((average == 0.25).all())
+
+
 def parameters_may_be_replaced() -> bool:
     """As the graph does while a step is recorded: by any tensor, which the forward pass then uses."""
     layer = torch.nn.Linear(2, 1, bias=False)
@@ -183,6 +189,7 @@ TORCH = [
         lambda: torch._foreach_mul([torch.ones(1)], torch.tensor(3.0))[0].item() == 3,
     ),
     Internal("_foreach_copy_", "model.narrow", lambda: callable(torch._foreach_copy_)),
+    Internal("_foreach_lerp_", "training.averages", averages_move_by_a_share),
     Internal("_new_shared", "data.collate", lambda: torch.UntypedStorage._new_shared(8).is_shared()),
     *(Internal(name, "model.image_encoder", lambda name=name: hasattr(torch.ops.aten, name)) for name in ATTENTION),
     Internal("AdamW.found_inf", "training.module", found_inf_skips_a_step),
@@ -257,6 +264,11 @@ DEEPSPEED = [
         "_lazy_init_hp_params_optimizer_state",
         "training.deepspeed",
         lambda: says(_stage_2(), "def _lazy_init_hp_params_optimizer_state(self):"),
+    ),
+    Internal(
+        "_hp_optimizer_states_linked",
+        "training.deepspeed",
+        lambda: says(_stage_2()._lazy_init_hp_params_optimizer_state, "if not self._hp_optimizer_states_linked:"),  # type: ignore[attr-defined]
     ),
     Internal(
         "fp32_partitioned_groups_flat",

@@ -133,6 +133,18 @@ def test_a_finished_run_can_be_made_longer(
         train(shorter)
 
 
+def test_a_checkpoint_older_than_a_key_goes_on_with_its_default(begun: TrainConfig, tmp_path: Path) -> None:
+    config = _copy(begun, tmp_path)
+    last = Path(config.run.out) / "checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    del checkpoint["hyper_parameters"]["config"]["optim"]["weight_decay_all"]
+    torch.save(checkpoint, last)
+    with pytest.raises(ConfigError, match=r"optim\.weight_decay_all True -> False"):
+        train(replace(config, optim=replace(config.optim, weight_decay_all=False)))
+    train(config)
+    assert _losses(config) == _losses(begun)
+
+
 def test_every_start_is_recorded(begun: TrainConfig, tmp_path: Path) -> None:
     config = _copy(begun, tmp_path)
     train(replace(config, run=replace(config.run, log_every=2)))

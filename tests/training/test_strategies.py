@@ -121,6 +121,15 @@ def test_frozen_parts_stay_under_every_strategy(
     assert found[STEPS] != losses["auto"][STEPS]
 
 
+def test_frozen_parts_go_on_under_fsdp(frozen: Losses, trained: Trained) -> None:
+    """Which numbers the optimizer's weights as one process does, without the frozen ones."""
+    checkpoint = trained / f"frozen/checkpoints/step-{HALF}.ckpt"
+    found = trained.after(checkpoint, "frozen-to-fsdp", "fsdp", 2, FROZEN)
+    np.testing.assert_allclose(list(found.values()), [frozen[step] for step in found], rtol=RELATIVE)
+    validated, unbroken = (trained.metric(of, "val/loss")[STEPS] for of in ("frozen-to-fsdp", "frozen"))
+    assert validated == pytest.approx(unbroken, rel=RELATIVE)
+
+
 @pytest.mark.parametrize(("strategy", "recompute"), [*((name, "blocks") for name in MATRIX), ("fsdp", "cheap")])
 def test_activations_can_be_computed_again_under_every_strategy(
     losses: dict[str, Losses], trained: Trained, strategy: str, recompute: str
