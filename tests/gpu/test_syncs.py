@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def run_steps(task: Task, batch: dict[str, Tensor], bf16: bool) -> None:
-    adamw, scheduler = optimizer(task, task.optim)
+    adamw, scheduler = optimizer(task, replace(task.optim, ema=0.9))
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=bf16):
