@@ -22,7 +22,7 @@ class Strategy(StrEnum):
 
 
 class Schedule(StrEnum):
-    """How the learning rate goes on after the warm-up."""
+    """The learning rate after the warm-up."""
 
     cosine = "cosine"
     wsd = "wsd"
@@ -206,7 +206,7 @@ class RunConfig(Keys):
     keep_steps: list[int] = ranged([], least=1)
     """Also keep a checkpoint of each of these steps, for good. Other runs can branch from them."""
     branch_from: str | None = None
-    """Checkpoint of another run, `step-N.ckpt`, to go on from in `out`, with another length: optim.max_steps and the
+    """Checkpoint of another run, `step-N.ckpt`, to continue from in `out`, with another length: optim.max_steps and the
     decay of the schedule wsd. Everything else must be as in that run. The result is that of a run of this length from
     the start. Not used once `out` holds a checkpoint of its own."""
     max_bad_steps: int = ranged(0, least=0)

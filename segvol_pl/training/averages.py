@@ -2,7 +2,8 @@
 
 1. After each step of AdamW a hook moves the averages towards the weights. They begin as the weights after the first
    step.
-2. They are part of the optimizer's state, beside its moments: a strategy splits, saves and loads them as it does those.
+2. They are part of the optimizer's state, next to its moments: a strategy splits, saves and loads them as it does
+   those.
 3. `AveragedValidation` exchanges them with the weights while a validation runs.
 
 Neither torch's `AveragedModel` nor Lightning's `WeightAveraging` serves here: both copy the module, which FSDP2

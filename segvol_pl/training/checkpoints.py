@@ -207,7 +207,7 @@ def writer(trainer: pl.Trainer) -> AtomicCheckpointIO:
 class Checkpoints(pl.Callback):
     """Save checkpoints between two steps, after the metrics of the previous step are logged.
 
-    branched: whether this start goes on from another run's checkpoint, whose best loss does not count here.
+    branched: whether this start continues from another run's checkpoint, whose best loss does not count here.
     """
 
     def __init__(self, folder: Path, run: RunConfig, branched: bool = False) -> None:
