@@ -364,7 +364,10 @@ def _split_as(like: torch.Tensor, value: Any) -> Any:
     """A complete tensor split as `like` is. Other values, such as a step count, as they are."""
     if not isinstance(like, DTensor) or not isinstance(value, torch.Tensor) or value.shape != like.shape:
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    # Of an offloaded weight the shard is in main memory, though its mesh is of GPUs.
+    own = torch.zeros_like(like)
+    held(own).copy_(held(distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)))
+    return own
 
 
 def _move_buffers(module: torch.nn.Module, device: torch.device) -> None:
