@@ -379,7 +379,9 @@ def _grid(arguments: list[str]) -> int:
         launch.start(run, _train if run.command == "train" else _pretrain, not rank_named())
     else:
         _print_table(launch.describe(runs))
-        print("\n".join([launch.held_out(runs), *launch.branching(grid, runs, passed)]))
+        print(launch.held_out(runs))
+        for line in launch.branching(grid, runs, passed):
+            print(line)
     return DONE
 
 

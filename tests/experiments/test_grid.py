@@ -197,7 +197,7 @@ def test_lengths_are_trunks_and_branches_numbered_after_them(tmp_path: Path) -> 
 def test_four_lengths_cost_less_than_two_thirds(tmp_path: Path) -> None:
     runs = lengths_of(tmp_path)
     first, _, *commands = launch.branching(read(tmp_path / "lengths.yaml"), runs, ["data.shards=my shards"])
-    assert first == "steps: 1,880 in place of 3,000, 37.3 % saved: 6 branches begin from a checkpoint of 2 trunks"
+    assert first == "steps: 1,880 in place of 3,000, 37.3 % saved (trunks: 2, branches: 6)"
     call = f"slurm/grid.sbatch {tmp_path / 'lengths.yaml'} 'data.shards=my shards'"
     assert [line.strip() for line in commands] == [
         f"trunks=$(sbatch --parsable --array=0-1 {call})",
@@ -406,7 +406,7 @@ def test_a_grid_of_lengths_runs_from_its_trunk_to_its_points(phantom_shards: Pat
     listed = program(path, *given).stdout.splitlines()
     assert re.search(r"length-10_seed-0 +finished +10/10", listed[1])
     assert re.search(r"length-5_seed-0 +finished +5/5", listed[2])
-    assert listed[4] == "steps: 11 in place of 15, 26.7 % saved: 1 branches begin from a checkpoint of 1 trunks"
+    assert listed[4] == "steps: 11 in place of 15, 26.7 % saved (trunks: 1, branches: 1)"
     points = gather(PointsConfig(runs=[str(tmp_path / "runs")])).used
     assert {point.places["length"]: point.samples for point in points} == {"10": 20, "5": 10}
 
