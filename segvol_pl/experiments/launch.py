@@ -240,8 +240,8 @@ def branching(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> list[str
     call = shlex.join(["slurm/grid.sbatch", str(grid.path), *map(masked, given)])
     first = branches[0].number
     return [
-        f"steps: {whole - saved:,} in place of {whole:,}, {100 * saved / whole:.1f} % saved (trunks: {first}, branches: "
-        f"{len(branches)})",
+        f"steps: {whole - saved:,} in place of {whole:,}, {100 * saved / whole:.1f} % saved "
+        f"(trunks: {first}, branches: {len(branches)})",
         "on SLURM:",
         f"  trunks=$(sbatch --parsable --array=0-{first - 1} {call})",
         f"  sbatch --array={first}-{len(runs) - 1} --dependency=afterok:$trunks {call}",

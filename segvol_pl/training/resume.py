@@ -100,8 +100,8 @@ def _branch_of(config: Config, module: VolumeModule, path: Path) -> Start:
     for of, optim in (("its run", replace(config.optim, **shape)), ("this run", config.optim)):
         if optim.decay_start < step:
             raise ConfigError(
-                f"run.branch_from: {path} is of step {step}, and the decay of {of} begins at step {optim.decay_start}: "
-                "take an earlier checkpoint"
+                f"run.branch_from: {path} is of step {step}, and the decay of {of} begins at step {optim.decay_start} "
+                f"(optim.decay_share={optim.decay_share}): take an earlier checkpoint"
             )
     _check_data(config, module, checkpoint)
     log.info("branching from step %d of %s", step, path)
