@@ -62,6 +62,9 @@ PIPED_WIDTH = 10_000
 """Columns of the output where it is not a terminal: no table is wrapped or cut."""
 ROWS_AT_ONCE = 500
 """Rows of a table that are laid out together."""
+PLAN_TAKES = (
+    "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [coordinates=true] [KEY=VALUE ...]"
+)
 FLAGS = {"--help", "-h", "--debug", "--version"}
 
 
@@ -364,6 +367,8 @@ def _grid(arguments: list[str]) -> int:
     given = [a for a in arguments if a not in files and a.partition("=")[0] not in keys]
     grid = grids.read(Path(file), keys.get("out"))
     runs = grids.expand(grid, given)
+    if keys.get("run", "all") == "all":
+        launch.warn_of_one_rate(runs)
     passed = [*given, f"out={keys['out']}"] if "out" in keys else given
     number = keys.get("run")
     if "sweep" in keys:
@@ -466,12 +471,16 @@ def _config(arguments: list[str]) -> int:
 
 def _plan(arguments: list[str]) -> int:
     if not arguments:
-        raise ConfigError(
-            "takes FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]"
-        )
+        raise ConfigError(f"takes {PLAN_TAKES}")
     from segvol_pl.planning.plan import lines, plan
 
-    print("\n".join(lines(plan(arguments))))
+    made = plan(arguments)
+    if made.coordinates:
+        from segvol_pl.training.coordinates import lines as checked
+
+        print("\n".join(checked(made.config)))
+        return DONE
+    print("\n".join(lines(made)))
     return DONE
 
 
@@ -555,8 +564,9 @@ COMMANDS = {
     "pretrain": _configured("pretrain", _rehearsing(_pretrain)),
     "train": _configured("train", _rehearsing(_train)),
     "plan": Command(
-        "FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]",
-        "Estimate parameters, operations, memory by strategy, rates and hours of a training run before it is started.",
+        PLAN_TAKES,
+        "Estimate parameters, operations, memory by strategy, rates and hours of a training run before it is started; "
+        "coordinates=true checks instead whether its learning rate transfers over widths.",
         _plan,
     ),
     "runs": Command(

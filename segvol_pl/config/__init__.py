@@ -89,7 +89,9 @@ from segvol_pl.config.training import (
     Strategy,
     TrackConfig,
     TrainConfig,
+    Transfer,
     Wandb,
+    Widths,
 )
 
 __all__ = [
@@ -157,8 +159,10 @@ __all__ = [
     "Timing",
     "TrackConfig",
     "TrainConfig",
+    "Transfer",
     "ViewConfig",
     "Wandb",
+    "Widths",
     "ZoomConfig",
     "landmarks_in",
     "named_parts",

@@ -49,6 +49,14 @@ MASK_TOKENS = 4
 """Mask tokens of the decoder, as in SAM; SegVol uses only the mask of the first."""
 
 
+def check_widths(section: str, hidden: int, heads: int, decoder_heads: int) -> None:
+    """Raise ConfigError unless heads and the decoder's channels divide the width of a model."""
+    key = f"{section}hidden_size"
+    require(hidden % heads == 0, key, f"{hidden} is not a multiple of {section}num_heads")
+    require(hidden % (2 * decoder_heads) == 0, key, f"{hidden} is not a multiple of 2 x {section}decoder_heads")
+    require(hidden % 8 == 0, key, f"{hidden} is not a multiple of 8")
+
+
 @dataclass
 class SegVolConfig(Keys):
     """The model architecture. The defaults are the published ViT-B (paper Sec. 2.1)."""
@@ -103,18 +111,7 @@ class SegVolConfig(Keys):
         require(
             whole, "model.input_shape", f"{self.input_shape} is not a multiple of model.patch_size {self.patch_size}"
         )
-        require(
-            self.hidden_size % self.num_heads == 0,
-            "model.hidden_size",
-            f"{self.hidden_size} is not a multiple of model.num_heads",
-        )
-        inner = self.decoder_heads * 2
-        require(
-            self.hidden_size % inner == 0,
-            "model.hidden_size",
-            f"{self.hidden_size} is not a multiple of 2 x model.decoder_heads",
-        )
-        require(self.hidden_size % 8 == 0, "model.hidden_size", f"{self.hidden_size} is not a multiple of 8")
+        check_widths(self.section, self.hidden_size, self.num_heads, self.decoder_heads)
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from segvol_pl.config.data import DataConfig, PromptConfig, landmarks_in
 from segvol_pl.config.fields import MISSING, Keys, check_custom, ranged, require
-from segvol_pl.config.model import FINER, SHIPPED_LANDMARKS, Precision, SegVolConfig, TextConfig
+from segvol_pl.config.model import FINER, SHIPPED_LANDMARKS, Precision, SegVolConfig, TextConfig, check_widths
 
 
 class Strategy(StrEnum):
@@ -51,6 +51,13 @@ class Recompute(StrEnum):
     blocks = "blocks"
 
 
+class Transfer(StrEnum):
+    """How initial weights and learning rates depend on the width of a model."""
+
+    none = "none"
+    mup = "mup"
+
+
 class Wandb(StrEnum):
     """How to log to wandb."""
 
@@ -84,6 +91,28 @@ MAY_CHANGE = (
 
 
 @dataclass
+class Widths(Keys):
+    """The sizes of a model that grow with its width. The defaults are those of configs/model/tiny.yaml."""
+
+    section = "optim.base_widths."
+
+    hidden_size: int = ranged(128, least=1)
+    """Width of encoder and decoder at which optim.lr was chosen (with optim.transfer=mup)."""
+    mlp_dim: int = ranged(512, least=1)
+    """Hidden width of the encoder's MLPs in that model."""
+    num_heads: int = ranged(4, least=1)
+    """Attention heads of its encoder."""
+    decoder_heads: int = ranged(4, least=1)
+    """Attention heads of its mask decoder."""
+    decoder_mlp_dim: int = ranged(256, least=1)
+    """Hidden width of its mask decoder's MLPs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_widths(self.section, self.hidden_size, self.num_heads, self.decoder_heads)
+
+
+@dataclass
 class OptimConfig(Keys):
     """AdamW, and its learning rate per step: linear warm-up, then the schedule."""
 
@@ -114,6 +143,11 @@ class OptimConfig(Keys):
     uses it, and `export` writes it with weights=ema. 0: no average."""
     clip_norm: float = ranged(1.0, least=0)
     """Maximum gradient norm. 0 disables clipping."""
+    transfer: Transfer = Transfer.none
+    """mup: optim.lr and optim.weight_decay are those of a model of the widths optim.base_widths; initial weights,
+    attention and rates of wider or narrower models follow from them (muP), so that one rate serves all widths. Depth is
+    not considered. Weights that are loaded keep their values; only the rates apply to them. none: one rate for all."""
+    base_widths: Widths = field(default_factory=Widths)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ import psutil
 import yaml
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import loader
+from segvol_pl.config import Transfer, loader
 from segvol_pl.credentials import masked
 from segvol_pl.errors import ConfigError, RunError
 from segvol_pl.experiments.grid import COMMANDS, Grid, Run, parameters, volume_flops
@@ -132,6 +132,18 @@ def start_all(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> None:
     if failed:
         names = ", ".join(f"{run.number} {run.name}" for run in failed)
         raise RunError(f"{len(failed)} of {len(runs)} runs did not finish: {names}; run the same command to retry them")
+
+
+def warn_of_one_rate(runs: Sequence[Run]) -> None:
+    """Log a line if models of several widths all have one learning rate, chosen for one width at most."""
+    fixed = [run for run in runs if run.config.optim.transfer is Transfer.none]
+    widths = sorted({run.config.model.hidden_size for run in fixed})
+    rates = {run.config.optim.lr for run in fixed}
+    if len(widths) > 1 and len(rates) == 1:
+        log.warning(
+            "models of %d widths (%d to %d) share optim.lr=%g, which suits one width at most: set optim.transfer=mup",
+            *(len(widths), widths[0], widths[-1], rates.pop()),
+        )
 
 
 def sweep(grid: Grid, runs: Sequence[Run], given: Sequence[str]) -> str:

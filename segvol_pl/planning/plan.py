@@ -5,6 +5,8 @@
 2. Parameters and operations are counted (`flops`), and memory for every strategy (`memory`).
 3. Rates are the device's peak times the shares of it that were measured on one GPU (`REACHED`).
 4. With `volumes` and `corpus_gb`, what the nodes read from the store at these rates, and what their caches hold.
+
+With `coordinates=true` the command prints a check of the run's parametrisation instead, see `training.coordinates`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ RECORDED = {"pretrain": 0.45, "train": 0.28}
 """The same for a single process with run.compile, which records its step as one CUDA graph."""
 DEVICE = "h100"
 PLACE = {"nodes": "run.nodes", "gpus": "run.devices"}
-OWN = ("device", "volumes", "corpus_gb")
+OWN = ("device", "volumes", "corpus_gb", "coordinates")
 """Keys of the plan itself."""
 KEPT_OPEN = 256
 """Shards that a loader process keeps open, as `data.store` does."""
@@ -55,6 +57,8 @@ class Plan:
     config: Config
     device: Accelerator
     corpus: Stored | None = None
+    coordinates: bool = False
+    """Whether the coordinate check is asked for instead, `training.coordinates`."""
 
     @property
     def kind(self) -> str:
@@ -131,11 +135,12 @@ class Plan:
 
 
 def plan(arguments: list[str]) -> Plan:
-    """Make the plan of `FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [KEY=VALUE ...]`.
+    """Make the plan of `FILE.yaml ... [nodes=N] [gpus=N] [device=NAME] [volumes=N corpus_gb=GB] [coordinates=true]
+    [KEY=VALUE ...]`.
 
     Raises ConfigError.
     """
-    own, keys = {"device": DEVICE}, []
+    own, keys = {"device": DEVICE, "coordinates": "false"}, []
     for argument in arguments:
         key, between, value = argument.partition("=")
         if key in OWN and between:
@@ -146,7 +151,11 @@ def plan(arguments: list[str]) -> Plan:
     if known is None:
         names = ", ".join(one.name for one in ACCELERATORS)
         raise ConfigError(f"device: {own['device']!r} is none of {names}", "device")
-    made = Plan(loader.load_run([*UNUSED, *keys]), known, _stored(own))
+    if own["coordinates"] not in ("true", "false"):
+        raise ConfigError(f"coordinates: {own['coordinates']!r} is neither true nor false", "coordinates")
+    coordinates = own["coordinates"] == "true"
+    unused = [*UNUSED, *([f"optim.max_steps={10**9}"] if coordinates else [])]
+    made = Plan(loader.load_run([*unused, *keys]), known, _stored(own), coordinates)
     _check(made)
     return made
 

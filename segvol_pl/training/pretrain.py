@@ -11,10 +11,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from segvol_pl.config import PretrainConfig
+from segvol_pl.config import PretrainConfig, Transfer
 from segvol_pl.config.loader import plain
 from segvol_pl.data.batch import Batch
 from segvol_pl.model.image_encoder import ImageEncoder
+from segvol_pl.model.transfer import at_base, transferred
 from segvol_pl.training.losses import simmim_loss
 from segvol_pl.training.module import Task, log_validation, poisoned
 
@@ -37,6 +38,8 @@ class SimMIMTask(Task):
         self.head = nn.Linear(config.model.hidden_size, math.prod(config.model.patch_size))
         self.hidden = round(config.mask_ratio * math.prod(config.model.grid))
         self.encoder.compute_again(config.run.recompute)
+        if config.optim.transfer is Transfer.mup:
+            self.rates = transferred(self, lambda: SimMIMTask(at_base(config)))
         self.save_hyperparameters({"task": "pretrain", "config": plain(config)})
 
     def loss(self, batch: Batch) -> Tensor:

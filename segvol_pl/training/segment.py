@@ -18,12 +18,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor, distributed
 
-from segvol_pl.config import TrainConfig
+from segvol_pl.config import TrainConfig, Transfer
 from segvol_pl.config.loader import plain
 from segvol_pl.data.batch import Batch
 from segvol_pl.kernels import fused
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import ImageContext
+from segvol_pl.model.transfer import at_base, transferred
 from segvol_pl.planning import memory
 from segvol_pl.training.corrections import Corrections
 from segvol_pl.training.grouped_loss import Group, sum_over_groups
@@ -49,6 +50,8 @@ class SegVolTask(Task):
         self.config, self.optim = config, config.optim
         self.model = SegVol(config.model, bank)
         self.model.image_encoder.compute_again(config.run.recompute)
+        if config.optim.transfer is Transfer.mup:
+            self.rates = transferred(self, lambda: SegVolTask(at_base(config), bank))
         self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

@@ -111,6 +111,36 @@ def test_names_outlive_what_is_added_to_an_axis(tmp_path: Path) -> None:
     assert {run.name for run in before} < {run.name for run in after}
 
 
+LADDER = """
+set: [optim.transfer={transfer}]
+axes:
+  size: {{s: [model.hidden_size=32, model.num_heads=2], m: [model.hidden_size=64, model.num_heads=4]}}
+  {rates}
+"""
+
+
+def test_sizes_at_one_rate_are_warned_of_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for transfer, rates, warned in (
+        ("none", "data.fraction: [0.5, 1.0]", 1),
+        ("none", "optim.lr: [1e-3, 2e-3]", 0),
+        ("mup", "data.fraction: [0.5, 1.0]", 0),
+    ):
+        caplog.clear()
+        launch.warn_of_one_rate(grid_of(tmp_path, LADDER.format(transfer=transfer, rates=rates), "model.decoder_heads=2"))
+        assert len(caplog.messages) == warned
+        assert not warned or "2 widths (32 to 64) share optim.lr=0.0001" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("name", ["size", "flops"])
+def test_the_grids_of_sizes_transfer_their_rate(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    runs = expand(read(ROOT / "configs" / "ablations" / f"{name}.yaml"), ["data.shards=shards"])
+    launch.warn_of_one_rate(runs)
+    assert not caplog.messages
+    (base,) = {tuple(vars(run.config.optim.base_widths).items()) for run in runs}
+    model = next(run.config.model for run in runs if run.places["size"] == "base")
+    assert all(getattr(model, key) == value for key, value in base), "the rate is that of the published model"
+
+
 def test_a_run_may_start_from_its_partner_in_another_grid(tmp_path: Path) -> None:
     text = """
 seeds: [7]
