@@ -139,7 +139,8 @@ def main() -> None:
     keep_freed_memory()
     out = Path(given.get("out", "runs/rates")).resolve()
     shards = Path(given["shards"]) if "shards" in given else shards_of(out, int(given.get("volumes", 48)))
-    steps, widths = int(given.get("steps", 150)), [int(each) for each in given.get("widths", "32,64,128,256").split(",")]
+    steps = int(given.get("steps", 60))
+    widths = [int(each) for each in given.get("widths", "32,64,128,256").split(",")]
     for command in given.get("commands", "pretrain,train").split(","):
         config = configured(command, shards, steps, widths[1])
         batches, figures = batches_of(config), {"steps": float(steps)}

@@ -1,18 +1,20 @@
 """Initial weights and learning rates that transfer over widths: the maximal update parametrisation (muP) for AdamW.
 
-Yang et al. 2022, Tensor Programs V (arXiv 2203.03466), Table 3. A model is compared, shape by shape, with its base: the
-same model in the widths at which `optim.lr` was chosen. A dimension that differs between the two is a width. Factors on
-what a model has without transfer, with s = the base's fan-in / fan-in:
+Yang et al. 2022, Tensor Programs V (arXiv 2203.03466), Table 3, with output layers that start at 0 (Appendix D.2). A
+model is compared, shape by shape, with its base, which is the same model in the widths at which `optim.lr` was chosen,
+and with one twice as wide: a dimension that grows there is a width. Factors on what a model has without transfer, with
+s = the base's fan-in / fan-in:
 
     parameter                                           initial values   learning rate
     hidden weight: sums over a width, gives a width     1                s
-    output weight: sums over a width, gives none        sqrt(s)          s
+    output weight: sums over a width, gives none        0                s
     input weight: sums over none                        1                1
     bias of a layer that sums over a width              1 / sqrt(s)      1
     norm, embedding, position, learned token            1                1
 
-The initial weights of all layers that sum over a width shrink as 1 / sqrt(fan-in) in any case, and so do torch's biases,
-which the table undoes. At the base's widths every factor is 1: such a model trains as without transfer, to the digit.
+The initial weights of all layers that sum over a width shrink as 1 / sqrt(fan-in) in any case. So do torch's biases,
+which the table undoes. A model of the base's widths differs from one without transfer in its output layers alone: those
+start at 0, because what random ones add depends on the width.
 
 Two products multiply activations with each other. muP divides attention's logits by the size of a head instead of by
 its root, and those of the mask by the number of channels. Here no forward pass changes, so that weights mean the same
@@ -22,9 +24,9 @@ initial values and on their rate. The function then learns alike, because AdamW'
 
     queries and keys                                         m = s ** 0.25
     in the encoder, where values share their weight: values  m = s ** 0.25, and the weight after them s ** -0.25
-    hyper-network's last layer, text's projection to channels  m = s
+    hyper-network's last layer, text's projection to channels  m = s; they start at 0, as output layers
 
-Where wider models have more heads of the same size, attention is as without transfer.
+Where wider models have more heads of the same size, attention is as without transfer. Depth is not considered.
 
 AdamW shrinks a weight by rate x weight decay in each step. The weight decay is divided by the factor of the rate, so
 that this share is the same at all widths (`training.parameter_groups`).
@@ -32,7 +34,7 @@ that this share is the same at all widths (`training.parameter_groups`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import NamedTuple, TypeVar
 
@@ -58,19 +60,29 @@ class Factor(NamedTuple):
 
 
 def at_base(config: Config) -> Config:
-    """The same run with a model of the widths `optim.base_widths`. Raises ConfigError."""
-    model = replace(config.model, **asdict(config.optim.base_widths))
-    return replace(config, model=model, optim=replace(config.optim, transfer=Transfer.none))
+    """The same run with a model of the widths `optim.base_widths`, without transfer. Raises ConfigError."""
+    return _resized(config, asdict(config.optim.base_widths))
 
 
-def transferred(module: nn.Module, make_base: Callable[[], nn.Module]) -> dict[str, float]:
-    """Give `module` muP's initial weights. make_base: makes the same module in the base's widths.
+def twice_as_wide(config: Config) -> Config:
+    """The same run with a model of twice the width, without transfer."""
+    model = config.model
+    return _resized(config, {key: 2 * getattr(model, key) for key in ("hidden_size", "mlp_dim", "decoder_mlp_dim")})
+
+
+def _resized(config: Config, sizes: Mapping[str, int]) -> Config:
+    model, optim = replace(config.model, **sizes), replace(config.optim, transfer=Transfer.none)  # type: ignore[arg-type]
+    return replace(config, model=model, optim=optim)
+
+
+def transferred(module: nn.Module, config: Config, make: Callable[[Config], nn.Module]) -> dict[str, float]:
+    """Give `module` muP's initial weights. make: makes such a module from another configuration.
 
     Returns the name of each parameter -> factor on its learning rate.
     """
     with torch.device("meta"):
-        base = make_base()
-    found = factors(module, base)
+        base, wider = make(at_base(config)), make(twice_as_wide(config))
+    found = factors(module, base, wider)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if found[name].start != 1:
@@ -78,48 +90,50 @@ def transferred(module: nn.Module, make_base: Callable[[], nn.Module]) -> dict[s
     return {name: factor.rate for name, factor in found.items()}
 
 
-def factors(module: nn.Module, base: nn.Module) -> dict[str, Factor]:
-    """The factors of each parameter of `module`, by name. base: the same module in the base's widths."""
-    operands, found = _operands(module, base), {}
+def factors(module: nn.Module, base: nn.Module, wider: nn.Module) -> dict[str, Factor]:
+    """The factors of each parameter of `module`, by name. The others are the same module in the base's and twice its
+    own widths."""
+    found = {}
     for path, part in module.named_modules():
-        sums, gives = _growth(part, base.get_submodule(path))
-        for leaf, _ in part.named_parameters(prefix=path, recurse=False):
-            operand = operands.get(leaf, 1.0)
-            if leaf.endswith(".bias"):
-                found[leaf] = Factor(operand * sums**0.5, operand)
-            else:
-                output = sums != 1 and gives == 1
-                found[leaf] = Factor(operand * (sums**-0.5 if output else 1.0), operand / sums)
+        sums, _ = _growth(base.get_submodule(path), part)
+        sums_more, gives_more = _growth(part, wider.get_submodule(path))
+        for leaf, _ in part.named_parameters(recurse=False):
+            bias, output = leaf == "bias", sums_more > 1 and gives_more == 1
+            start = sums**0.5 if bias else 0.0 if output else 1.0
+            found[f"{path}.{leaf}".lstrip(".")] = Factor(start, 1.0 if bias else 1 / sums)
+    for path, part in module.named_modules():
+        for name, (start, rate) in _operands(path, part, base.get_submodule(path)).items():
+            found[name] = Factor(found[name].start * start, found[name].rate * rate)
     return found
 
 
-def _growth(part: nn.Module, base: nn.Module) -> tuple[float, float]:
-    """How often a layer's fan-in and fan-out are the base's; 1 and 1 for a module without a product."""
+def _growth(part: nn.Module, other: nn.Module) -> tuple[float, float]:
+    """The other layer's fan-in and fan-out by this one's; 1 and 1 for a module without a product."""
     axes = AXES.get(type(part))
     if axes is None:
         return 1.0, 1.0
-    own, other = part.weight, base.weight
-    assert isinstance(own, torch.Tensor) and isinstance(other, torch.Tensor)
-    sums, gives = (own.shape[axis] / other.shape[axis] for axis in axes)
+    own, others = part.weight, other.weight
+    assert isinstance(own, torch.Tensor) and isinstance(others, torch.Tensor)
+    sums, gives = (others.shape[axis] / own.shape[axis] for axis in axes)
     return sums, gives
 
 
-def _operands(module: nn.Module, base: nn.Module) -> dict[str, float]:
-    """Name of each parameter whose layer makes an operand of a product of activations -> its factor m."""
-    found: dict[str, float] = {}
-    for path, part in module.named_modules():
-        other = base.get_submodule(path)
-        if isinstance(part, Block) and isinstance(other, Block):
-            root = (_head(other.attn.qkv, 3 * other.attn.num_heads) / _head(part.attn.qkv, 3 * part.attn.num_heads)) ** 0.25
-            found |= {f"{path}.attn.qkv.weight": root, f"{path}.attn.out_proj.weight": 1 / root}
-        elif isinstance(part, Attention) and isinstance(other, Attention):
-            root = (_head(other.q_proj, other.heads) / _head(part.q_proj, part.heads)) ** 0.25
-            found |= _both(root, f"{path}.q_proj", f"{path}.k_proj")
-        elif isinstance(part, MaskDecoder) and isinstance(other, MaskDecoder):
-            projected, at_base = (each.txt_align_upscaled_embedding.out_features for each in (part, other))
-            makers = (f"{path}.output_hypernetworks_mlps.0.layers.2", f"{path}.txt_align_upscaled_embedding")
-            found |= _both(at_base / projected, *makers)
-    return found
+def _operands(path: str, part: nn.Module, base: nn.Module) -> dict[str, Factor]:
+    """The factors m that `part` asks for where it multiplies activations, by names of parameters within it."""
+    if isinstance(part, Block) and isinstance(base, Block):
+        own, others = (_head(each.attn.qkv, 3 * int(each.attn.num_heads)) for each in (part, base))
+        root = (others / own) ** 0.25
+        weights = {f"{path}.attn.qkv.weight": root, f"{path}.attn.out_proj.weight": 1 / root}
+        return {name: Factor(m, m) for name, m in weights.items()}
+    if isinstance(part, Attention) and isinstance(base, Attention):
+        own, others = (_head(each.q_proj, each.heads) for each in (part, base))
+        root = (others / own) ** 0.25
+        return _both(Factor(root, root), f"{path}.q_proj", f"{path}.k_proj")
+    if isinstance(part, MaskDecoder) and isinstance(base, MaskDecoder):
+        own, others = (each.txt_align_upscaled_embedding.out_features for each in (part, base))
+        makers = (f"{path}.output_hypernetworks_mlps.0.layers.2", f"{path}.txt_align_upscaled_embedding")
+        return _both(Factor(0.0, others / own), *makers)
+    return {}
 
 
 def _head(projection: nn.Module, parts: int) -> float:
@@ -127,6 +141,6 @@ def _head(projection: nn.Module, parts: int) -> float:
     return projection.out_features / parts
 
 
-def _both(factor: float, *layers: str) -> dict[str, float]:
-    """The factor of each layer's weight and bias."""
+def _both(factor: Factor, *layers: str) -> dict[str, Factor]:
+    """The factor for each layer's weight and bias."""
     return {f"{layer}.{leaf}": factor for layer in layers for leaf in ("weight", "bias")}

@@ -1,9 +1,9 @@
 """The coordinate check: whether a wider model's activations move as far in a few steps as a narrow one's.
 
 `segvol-pl plan FILE coordinates=true` prints it. Small models of several widths, with the parts and the
-parametrisation of the run's, take a few steps on one batch of smooth noise (Yang et al. 2022, arXiv 2203.03466, Sec. 6).
-Where rates transfer, the mean size of each layer's output after them is the same at all widths. Where they do not, it
-grows with the width.
+parametrisation of the run's, take a few steps on one batch of smooth noise (Yang et al. 2022, arXiv 2203.03466). Where
+rates transfer, the mean size of each layer's output after them is the same at all widths. Where they do not, it grows
+with the width.
 
 The number of heads is the same at all widths, so that their size grows: the harder of the two ways to widen attention.
 Depth, number of tokens, batch and rate are those of the check, not of the run.

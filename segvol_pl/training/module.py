@@ -143,9 +143,9 @@ class Task(pl.LightningModule):
         return {"optimizer": adamw, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def optimizer(task: Task, config: OptimConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW over the task's parameters that require a gradient, and its schedule per step."""
-    groups, (beta1, beta2) = parameter_groups(task, config, task.rates), config.betas
+def optimizer(module: nn.Module, config: OptimConfig) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW over the module's parameters that require a gradient, and its schedule per step."""
+    groups, (beta1, beta2) = parameter_groups(module, config), config.betas
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay, fused=True)
     if config.ema:
         keep_averages(adamw, config.ema)

@@ -1,7 +1,7 @@
 """The optimizer's groups of weights: which of them decay, and how fast each learns.
 
-Groups follow from names, types of modules and factors on the rate alone, so that every strategy and every start of a run makes the same
-ones, in the same order: a checkpoint numbers the optimizer's state by it.
+Groups follow from names, types of modules and factors on the rate alone, so that every strategy and every start of a
+run makes the same ones, in the same order: a checkpoint numbers the optimizer's state by it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,14 @@ MATRICES = (nn.Linear, nn.Conv3d, nn.ConvTranspose3d)
 """Modules whose `weight` multiplies their input."""
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """The weights that require a gradient, in groups for AdamW.
 
     With `optim.weight_decay_all` all decay. Otherwise only the weights of linear layers and convolutions: not norms,
-    biases, embeddings and learned tokens. Without either this or `rates` there is one group, in the order of
-    `module.parameters()`.
-
-    Args:
-        module: holds the weights.
-        config: the optimizer's configuration.
-        rates: name of a weight -> factor on its learning rate, see `model.transfer`; 1 if it is not named. Groups with
-            the factor 1 are first.
+    biases, embeddings and learned tokens. A task's `rates` are factors on the learning rate by name; groups with the
+    factor 1 are first. Without both there is one group, in the order of `module.parameters()`.
     """
+    rates: Mapping[str, float] = getattr(module, "rates", {})
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -15,7 +15,7 @@ from segvol_pl.config import PretrainConfig, Transfer
 from segvol_pl.config.loader import plain
 from segvol_pl.data.batch import Batch
 from segvol_pl.model.image_encoder import ImageEncoder
-from segvol_pl.model.transfer import at_base, transferred
+from segvol_pl.model.transfer import transferred
 from segvol_pl.training.losses import simmim_loss
 from segvol_pl.training.module import Task, log_validation, poisoned
 
@@ -39,7 +39,7 @@ class SimMIMTask(Task):
         self.hidden = round(config.mask_ratio * math.prod(config.model.grid))
         self.encoder.compute_again(config.run.recompute)
         if config.optim.transfer is Transfer.mup:
-            self.rates = transferred(self, lambda: SimMIMTask(at_base(config)))
+            self.rates = transferred(self, config, SimMIMTask)
         self.save_hyperparameters({"task": "pretrain", "config": plain(config)})
 
     def loss(self, batch: Batch) -> Tensor:

@@ -24,7 +24,7 @@ from segvol_pl.data.batch import Batch
 from segvol_pl.kernels import fused
 from segvol_pl.model import SegVol, TextBank
 from segvol_pl.model.mask_decoder import ImageContext
-from segvol_pl.model.transfer import at_base, transferred
+from segvol_pl.model.transfer import transferred
 from segvol_pl.planning import memory
 from segvol_pl.training.corrections import Corrections
 from segvol_pl.training.grouped_loss import Group, sum_over_groups
@@ -51,7 +51,7 @@ class SegVolTask(Task):
         self.model = SegVol(config.model, bank)
         self.model.image_encoder.compute_again(config.run.recompute)
         if config.optim.transfer is Transfer.mup:
-            self.rates = transferred(self, lambda: SegVolTask(at_base(config), bank))
+            self.rates = transferred(self, config, lambda other: SegVolTask(other, bank))
         self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:

@@ -126,7 +126,8 @@ def test_sizes_at_one_rate_are_warned_of_in_one_line(tmp_path: Path, caplog: pyt
         ("mup", "data.fraction: [0.5, 1.0]", 0),
     ):
         caplog.clear()
-        launch.warn_of_one_rate(grid_of(tmp_path, LADDER.format(transfer=transfer, rates=rates), "model.decoder_heads=2"))
+        text = LADDER.format(transfer=transfer, rates=rates)
+        launch.warn_of_one_rate(grid_of(tmp_path, text, "model.decoder_heads=2"))
         assert len(caplog.messages) == warned
         assert not warned or "2 widths (32 to 64) share optim.lr=0.0001" in caplog.messages[0]
 

@@ -47,8 +47,8 @@ def test_every_strategy_keeps_the_rates_apart(strategy: str, losses: Losses, tra
     """From the start on two ranks, and from the checkpoint of half the way on one."""
     found = trained(strategy, strategy, 2)
     np.testing.assert_allclose(list(found.values()), list(losses.values()), rtol=RELATIVE)
-    first, other = (torch.load(trained / name / "checkpoints/last.ckpt", weights_only=True) for name in ("auto", strategy))
-    same_state(first, other)
+    ends = [trained / name / "checkpoints/last.ckpt" for name in ("auto", strategy)]
+    same_state(*(torch.load(end, weights_only=True) for end in ends))
     after = trained.after(trained / strategy / f"checkpoints/step-{HALF}.ckpt", f"{strategy}-after", strategy, 1)
     np.testing.assert_allclose(list(after.values()), [losses[step] for step in after], rtol=RELATIVE)
 
