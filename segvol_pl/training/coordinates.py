@@ -11,6 +11,7 @@ Depth, number of tokens, batch and rate are those of the check, not of the run.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +26,6 @@ from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.prompts import INSIDE, Prompt
 from segvol_pl.model.image_encoder import Block
 from segvol_pl.model.mask_decoder import MLPBlock, Upscaling
-from segvol_pl.model.prompt_encoder import MaskEmbedding
 from segvol_pl.model.text_encoder import TextBank, TextEncoder
 from segvol_pl.training.losses import mask_losses
 from segvol_pl.training.module import Task, optimizer
@@ -36,18 +36,22 @@ Config = PretrainConfig | TrainConfig
 
 WIDTHS = (64, 128, 256, 512)
 STEPS = 10
-SEEDS = (0, 1, 2)
-"""Initial weights whose sizes are averaged: those of a narrow model vary by chance."""
-RATE = 2e-3
-"""Learning rate at the smallest width: so high that what is learned in the steps outweighs the initial values."""
+WEIGHTS = 512
+"""Initial weights are drawn WEIGHTS // width times, and the sizes averaged: chance matters more in narrow models."""
+RATE = 1e-3
+"""Learning rate at the smallest width: so high that the steps show against the initial values."""
 FLAT = 1.2
 """Largest ratio of the sizes at two widths that counts as flat."""
 VOLUMES = 2
 HEADS = 4
 NAME = "structure"
-WATCHED = (Block, MLPBlock, Upscaling, TextEncoder, MaskEmbedding)
+WATCHED = (Block, MLPBlock, Upscaling, TextEncoder)
+"""Not the embedding of masks: it starts at 0, and after the steps is a hundredth of what it is added to."""
 WATCHED_LAYERS = ("patch_embeddings.1", "out_proj", "head")
 """Layers that belong to none of these types, by the end of their names."""
+DECODER_BLOCK = re.compile(r"(?<=transformer\.layers\.)(\d+)\..*")
+"""In the name of a layer: what is within a block of the decoder. Its own outputs are normalised, and so of one size;
+what counts is the mean of what its attentions and its MLP add."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def measured(config: Config, widths: Sequence[int] = WIDTHS) -> Coordinates:
     """Take the steps at each width with the run's transfer."""
     sizes: dict[str, list[float]] = {}
     for width in widths:
-        found = [_sizes(narrowed(config, width, widths[0]), seed) for seed in SEEDS]
+        found = [_sizes(narrowed(config, width, widths[0]), seed) for seed in range(max(1, WEIGHTS // width))]
         for layer in found[0]:
             sizes.setdefault(layer, []).append(sum(each[layer] for each in found) / len(found))
     return Coordinates(config.optim.transfer, widths, sizes)
@@ -124,11 +128,11 @@ def _sizes(config: Config, seed: int) -> dict[str, float]:
         adamw.zero_grad()
         loss().backward()
         adamw.step()
-    found: dict[str, float] = {}
+    found: dict[str, list[float]] = {}
 
     def kept(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, given: Any, output: Tensor) -> None:
-            found[name] = float(output.abs().mean())
+            found.setdefault(DECODER_BLOCK.sub(r"\1", name), []).append(float(output.abs().mean()))
 
         return keep
 
@@ -141,7 +145,7 @@ def _sizes(config: Config, seed: int) -> dict[str, float]:
         loss()
     for hook in hooks:
         hook.remove()
-    return found
+    return {layer: sum(sizes) / len(sizes) for layer, sizes in found.items()}
 
 
 def _task(config: Config) -> Task:
