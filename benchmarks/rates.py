@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from results import record
@@ -52,7 +53,7 @@ class Sweep:
 
     def at(self, width: int, rate: float) -> Config:
         """The run with a width and a rate."""
-        sizes = {"hidden_size": width, "mlp_dim": 4 * width, "decoder_mlp_dim": 2 * width}
+        sizes: dict[str, Any] = {"hidden_size": width, "mlp_dim": 4 * width, "decoder_mlp_dim": 2 * width}
         optim = replace(self.config.optim, lr=rate, transfer=self.transfer)
         return replace(self.config, model=replace(self.config.model, **sizes), optim=optim)
 

@@ -58,7 +58,7 @@ class Plan:
     device: Accelerator
     corpus: Stored | None = None
     coordinates: bool = False
-    """Whether the coordinate check is asked for instead, `training.coordinates`."""
+    """Whether to make the coordinate check instead, `training.coordinates`."""
 
     @property
     def kind(self) -> str:

@@ -86,7 +86,7 @@ def measured(config: Config, widths: Sequence[int] = WIDTHS) -> Coordinates:
 def narrowed(config: Config, width: int, base: int) -> Config:
     """The run with a small model of a width, and rates from a base width."""
 
-    def at(hidden: int) -> dict[str, int]:
+    def at(hidden: int) -> dict[str, Any]:
         return {
             "hidden_size": hidden,
             "mlp_dim": 4 * hidden,

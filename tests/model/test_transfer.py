@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def test_a_model_of_the_bases_widths_is_as_without_transfer_but_for_its_outputs(
     assert set(with_it.rates.values()) == {1.0} and without.rates == {}
     for (name, ours), theirs in zip(with_it.named_parameters(), without.parameters(), strict=True):
         assert not ours.any() if any(part in name for part in OUTPUTS) else torch.equal(ours, theirs), name
-    (ours,), (theirs,) = (optimizer(task, OPTIM)[0].param_groups for task in (with_it, without))
-    assert {**ours, "params": []} == {**theirs, "params": []}
+    (group,), (other,) = (optimizer(task, OPTIM)[0].param_groups for task in (with_it, without))
+    assert {**group, "params": []} == {**other, "params": []}
 
 
 HEAD, CHANNELS = 0.25**0.25, 0.25
@@ -133,12 +134,14 @@ def test_heads_of_one_size_leave_attention_as_it_is() -> None:
 def test_the_factors_of_attention_are_a_scale_by_the_size_of_the_head() -> None:
     """The encoder's attention with them is that without them, its logits divided by size / root of the base's size."""
     config, x_BTE = tiny_model(**WIDE), torch.randn(2, 5, 64)
-    with_them, attention = Block(config), Block(config).attn
+    with_them = Block(config)
+    attention: Any = Block(config).attn
     attention.load_state_dict(with_them.attn.state_dict())
     with torch.no_grad():
-        with_them.attn.qkv.weight.mul_(HEAD)
-        with_them.attn.out_proj.weight.div_(HEAD)
-        found = with_them.attn.out_proj(with_them._mixed(with_them.attn.qkv(x_BTE)))
+        changed: Any = with_them.attn
+        changed.qkv.weight.mul_(HEAD)
+        changed.out_proj.weight.div_(HEAD)
+        found = changed.out_proj(with_them._mixed(changed.qkv(x_BTE)))
         q, k, v = attention.qkv(x_BTE).unflatten(-1, (3, 2, 32)).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, scale=8**0.5 / 32).transpose(1, 2).flatten(2)
         torch.testing.assert_close(found, attention.out_proj(mixed))

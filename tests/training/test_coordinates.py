@@ -52,7 +52,7 @@ def test_the_command_prints_a_table_and_names_what_is_not_flat(
     assert capsys.readouterr().out.splitlines()[-1].startswith("flat (at most 1.2)")
 
 
-def test_a_check_is_asked_for_by_true_or_false() -> None:
+def test_the_check_is_requested_by_true_or_false() -> None:
     assert not plan([*TRAIN, "coordinates=false", "optim.max_steps=10"]).coordinates
     with pytest.raises(ConfigError, match="coordinates: 'yes' is neither true nor false"):
         plan([*TRAIN, "coordinates=yes"])

@@ -18,6 +18,7 @@ from trained import RELATIVE, Losses, Trained, same_state
 from segvol_pl.config import Transfer, Widths
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.training.run import prepared, pretrain, train
+from segvol_pl.training.segment import SegVolTask
 
 BASE = Widths(hidden_size=16, mlp_dim=32, num_heads=2, decoder_heads=2, decoder_mlp_dim=32)
 WIDE = tiny_model(hidden_size=32, mlp_dim=64, decoder_mlp_dim=64)
@@ -42,7 +43,7 @@ def losses(trained: Trained) -> Losses:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2", "zero3"])
 def test_every_strategy_keeps_the_rates_apart(strategy: str, losses: Losses, trained: Trained) -> None:
     """From the start on two ranks, and from the checkpoint of half the way on one."""
     found = trained(strategy, strategy, 2)
@@ -70,6 +71,7 @@ def test_training_with_mup_starts_from_pretraining_with_mup(phantom_shards: Path
     config = train_config(phantom_shards, tmp_path / "run", steps=1)
     config = replace(config, model=WIDE, optim=optim, run=replace(config.run, val_batches=0), pretrained=str(encoder))
     task, _ = prepared(config)
+    assert isinstance(task, SegVolTask)
     saved = torch.load(encoder, weights_only=True)["state_dict"]
     for name, value in task.model.image_encoder.state_dict().items():
         assert torch.equal(value, saved[f"encoder.{name}"]), name
@@ -78,5 +80,6 @@ def test_training_with_mup_starts_from_pretraining_with_mup(phantom_shards: Path
     last = train(config)
     tuned = replace(config, pretrained=None, weights=str(last), optim=replace(optim, transfer=Transfer.none))
     again, model = prepared(tuned)[0], load_model(last)
+    assert isinstance(again, SegVolTask)
     for name, value in again.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
