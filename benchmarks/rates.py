@@ -1,10 +1,9 @@
 """Whether one learning rate is the best at all widths: `optim.transfer=none` against `mup`, for SimMIM and training.
 
-    nice python benchmarks/rates.py                       # makes phantoms first; minutes on one core
-    nice python benchmarks/rates.py shards=DIR steps=60   # packed by configs/tiny/pack.yaml; a shorter try
+    python benchmarks/rates.py                               # makes phantoms first; 5 minutes of one core
+    python benchmarks/rates.py shards=DIR commands=pretrain  # packed by configs/tiny/pack.yaml; SimMIM alone
 
-Phantoms, models of two layers, a few hundred thousand samples of voxels: it shows the instrument, not accuracy. Every
-run sees the same batches in the same order and has a schedule of its own to the end: warm-up over a tenth of the steps,
+Phantoms, models of two layers, short runs: it shows the instrument, not accuracy. Every run sees the same batches in the same order and has a schedule of its own to the end: warm-up over a tenth of the steps,
 then cosine. Its loss is the mean over the last fifth of its steps. Rates are steps of a factor 2; from the best rate of
 the width before, neighbours are tried until the best one has a worse one on both sides. The heads are four at each
 width, so that their size grows. The base of muP is the second width.
