@@ -4,9 +4,10 @@
     python benchmarks/rates.py shards=DIR commands=pretrain  # packed by configs/tiny/pack.yaml; SimMIM alone
 
 Phantoms, models of two layers, short runs: it shows the instrument, not accuracy. Every run sees the same batches in
-the same order and has a schedule of its own to the end: warm-up over a tenth of the steps, then cosine. Its loss is the mean over the last fifth of its steps. Rates are steps of a factor 2; from the best rate of
-the width before, neighbours are tried until the best one has a worse one on both sides. The heads are four at each
-width, so that their size grows. The base of muP is the second width.
+the same order and has a schedule of its own to the end: warm-up over a tenth of the steps, then cosine. Its loss is the
+mean over the last fifth of its steps. Rates are steps of a factor 2; from the best rate of the width before, neighbours
+are tried until the best one has a worse one on both sides. The heads are four at each width, so that their size grows.
+The base of muP is the second width.
 """
 
 from __future__ import annotations

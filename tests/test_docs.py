@@ -211,6 +211,7 @@ def test_every_command_is_one(
         "experiments.study.start",
         "experiments.study.start_all",
         "resources.lay_out",
+        "training.coordinates.lines",
         "atomic.write_text",
     ):
         monkeypatch.setattr(f"segvol_pl.{name}", lambda *_: [])
