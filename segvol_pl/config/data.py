@@ -153,6 +153,9 @@ class PromptConfig(Keys):
     """Maximum number of points outside a mask."""
     box_jitter: float = ranged(0.0, least=0, below=0.5)
     """Maximum shift of each box face, as a fraction of the box's extent. The paper jitters boxes, its code does not."""
+    slice_boxes: float = ranged(0.0, least=0, most=1)
+    """Fraction of the categories whose box is that of their middle slice, as deep as the category: smaller than the
+    category where this is wider elsewhere. So do users draw boxes, and the CVPR 2025 challenge. Not in the paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

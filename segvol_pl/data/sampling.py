@@ -24,7 +24,7 @@ from segvol_pl.data.collate import Arrays
 from segvol_pl.data.frames import Slices
 from segvol_pl.data.schema import Facts, Member
 from segvol_pl.imaging import transforms
-from segvol_pl.imaging.box import Box
+from segvol_pl.imaging.box import Box, middle_slice, slice_box
 from segvol_pl.imaging.intensity import Intensity, normalise
 from segvol_pl.imaging.masks import BoxedMask, LabelMap
 from segvol_pl.imaging.prompts import ABSENT, gathered_landmarks, jitter_box, sample_landmarks, sample_points
@@ -290,13 +290,20 @@ def _draw_prompt(
     name, mask = drawn
     positive = 1 + int(rng.integers(config.extra_positive + 1))
     negative = int(rng.integers(config.extra_negative + 1))
-    prompted = _prompted(mask, row_of.get(name, 0), config, rng, positive, negative)
+    box = _drawn_on_a_slice(mask) if mask.box and config.slice_boxes and rng.random() < config.slice_boxes else None
+    prompted = _prompted(mask, row_of.get(name, 0), config, rng, positive, negative, box)
     if marked:
         mask_DHW = mask.complete()
         landmarks = {kind: sample_landmarks(kind, mask_DHW, rng) for kind in marked} if mask.box else {}
         prompted = prompted.with_arrays(landmarks_M3=gathered_landmarks(landmarks, marked))
     # An absent category has a name and an empty mask, which is what to segment.
     return prompted.with_arrays(valid=np.array(name != ""))
+
+
+def _drawn_on_a_slice(mask: BoxedMask) -> Box:
+    """The box that is drawn on the middle one of the slices that the crop shows of a category."""
+    mask_DHW = mask.complete()
+    return slice_box(mask_DHW, middle_slice(mask_DHW))
 
 
 def _draw_combinations(prompted: MaskPrompt, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:

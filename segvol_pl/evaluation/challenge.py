@@ -18,7 +18,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 
-from segvol_pl.imaging.box import Box, box_of, box_or_none, box_slices
+from segvol_pl.imaging.box import Box, box_of, box_or_none, box_slices, middle_slice, slice_box
 
 CLICKS = 5
 """Calls with one more click each, after the call with the box alone."""
@@ -68,18 +68,15 @@ def challenge_box(truth_DHW: np.ndarray, rng: np.random.Generator | np.random.Ra
         ValueError: The class has no voxel.
     """
     inside_DHW = np.asarray(truth_DHW) != 0
-    slices_D = np.flatnonzero(inside_DHW.any(axis=(1, 2)))
-    if not len(slices_D):
-        raise ValueError("an empty truth has no box")
-    middle = int(slices_D[len(slices_D) // 2])
-    _, y_min, x_min, _, y_max, x_max = box_of(inside_DHW[middle : middle + 1])
+    middle = middle_slice(inside_DHW)
+    z_min, y_min, x_min, z_max, y_max, x_max = slice_box(inside_DHW, middle)
     draw = rng.randint if isinstance(rng, np.random.RandomState) else rng.integers
     shift = int(draw(0, BOX_SHIFT, 1)[0])
     _, height, width = inside_DHW.shape
     shift_y, shift_x = int(shift * height / BOX_SCALE), int(shift * width / BOX_SCALE)
     return {
-        "z_min": int(slices_D[0]),
-        "z_max": int(slices_D[-1]),
+        "z_min": z_min,
+        "z_max": z_max,
         "z_mid": middle,
         "z_mid_x_min": max(0, x_min - shift_x),
         "z_mid_y_min": max(0, y_min - shift_y),

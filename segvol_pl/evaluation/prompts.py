@@ -19,7 +19,7 @@ from scipy import ndimage
 from segvol_pl.config import CUSTOM, DrawConfig, EvaluateConfig, Slice, landmarks_in, named_parts, points_drawn
 from segvol_pl.config.loader import custom_function
 from segvol_pl.errors import SampleError
-from segvol_pl.imaging.box import Box, box_of, box_slices
+from segvol_pl.imaging.box import Box, box_of, box_slices, middle_slice, slice_box
 from segvol_pl.imaging.prompts import INSIDE, Prompt, jitter_box, sample_landmarks, sample_points
 
 POINTS_STREAM, BOX_STREAM, LANDMARKS_STREAM = 0, 2, 3
@@ -179,7 +179,7 @@ def _sample_box(
     if source == "exact":
         return box_of(truth_DHW)
     if source == "slice":
-        return slice_box(truth_DHW, spacing, config)
+        return _slice_box(truth_DHW, spacing, config)
     rng = np.random.default_rng([*seeds, BOX_STREAM])
     if source == "jittered":
         return jitter_box(box_of(truth_DHW), truth_DHW.shape, config.jitter, rng)
@@ -187,16 +187,14 @@ def _sample_box(
     return d0, h0, w0, d1, h1, w1
 
 
-def slice_box(mask_DHW: np.ndarray, spacing: Sequence[float] | None, config: DrawConfig) -> Box:
+def _slice_box(mask_DHW: np.ndarray, spacing: Sequence[float] | None, config: DrawConfig) -> Box:
     """Make a box of a mask's extent on one axial slice, as deep as the mask or as `config.depth` (mm).
 
     Raises SampleError if `config.depth` needs the spacing, which is None.
     """
-    d0, _, _, d1, _, _ = box_of(mask_DHW)
-    areas_D = mask_DHW.reshape(len(mask_DHW), -1).sum(axis=1)
-    spanned = np.flatnonzero(areas_D)
-    at = int(areas_D.argmax()) if config.slice is Slice.largest else int(spanned[len(spanned) // 2])
-    _, h0, w0, _, h1, w1 = box_of(mask_DHW[at : at + 1])
+    largest = config.slice is Slice.largest
+    at = int(mask_DHW.sum(axis=(1, 2)).argmax()) if largest else middle_slice(mask_DHW)
+    d0, h0, w0, d1, h1, w1 = slice_box(mask_DHW, at)
     if config.depth:
         if spacing is None:
             raise SampleError("draw.depth needs the spacing, which is unknown: set draw.depth=0")

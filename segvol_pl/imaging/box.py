@@ -29,6 +29,24 @@ def box_or_none(mask_DHW: np.ndarray) -> Box | None:
     return d0, int(high[0]), int(wide[0]), d1, int(high[-1]), int(wide[-1])
 
 
+def middle_slice(mask_DHW: np.ndarray) -> int:
+    """Return the middle one of the slices that a mask has voxels in. Raises ValueError for an empty mask."""
+    slices_D = np.flatnonzero(mask_DHW.any(axis=(1, 2)))
+    if not len(slices_D):
+        raise ValueError("an empty mask has no slice")
+    return int(slices_D[len(slices_D) // 2])
+
+
+def slice_box(mask_DHW: np.ndarray, at: int) -> Box:
+    """Return a box as deep as a mask, with the mask's extent on slice `at`, as boxes drawn on one slice are.
+
+    Raises ValueError for a mask that is empty there.
+    """
+    d0, _, _, d1, _, _ = box_of(mask_DHW)
+    _, h0, w0, _, h1, w1 = box_of(mask_DHW[at : at + 1])
+    return d0, h0, w0, d1, h1, w1
+
+
 def box_slices(box: Box) -> tuple[slice, slice, slice]:
     """Return the slices of an array (D,H,W) that a box covers."""
     return slice(box[0], box[3] + 1), slice(box[1], box[4] + 1), slice(box[2], box[5] + 1)

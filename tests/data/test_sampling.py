@@ -18,6 +18,7 @@ from segvol_pl.data.schema import Facts
 from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.shard_reader import read_facts, read_slices
 from segvol_pl.data.store import Store
+from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.transforms import grid_starts
 
 MODEL = tiny_model()
@@ -80,6 +81,21 @@ def test_absent_categories_are_prompted_by_text_to_find_nothing(volume: tuple[Fa
     assert absent > 10 and shown > 30
 
 
+def test_a_share_of_the_boxes_is_that_of_the_middle_slice(volume: tuple[Facts, sampling.Read]) -> None:
+    narrower = kept = 0
+    for seed in range(40):
+        sample = draw(volume, seed, prompts=replace(PROMPTS, slice_boxes=0.5, box_jitter=0.0))
+        masks_KDHW = [np.asarray(sample["bits_JDHW"][0] >> place & 1, bool) for place in range(3)]
+        for mask_DHW, box_6 in zip(masks_KDHW, sample["boxes_K6"].tolist(), strict=True):
+            slices_D = np.flatnonzero(mask_DHW.any(axis=(1, 2)))
+            middle = slices_D[len(slices_D) // 2]
+            _, h0, w0, _, h1, w1 = box_of(mask_DHW[middle : middle + 1])
+            drawn = [slices_D[0], h0, w0, slices_D[-1], h1, w1]
+            assert box_6 in (drawn, list(box_of(mask_DHW)))
+            narrower, kept = narrower + (box_6 != list(box_of(mask_DHW))), kept + (box_6 != drawn)
+    assert narrower > 10 and kept > 10
+
+
 def test_coarse_masks_come_with_a_share_of_the_categories_in_windows_only(volume: tuple[Facts, sampling.Read]) -> None:
     model, prompts = replace(MODEL, mask_prompt=True), replace(PROMPTS, mask_fraction=0.6)
     windows = [draw(volume, seed, model=model, prompts=prompts) for seed in range(60)]
@@ -95,7 +111,12 @@ def test_coarse_masks_come_with_a_share_of_the_categories_in_windows_only(volume
 def test_a_sample_is_the_same_with_and_without_a_mask(volume: tuple[Facts, sampling.Read]) -> None:
     """Settings that are off draw no numbers: runs without them see the samples that they saw before these existed."""
     plain = draw(volume, 1)
-    other = draw(volume, 1, data=replace(WINDOWS, grid_fraction=0.0), prompts=replace(PROMPTS, mask_fraction=0.0))
+    other = draw(
+        volume,
+        1,
+        data=replace(WINDOWS, grid_fraction=0.0),
+        prompts=replace(PROMPTS, mask_fraction=0.0, slice_boxes=0.0),
+    )
     assert plain.keys() == other.keys() and all((plain[name] == other[name]).all() for name in plain)
 
 

@@ -100,7 +100,7 @@ def test_a_box_is_the_extent_on_the_middle_slice_moved_outward() -> None:
         "z_mid_x_max": min(511, 509 + 2 * shift),
         "z_mid_y_max": 7 + shift,
     }
-    with pytest.raises(ValueError, match="empty truth"):
+    with pytest.raises(ValueError, match="an empty mask"):
         challenge_box(np.zeros((2, 3, 4), bool), rng)
 
 
