@@ -27,7 +27,9 @@ PLATFORM ?= manylinux_2_28_$(shell uname -m)
 CARRIED := blosc2 braceexpand monai ndindex nibabel numexpr omegaconf webdataset xxhash
 CARRY ?=
 
-FAST := -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
+# A file is one process's, because its tests share what they set up. tests/conftest.py says which files begin first.
+FILES := --dist loadfile --no-loadscope-reorder
+FAST := -m pytest -m "not slow and not gpu" -n 2 $(FILES)
 
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
@@ -44,7 +46,7 @@ coverage: env
 	OMP_NUM_THREADS=1 $(BIN)/python $(FAST) --cov --cov-report=term
 
 slow: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile --durations=40
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 $(FILES) --durations=40
 
 gpu: env
 	$(BIN)/python -m pytest -m gpu --durations=20

@@ -14,6 +14,17 @@ from ranks import Ranks
 
 from segvol_pl import device
 
+TESTS = Path(__file__).parent
+LONGEST = [
+    "test_demo.py",
+    "slurm/test_training.py",
+    "training/test_strategies.py",
+    "training/test_sharded.py",
+    "training/test_speed.py",
+    "experiments/test_paper.py",
+]
+"""Files that take minutes. They begin first: a long one that begins last is waited for by an idle core."""
+
 SHARED = Path(os.environ.get("SEGVOL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
@@ -64,7 +75,9 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a CUDA device are skipped where there is none."""
+    """The longest files come first; tests of a CUDA device are skipped where there is none."""
+    rank = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if torch.cuda.is_available():
         return
     for item in items:
