@@ -255,6 +255,19 @@ def _init(arguments: list[str]) -> int:
     return DONE
 
 
+def _doctor(arguments: list[str]) -> int:
+    from segvol_pl.doctor import FAIL, examine
+
+    if wrong := [argument for argument in arguments if "=" in argument]:
+        raise ConfigError(f"takes [DIR ...], got {wrong[0]}")
+    states = []
+    for finding in examine(arguments):
+        print(finding.line, flush=True)
+        states.append(finding.state)
+    print(f"{states.count(FAIL)} of {len(states)} checks failed")
+    return FAILED if FAIL in states else DONE
+
+
 def _index(arguments: list[str]) -> int:
     (folder,) = _take(arguments, "DIR")
     from segvol_pl.data.index_builder import build_index
@@ -610,6 +623,11 @@ COMMANDS = {
         "Try the claims of the SegVol paper: list the jobs with their state; run=all runs them and writes the page.",
         _paper,
         _paper_help,
+    ),
+    "doctor": Command(
+        "[DIR ...]",
+        "Check packages, GPUs, memory, network, SLURM, wandb and CLIP of this machine, and folders that runs will use.",
+        _doctor,
     ),
     "init": Command("DIR", "Copy configs/, slurm/ and shards/datasets/ into DIR, for editing.", _init),
     "config": Command(

@@ -210,6 +210,7 @@ def test_every_command_is_one(
         "experiments.paper.write",
         "experiments.study.start",
         "experiments.study.start_all",
+        "doctor.examine",
         "resources.lay_out",
         "training.coordinates.lines",
         "atomic.write_text",

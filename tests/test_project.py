@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "goodput": {"folder_lock", "journal"},
     "requeue": {"journal"},
     "resources": set(),
+    "doctor": {"training.loggers", "training.startup"},
     "html_page": set(),
     "kernels": set(),
     "device": {"launched"},

@@ -218,7 +218,7 @@ def wandb_logger(out: Path, track: TrackConfig, new: bool) -> WandbRun:
     """Start the wandb run of a run folder or, unless `new`, continue it. `track.wandb` must not be disabled."""
     # wandb reads this once, at its first call; its summary repeats metrics.csv.
     os.environ.setdefault("WANDB_SILENT", "true")
-    offline = track.wandb is Wandb.offline or (track.wandb is Wandb.auto and not _has_key())
+    offline = track.wandb is Wandb.offline or (track.wandb is Wandb.auto and not has_key())
     run = WandbRun(
         project=track.project,
         name=track.name or out.name,
@@ -250,7 +250,8 @@ def finish(made: list[Logger], preempted: bool = False) -> None:
             logger.end(Path(str(logger.save_dir)) / "checkpoints" / "last.ckpt", preempted)
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
+    """Whether wandb has a key, from its own file or from WANDB_API_KEY, and takes it."""
     import wandb
 
     try:
