@@ -4,7 +4,8 @@
 2. `training_corpus` keeps the samples of a split, only labelled ones if labels are needed, and a fraction of them
    chosen by the hash of their content: 1 % is a part of 10 %, and 10 % of all, on every machine and after repacking.
    `held_out_corpus` keeps all samples of a split, of the folders that have it.
-3. `Corpus.rows` lists the samples of an epoch: with weight 2 a folder's samples come twice, with weight 0.5 half of
+3. `source_names` names the folders in metrics.
+4. `Corpus.rows` lists the samples of an epoch: with weight 2 a folder's samples come twice, with weight 0.5 half of
    them, a different half in each epoch.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +30,9 @@ from segvol_pl.errors import ConfigError, ShardError
 from segvol_pl.launched import local_rank
 
 log = logging.getLogger(__name__)
+
+NAMED = 40
+"""Characters of a source's name in metrics."""
 
 
 def rng_of(*key: int) -> np.random.Generator:
@@ -71,6 +76,15 @@ class Corpus:
     def num_volumes(self) -> int:
         """Number of rows."""
         return sum(len(part.records) for part in self.parts)
+
+    def part_of(self, row: int) -> int:
+        """The number of the part that a row belongs to. Raises IndexError."""
+        first = 0
+        for number, part in enumerate(self.parts):
+            first += len(part.records)
+            if row < first:
+                return number
+        raise IndexError(f"row {row} is outside the corpus of {first} samples")
 
     def located(self, row: int) -> tuple[Store, SampleRecord]:
         """Store and record of a row. Raises IndexError."""
@@ -122,6 +136,30 @@ def open_folders(data: DataConfig) -> list[Folder]:
 def category_names(folders: Sequence[Folder]) -> list[str]:
     """The categories that any of the folders has, sorted by name."""
     return sorted({name for folder in folders for name in folder.index.categories})
+
+
+def source_names(folders: Sequence[ShardSource], reserved: Collection[str] = ()) -> list[str]:
+    """Name each folder as metrics do, by the end of its path: the folder's own name, or more if two would be equal.
+
+    Every run of characters besides letters, digits, `_`, `.` and `-` becomes one `_`, and the last `NAMED` characters
+    are kept. Names that are still equal, or reserved, get a number: `amos`, `amos-2`.
+    """
+    paths = [[part for part in re.split(r"[/\\]+", masked(str(folder)).split("?")[0]) if part] for folder in folders]
+    for deep in range(1, max(map(len, paths), default=1) + 1):
+        names = [_cleaned("_".join(path[-deep:])) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    found: list[str] = []
+    for name in names if paths else []:
+        number, free = 2, name
+        while free in found or free in reserved:
+            number, free = number + 1, f"{name}-{number}"
+        found.append(free)
+    return found
+
+
+def _cleaned(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[-NAMED:].strip("_.") or "source"
 
 
 def training_corpus(folders: Sequence[Folder], data: DataConfig, labelled: bool) -> Corpus:

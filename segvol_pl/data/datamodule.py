@@ -9,7 +9,7 @@ import logging
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -23,7 +23,15 @@ from segvol_pl.config import DataConfig, LastBatch, RunConfig, StartMethod
 from segvol_pl.data.ahead import Ahead, Begin, SideStream
 from segvol_pl.data.batch import Batch, unpacked
 from segvol_pl.data.collate import identity_collate
-from segvol_pl.data.corpus import Corpus, Folder, category_names, held_out_corpus, open_folders, training_corpus
+from segvol_pl.data.corpus import (
+    Corpus,
+    Folder,
+    category_names,
+    held_out_corpus,
+    open_folders,
+    source_names,
+    training_corpus,
+)
 from segvol_pl.data.damage_tally import DamageTally
 from segvol_pl.data.frames import decode_alone
 from segvol_pl.data.loader_stacks import answer_with_stacks
@@ -74,6 +82,8 @@ class VolumeModule(pl.LightningDataModule):
         self.seen = self.drawn = 0
         self.rows: list[int] = []
         """Rows in the corpus of the batch that is being trained on."""
+        self.val_rows: list[int] = []
+        """Rows in the held-out corpus of the batch that is being validated."""
 
     def _warn_of_leaks(self) -> None:
         if self.data.split == self.data.val_split:
@@ -192,7 +202,9 @@ class VolumeModule(pl.LightningDataModule):
         damaged_BA2, rows_B = batch.pop("damaged_BA2"), batch.pop("row_B")
         drawn = int(batch.pop("seen"))
         validating = self.trainer is not None and not self.trainer.training
-        if not validating:
+        if validating:
+            self.val_rows = rows_B.tolist()
+        else:
             self.drawn, self.rows = drawn, rows_B.tolist()
         (self.val_health if validating else self.health).note(damaged_BA2.numpy())
         return batch
@@ -203,6 +215,20 @@ class VolumeModule(pl.LightningDataModule):
     def batch_keys(self) -> list[str]:
         """Keys of the samples of the batch that is being trained on."""
         return [self.train_corpus.located(row)[1].key for row in self.rows]
+
+    def source_names(self, reserved: Collection[str] = ()) -> list[str]:
+        """The names in metrics of the folders to train on, in their order, see `corpus.source_names`."""
+        return source_names([part.store.folder for part in self.train_corpus.parts], reserved)
+
+    @functools.cached_property
+    def val_sources(self) -> list[int]:
+        """For each part of the held-out corpus the number of its folder. A folder without held-out samples has none."""
+        stores = [part.store for part in self.train_corpus.parts]
+        return [next(at for at, store in enumerate(stores) if store is part.store) for part in self.val_corpus.parts]
+
+    def batch_sources(self) -> list[int]:
+        """The number of each volume's folder, for the batch that is being validated."""
+        return [self.val_sources[self.val_corpus.part_of(row)] for row in self.val_rows]
 
     @functools.cached_property
     def samples(self) -> dict[str, dict[str, Any]]:

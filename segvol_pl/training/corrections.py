@@ -85,8 +85,12 @@ class Corrections:
         """What round `asked` asks for, from 1, once all prompts of the round before are answered."""
         if asked == len(self._prompts):
             self._prompts.append(self._next(asked - 1))
-        weights_BK = self._share_BK * self._combinations
-        return PromptTargets(self._prompts[asked], self._masks_BKDHW, self._rows_K, weights_BK)
+        return PromptTargets(self._prompts[asked], self._masks_BKDHW, self._rows_K, self.weights_BK)
+
+    @property
+    def weights_BK(self) -> Tensor:
+        """The weights of a round's prompts in the loss; all rounds have the same."""
+        return self._share_BK * self._combinations
 
     def by_round(self, loss_BQ: Tensor) -> Tensor:
         """The mean over masks of each round, (R,), of losses of all rounds' prompts, one round after the other."""

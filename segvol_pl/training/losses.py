@@ -60,3 +60,8 @@ def low_mask_losses(low_BPdhw: Tensor, masks_BKDHW: Tensor, rows_P: Tensor) -> t
 def simmim_loss(predicted_BMV: Tensor, patches_BMV: Tensor) -> Tensor:
     """Compute the mean absolute error () over the voxels of the hidden tokens (paper Eq. 1)."""
     return F.l1_loss(predicted_BMV.float(), patches_BMV.float())
+
+
+def simmim_losses(predicted_BMV: Tensor, patches_BMV: Tensor) -> Tensor:
+    """Compute the same for each volume, (B,). All volumes hide the same number of tokens."""
+    return (predicted_BMV.float() - patches_BMV.float()).abs().mean((1, 2))

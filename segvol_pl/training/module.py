@@ -103,6 +103,8 @@ class Task(pl.LightningModule):
         """Name of a weight -> factor on its learning rate, see `model.transfer`; 1 if it is not named."""
         self.step_norm: Tensor | None = None
         """Norm of the last step's gradients before clipping, (); None under DeepSpeed, which computes its own."""
+        self.volume_losses_B: Tensor | None = None
+        """The loss of each volume of the last validated batch, (B,); their mean is its loss."""
         self.graph: StepGraph | None = None
         """Computes losses and gradients of a step as one recorded CUDA graph, if set."""
 

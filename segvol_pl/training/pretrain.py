@@ -16,7 +16,7 @@ from segvol_pl.config.loader import plain
 from segvol_pl.data.batch import Batch
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.transfer import transferred
-from segvol_pl.training.losses import simmim_loss
+from segvol_pl.training.losses import simmim_loss, simmim_losses
 from segvol_pl.training.module import Task, log_validation, poisoned
 
 
@@ -44,13 +44,17 @@ class SimMIMTask(Task):
 
     def loss(self, batch: Batch) -> Tensor:
         """Compute the mean absolute error () over the hidden voxels; images are in [0, 1]."""
+        return simmim_loss(*self._hidden_patches(batch))
+
+    def _hidden_patches(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Predicted and true voxels of the hidden tokens, (B,M,V) each."""
         mask_BT = batch["mask_BT"]
         patches_BTV = self.encoder.patches(batch["image_BCDHW"])
         tokens_BTE = self.encoder.encode_patches(patches_BTV, mask_BT, self.mask_token)
         hidden_BM1 = hidden_tokens(mask_BT, self.hidden)[..., None]
         # Only hidden tokens are predicted.
         predicted_BMV = self.head(tokens_BTE.take_along_dim(hidden_BM1, dim=1))
-        return simmim_loss(predicted_BMV, patches_BTV.take_along_dim(hidden_BM1, dim=1))
+        return predicted_BMV, patches_BTV.take_along_dim(hidden_BM1, dim=1)
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss (); its only part is the same, detached."""
@@ -64,8 +68,10 @@ class SimMIMTask(Task):
         return poisoned(loss)
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Log the loss of a batch."""
-        log_validation(self, {"loss": self.loss(batch)}, batch)
+        """Log the loss of a batch, and keep that of each volume."""
+        predicted_BMV, patches_BMV = self._hidden_patches(batch)
+        self.volume_losses_B = simmim_losses(predicted_BMV, patches_BMV)
+        log_validation(self, {"loss": simmim_loss(predicted_BMV, patches_BMV)}, batch)
 
 
 def hidden_tokens(mask_BT: Tensor, count: int) -> Tensor:

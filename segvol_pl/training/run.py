@@ -53,7 +53,7 @@ from segvol_pl.training.resume import Start, set_aside, start_of
 from segvol_pl.training.segment import SegVolTask
 from segvol_pl.training.startup import StartUp, check_open_files
 from segvol_pl.training.stragglers import Stragglers
-from segvol_pl.training.validation import CorpusSize, ValidationDice
+from segvol_pl.training.validation import CorpusSize, ValidationBySource, ValidationDice
 from segvol_pl.training.watchdog import Watchdog, watched
 
 log = logging.getLogger(__name__)
@@ -335,6 +335,7 @@ def _callbacks(config: Config, start: Start, stop: StopSignal, recorder: Recorde
     """All callbacks. Lightning calls them in this order, on which the run's correctness depends."""
     run, out = config.run, Path(config.run.out)
     checkpoints = Checkpoints(out / "checkpoints", run, start.branched)
+    dice = ValidationDice()
     throughput = Throughput(run.log_every, Load.of(config, strategies.run_device(run)))
     return [
         # First: ranks that differ must end before any other callback communicates.
@@ -349,7 +350,9 @@ def _callbacks(config: Config, start: Start, stop: StopSignal, recorder: Recorde
         Stragglers(throughput, run),
         # The next ones only log: their place among each other is free.
         ValidationLine(averaged=config.optim.ema > 0),
-        ValidationDice(),
+        dice,
+        # After ValidationDice, whose figures it divides.
+        *([ValidationBySource(dice)] if config.data.mix else []),
         GradientNorm(run.log_every),
         CorpusSize(),
         *([Profile(run.profile, out)] if run.profile else []),

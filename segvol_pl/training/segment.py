@@ -76,7 +76,7 @@ class SegVolTask(Task):
         Args:
             batch: a micro-batch, see `data.batch`.
             predicted: a list to which the predicted masks are appended group by group, bool (B,P,D,H,W). Only without
-                gradients.
+                gradients. With it, `volume_losses_B` is set too.
 
         Returns:
             The loss () to minimise, and its detached parts by name: loss, supervised, pseudo, and Dice loss and BCE of
@@ -102,6 +102,10 @@ class SegVolTask(Task):
         both_BP = dice_BP + bce_BP
         if pseudo is not None:
             parts["pseudo"] = (pseudo.weights_BP * both_BP[:, count:first]).sum()
+        if predicted is not None:
+            asked = [] if corrections is None else [corrections.weights_BK] * corrections.rounds
+            # A weight is divided by the number of volumes of the batch.
+            self.volume_losses_B = len(both_BP) * (torch.cat([targets.weights_BP, *asked], dim=1) * both_BP).sum(1)
         supervised = (labelled.weights_BP * both_BP[:, :count]).sum()
         return loss, {**parts, "supervised": supervised, "loss": loss.detach()}
 

@@ -1,6 +1,7 @@
-"""What validation logs besides the loss: Dice of each category and prompt combination, and pictures of masks.
+"""What validation logs besides the loss: Dice of each category and prompt combination, pictures, figures per source.
 
-Letters: B batch, K categories of one volume, C prompt combinations, D H W voxels, G categories of the bank.
+Letters: B batch, K categories of one volume, C prompt combinations, D H W voxels, G categories of the bank, S sources:
+the folders of `data.shards` and `data.mix`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from segvol_pl.data.batch import Batch
-from segvol_pl.run_folder import HELD_OUT, VOLUMES
+from segvol_pl.run_folder import HELD_OUT, SHARE, VOLUMES
 from segvol_pl.training.loggers import WandbRun
+from segvol_pl.training.module import Task
 from segvol_pl.training.segment import SegVolTask
 
 
@@ -25,6 +27,8 @@ class ValidationDice(pl.Callback):
 
     def __init__(self) -> None:
         self.sums_CG2 = torch.zeros(0)
+        self.latest_BKC2 = torch.zeros(0)
+        """Of the last batch: each mask's Dice, or 0 if it is not valid, and whether it is valid."""
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(module, SegVolTask):
@@ -42,6 +46,7 @@ class ValidationDice(pl.Callback):
         # An invalid mask adds 0 to its row: leaving it out would synchronise with the GPU.
         summed_BKC2 = torch.stack([dice_BKC.where(valid_BK1, 0), valid_BK1.expand_as(dice_BKC)], dim=-1)
         self.sums_CG2.index_add_(1, batch["category_BK"].flatten(), summed_BKC2.flatten(0, 1).transpose(0, 1).double())
+        self.latest_BKC2 = summed_BKC2
         if index == 0 and trainer.is_global_zero:
             self._log_picture(trainer, module, batch, masks_BKCDHW)
 
@@ -89,11 +94,77 @@ def dice(masks_BKCDHW: Tensor, truth_BKDHW: Tensor) -> Tensor:
     return 2 * shared / both.clamp(min=1)
 
 
+class ValidationBySource(pl.Callback):
+    """Log `val/loss/SOURCE` and, in training, `val/dice/SOURCE`, for each source that has held-out volumes.
+
+    The loss of a source is the mean over its volumes: weighted by their numbers, the sources' losses give `val/loss`.
+    Its Dice is the mean over the prompt combinations of means over its categories. A rank adds up its volumes, and all
+    ranks their sums, so that the figures do not depend on their number.
+
+    Args:
+        dice: it is called before this one, and computes the Dice of each mask.
+    """
+
+    def __init__(self, dice: ValidationDice) -> None:
+        self.dice = dice
+        self.losses_S2 = self.dice_SCG2 = torch.zeros(0)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        sources = len(source_names(trainer, module))
+        self.losses_S2 = torch.zeros((sources, 2), dtype=torch.float64, device=module.device)
+        if isinstance(module, SegVolTask):
+            shape = sources, len(module.config.prompts.combinations), len(module.hparams["categories"]), 2
+            self.dice_SCG2 = torch.zeros(shape, dtype=torch.float64, device=module.device)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        assert isinstance(module, Task) and module.volume_losses_B is not None
+        losses_B = module.volume_losses_B.detach().double()
+        # The sources are known on the host: volume by volume, nothing has to be copied to the device.
+        for volume, source in enumerate(trainer.datamodule.batch_sources()):  # type: ignore[attr-defined]
+            self.losses_S2[source, 0] += losses_B[volume]
+            self.losses_S2[source, 1] += 1
+            if isinstance(module, SegVolTask):
+                seen_CK2 = self.dice.latest_BKC2[volume].transpose(0, 1).double()
+                self.dice_SCG2[source].index_add_(1, batch["category_BK"][volume], seen_CK2)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        losses_S2 = trainer.strategy.reduce(self.losses_S2, reduce_op="sum")
+        assert isinstance(losses_S2, Tensor)
+        names, metrics = source_names(trainer, module), dict[str, float]()
+        for name, (loss, volumes) in zip(names, losses_S2.tolist(), strict=True):
+            metrics |= {f"val/loss/{name}": loss / volumes} if volumes else {}
+        if isinstance(module, SegVolTask):
+            dice_SCG2 = trainer.strategy.reduce(self.dice_SCG2, reduce_op="sum")
+            assert isinstance(dice_SCG2, Tensor)
+            for name, dice_CG2 in zip(names, dice_SCG2.cpu(), strict=True):
+                seen_G = dice_CG2[0, :, 1] > 0  # every combination has been tried on the same masks
+                means_CG = dice_CG2[:, seen_G, 0] / dice_CG2[:, seen_G, 1]
+                metrics |= {f"val/dice/{name}": float(means_CG.mean())} if seen_G.any() else {}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def source_names(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
+    """Names of the sources in metrics; none is that of a prompt combination, whose Dice is `val/dice/PROMPT`."""
+    reserved = module.config.prompts.combinations if isinstance(module, SegVolTask) else []
+    names: list[str] = trainer.datamodule.source_names(reserved)  # type: ignore[attr-defined]
+    return names
+
+
 class CorpusSize(pl.Callback):
-    """Log the number of volumes to train on and of held-out volumes, which scaling laws use as data size."""
+    """Log the number of volumes to train on and of held-out volumes, which scaling laws use as data size.
+
+    With several sources also `data/share/SOURCE`, the share of an epoch's samples that each of them has.
+    """
 
     def on_fit_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         sizes: dict[str, float] = {VOLUMES: data.train_corpus.num_volumes, HELD_OUT: data.val_corpus.num_volumes}
+        if len(data.train_corpus.parts) > 1:
+            parts, samples = data.train_corpus.parts, data.train_corpus.num_samples
+            named = zip(source_names(trainer, module), parts, strict=True)
+            sizes |= {f"{SHARE}{name}": part.dealt / samples for name, part in named}
         for logger in trainer.loggers:
             logger.log_metrics(sizes, step=trainer.global_step)

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segvol_pl.config import DataConfig, RunConfig
-from segvol_pl.data.corpus import Corpus, Part, held_out_corpus, nested, open_folders, parse_weighted, training_corpus
+from segvol_pl.data.corpus import (
+    Corpus,
+    Part,
+    held_out_corpus,
+    nested,
+    open_folders,
+    parse_weighted,
+    source_names,
+    training_corpus,
+)
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.index_builder import build_index
 from segvol_pl.data.sample_table import SampleRecord, SampleTable
@@ -156,3 +165,11 @@ def test_a_store_that_is_away_is_waited_for_as_long_as_stated() -> None:
     data = DataConfig(shards="http://127.0.0.1:9/shards", retry_seconds=0.2)
     with pytest.raises(StoreError, match=r"127\.0\.0\.1:9/shards/index\.json: the store gave no response for 0 s"):
         open_folders(data)
+
+
+def test_sources_are_named_by_the_end_of_their_path() -> None:
+    assert source_names(["shards/amos", "shards/total seg/"]) == ["amos", "total_seg"]
+    assert source_names(["amos/v2", "flare/v2"]) == ["amos_v2", "flare_v2"]
+    assert source_names(["s3://b/ct?key=1", "/x/ct"]) == ["b_ct", "x_ct"]
+    assert source_names(["a", "a", "text"], reserved=["text"]) == ["a", "a-2", "text-2"]
+    assert source_names(["x" * 100]) == ["x" * 40] and source_names(["++"]) == ["source"]

@@ -490,6 +490,7 @@ AFTER = {
     "Throughput": ["StreamPosition", "DataHealth"],
     "Stragglers": ["Throughput"],
     "FiniteSteps": ["Throughput", "Stragglers", "GradientNorm", "Profile"],
+    "ValidationBySource": ["ValidationDice"],
     "Recorder": ["ValidationDice", "GradientNorm", "FiniteSteps"],
     "Watchdog": ["FiniteSteps"],
     "Preemption": ["FiniteSteps", "Watchdog", "Throughput"],
@@ -500,7 +501,7 @@ AFTER = {
 
 def test_callbacks_are_called_in_the_order_that_correctness_needs(tmp_path: Path) -> None:
     config = train_config(tmp_path, tmp_path / "run")
-    config = replace(config, run=replace(config.run, profile=1))
+    config = replace(config, run=replace(config.run, profile=1), data=replace(config.data, mix=["more"]))
     (tmp_path / "run").mkdir()
     recorder = Recorder(Journal(tmp_path / "run", rank=0), every=1)
     trainer = _trainer(config, tmp_path / "run", 0, StopSignal(), recorder)
