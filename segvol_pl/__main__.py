@@ -29,13 +29,16 @@ from segvol_pl.config import (
     SCHEMAS,
     CompareConfig,
     DemoConfig,
+    EmbedConfig,
     EvaluateConfig,
     FitConfig,
     InventoryConfig,
+    MixConfig,
     PackConfig,
     PhantomsConfig,
     PredictConfig,
     PretrainConfig,
+    ProbeConfig,
     Range,
     ServeConfig,
     TrainConfig,
@@ -228,6 +231,18 @@ def _evaluate(config: EvaluateConfig) -> None:
     evaluate(config, _console())
 
 
+def _embed(config: EmbedConfig) -> None:
+    from segvol_pl.evaluation.embed import embed
+
+    embed(config)
+
+
+def _probe(config: ProbeConfig) -> None:
+    from segvol_pl.evaluation.probe import probe
+
+    print("\n".join(probe(config)))
+
+
 def _predict(config: PredictConfig) -> None:
     from segvol_pl.inference.predictor import predict
 
@@ -410,7 +425,11 @@ def _grid_help() -> str:
 
 
 def _scaling(arguments: list[str]) -> int:
-    kinds: dict[str, Callable[[Any], list[str]]] = {"fit": _scaling_fit, "compare": _scaling_compare}
+    kinds: dict[str, Callable[[Any], list[str]]] = {
+        "fit": _scaling_fit,
+        "compare": _scaling_compare,
+        "mix": _scaling_mix,
+    }
     if not arguments or arguments[0] not in kinds:
         raise ConfigError(f"takes {' or '.join(kinds)}, then RUNS and KEY=VALUE")
     given = [a for a in arguments[1:] if "=" in a or a.endswith((".yaml", ".yml"))]
@@ -430,6 +449,12 @@ def _scaling_compare(config: CompareConfig) -> list[str]:
     from segvol_pl.experiments.compare import compare_runs
 
     return compare_runs(config)
+
+
+def _scaling_mix(config: MixConfig) -> list[str]:
+    from segvol_pl.experiments.mix import mix_runs
+
+    return mix_runs(config)
 
 
 JOBS: dict[str, Callable[[Any], None]] = {
@@ -592,6 +617,8 @@ COMMANDS = {
         _requeue_help,
     ),
     "evaluate": _configured("evaluate", _evaluate),
+    "embed": _configured("embed", _embed),
+    "probe": _configured("probe", _probe),
     "predict": _configured("predict", _predict),
     "view": Command("CT [FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS["view"].__doc__), _view),
     "challenge": Command(
@@ -614,8 +641,8 @@ COMMANDS = {
         _grid_help,
     ),
     "scaling": Command(
-        "fit|compare RUNS ... [table=CSV] [KEY=VALUE ...]",
-        "Fit scaling laws to runs, or compare the points of one grid axis in pairs of runs.",
+        "fit|compare|mix RUNS ... [table=CSV] [KEY=VALUE ...]",
+        "Fit scaling laws to runs, compare the points of one grid axis in pairs of runs, or weigh mixtures of data.",
         _scaling,
     ),
     "paper": Command(

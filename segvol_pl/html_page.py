@@ -6,6 +6,8 @@ Templates escape what they are given (jinja2's autoescape). Pictures stand in th
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +35,21 @@ def write_page(path: Path, template: str, **content: Any) -> None:
         content: Values of the template's variables.
     """
     write_text(path, ENVIRONMENT.get_template(template).render(content))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page of sections. What is empty is left out."""
+
+    heading: str = ""
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    """Text and its kind: `yes` and `no` for verdicts, `note` for cautions."""
+    pictures: list[tuple[bytes, str]] = field(default_factory=list)
+    """PNG, and the text that describes it."""
+    rows: list[dict[str, str]] = field(default_factory=list)
+    """Rows of a table, all with the same columns."""
+
+
+def write_sections(path: Path, title: str, about: str, sections: Sequence[Section]) -> None:
+    """Write a page of sections; `about` is its introduction."""
+    write_page(path, "scaling.html.j2", title=title, about=about, sections=sections)

@@ -69,7 +69,7 @@ class Ranks:
         self.ended_at: list[float] = []
 
     def __call__(self, *arguments: str, patch: str = "") -> str:
-        """`segvol-pl *arguments`, run.devices added, on all ranks without error; what rank 0 said on stderr.
+        """`segvol-pl *arguments`, on all ranks without error; what rank 0 said on stderr. Training gets run.devices.
 
         patch: Python that each rank runs before.
         """
@@ -90,9 +90,10 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         self.before = [log.stat().st_size for log in self.logs]
+        devices = [f"run.devices={len(self.logs)}"] if arguments[0] in ("train", "pretrain") else []
         for process in self.forking:
             assert process.stdin is not None
-            process.stdin.write(json.dumps([port, patch, [*arguments, f"run.devices={len(self.logs)}"]]) + "\n")
+            process.stdin.write(json.dumps([port, patch, [*arguments, *devices]]) + "\n")
             process.stdin.flush()
         self.pids = [self._answer(process) for process in self.forking]
 
@@ -127,8 +128,13 @@ class Ranks:
 
     @staticmethod
     def _answer(process: subprocess.Popen[str]) -> int:
+        """The next number that it answers. Raises ValueError if it has ended."""
         assert process.stdout is not None
-        return int(process.stdout.readline())
+        line = b""
+        # Not by its buffer: `select` does not see a number that is there already.
+        while not line.endswith(b"\n") and (byte := os.read(process.stdout.fileno(), 1)):
+            line += byte
+        return int(line)
 
     def _prepare(self) -> None:
         place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "NODE_RANK": "0"}

@@ -38,9 +38,11 @@ from segvol_pl.config.experiments import (
     DemoConfig,
     FitConfig,
     MetricPick,
+    MixConfig,
     PaperConfig,
     PointsConfig,
 )
+from segvol_pl.config.features import EmbedConfig, ProbeConfig
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, Range, ranged
 from segvol_pl.config.inference import (
     EVERY_CATEGORY,
@@ -123,6 +125,7 @@ __all__ = [
     "DecayShape",
     "DemoConfig",
     "DrawConfig",
+    "EmbedConfig",
     "EvaluateConfig",
     "EvaluationProtocol",
     "FitConfig",
@@ -131,6 +134,7 @@ __all__ = [
     "Keys",
     "LastBatch",
     "MetricPick",
+    "MixConfig",
     "Mode",
     "OptimConfig",
     "Overlaps",
@@ -141,6 +145,7 @@ __all__ = [
     "Precision",
     "PredictConfig",
     "PretrainConfig",
+    "ProbeConfig",
     "PromptConfig",
     "Range",
     "Recompute",
@@ -185,6 +190,8 @@ SCHEMAS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
+    "embed": EmbedConfig,
+    "probe": ProbeConfig,
     "predict": PredictConfig,
     "view": ViewConfig,
     "challenge predict": ChallengePredictConfig,
@@ -192,5 +199,6 @@ SCHEMAS: dict[str, type] = {
     "import": ImportConfig,
     "scaling fit": FitConfig,
     "scaling compare": CompareConfig,
+    "scaling mix": MixConfig,
     "paper": PaperConfig,
 }

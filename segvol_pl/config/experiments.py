@@ -98,6 +98,38 @@ class CompareConfig(PointsConfig):
 
 
 @dataclass
+class MixConfig(Keys):
+    """Fit laws of data mixtures to runs: what a larger share of a source does to the loss on each source, and which
+    mixture that proposes."""
+
+    runs: list[str] = field(default_factory=list)
+    """Run folders, or folders of run folders, of runs that differ in data.mix and seeds alone. RUNS on the command
+    line."""
+    table: str | None = None
+    """CSV file with the columns share/SOURCE and loss/SOURCE."""
+    metric: str = "val/loss"
+    """Beginning of the metrics of the sources: val/loss or val/dice. Of Dice, 1 - Dice is used."""
+    take: MetricPick = MetricPick.last
+    """last: each metric's last value. best: its best value."""
+    goal: list[str] = field(default_factory=list)
+    """Sources whose losses the proposed mixture minimises, all alike. Empty: all sources."""
+    predict: list[str] = field(default_factory=list)
+    """A mixture whose losses to predict, as SOURCE=SHARE of each source. Refused outside of the mixtures that were
+    run."""
+    out: str = "mix"
+    """Folder for mix.json, transfer.csv, mixtures.csv, figures and index.html."""
+    bootstraps: int = ranged(400, least=100)
+    """Bootstrap samples per interval. A 95 % interval needs at least 100."""
+    seed: int = ranged(0, least=0, most=HIGHEST_SEED)
+    """Seed for the bootstrap."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(bool(self.runs) != (self.table is not None), "runs", "give run folders, or table=CSV")
+        require(self.metric in ("val/loss", "val/dice"), "metric", f"{self.metric!r} is none of val/loss, val/dice")
+
+
+@dataclass
 class PaperConfig(Keys):
     """Try the claims of the SegVol paper as experiments, and write a page with the paper's figures and ours."""
 

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, parse_part
@@ -107,6 +107,18 @@ class CaseResult:
         return cls(**{**raw, "rows": rows, "matches": matches})
 
 
+def differing_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Write the settings that determine the results of a folder, unless they are written; list those that differ.
+
+    Raises ValueError if the file is not JSON.
+    """
+    if not path.exists():
+        write_text(path, json.dumps(settings, indent=1) + "\n")
+    # Read back, as another rank may have written it first.
+    written = json.loads(path.read_text(encoding="utf-8"))
+    return [key for key in {**settings, **written} if settings.get(key) != written.get(key)]
+
+
 class ResultStore:
     """The results of an evaluation in its folder."""
 
@@ -128,11 +140,7 @@ class ResultStore:
             shutil.rmtree(self.folder, ignore_errors=True)
             (self.out / SETTINGS).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.out / SETTINGS).exists():
-            write_text(self.out / SETTINGS, json.dumps(self.settings, indent=1) + "\n")
-        # Read back, as another rank may have written it first.
-        written = json.loads((self.out / SETTINGS).read_text(encoding="utf-8"))
-        others = [key for key in {**self.settings, **written} if self.settings.get(key) != written.get(key)]
+        others = differing_settings(self.out / SETTINGS, self.settings)
         if others:
             raise EvaluateError(
                 f"out: {self.out} holds results of an evaluation with other {', '.join(others)}: set out to another "

@@ -80,7 +80,7 @@ def gather(config: PointsConfig) -> Points:
         used += _table(Path(config.table), config)
     for place in (run for run in config.runs if run.startswith(WANDB)):
         _at_wandb(place.removeprefix(WANDB), config, used, unused)
-    for folder in _folders([run for run in config.runs if not run.startswith(WANDB)]):
+    for folder in run_folders([run for run in config.runs if not run.startswith(WANDB)]):
         try:
             used.append(_folder(folder, config))
         except PointsError as error:
@@ -107,8 +107,8 @@ def turned(config: PointsConfig) -> bool:
     return "dice" in name and "loss" not in name
 
 
-def _folders(runs: Sequence[str]) -> Iterator[Path]:
-    """The given folders that are run folders, and run folders directly below the others."""
+def run_folders(runs: Sequence[str]) -> Iterator[Path]:
+    """The given folders that are run folders, and run folders directly below the others. Raises PointsError."""
     for run in runs:
         folder = Path(run)
         if not folder.is_dir():

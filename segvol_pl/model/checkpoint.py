@@ -30,6 +30,7 @@ from segvol_pl.atomic import atomic_path
 from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.config.loader import plain
 from segvol_pl.errors import CheckpointError, listed
+from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.released import (
     Contents,
     Tensors,
@@ -44,7 +45,16 @@ from segvol_pl.model.segvol import SegVol
 from segvol_pl.model.sharded import open_sharded
 from segvol_pl.model.text_encoder import TextBank
 
-__all__ = ["CheckpointError", "LoadReport", "Weights", "load_encoder", "load_model", "load_weights", "read_weights"]
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "Weights",
+    "load_encoder",
+    "load_model",
+    "load_weights",
+    "read_encoder",
+    "read_weights",
+]
 
 BANK = "text_encoder.bank_KE"
 MASK_EMBEDDING = "prompt_encoder.mask_embedding."
@@ -129,6 +139,24 @@ def load_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     """Load the image encoder of a pre-training or segmentation checkpoint or released file. Raises CheckpointError."""
     contents = read_contents(Path(path))
     return load_exactly(encoder, encoder_of(contents), contents.path)
+
+
+def read_encoder(path: str | Path) -> tuple[ImageEncoder, SegVolConfig]:
+    """Make the image encoder of any file of weights on the CPU, in evaluation mode, and the model that it belongs to.
+
+    A released file does not state its architecture: it has the published one. Raises CheckpointError.
+    """
+    contents = read_contents(Path(path))
+    if is_exported(contents):
+        config = _model_config(_header_json(contents, "config"), contents.path)
+    elif is_trained(contents):
+        stated = contents.header["hyper_parameters"].get("config")
+        config = _model_config(stated.get("model") if isinstance(stated, dict) else None, contents.path)
+    else:
+        config = SegVolConfig(coordinates=Convention.published)
+    encoder = ImageEncoder(config)
+    load_exactly(encoder, encoder_of(contents), contents.path)
+    return encoder.eval(), config
 
 
 def load_exactly(module: nn.Module, tensors: Tensors, path: Path, allow: Sequence[str] = ()) -> LoadReport:

@@ -31,6 +31,8 @@ REQUIRED = {
     "pretrain": TRAINING,
     "train": TRAINING,
     "evaluate": ["checkpoint=last.ckpt", "data.shards=shards", "out=report"],
+    "embed": ["checkpoint=last.ckpt", "shards=shards", "out=features"],
+    "probe": ["features=features", "out=probe"],
     "predict": ["checkpoint=last.ckpt", "image=ct.nii.gz", "out=mask.nii.gz", "text=liver"],
     "view": ["checkpoint=last.ckpt", "image=ct.nii.gz"],
     "challenge predict": ["checkpoint=last.ckpt", "cases=inputs", "out=outputs"],
@@ -38,6 +40,7 @@ REQUIRED = {
     "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
     "scaling fit": ["table=runs.csv"],
     "scaling compare": ["runs=[runs]", "axis=size"],
+    "scaling mix": ["table=mixtures.csv"],
     "paper": [],
 }
 # Grids are expanded in test_grid.py, claims are read in test_paper.py.
