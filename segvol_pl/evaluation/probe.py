@@ -11,7 +11,7 @@
 The intervals contain what the choice of tested volumes and of labels changes. They do not contain what other weights of
 the checkpoint, from another pre-training, would change.
 
-Letters: N volumes, C classes, W bootstrap samples; sample 0 counts every volume once.
+Letters: N volumes, C classes, L draws of labels, W bootstrap samples; sample 0 counts every volume once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from segvol_pl.config import ProbeConfig
 from segvol_pl.evaluation.feature_folder import INTENSITY, KINDS, TRAINED, UNTRAINED, Features, load_features
 from segvol_pl.evaluation.metrics import interval
-from segvol_pl.evaluation.probe_models import auc, balanced_accuracy, linear_scores, neighbour_scores
+from segvol_pl.evaluation.probe_models import auc, balanced_accuracy, chosen_penalty, linear_scores, neighbour_scores
 from segvol_pl.evaluation.probe_report import LINEAR, NEIGHBOURS, Figures, write_results
 from segvol_pl.evaluation.probe_tasks import UNKNOWN, Task, divided, drawn, find_tasks, trained_on, usable_fractions
 
@@ -77,12 +77,11 @@ def _probed(task: Task, features: Features, config: ProbeConfig) -> tuple[list[F
     weight_WN = _weights(task, config)
     figures = []
     for fraction in fractions:
-        draws = 1 if fraction == 1 else config.draws
-        labels = [len(_trained(task, fold_N, fold, fraction, draw, config)) for fold in folds for draw in range(draws)]
+        draws = range(_draws(fraction, config))
+        labels = [len(_trained(task, fold_N, fold, fraction, draw, config)) for fold in folds for draw in draws]
         for kind in features.arrays:
             for name in (LINEAR, NEIGHBOURS):
-                given = task, features.arrays[kind], fold_N, fraction
-                scores = [_scores(*given, draw, name, config) for draw in range(draws)]
+                scores = _scores(task, features.arrays[kind], fold_N, fraction, name, config)
                 sampled_W = _measured(task, fold_N, scores, weight_WN)
                 figures.append(Figures(task.name, task.metric, kind, name, fraction, float(np.mean(labels)), sampled_W))
     return figures, notes
@@ -100,19 +99,27 @@ def _trained(task: Task, fold_N: np.ndarray, fold: int, fraction: float, draw: i
 
 
 def _scores(
-    task: Task, array_NE: np.ndarray, fold_N: np.ndarray, fraction: float, draw: int, name: str, config: ProbeConfig
-) -> np.ndarray:
-    """Scores (N,C) of the tested volumes; 0 for the others."""
-    score_NC = np.zeros((len(fold_N), len(task.classes)))
+    task: Task, array_NE: np.ndarray, fold_N: np.ndarray, fraction: float, name: str, config: ProbeConfig
+) -> list[np.ndarray]:
+    """Scores (N,C) of the tested volumes, for each draw of labels; 0 for the other volumes."""
     features_NE, classes = array_NE.astype(np.float64), len(task.classes)
+    score_LNC = [np.zeros((len(fold_N), classes)) for _ in range(_draws(fraction, config))]
     for fold in (int(fold) for fold in np.unique(fold_N) if fold != UNKNOWN):
-        train = _trained(task, fold_N, fold, fraction, draw, config)
-        given = features_NE[train], task.label_N[train], features_NE[fold_N == fold], classes
-        if name == LINEAR:
-            score_NC[fold_N == fold] = linear_scores(*given, _rng(config, task, "penalty", fold, draw))
-        else:
-            score_NC[fold_N == fold] = neighbour_scores(*given, config.neighbours)
-    return score_NC
+        tested, penalty = fold_N == fold, None
+        for draw, score_NC in enumerate(score_LNC):
+            train = _trained(task, fold_N, fold, fraction, draw, config)
+            given = features_NE[train], task.label_N[train], features_NE[tested], classes
+            if name == NEIGHBOURS:
+                score_NC[tested] = neighbour_scores(*given, config.neighbours)
+                continue
+            if penalty is None:  # chosen by the first draw: choosing takes most of the time
+                penalty = chosen_penalty(*given[:2], classes, _rng(config, task, "penalty", fold))
+            score_NC[tested] = linear_scores(*given, penalty)
+    return score_LNC
+
+
+def _draws(fraction: float, config: ProbeConfig) -> int:
+    return 1 if fraction == 1 else config.draws
 
 
 def _weights(task: Task, config: ProbeConfig) -> np.ndarray:

@@ -19,8 +19,11 @@ from segvol_pl.evaluation import probe_models
 from segvol_pl.evaluation.feature_folder import INTENSITY, TRAINED, UNTRAINED, Part, part_path, write_index, write_part
 from segvol_pl.evaluation.probe import probe
 from segvol_pl.evaluation.probe_models import (
+    PENALTIES,
+    USUAL,
     auc,
     balanced_accuracy,
+    chosen_penalty,
     linear_scores,
     neighbour_scores,
     standardised,
@@ -121,13 +124,22 @@ def test_both_probes_find_what_is_there_and_ignore_the_scale_of_features() -> No
     features = rng.standard_normal((120, 5)) + 4 * np.eye(5)[label]
     for scale in (1.0, np.array([1e3, 1e-3, 1, 1, 7])):
         train, test = features[:60] * scale, features[60:] * scale
-        linear = linear_scores(train, label[:60], test, 3, np.random.default_rng(0))
+        linear = linear_scores(train, label[:60], test, 3, 0.01)
         near = neighbour_scores(train, label[:60], test, 3, 5)
         for score in (linear, near):
             assert (score.argmax(1) == label[60:]).mean() > 0.9
     assert np.allclose(near.sum(1), 1)
     constant, _ = standardised(np.ones((3, 1)), np.ones((2, 1)))
     assert not constant.any()
+
+
+def test_noise_takes_a_strong_penalty_and_signal_a_weak_one() -> None:
+    rng = np.random.default_rng(0)
+    label, noise = np.arange(60) % 2, rng.standard_normal((60, 30))
+    strong = chosen_penalty(noise, label, 2, np.random.default_rng(0))
+    weak = chosen_penalty(noise + 5 * label[:, None], label, 2, np.random.default_rng(0))
+    assert strong == max(PENALTIES) and weak < 0.1
+    assert chosen_penalty(noise[:4], label[:4], 2, rng) == USUAL, "too few to choose"
 
 
 def test_folds_keep_groups_together_and_classes_apart() -> None:
@@ -149,7 +161,7 @@ def test_smaller_fractions_are_parts_of_larger_ones() -> None:
 
 
 def test_features_that_know_are_better_and_more_labels_help(tmp_path: Path) -> None:
-    config = configured(planted(tmp_path / "features", 240, strength=2.0))
+    config = configured(planted(tmp_path / "features", 240, strength=2.0), fractions=[0.01, 0.05, 1.0])
     said = probe(config)
     assert "liver, linear: the encoder is better than raw intensity" in "\n".join(said)
     assert "liver, neighbours: the encoder is better than untrained encoder" in "\n".join(said)
@@ -169,14 +181,14 @@ def test_features_that_know_are_better_and_more_labels_help(tmp_path: Path) -> N
 
 def test_features_without_information_are_not_found_better(tmp_path: Path) -> None:
     values, claims = [], 0
-    for seed in range(12):
+    for seed in range(6):
         config = configured(planted(tmp_path / str(seed), 90, 0.0, seed), fractions=[1.0], seed=seed)
         claims += sum("better than" in line or "worse than" in line for line in probe(config))
         found = results(config)["encoder", "linear", 1.0]
         values.append(found["value"])
         assert found["low"] < 0.6 and found["high"] > 0.4
-    # 48 comparisons at 5 %; pooling scores over folds would pull the mean below 0.5.
-    assert claims <= 8 and abs(np.mean(values) - 0.5) < 0.06
+    # 24 comparisons at 5 %; pooling scores over folds would pull the mean below 0.5.
+    assert claims <= 5 and abs(np.mean(values) - 0.5) < 0.07
 
 
 def test_a_split_is_trained_on_train_alone(tmp_path: Path) -> None:
