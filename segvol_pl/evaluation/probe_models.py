@@ -135,7 +135,8 @@ def neighbour_scores(
     vote_NK = np.exp(np.take_along_axis(near_NR, chosen_NK, axis=1) / TEMPERATURE)
     vote_NK = vote_NK * _class_weights(label_R, classes)[chosen_NK]
     votes_NC: np.ndarray = np.einsum("nk,nkc->nc", vote_NK, np.eye(classes)[label_R[chosen_NK]])
-    return votes_NC / votes_NC.sum(axis=1, keepdims=True)
+    votes_NC /= votes_NC.sum(axis=1, keepdims=True)
+    return votes_NC
 
 
 def _unit(array_NE: np.ndarray) -> np.ndarray:
@@ -180,7 +181,9 @@ def auc(score_N: np.ndarray, positive_N: np.ndarray, fold_N: np.ndarray, weight_
         low, high = (np.searchsorted(ordered, score_N[positive], side) for side in ("left", "right"))
         right += (weight_WN[:, positive] * (below[:, low] + below[:, high]) / 2).sum(axis=1)
         pairs += weight_WN[:, positive].sum(axis=1) * below[:, -1]
-    return np.divide(right, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    share_W = np.full(len(pairs), np.nan)
+    np.divide(right, pairs, out=share_W, where=pairs > 0)
+    return share_W
 
 
 def balanced_accuracy(score_NC: np.ndarray, label_N: np.ndarray, weight_WN: np.ndarray) -> np.ndarray:

@@ -76,19 +76,19 @@ def _of_categories(features: Features, config: ProbeConfig) -> tuple[list[Task],
     unknown = [name for name in config.categories if name not in known]
     if unknown:
         raise EvaluateError(f"categories: no volume has {unknown[0]!r}; there are {listed(known) or 'none'}")
-    tasks, notes = list[Task](), list[str]()
+    tasks, problems = list[Task](), dict[str, str]()
     for name in config.categories or known:
         present_N = np.array([name in held for held in features.categories], np.int64)
         label_N = np.where(features.labelled_N, present_N, UNKNOWN)
         task = Task(name, list(CLASSES), label_N, np.arange(len(label_N)))
         if problem := _too_few(task, features, config.folds):
-            notes.append(f"left out: {problem}")
+            problems[name] = problem
         else:
             tasks.append(task)
+    first = next(iter(problems.values()), "no volume is labelled")
     if not tasks:
-        why = notes[0].removeprefix("left out: ") if notes else "no volume is labelled"
-        raise EvaluateError(f"categories: none can be predicted: {why}")
-    return tasks, notes
+        raise EvaluateError(f"categories: none can be predicted: {first}")
+    return tasks, [f"left out {len(problems)} categories ({listed(problems)}): {first}"] if problems else []
 
 
 def _of_table(features: Features, path: Path) -> tuple[Task, list[str]]:
@@ -146,8 +146,8 @@ def _too_few(task: Task, features: Features, folds: int) -> str:
         for number, name in enumerate(task.classes):
             groups = len(np.unique(task.group_N[mine_N & (task.label_N == number)]))
             if groups < least:
-                what = f"{task.name}: {groups} volumes or groups are {name!r}"
-                return f"{what}: each of the {len(task.classes)} classes needs at least {least} {where}"
+                needed = f"each of the {len(task.classes)} classes needs at least {least} volumes or groups {where}"
+                return f"{task.name}: {groups} in class {name!r}: {needed}"
     return ""
 
 
@@ -179,14 +179,10 @@ def drawn(label_R: np.ndarray, fraction: float, classes: int, rng: np.random.Gen
 
 def usable_fractions(fractions: Sequence[float], task: Task, smallest: int) -> tuple[list[float], list[str]]:
     """The fractions that give a label per class, of `smallest` training volumes; and those left out, in words."""
-    used, notes = list[float](), list[str]()
-    for fraction in sorted(set(fractions)):
-        if fraction * smallest >= len(task.classes):
-            used.append(fraction)
-        else:
-            needed = int(np.ceil(len(task.classes) / fraction))
-            notes.append(
-                f"left out: {fraction:.0%} of the {smallest} labels of {task.name}: fewer than one of each class, "
-                f"needs {needed} labels"
-            )
-    return used, notes
+    used = [fraction for fraction in sorted(set(fractions)) if fraction * smallest >= len(task.classes)]
+    left = [fraction for fraction in sorted(set(fractions)) if fraction not in used]
+    if not left:
+        return used, []
+    shares, needed = ", ".join(f"{fraction:.0%}" for fraction in left), int(np.ceil(len(task.classes) / left[0]))
+    text = f"left out {shares} of the {smallest} labels of {task.name}: fewer than one of each class"
+    return used, [f"{text}; {left[0]:.0%} needs {needed} labels"]

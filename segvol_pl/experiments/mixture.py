@@ -17,6 +17,7 @@ Letters: R mixtures, M sources, I sources with a loss, P parameters of a law, S 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -280,7 +281,8 @@ def _law(mixtures: Mixtures, place: int) -> MixtureLaw:
 def _corrected_criterion(squares: float, count: int, parameters: int) -> float:
     """Akaike's criterion, corrected for few observations; the noise counts as a parameter."""
     size = parameters + 1
-    return count * np.log(max(squares, 1e-300) / count) + 2 * size + 2 * size * (size + 1) / max(count - size - 1, 1)
+    fit = count * math.log(max(squares, 1e-300) / count)
+    return fit + 2 * size + 2 * size * (size + 1) / max(count - size - 1, 1)
 
 
 def _no_effect(log_R: np.ndarray, rest: float, sources: int, targets: int) -> list[str]:
@@ -389,7 +391,7 @@ def best_mixture(thetas: Sequence[np.ndarray], mean_I: Sequence[float], share_RM
             slope_SM += part_S[:, None] * theta[:, :sources]
         corner_SM = share_RM[(slope_SM @ share_RM.T).argmin(axis=1)]
         best_SM = best_SM + 2 / (step + 2) * (corner_SM - best_SM)
-    return best_SM
+    return np.asarray(best_SM)
 
 
 def inside(share_M: np.ndarray, share_RM: np.ndarray) -> bool:

@@ -170,8 +170,8 @@ def test_features_that_know_are_better_and_more_labels_help(tmp_path: Path) -> N
     assert best["low"] < best["value"] < best["high"] and best["value"] > 0.85
     assert best["value"] > found["encoder", "linear", 0.05]["value"]
     assert abs(found["raw intensity", "linear", 1.0]["value"] - 0.5) < 0.12
-    assert any("left out: 1% of the 191 labels of liver" in line and "needs 200 labels" in line for line in said)
-    assert any("left out: body: 0 volumes or groups are 'absent'" in line for line in said)
+    assert any("left out 1% of the 191 labels of liver" in line and "1% needs 200 labels" in line for line in said)
+    assert any("left out 1 categories (body): body: 0 in class 'absent'" in line for line in said)
     out = Path(config.out)
     with (out / "probe.csv").open(newline="") as stream:
         assert len(list(csv.DictReader(stream))) == len(found)
@@ -222,7 +222,7 @@ def test_labels_of_a_table_with_groups(tmp_path: Path) -> None:
         (
             ["case-0000,a", "case-0001,b"],
             "key,label",
-            r"labels: .*1 volumes or groups are 'a': each of the 2 .* least 10",
+            r"labels: labels: 1 in class 'a': each of the 2 .* least 10",
         ),
         (["case-0000,a", "case-0001,a"], "key,label", "all labels are 'a': needs two or more"),
         (["case-0000,a"], "key,class", ":1: no column label"),
