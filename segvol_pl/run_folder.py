@@ -19,8 +19,8 @@ GRID_ENTRY = "grid.json"
 HEADER = ["step", "metric", "value"]
 VOLUMES, HELD_OUT = "data/volumes", "data/held_out"
 """Metrics: the number of volumes that a run trains on, and of held-out ones."""
-SHARE, SOURCE_LOSS = "data/share/", "val/loss/"
-"""Beginning of the metrics of a source: its share of the samples, and its validation loss."""
+SHARE = "data/share/"
+"""Beginning of a metric: the share that a source has of an epoch's samples."""
 
 
 def read_metrics(path: Path, metric: str) -> list[tuple[int, float]]:

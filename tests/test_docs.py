@@ -132,11 +132,13 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
 # ---- commands and keys ----
 
 WORKING = (
-    *("data.index_builder", "data.shard_index", "data.verify", "demo", "evaluation.run"),
+    *("data.index_builder", "data.shard_index", "data.verify", "demo"),
+    *("evaluation.embed", "evaluation.probe", "evaluation.run"),
     *(
         "evaluation.challenge_predict",
         "experiments.compare",
         "experiments.fit",
+        "experiments.mix",
         "goodput",
         "requeue",
         "inference.predictor",

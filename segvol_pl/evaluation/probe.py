@@ -140,7 +140,7 @@ def _measured(task: Task, fold_N: np.ndarray, scores: Sequence[np.ndarray], weig
         # Sample w belongs to one draw.
         mine_WN = np.vstack([weight_WN[:1], weight_WN[1:][draw :: len(scores)]])[:, tested]
         if task.binary:
-            # The difference of logs orders probabilities that float64 cannot tell from 1.
+            # float64 holds many probabilities as exactly 1; the difference of their logs still orders them.
             order_N = score_NC[tested, 1] - score_NC[tested, 0]
             of_draws.append(auc(order_N, task.label_N[tested] == 1, fold_N[tested], mine_WN))
         else:

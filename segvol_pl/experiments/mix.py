@@ -182,7 +182,7 @@ def _mixtures(runs: Sequence[MixRun]) -> Mixtures:
 
 
 def _asked(entries: Sequence[str], mixtures: Mixtures) -> np.ndarray | None:
-    """The mixture to predict, (M,). Raises ConfigError if it is none, PointsError if it lies outside of the runs."""
+    """The mixture to predict, (M,). Raises ConfigError for anything else, PointsError outside of the runs."""
     if not entries:
         return None
     given = dict(entry.rpartition("=")[::2] for entry in entries)
@@ -211,7 +211,7 @@ def _expected(mixed: Mixed, share_M: np.ndarray) -> list[str]:
     return lines or ["nothing can be predicted: no law is supported"]
 
 
-# ---- what is said ----
+# ---- the summary ----
 
 
 def _summary(mixed: Mixed) -> list[str]:

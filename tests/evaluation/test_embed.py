@@ -24,6 +24,7 @@ from segvol_pl.errors import ConfigError, EvaluateError
 from segvol_pl.evaluation.embed import embed
 from segvol_pl.evaluation.feature_folder import INTENSITY, TOKENS, TRAINED, UNTRAINED, load_features, part_path
 from segvol_pl.imaging.intensity import normalise
+from segvol_pl.model.convert import export
 from segvol_pl.training.pretrain import SimMIMTask
 
 RANKED = "import os; os.environ |= {'RANK': os.environ['LOCAL_RANK'], 'WORLD_SIZE': '2'}"
@@ -119,6 +120,10 @@ def test_any_file_of_weights_and_any_overview_will_do(config: EmbedConfig, tmp_p
     features = load_features(out)
     assert set(features.arrays) == {TRAINED, INTENSITY} and set(features.split_N) == {"test"}
     assert features.arrays[TRAINED].shape[1] == 48 and features.index["input_shape"] == [8, 32, 32]
+    export(str(other), str(tmp_path / "model.safetensors"))
+    assert embed(
+        replace(config, checkpoint=str(tmp_path / "model.safetensors"), out=str(out), untrained=False, split="test")
+    )
 
 
 def test_two_ranks_share_the_parts_and_find_the_same(
