@@ -28,7 +28,7 @@ from segvol_pl.config import ProbeConfig
 from segvol_pl.evaluation.feature_folder import INTENSITY, KINDS, TRAINED, UNTRAINED, Features, load_features
 from segvol_pl.evaluation.metrics import interval
 from segvol_pl.evaluation.probe_models import auc, balanced_accuracy, chosen_penalty, linear_scores, neighbour_scores
-from segvol_pl.evaluation.probe_report import LINEAR, NEIGHBOURS, Figures, write_results
+from segvol_pl.evaluation.probe_report import LINEAR, NEIGHBOURS, Figures, notable, write_results
 from segvol_pl.evaluation.probe_tasks import UNKNOWN, Task, divided, drawn, find_tasks, trained_on, usable_fractions
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def probe(config: ProbeConfig) -> list[str]:
     write_results(out, figures, compared, tasks, features, config, notes)
     shown = [each for each in figures if each.fraction == 1 and each.task == figures[-1].task]
     lines = [f"{_headline(each)} ({tasks[0].metric if len(tasks) == 1 else each.metric})" for each in shown]
-    lines += [each["verdict"] for each in compared if each["task"] == figures[-1].task]
+    lines += [each["verdict"] for each in notable(compared) if each["task"] == figures[-1].task]
     return [*lines, *notes, f"written to {out}: index.html, probe.json, probe.csv, figures"]
 
 
@@ -165,20 +165,29 @@ def _means(figures: Sequence[Figures], tasks: int) -> Iterator[Figures]:
 
 
 def _compared(figures: Sequence[Figures]) -> list[dict[str, Any]]:
-    """The features of the checkpoint against the others, with all labels: differences of pairs, and what they show."""
-    every = {(each.task, each.probe, each.features): each for each in figures if each.fraction == 1}
+    """The features of the checkpoint against the others at each number of labels: differences of pairs, in words."""
+    every = {(each.task, each.probe, each.fraction, each.features): each for each in figures}
     found = []
-    for (task, name, kind), mine in every.items():
+    for (*setting, kind), mine in every.items():
         for other in (UNTRAINED, INTENSITY) if kind == TRAINED else ():
-            if (task, name, other) not in every:
+            theirs = every.get((mine.task, mine.probe, mine.fraction, other))
+            if theirs is None:
                 continue
-            difference_W = mine.sampled_W - every[task, name, other].sampled_W
+            difference_W = mine.sampled_W - theirs.sampled_W
             low, high = interval(difference_W[1:])
-            word = "better than" if low > 0 else "worse than" if high < 0 else "no difference shown to"
-            text = f"{task}, {name}: the encoder is {word} {KINDS[other]}"
-            if word.startswith("no"):
-                text = f"{task}, {name}: no difference shown between the encoder and {KINDS[other]}"
-            text += f": {difference_W[0]:+.3f} [{low:+.3f}, {high:+.3f}]"
-            named = {"task": task, "probe": name, "against": KINDS[other]}
-            found.append({**named, "difference": float(difference_W[0]), "low": low, "high": high, "verdict": text})
+            words = "better than" if low > 0 else "worse than" if high < 0 else ""
+            verdict = f"the encoder is {words} {KINDS[other]}"
+            text = verdict if words else f"no difference shown between the encoder and {KINDS[other]}"
+            found.append(
+                {
+                    **dict(zip(("task", "probe", "fraction"), setting, strict=True)),
+                    "against": KINDS[other],
+                    "difference": float(difference_W[0]),
+                    "low": low,
+                    "high": high,
+                    "shown": bool(words),
+                    "verdict": f"{mine.task}, {mine.probe}, {mine.labels:.0f} labels: {text}: "
+                    f"{difference_W[0]:+.3f} [{low:+.3f}, {high:+.3f}]",
+                }
+            )
     return found

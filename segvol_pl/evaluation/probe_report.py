@@ -114,7 +114,7 @@ def _write_page(
     sections = [Section(lines=[(note, "note") for note in notes])] if notes else []
     for number, name in enumerate(names):
         mine = [each for each in figures if each.task == name]
-        lines = [(each["verdict"], _mark(each)) for each in compared if each["task"] == name]
+        lines = [(each["verdict"], _mark(each)) for each in notable(compared) if each["task"] == name]
         pictures = []
         if number < PICTURED:
             png = _picture(mine)
@@ -129,6 +129,11 @@ def _write_page(
     about += "architecture with random weights, and with the image itself: if it is not better than both, pre-training "
     about += "has shown no worth."
     write_sections(out / "index.html", "Probes of frozen features", about, sections)
+
+
+def notable(compared: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the comparisons with all labels, and of those with fewer the ones that show a difference."""
+    return [each for each in compared if each["fraction"] == 1 or each["shown"]]
 
 
 def _mark(compared: dict[str, Any]) -> str:

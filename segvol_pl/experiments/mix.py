@@ -60,7 +60,7 @@ def mix_runs(config: MixConfig) -> list[str]:
     notes = [f"left out {name}: {why}" for name, why in unused.items()]
     notes += _as_keys(mixed, runs)
     write_results(Path(config.out), mixed, runs, expected, notes, config)
-    written = f"written to {config.out}: index.html, mix.json, transfer.csv, mixtures.csv, figure"
+    written = f"written to {config.out}: index.html, mix.json, transfer.csv, mixtures.csv"
     return [*_summary(mixed), *expected, *notes, written]
 
 

@@ -163,8 +163,8 @@ def test_smaller_fractions_are_parts_of_larger_ones() -> None:
 def test_features_that_know_are_better_and_more_labels_help(tmp_path: Path) -> None:
     config = configured(planted(tmp_path / "features", 240, strength=2.0), fractions=[0.01, 0.05, 1.0])
     said = probe(config)
-    assert "liver, linear: the encoder is better than raw intensity" in "\n".join(said)
-    assert "liver, neighbours: the encoder is better than untrained encoder" in "\n".join(said)
+    assert "liver, linear, 191 labels: the encoder is better than raw intensity" in "\n".join(said)
+    assert "liver, neighbours, 191 labels: the encoder is better than untrained encoder" in "\n".join(said)
     found = results(config)
     best = found["encoder", "linear", 1.0]
     assert best["low"] < best["value"] < best["high"] and best["value"] > 0.85
@@ -239,7 +239,7 @@ def test_a_table_that_cannot_be_used_is_named(tmp_path: Path, rows: list[str], h
 
 def test_too_few_volumes_and_unknown_categories_are_refused(tmp_path: Path) -> None:
     config = configured(planted(tmp_path / "features", 15, 0.0))
-    with pytest.raises(EvaluateError, match=r"none can be predicted: body: 0 .* needs at least 10 for folds=5"):
+    with pytest.raises(EvaluateError, match=r"none can be predicted: body: 0 in .* needs at least 10 .* for folds=5"):
         probe(config)
     with pytest.raises(EvaluateError, match="no volume has 'heart'; there are body, liver"):
         probe(replace(config, categories=["heart"]))
