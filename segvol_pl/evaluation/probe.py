@@ -95,7 +95,10 @@ def _rng(config: ProbeConfig, task: Task, *key: str | int) -> np.random.Generato
 def _trained(task: Task, fold_N: np.ndarray, fold: int, fraction: float, draw: int, config: ProbeConfig) -> np.ndarray:
     """Indices of the volumes to train on for a fold."""
     rows = trained_on(task, fold_N, fold)
-    return rows[drawn(task.label_N[rows], fraction, len(task.classes), _rng(config, task, "draw", fold, draw))]
+    chosen: np.ndarray = rows[
+        drawn(task.label_N[rows], fraction, len(task.classes), _rng(config, task, "draw", fold, draw))
+    ]
+    return chosen
 
 
 def _scores(

@@ -82,10 +82,10 @@ def _gathered(config: MixConfig) -> tuple[list[MixRun], dict[str, str]]:
         raise PointsError(f"no run can be used: {first}")
     for run in runs[1:]:
         for key in sorted({*run.settings, *runs[0].settings}):
-            mine, first = run.settings.get(key), runs[0].settings.get(key)
-            if mine != first:
+            mine, theirs = run.settings.get(key), runs[0].settings.get(key)
+            if mine != theirs:
                 raise PointsError(
-                    f"{run.name} and {runs[0].name} differ in {key} ({mine}, {first}): give runs that differ in "
+                    f"{run.name} and {runs[0].name} differ in {key} ({mine}, {theirs}): give runs that differ in "
                     "data.mix and seeds alone"
                 )
     return runs, unused

@@ -65,7 +65,7 @@ def config(
         out=str(tmp_path_factory.mktemp("embedded") / "whole"),
         tokens=True,
         volumes_per_part=2,
-        batch=2,
+        batch=1,
         device="cpu",
         precision=Precision.fp32,
     )
