@@ -48,6 +48,8 @@ class Section:
     """PNG, and the text that describes it."""
     rows: list[dict[str, str]] = field(default_factory=list)
     """Rows of a table, all with the same columns."""
+    texts: bool = False
+    """Whether the cells are sentences instead of numbers."""
 
 
 def write_sections(path: Path, title: str, about: str, sections: Sequence[Section]) -> None:

@@ -72,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run_folder",
         "training.loggers",
     },
-    "experiments": {"data", "folder_lock", "html_page", "planning", "resources", "run_folder"},
+    "experiments": {"data", "folder_lock", "html_page", "model", "planning", "resources", "run_folder"},
 }
 STANDS_ON_LESS = {"credentials", "errors", "config"}
 """Parts of the ground, which may import what their row names alone."""

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator
 from segvol_pl.atomic import atomic_path
 from segvol_pl.experiments.frontier import Optimum
 from segvol_pl.experiments.points import Points
+from segvol_pl.experiments.sensitivity import FAR
 from segvol_pl.experiments.verdict import SYMBOLS, Verdict, predicted
 
 if TYPE_CHECKING:
@@ -114,6 +115,34 @@ def frontier_figure(optima: Sequence[Optimum], points: Points) -> Figure:
     left.legend(fontsize=7.5, frameon=False, title="band: 95 %", title_fontsize=7.5)
     _plain_ticks(right)
     figure.suptitle(f"Compute-optimal frontier, n = {len(points.used)} runs", fontsize=9, x=0.01, ha="left", color=INK)
+    return figure
+
+
+def residual_figure(judged: Verdict, points: Points) -> Figure:
+    """Draw the residuals over N, D and the loss. Rings are outliers; the lines are where they begin."""
+    assert judged.fit is not None
+    figure = Figure(figsize=(8.4, 3.0), layout="constrained")
+    row = figure.subplots(1, 3, sharey=True)
+    deviations_R = judged.fit.residuals_R / judged.fit.spread
+    far_R = np.abs(deviations_R) > FAR
+    columns = [
+        (unit(points, "params"), np.exp(points.logs(["params"])[:, 0])),
+        (unit(points, "samples"), np.exp(points.logs(["samples"])[:, 0])),
+        (loss_label(points), points.losses),
+    ]
+    for axes, (label, column_R) in zip(row, columns, strict=True):
+        _dress(axes, label, "")
+        axes.set_yscale("linear")
+        axes.plot(column_R, 100 * judged.fit.residuals_R, "o", color=COLOURS[0], markersize=3.5)
+        rings = {"mfc": "none", "color": COLOURS[4], "markersize": 8}
+        axes.plot(column_R[far_R], 100 * judged.fit.residuals_R[far_R], "o", **rings)
+        for height in (-FAR, 0, FAR):
+            style = "-" if height == 0 else ":"
+            axes.axhline(100 * height * judged.fit.spread, color="#8a93a0", linewidth=0.8, linestyle=style)
+    row[0].set_ylabel("measured above the law, %", fontsize=8.5)
+    text = f"residuals of {judged.law.formula}, n = {judged.runs}; "
+    text += f"{int(far_R.sum())} outliers beyond {FAR:g} robust standard deviations ({judged.fit.spread:.2%} each)"
+    figure.suptitle(text, fontsize=9, x=0.01, ha="left", color=INK)
     return figure
 
 

@@ -3,8 +3,10 @@
 1. Points are gathered. The variables that differ between them decide which laws are tried.
 2. Each law is judged. If a law with a floor is not supported, the same law without it is tried. If both variables vary,
    laws of one variable are fitted to the runs at the largest value of the other.
-3. A supported law in N and D gives the compute-optimal frontier.
-4. `fit.json`, `points.csv`, `frontier.csv`, figures and `index.html` are written to `out`.
+3. Each law is fitted again without single sizes, without outliers, and with other widths of the Huber loss.
+4. A supported law in N and D gives the compute-optimal frontier.
+5. `fit.json` with the checklist of what a reader must know, `points.csv`, `frontier.csv`, figures and `index.html` are
+   written to `out`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,18 @@ import csv
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import DataCount, FitConfig
 from segvol_pl.experiments import figures, page
+from segvol_pl.experiments.checklist import Item, checklist
 from segvol_pl.experiments.frontier import Optimum, cost, frontier
 from segvol_pl.experiments.laws import Law
 from segvol_pl.experiments.points import Points, gather
+from segvol_pl.experiments.sensitivity import Refit, Sensitivity, examined
 from segvol_pl.experiments.verdict import SYMBOLS, Interval, Verdict, judge, plain
 
 log = logging.getLogger(__name__)
@@ -32,16 +36,28 @@ COST_SPREAD = 1.5
 """C = k N D is called rough if k differs between runs by more than this factor."""
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A verdict, the points of its law, and what its fit depends on."""
+
+    verdict: Verdict
+    points: Points
+    found: Sensitivity | None
+
+
 def fit_runs(config: FitConfig) -> list[str]:
     """Write the results and return a summary, one string per line. Raises PointsError, ConfigError."""
     points = gather(config)
-    judged = [each for law, chosen, where in _laws(points) for each in _judged(law, chosen, where, config)]
+    laws = [each for law, chosen, where in _laws(points) for each in _judged(law, chosen, where, config)]
+    judged = [each.verdict for each in laws]
     optima, notes = _frontier(judged, points, config)
+    notes += _early(points)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
+    items = checklist(points, judged, [each.found for each in laws], config)
     _write_tables(out, points, optima)
-    _write_json(out, points, judged, optima, notes)
-    _write_page(out, points, judged, optima, notes, config)
+    _write_json(out, points, laws, optima, notes, items)
+    _write_page(out, points, laws, optima, notes, items, config)
     lines = [line for each in judged for line in _summary(each)]
     return [*points.left_out, *lines, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
 
@@ -59,15 +75,26 @@ def _laws(points: Points) -> list[tuple[Law, Points, str]]:
     return laws
 
 
-def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Verdict]:
+def _judged(law: Law, points: Points, where: str, config: FitConfig) -> list[Judged]:
     """Judge the law, and if it is not supported, the same law without a floor."""
     tried = []
+    names = [point.name for point in points.used]
     for each in (law, replace(law, floor=False)):
         logs = points.logs(each.variables)
-        tried.append(judge(each, logs, points.losses, config.held_out, config.bootstraps, config.seed, where))
-        if tried[-1].supported:
+        verdict = judge(each, logs, points.losses, config.held_out, config.bootstraps, config.seed, where)
+        verdict, found = examined(verdict, names)
+        tried.append(Judged(verdict, points, found))
+        if verdict.supported:
             break
     return tried
+
+
+def _early(points: Points) -> list[str]:
+    if not points.early:
+        return []
+    named = ", ".join(points.early[:5]) + (f" and {len(points.early) - 5} more" if len(points.early) > 5 else "")
+    before = f"{len(points.early)} of {len(points.used)} losses were measured before the last step of their run"
+    return [f"{before}, with a learning rate that had not yet decayed: {named}"]
 
 
 def _frontier(judged: Sequence[Verdict], points: Points, config: FitConfig) -> tuple[list[Optimum], list[str]]:
@@ -126,16 +153,24 @@ def _flat(optimum: Optimum) -> dict[str, Any]:
 
 
 def _write_json(
-    out: Path, points: Points, judged: Sequence[Verdict], optima: Sequence[Optimum], notes: list[str]
+    out: Path,
+    points: Points,
+    laws: Sequence[Judged],
+    optima: Sequence[Optimum],
+    notes: list[str],
+    items: Sequence[Item],
 ) -> None:
     content = {
         "loss": points.loss,
         "samples": points.samples,
         "runs": len(points.used),
         "unused": points.unused,
-        "laws": [plain(each) for each in judged],
+        "laws": [
+            {**plain(each.verdict), "sensitivity": None if each.found is None else each.found.plain} for each in laws
+        ],
         "frontier": [_flat(optimum) for optimum in optima],
         "notes": notes,
+        "checklist": [asdict(item) for item in items],
     }
     write_text(out / "fit.json", json.dumps(content, indent=2) + "\n")
 
@@ -143,30 +178,33 @@ def _write_json(
 def _write_page(
     out: Path,
     points: Points,
-    judged: Sequence[Verdict],
+    laws: Sequence[Judged],
     optima: Sequence[Optimum],
     notes: list[str],
+    items: Sequence[Item],
     config: FitConfig,
 ) -> None:
-    about = f"{len(points.used)} runs. L is {points.loss}, N trainable parameters, D {points.samples}. "
+    about = f"{len(points.used)} runs. L is {points.loss}, N {points.params}, D {points.samples}. "
     about += f"Intervals are 95 % intervals from {config.bootstraps} bootstrap samples of seed {config.seed}."
-    sections = [_law_section(out, number, points, each) for number, each in enumerate(judged)]
+    sections = [section for number, each in enumerate(laws) for section in _law_sections(out, number, points, each)]
     if optima:
         png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
         sections.append(page.Section("Compute-optimal frontier", pictures=[(png, "Frontier")], rows=_optima(optima)))
     sections.append(page.Section(lines=[(line, "note") for line in (*notes, *points.left_out)]))
+    rows = [{"": item.part, "question": item.question, "answer": item.answer} for item in items]
+    sections.append(page.Section("Checklist", rows=rows, texts=True))
     sections.append(page.Section("Runs", rows=_rows(points)))
     page.write_page(out / "index.html", "Scaling fit", about, sections)
 
 
-def _law_section(out: Path, number: int, points: Points, judged: Verdict) -> page.Section:
+def _law_sections(out: Path, number: int, points: Points, each: Judged) -> list[page.Section]:
+    judged = each.verdict
     lines = [(_summary(judged)[0], "yes" if judged.supported else "no"), *((text, "note") for text in judged.cautions)]
     section = page.Section(f"{judged.law.formula}: {judged.where}", lines)
-    if judged.fit is None:
-        return section
-    shown = next(chosen for _, chosen, where in _laws(points) if where == judged.where)
+    if judged.fit is None or each.found is None:
+        return [section]
     for variable in judged.law.variables:
-        png = figures.save(figures.law_figure(judged, shown, variable), out, f"law-{number}-{variable}")
+        png = figures.save(figures.law_figure(judged, each.points, variable), out, f"law-{number}-{variable}")
         section.pictures.append((png, f"{judged.law.formula} over {variable}"))
     if judged.held_out is not None:
         png = figures.save(figures.held_out_figure(judged, points), out, f"law-{number}-held-out")
@@ -175,7 +213,25 @@ def _law_section(out: Path, number: int, points: Points, judged: Verdict) -> pag
         {"coefficient": name, "alone": _interval_text(alone), "all at once": _interval_text(judged.together[name])}
         for name, alone in judged.coefficients.items()
     )
-    return section
+    residuals = figures.save(figures.residual_figure(judged, each.points), out, f"law-{number}-residuals")
+    depends = page.Section(
+        f"{judged.law.formula}: what it depends on", pictures=[(residuals, "Residuals over N, D and the loss")]
+    )
+    depends.rows.extend(_refits(judged, each.found))
+    return [section, depends]
+
+
+def _refits(judged: Verdict, found: Sensitivity) -> list[dict[str, str]]:
+    """The fit with all runs, then each changed fit. An exponent outside of its interval has a star."""
+    every = Refit("all runs", judged.runs, {name: each.value for name, each in judged.coefficients.items()})
+    rows = []
+    for refit in (every, *found.refits):
+        row = {"fit": refit.change, "runs": f"{refit.runs}"}
+        for name, interval in judged.coefficients.items():
+            value = refit.coefficients[name]
+            row[name] = f"{value:.4g}{'' if interval.low <= value <= interval.high else ' *'}"
+        rows.append(row)
+    return rows
 
 
 def _optima(optima: Sequence[Optimum]) -> list[dict[str, str]]:

@@ -9,11 +9,12 @@
    trunk's checkpoint of the step where its own decay begins. Branches are numbered after all trunks.
 5. `launch` runs them, shows their state, and writes the sweep for wandb.
 
-Imports neither torch nor lightning: a wrong key must fail at once.
+Imports neither torch nor lightning at its start: a wrong key must fail at once.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
 import re
@@ -24,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from segvol_pl.config import Schedule, loader
+from segvol_pl.config import Schedule, TrainConfig, loader
 from segvol_pl.config.loader import PAIR, SECTION_FILE, Written, did_you_mean
 from segvol_pl.config.yaml_nodes import convert
 from segvol_pl.errors import ConfigError
@@ -403,5 +404,21 @@ def volume_flops(config: Any) -> int:
 
 
 def parameters(config: Any) -> int:
-    """Return the number of trainable parameters of a run's model."""
+    """Return the number of parameters that a run trains."""
+    if isinstance(config, TrainConfig) and config.freeze:
+        return _unfrozen(config)
     return sum(flops.run_parameters(config).values())
+
+
+def _unfrozen(config: TrainConfig) -> int:
+    # `freeze` holds names of tensors, which only the model knows: torch is imported for such runs alone.
+    import torch
+
+    from segvol_pl.model.segvol import SegVol
+    from segvol_pl.model.text_encoder import TextBank
+
+    with torch.device("meta"):
+        model = SegVol(config.model, TextBank.empty(config.model.text_dim))
+    named = dict(model.named_parameters())
+    frozen = {name for pattern in config.freeze for name in fnmatch.filter(named, pattern)}
+    return sum(tensor.numel() for name, tensor in named.items() if name not in frozen)

@@ -2,19 +2,21 @@
 
 1. A law is fitted to the logs of the losses, so that residuals are relative errors. A Huber loss limits the influence
    of single bad runs. Its width follows the spread of the residuals (1.345 robust standard deviations).
-2. For each point of a grid of exponents, the other coefficients follow by non-negative least squares. Bounded least
-   squares (scipy) starts from the best of these points.
-3. Intervals are a seeded bootstrap of residuals, which keeps the design: the residuals, corrected for the leverage of
-   each run, are drawn with replacement and the law is fitted again. Student's t over the degrees of freedom widens the
-   intervals further: with few runs the spread itself is not well known.
+2. For each point of a grid of exponents, the other coefficients follow by non-negative least squares. A descent starts
+   from every point of the grid, all of them at once (`minimise`). The best one is polished by scipy.
+3. Intervals are a seeded bootstrap by settings with random weights: every setting, with all its runs, gets a weight
+   drawn from an exponential distribution, and the law is fitted again. Noise may differ between settings and be shared
+   by the seeds of one. No setting is ever lost, as it is where runs are drawn.
+   The intervals are widened by what the fit takes of the residuals (settings / degrees of freedom), and by Student's t
+   over the degrees of freedom: with few settings the spread itself is not well known.
 
-Hoffmann et al. 2022 (Approach 3) is the model. Letters: R runs, T terms, P parameters, S bootstrap samples.
+Hoffmann et al. 2022 (Approach 3) is the model. Letters: R runs, T terms, P parameters, S bootstrap samples or other
+problems solved at once, G settings (different values of the variables).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,8 +24,8 @@ from scipy import optimize, stats
 
 EXPONENTS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Grid of exponents from which the search starts."""
-STARTS = 4
-"""Number of the best grid points from which a local search starts."""
+STARTS = 8
+"""Number of the best results of the first round from which the next rounds start."""
 HUBER = 1.345
 """Beyond this many standard deviations the loss is linear in the residual: 95 % efficient on Gaussian noise."""
 MAD = 1.4826
@@ -33,6 +35,11 @@ STEEPEST, MARGIN = 8.0, 20.0
 """Bounds: of the size of an exponent, and of the log of a coefficient below and above the logs of the losses."""
 EVALUATIONS = 300
 """Most evaluations of one local search. Searches along flat valleys need more than 100."""
+ROUNDS = 3
+"""How often the width of the Huber loss follows from the residuals."""
+DAMPING, DAMPED, STILL, STRIDE = 1e-3, 1e9, 1e-11, 2.0
+"""First damping of a search; it ends with the second one, or if the objective falls by less than the share `STILL`.
+`STRIDE`: longest step of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -55,26 +62,32 @@ class Law:
         return "L = " + " + ".join((["E"] if self.floor else []) + terms)
 
     def log_loss(self, theta_P: np.ndarray, logs_RT: np.ndarray) -> np.ndarray:
-        """Return log L of each run, (R,). Arguments as in `_parts`."""
-        losses_R: np.ndarray = np.logaddexp.reduce(self._parts(theta_P, logs_RT), axis=1)
-        return losses_R
+        """Return log L of each run, (R,), or (S,R) for parameters (S,P). Arguments as in `_parts`."""
+        return self.log_loss_and_slopes(theta_P, logs_RT)[0]
 
     def slopes(self, theta_P: np.ndarray, logs_RT: np.ndarray) -> np.ndarray:
-        """Return the derivative of log L by each parameter, (R,P): the share of each part in the loss."""
+        """Return the derivative of log L by each parameter, (R,P) or (S,R,P): the share of each part in the loss."""
+        return self.log_loss_and_slopes(theta_P, logs_RT)[1]
+
+    def log_loss_and_slopes(self, theta_P: np.ndarray, logs_RT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return both at the price of one."""
         parts, terms = self._parts(theta_P, logs_RT), int(self.floor)
-        shares = np.exp(parts - np.logaddexp.reduce(parts, axis=1, keepdims=True))
-        slopes_RP = np.empty((len(logs_RT), self.size))
-        slopes_RP[:, :terms] = shares[:, :terms]
-        slopes_RP[:, terms::2] = shares[:, terms:]
-        slopes_RP[:, terms + 1 :: 2] = -shares[:, terms:] * logs_RT
-        return slopes_RP
+        largest = parts.max(axis=-1, keepdims=True)
+        shares = np.exp(parts - largest)
+        total = shares.sum(axis=-1, keepdims=True)
+        shares /= total
+        slopes_RP = np.empty((*parts.shape[:-1], self.size))
+        slopes_RP[..., :terms] = shares[..., :terms]
+        slopes_RP[..., terms::2] = shares[..., terms:]
+        slopes_RP[..., terms + 1 :: 2] = -shares[..., terms:] * logs_RT
+        return (largest + np.log(total))[..., 0], slopes_RP
 
     def _parts(self, theta_P: np.ndarray, logs_RT: np.ndarray) -> np.ndarray:
-        """Logs of floor and terms. theta_P: log E, then log coefficient and exponent of each term."""
-        terms = int(self.floor)
-        parts = np.empty((len(logs_RT), terms + logs_RT.shape[1]))
-        parts[:, :terms] = theta_P[:terms]
-        parts[:, terms:] = theta_P[terms::2] - theta_P[terms + 1 :: 2] * logs_RT
+        """Logs of floor and terms. theta_P: log E, then log coefficient and exponent of each term; (P,) or (S,P)."""
+        terms, theta = int(self.floor), theta_P[..., None, :]
+        parts = np.empty((*theta_P.shape[:-1], len(logs_RT), terms + logs_RT.shape[1]))
+        parts[..., :terms] = theta[..., :terms]
+        parts[..., terms:] = theta[..., terms::2] - theta[..., terms + 1 :: 2] * logs_RT
         return parts
 
 
@@ -92,17 +105,33 @@ class Fit:
     width: float
     """Width of the Huber loss, in log loss."""
     samples_SP: np.ndarray
-    """Parameters fitted to bootstrap samples; empty before `bootstrap`."""
+    """Parameters fitted to bootstrap samples; empty before `bootstrap`. They spread too little: see `widened`."""
+
+    @property
+    def setting_R(self) -> np.ndarray:
+        """Number of each run's setting, from 0: runs with the same values of all variables, such as seeds."""
+        return np.unique(self.logs_RT, axis=0, return_inverse=True)[1].reshape(-1)
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom: runs minus parameters."""
-        return len(self.residuals_R) - self.law.size
+        """Degrees of freedom: settings minus parameters. The seeds of a setting may share its noise."""
+        return len(np.unique(self.setting_R)) - self.law.size
+
+    @property
+    def log_losses_R(self) -> np.ndarray:
+        """Logs of the measured losses."""
+        level_R = self.law.log_loss(self.theta_P, self.logs_RT - self.centre_T)
+        return np.asarray(level_R + self.residuals_R)
+
+    @property
+    def spread(self) -> float:
+        """Robust standard deviation of the residuals: outliers do not raise it."""
+        return self.width / HUBER
 
     @property
     def noise(self) -> float:
         """Standard deviation of a run around the law, relative to its loss."""
-        return float(np.sqrt((self.residuals_R**2).sum() / max(self.freedom, 1)))
+        return float(np.sqrt((self.residuals_R**2).sum() / max(len(self.residuals_R) - self.law.size, 1)))
 
     def coefficients(self, theta_P: np.ndarray) -> dict[str, float]:
         """Return E, A, alpha, B, beta as in the formula."""
@@ -121,8 +150,10 @@ class Fit:
         return loss_RT
 
     def widened(self, estimate: float | np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Return the samples, spread around the estimate as Student's t instead of a Gaussian."""
-        factor = stats.t.ppf(0.975, max(self.freedom, 1)) / stats.norm.ppf(0.975)
+        """Return the samples, spread around the estimate as far as their fits lacked, and as Student's t."""
+        freedom = max(self.freedom, 1)
+        # As the jackknife does. With its square root intervals of few settings would be too narrow.
+        factor = (freedom + self.law.size) / freedom * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
         return np.asarray(estimate + (samples - estimate) * factor)
 
 
@@ -144,61 +175,134 @@ def fit(law: Law, logs_RT: np.ndarray, loss_R: np.ndarray) -> Fit:
 
 
 def bootstrap(fitted: Fit, count: int, seed: int) -> Fit:
-    """Return the same fit with `samples_SP`: parameters fitted to `count` resampled sets of losses."""
-    rng = np.random.default_rng(seed)
-    law, x = fitted.law, fitted.logs_RT - fitted.centre_T
-    level = law.log_loss(fitted.theta_P, x)
-    # How much of each run's own residual the fit absorbs.
-    leverage_R = (np.linalg.qr(law.slopes(fitted.theta_P, x))[0] ** 2).sum(axis=1)
-    # As the jackknife does. With its square root the intervals of few runs would be too narrow.
-    pool = fitted.residuals_R / np.maximum(1 - leverage_R, 0.1)
-    pool = pool - pool.mean()
-    found = [_descend(law, fitted.theta_P, x, level + rng.choice(pool, len(pool)), fitted.width) for _ in range(count)]
-    return replace(fitted, samples_SP=np.array([each.x for each in found]))
+    """Return the same fit with `samples_SP`: parameters fitted with `count` sets of random weights of the settings."""
+    setting_R, x = fitted.setting_R, fitted.logs_RT - fitted.centre_T
+    weight_SG = np.random.default_rng(seed).exponential(size=(count, setting_R.max() + 1))
+    starts_SP = np.tile(fitted.theta_P, (count, 1))
+    weight_SR = weight_SG[:, setting_R]
+    return replace(
+        fitted, samples_SP=minimise(fitted.law, starts_SP, x, fitted.log_losses_R, fitted.width, weight_SR)[0]
+    )
 
 
 def _search(law: Law, x_RT: np.ndarray, y_R: np.ndarray) -> tuple[np.ndarray, float]:
     """Parameters and the width of the Huber loss, in turn; the first round with the Huber loss tries all starts."""
-    starts = _starts(law, x_RT, y_R)
-    theta = _best(_descend(law, start, x_RT, y_R, None) for start in starts)
-    for tried in (starts, [], []):
+    starts_SP = _starts(law, x_RT, y_R)
+    theta_SP, cost_S = minimise(law, starts_SP, x_RT, y_R, np.inf)
+    theta = theta_SP[cost_S.argmin()]
+    for _ in range(ROUNDS):
         width = max(HUBER * MAD * float(np.median(np.abs(y_R - law.log_loss(theta, x_RT)))), LEAST_WIDTH)
-        theta = _best(_descend(law, start, x_RT, y_R, width) for start in (theta, *tried))
-    return theta, width
+        theta_SP, cost_S = minimise(law, np.concatenate([theta[None], starts_SP]), x_RT, y_R, width)
+        starts_SP, theta = theta_SP[np.argsort(cost_S)[:STARTS]], theta_SP[cost_S.argmin()]
+    polished = _descend(law, theta, x_RT, y_R, width)
+    return (np.asarray(polished.x) if polished.cost < cost_S.min() else theta), width
 
 
-def _best(found: Iterable[optimize.OptimizeResult]) -> np.ndarray:
-    return np.asarray(min(found, key=lambda each: each.cost).x)
+def minimise(
+    law: Law,
+    start_SP: np.ndarray,
+    x_RT: np.ndarray,
+    y_SR: np.ndarray,
+    width: float | np.ndarray,
+    weight_SR: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise the Huber loss of many problems at once (Levenberg-Marquardt with reweighted squares).
+
+    scipy solves one problem at a time, which takes minutes where this takes seconds.
+
+    Args:
+        law: The form.
+        start_SP: Where to start.
+        x_RT: Logs of the variables, centred.
+        y_SR: Logs of the losses, (S,R) or (R,).
+        width: Of the Huber loss, one or (S,); infinity for plain squares.
+        weight_SR: Weight of each run; 0 leaves it out. Default 1.
+
+    Returns:
+        The parameters, (S,P), and the objectives, (S,).
+    """
+    count, runs = len(start_SP), len(x_RT)
+    bounds = _bounds(law, y_SR)
+    theta_SP, step_SP = np.clip(start_SP, *bounds), np.zeros_like(start_SP)
+    y_SR = np.broadcast_to(y_SR, (count, runs))
+    weight_SR = np.broadcast_to(1.0 if weight_SR is None else weight_SR, (count, runs))
+    width_S1 = np.broadcast_to(width, (count,))[:, None]
+    cost_S, damping_S, active = np.full(count, np.inf), np.full(count, DAMPING), np.arange(count)
+    square_SPP, slope_SP = np.zeros((count, law.size, law.size)), np.zeros((count, law.size))
+    for _ in range(EVALUATIONS):
+        tried = np.clip(theta_SP[active] - step_SP[active], *bounds)
+        level, slopes = law.log_loss_and_slopes(tried, x_RT)
+        rest = level - y_SR[active]
+        within = np.minimum(np.abs(rest), width_S1[active])
+        cost = (weight_SR[active] * within * (np.abs(rest) - within / 2)).sum(axis=1)
+        better, still = cost <= cost_S[active], cost_S[active] - cost <= STILL * cost
+        taken = active[better]
+        theta_SP[taken], cost_S[taken] = tried[better], cost[better]
+        weights = (weight_SR[active] * _huber_weights(rest, width_S1[active]))[better, :, None]
+        square_SPP[taken] = (slopes[better] * weights).swapaxes(1, 2) @ slopes[better]
+        slope_SP[taken] = ((slopes[better] * weights).swapaxes(1, 2) @ rest[better, :, None])[..., 0]
+        damping_S[active] *= np.where(better, 0.25, 5.0)
+        active = active[~(better & still) & (damping_S[active] < DAMPED)]
+        if not len(active):
+            break
+        step_SP[active] = _steps(square_SPP[active], slope_SP[active], damping_S[active], theta_SP[active], bounds)
+    return theta_SP, cost_S
 
 
-def _starts(law: Law, x_RT: np.ndarray, y_R: np.ndarray) -> list[np.ndarray]:
-    """The best points of the grid of exponents; coefficients by non-negative least squares on the losses."""
-    loss = np.exp(y_R)
-    scored = []
-    for exponents in itertools.product(EXPONENTS, repeat=x_RT.shape[1]):
-        columns = np.concatenate([np.ones((len(loss), int(law.floor))), np.exp(-x_RT * exponents)], axis=1)
-        sizes, rest = optimize.nnls(columns / loss[:, None], np.ones(len(loss)))
-        logs = np.log(np.maximum(sizes, 1e-4 * loss.min()))
-        pairs = np.stack([logs[int(law.floor) :], exponents], axis=1).reshape(-1)
-        scored.append((rest, np.concatenate([logs[: int(law.floor)], pairs])))
-    return [start for _, start in sorted(scored, key=lambda each: each[0])[:STARTS]]
+def _steps(
+    square_SPP: np.ndarray,
+    slope_SP: np.ndarray,
+    damping_S: np.ndarray,
+    theta_SP: np.ndarray,
+    bounds: tuple[np.ndarray, np.ndarray],
+) -> np.ndarray:
+    """Damped steps. A parameter at a bound that would leave it stays there, and the others step without it."""
+    lower_P, upper_P = bounds
+    free_SP = ~(((theta_SP <= lower_P) & (slope_SP > 0)) | ((theta_SP >= upper_P) & (slope_SP < 0)))
+    damped_SPP = square_SPP * (free_SP[:, :, None] & free_SP[:, None, :])
+    places = np.arange(square_SPP.shape[-1])
+    diagonal_SP = square_SPP[:, places, places]
+    least_S1 = np.maximum(1e-12 * diagonal_SP.max(axis=1, keepdims=True), 1e-300)
+    damped_SPP[:, places, places] += np.where(free_SP, damping_S[:, None] * diagonal_SP + least_S1, 1.0)
+    steps_SP = np.linalg.solve(damped_SPP, (slope_SP * free_SP)[..., None])[..., 0]
+    return np.clip(steps_SP, -STRIDE, STRIDE)
 
 
-def _descend(
-    law: Law, start_P: np.ndarray, x_RT: np.ndarray, y_R: np.ndarray, width: float | None
-) -> optimize.OptimizeResult:
-    """Minimise from one start. width: of the Huber loss; None for plain squares."""
+def _huber_weights(rest: np.ndarray, width: float | np.ndarray) -> np.ndarray:
+    """Weights of squares that have the Huber loss's slope at the residuals."""
+    return np.minimum(1.0, width / np.maximum(np.abs(rest), 1e-300))
+
+
+def _bounds(law: Law, y_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     lower_P, upper_P = np.full(law.size, y_R.min() - MARGIN), np.full(law.size, y_R.max() + MARGIN)
     lower_P[int(law.floor) + 1 :: 2], upper_P[int(law.floor) + 1 :: 2] = -STEEPEST, STEEPEST
+    return lower_P, upper_P
+
+
+def _starts(law: Law, x_RT: np.ndarray, y_R: np.ndarray) -> np.ndarray:
+    """The grid of exponents, (S,P); coefficients by non-negative least squares on the losses."""
+    loss, found = np.exp(y_R), []
+    for exponents in itertools.product(EXPONENTS, repeat=x_RT.shape[1]):
+        columns = np.concatenate([np.ones((len(loss), int(law.floor))), np.exp(-x_RT * exponents)], axis=1)
+        sizes, _ = optimize.nnls(columns / loss[:, None], np.ones(len(loss)))
+        logs = np.log(np.maximum(sizes, 1e-4 * loss.min()))
+        pairs = np.stack([logs[int(law.floor) :], exponents], axis=1).reshape(-1)
+        found.append(np.concatenate([logs[: int(law.floor)], pairs]))
+    return np.array(found)
+
+
+def _descend(law: Law, start_P: np.ndarray, x_RT: np.ndarray, y_R: np.ndarray, width: float) -> optimize.OptimizeResult:
+    """Minimise from one start, to the last digits."""
+    bounds = _bounds(law, y_R)
     return optimize.least_squares(
         lambda theta_P: law.log_loss(theta_P, x_RT) - y_R,
-        np.clip(start_P, lower_P, upper_P),
+        np.clip(start_P, *bounds),
         jac=lambda theta_P: law.slopes(theta_P, x_RT),
-        bounds=(lower_P, upper_P),
+        bounds=bounds,
         method="dogbox",  # faster here than `trf`, with the same minima
-        loss="linear" if width is None else "huber",
-        f_scale=width or 1.0,
-        xtol=1e-7,
-        ftol=1e-9,
+        loss="huber",
+        f_scale=width,
+        xtol=1e-10,
+        ftol=1e-12,
         max_nfev=EVALUATIONS,
     )

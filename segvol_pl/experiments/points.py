@@ -1,7 +1,8 @@
 """The points of a fit, from run folders, a table, or runs at wandb.
 
-1. A run folder: N is computed from the configuration, D is steps x global batch (or the number of training volumes),
-   training FLOPs are computed from the architecture, and the loss is any metric of `metrics.csv` or any number in a
+1. A run folder: N is computed from the configuration without what is frozen. D is the step of the value x global batch
+   (or the number of training volumes): what the run saw until then, also if it was stopped, or continues another run.
+   Training FLOPs are computed from the architecture, and the loss is any metric of `metrics.csv` or any number in a
    JSON file.
 2. A CSV has the columns params, samples and loss.
 3. A run at wandb has the same in its configuration and summary.
@@ -16,13 +17,13 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from segvol_pl.config import DataCount, MetricPick, PointsConfig, loader
+from segvol_pl.config import DataCount, MetricPick, PointsConfig, TrainConfig, loader
 from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments.grid import parameters, volume_flops
 from segvol_pl.run_folder import VOLUMES, read_grid_entry, read_metrics
@@ -44,6 +45,8 @@ class Point:
     """Training FLOPs of the run."""
     places: dict[str, str] = field(default_factory=dict)
     """Axis of its grid -> label."""
+    setup: dict[str, Any] = field(default_factory=dict)
+    """What it was trained with, and `step`, at which the loss was measured; empty for a row of a table."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,18 @@ class Points:
     """Description of the loss."""
     samples: str
     """Description of D."""
+    params: str = "trainable parameters"
+    """Description of N."""
+    measured: str = ""
+    """Description of what the loss was measured on."""
+
+    @property
+    def early(self) -> list[str]:
+        """Names of the runs whose loss was measured before their last step: their learning rate had not yet ended."""
+        limits = [
+            (point.name, point.setup["step"], point.setup["optim.max_steps"]) for point in self.used if point.setup
+        ]
+        return [name for name, step, last in limits if step < last]
 
     def logs(self, variables: Sequence[str]) -> np.ndarray:
         """Return the natural logs of the variables, (R,T)."""
@@ -91,7 +106,13 @@ def gather(config: PointsConfig) -> Points:
         raise PointsError(f"no run gives a point for {metric}{': ' if first else ''}{first}")
     what = f"1 - {metric}" if turned(config) else metric
     counted = "training volumes" if config.samples is DataCount.volumes else "samples seen"
-    return Points(used, unused, what, counted)
+    # A table may hold other things than the names of its columns promise: it does not say what it counts.
+    stated = "the column params of the table, which does not state what it counts"
+    trained = "trainable parameters: frozen tensors and the text tower (CLIP), which is not part of the model, apart"
+    counts = [*([stated] if config.table is not None else []), *([trained] if config.runs else [])]
+    places = [*(["as the table gives it"] if config.table is not None else [])]
+    places += ["of each run, on the volumes that it holds out"] if config.runs else []
+    return Points(used, unused, what, counted, "; ".join(counts), "; ".join(places))
 
 
 def metric_of(config: PointsConfig) -> str:
@@ -143,7 +164,21 @@ def _point(name: str, run: Any, step: int, volumes: float | None, loss: float, p
         loss=loss,
         flops=float(seen * volume_flops(run)),
         places=places or {"seed": str(run.data.seed)},
+        setup=_setup(run, step),
     )
+
+
+def _setup(run: Any, step: int) -> dict[str, Any]:
+    """What the checklist of a law names: command, optimizer with schedule, batch, frozen parts, step of the loss."""
+    optim = {f"optim.{key}": _plain(value) for key, value in asdict(run.optim).items()}
+    frozen = ", ".join(run.freeze) if isinstance(run, TrainConfig) else ""
+    command = "train" if isinstance(run, TrainConfig) else "pretrain"
+    batch = {"data.global_batch": run.data.global_batch}
+    return {"command": command, "step": step, **batch, "freeze": frozen or "nothing", **optim}
+
+
+def _plain(value: Any) -> Any:
+    return " and ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _configuration(path: Path) -> Any:

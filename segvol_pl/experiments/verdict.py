@@ -1,7 +1,8 @@
 """Whether the data support a law, with the reasons in words.
 
-1. Before the fit: there must be enough different values of each variable, and enough runs.
-2. The loss must fall with each variable: a one-sided t-test on the logs, at 1 %.
+1. Before the fit: there must be enough different values of each variable, enough settings, and enough runs.
+2. The loss must fall with each variable: a one-sided t-test on the logs, at 1 %. It takes the mean of each setting, and
+   errors that hold if noise differs between settings (HC3).
 3. After the fit: each exponent must be significantly different from 0, the effect of each term larger than its
    interval, and the floor significantly different from 0. Otherwise the data show no curvature.
 4. The largest settings, predicted from the others, must lie within the predicted intervals.
@@ -21,11 +22,13 @@ from scipy import stats
 
 from segvol_pl.experiments.laws import Fit, Law, bootstrap, fit
 
-VALUES, SPARE = 3, 3
-"""Least number of different values of a variable; least number of runs beyond the number of parameters."""
+VALUES, SPARE, SPARE_SETTINGS = 3, 3, 2
+"""Least number of different values of a variable; least number of runs, and of settings, beyond that of parameters."""
 TREND, MISFIT, LEVEL = 0.01, 0.01, 0.95
 LEAST_FLOOR = 0.01
 """The interval of the floor must lie above this share of the smallest loss."""
+MOST_LEVERAGE = 0.9
+"""Settings that a trend follows more closely than this count as if it followed them so far."""
 SYMBOLS = {"params": "N", "samples": "D"}
 EXPONENTS = {"params": "alpha", "samples": "beta"}
 
@@ -126,16 +129,24 @@ def _too_few(law: Law, logs_RT: np.ndarray) -> list[str]:
     needed = law.size + SPARE
     if len(logs_RT) < needed:
         reasons.append(f"too few runs: {len(logs_RT)}, its {law.size} parameters need {needed}")
+    settings = len(np.unique(logs_RT, axis=0))
+    if not reasons and settings < law.size + SPARE_SETTINGS:
+        different = "different settings, since seeds of one setting may share its noise"
+        needed = law.size + SPARE_SETTINGS
+        reasons.append(f"too few {different}: {settings}, its {law.size} parameters need {needed}")
     return reasons
 
 
 def _trends(law: Law, logs_RT: np.ndarray, loss_R: np.ndarray) -> list[str]:
     """A one-sided t-test of the slope of log loss over each log variable, in one linear model of all variables."""
-    design = np.column_stack([np.ones(len(loss_R)), logs_RT])
-    slopes, rest, _, _ = np.linalg.lstsq(design, np.log(loss_R), rcond=None)
-    freedom = len(loss_R) - design.shape[1]
-    variance = float(rest[0]) / freedom if rest.size else 0.0
-    errors = np.sqrt(np.maximum(variance * np.diag(np.linalg.pinv(design.T @ design)), 1e-300))
+    settings, setting_R = np.unique(logs_RT, axis=0, return_inverse=True)
+    means_G = np.bincount(setting_R.reshape(-1), np.log(loss_R)) / np.bincount(setting_R.reshape(-1))
+    design = np.column_stack([np.ones(len(settings)), settings])
+    inverse = np.linalg.pinv(design)
+    slopes, freedom = inverse @ means_G, len(settings) - design.shape[1]
+    leverage_G = (design * inverse.T).sum(axis=1)
+    rest_G = (means_G - design @ slopes) / np.maximum(1 - leverage_G, 1 - MOST_LEVERAGE)
+    errors = np.sqrt(np.maximum((inverse**2) @ rest_G**2, 1e-300))
     reasons = []
     for variable, slope, error in zip(law.variables, slopes[1:], errors[1:], strict=True):
         chance = float(stats.t.cdf(slope / error, freedom))
@@ -229,10 +240,11 @@ def predicted(fitted: Fit, logs_RT: np.ndarray, noise: bool, seed: int = 0) -> l
     """Return losses with intervals: of the law, or with `noise`, of a single run."""
     estimate = np.log(fitted.predict(logs_RT))
     samples_SR = np.log([fitted.predict(logs_RT, theta) for theta in fitted.samples_SP])
+    samples_SR = fitted.widened(estimate, samples_SR)
     if noise:
         rng = np.random.default_rng(seed)
-        samples_SR = samples_SR + fitted.noise * rng.standard_normal(samples_SR.shape)
-    low, high = np.quantile(fitted.widened(estimate, samples_SR), tails(), axis=0)
+        samples_SR = samples_SR + fitted.noise * rng.standard_t(max(fitted.freedom, 1), samples_SR.shape)
+    low, high = np.quantile(samples_SR, tails(), axis=0)
     return [Interval(*row) for row in np.exp(np.stack([estimate, low, high], axis=1)).tolist()]
 
 

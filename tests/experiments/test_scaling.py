@@ -21,6 +21,7 @@ from segvol_pl.experiments.laws import Law, bootstrap, fit
 from segvol_pl.experiments.page import Section, write_page
 from segvol_pl.experiments.points import Point, Points, gather
 from segvol_pl.experiments.verdict import Verdict, judge, predicted
+from segvol_pl.planning.flops import run_parameters
 
 BOTH, SIZE, DATA = Law(("params", "samples")), Law(("params",)), Law(("samples",))
 TRUTH = {"E": 1.7, "A": 0.8 * 3e5**0.4, "alpha": 0.4, "B": 0.9 * 1e3**0.5, "beta": 0.5}
@@ -143,7 +144,7 @@ def test_a_straight_line_has_no_floor_and_the_law_without_one_is_supported() -> 
 
 def test_an_effect_within_its_interval_is_refused() -> None:
     """A slope of three standard errors: the trend is significant, its size nearly unknown."""
-    logs = np.repeat(np.log(DATAS), 3)[:, None]
+    logs = np.log(np.geomspace(50, 5000, 18))[:, None]
     line = np.column_stack([np.ones(18), logs])
     rest = np.random.default_rng(0).standard_normal(18)
     rest -= line @ np.linalg.lstsq(line, rest, rcond=None)[0]
@@ -267,6 +268,46 @@ def test_run_folders_give_size_samples_compute_and_any_metric(tmp_path: Path) ->
         assert point.params == parameters(config) and point.places == {"size": "96"}
         steps = 50 if settings.get("take") == "best" else 100
         assert point.flops == steps * 32 * volume_flops(config)
+
+
+def test_frozen_tensors_are_no_parameters_of_a_law(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "runs/a", 96)
+    (whole,) = gather(FitConfig(runs=[str(tmp_path / "runs")])).used
+    pairs = [str(folder / "config.yaml"), "freeze=[image_encoder.*,text_encoder.*]"]
+    frozen = load("train", pairs)
+    (folder / "config.yaml").write_text(to_yaml(frozen))
+    (point,) = gather(FitConfig(runs=[str(tmp_path / "runs")])).used
+    parts = run_parameters(frozen)
+    assert point.params == whole.params - parts["image_encoder"] - parts["text_encoder"] > 0
+
+
+def test_a_run_counts_the_samples_that_it_saw(tmp_path: Path) -> None:
+    """Stopped before its end; continued from step 300 of another run; both with the steps that were trained."""
+    stopped, branch = run_folder(tmp_path / "runs/stopped", 96), run_folder(tmp_path / "runs/branch", 96)
+    (stopped / "metrics.csv").write_text("step,metric,value\n60,val/loss,0.9\n")
+    config = load("train", [str(branch / "config.yaml"), "optim.max_steps=400"])
+    (branch / "config.yaml").write_text(to_yaml(config))
+    (branch / "metrics.csv").write_text("step,metric,value\n350,val/loss,0.6\n400,val/loss,0.5\n")
+    points = gather(FitConfig(runs=[str(tmp_path / "runs")]))
+    assert {point.name: point.samples for point in points.used} == {"stopped": 60 * 32, "branch": 400 * 32}
+    assert points.early == ["stopped"]
+
+
+def test_the_checklist_is_filled_in_from_the_runs(tmp_path: Path) -> None:
+    for size in (48, 96, 144, 192, 240):
+        for seed in "01":
+            run_folder(tmp_path / f"runs/{size}-{seed}", size, seed=seed)
+    fit_runs(FitConfig(runs=[str(tmp_path / "runs")], out=str(tmp_path / "fit"), bootstraps=100))
+    written = json.loads((tmp_path / "fit/fit.json").read_text())
+    answers = {item["question"]: item["answer"] for item in written["checklist"]}
+    assert {item["part"] for item in written["checklist"]} == {"law", "training", "points", "fit"}
+    assert "CLIP" in answers["What does N count?"] and answers["What does D count?"] == "samples seen"
+    assert answers["How many models were trained?"] == "10 in 5 settings: 2 for each on average"
+    assert answers["Which optimizer and learning rates?"].startswith("AdamW: lr 0.0001, weight_decay 1e-05")
+    assert "max_steps 100" in answers["Which optimizer and learning rates?"]
+    assert answers["Which checkpoints enter?"] == "one point per run, the last value of the metric; no other checkpoint"
+    assert answers["Which parts did not train?"] == "nothing" and all(answers.values())
+    assert "exponential weights" in answers["Which intervals?"]
 
 
 def test_runs_that_give_no_point_are_listed_with_the_reason(tmp_path: Path) -> None:
