@@ -156,8 +156,8 @@ def _fit(judged: Sequence[Verdict], found: Sequence[Sensitivity | None], config:
         ),
         (
             "Which intervals?",
-            f"95 %, {config.bootstraps} bootstrap samples of seed {config.seed}, exponential weights of the settings, the "
-            "seeds of a setting together; widened by settings / degrees of freedom and Student's t",
+            f"95 %, {config.bootstraps} bootstrap samples of seed {config.seed}, exponential weights of the settings, "
+            "the seeds of a setting together; widened by settings / degrees of freedom and Student's t",
         ),
         ("Is the law validated?", _validated(judged)),
     ]

@@ -37,7 +37,9 @@ EVALUATIONS = 300
 """Most evaluations of one local search. Searches along flat valleys need more than 100."""
 ROUNDS = 3
 """How often the width of the Huber loss follows from the residuals."""
-DAMPING, DAMPED, STILL, STRIDE = 1e-3, 1e9, 1e-11, 2.0
+FIRST_EVALUATIONS = 30
+"""The same of the first round, which only finds the starts of the next ones."""
+DAMPING, DAMPED, STILL, STRIDE = 1e-3, 1e9, 1e-10, 2.0
 """First damping of a search; it ends with the second one, or if the objective falls by less than the share `STILL`.
 `STRIDE`: longest step of a parameter."""
 
@@ -187,12 +189,14 @@ def bootstrap(fitted: Fit, count: int, seed: int) -> Fit:
 
 def _search(law: Law, x_RT: np.ndarray, y_R: np.ndarray) -> tuple[np.ndarray, float]:
     """Parameters and the width of the Huber loss, in turn; the first round with the Huber loss tries all starts."""
-    starts_SP = _starts(law, x_RT, y_R)
-    theta_SP, cost_S = minimise(law, starts_SP, x_RT, y_R, np.inf)
+    grid_SP = starts_SP = _starts(law, x_RT, y_R)
+    theta_SP, cost_S = minimise(law, grid_SP, x_RT, y_R, np.inf, evaluations=FIRST_EVALUATIONS)
     theta = theta_SP[cost_S.argmin()]
-    for _ in range(ROUNDS):
+    for each in range(ROUNDS):
         width = max(HUBER * MAD * float(np.median(np.abs(y_R - law.log_loss(theta, x_RT)))), LEAST_WIDTH)
-        theta_SP, cost_S = minimise(law, np.concatenate([theta[None], starts_SP]), x_RT, y_R, width)
+        tried_SP, most = (starts_SP, EVALUATIONS) if each else (grid_SP, FIRST_EVALUATIONS)
+        tried_SP = np.concatenate([theta[None], tried_SP])
+        theta_SP, cost_S = minimise(law, tried_SP, x_RT, y_R, width, evaluations=most)
         starts_SP, theta = theta_SP[np.argsort(cost_S)[:STARTS]], theta_SP[cost_S.argmin()]
     polished = _descend(law, theta, x_RT, y_R, width)
     return (np.asarray(polished.x) if polished.cost < cost_S.min() else theta), width
@@ -205,8 +209,9 @@ def minimise(
     y_SR: np.ndarray,
     width: float | np.ndarray,
     weight_SR: np.ndarray | None = None,
+    evaluations: int = EVALUATIONS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise the Huber loss of many problems at once (Levenberg-Marquardt with reweighted squares).
+    """Minimise the Huber loss of many problems at once (damped Newton steps, without second derivatives of the law).
 
     scipy solves one problem at a time, which takes minutes where this takes seconds.
 
@@ -217,6 +222,7 @@ def minimise(
         y_SR: Logs of the losses, (S,R) or (R,).
         width: Of the Huber loss, one or (S,); infinity for plain squares.
         weight_SR: Weight of each run; 0 leaves it out. Default 1.
+        evaluations: Most evaluations of each problem.
 
     Returns:
         The parameters, (S,P), and the objectives, (S,).
@@ -228,8 +234,9 @@ def minimise(
     weight_SR = np.broadcast_to(1.0 if weight_SR is None else weight_SR, (count, runs))
     width_S1 = np.broadcast_to(width, (count,))[:, None]
     cost_S, damping_S, active = np.full(count, np.inf), np.full(count, DAMPING), np.arange(count)
-    square_SPP, slope_SP = np.zeros((count, law.size, law.size)), np.zeros((count, law.size))
-    for _ in range(EVALUATIONS):
+    square_SPP = np.zeros((count, law.size, law.size))
+    slope_SP, scale_SP = np.zeros((count, law.size)), np.zeros((count, law.size))
+    for _ in range(evaluations):
         tried = np.clip(theta_SP[active] - step_SP[active], *bounds)
         level, slopes = law.log_loss_and_slopes(tried, x_RT)
         rest = level - y_SR[active]
@@ -239,38 +246,47 @@ def minimise(
         taken = active[better]
         theta_SP[taken], cost_S[taken] = tried[better], cost[better]
         weights = (weight_SR[active] * _huber_weights(rest, width_S1[active]))[better, :, None]
-        square_SPP[taken] = (slopes[better] * weights).swapaxes(1, 2) @ slopes[better]
-        slope_SP[taken] = ((slopes[better] * weights).swapaxes(1, 2) @ rest[better, :, None])[..., 0]
+        slopes = slopes[better]
+        square_SPP[taken] = (slopes * _curvature(rest[better], width_S1[taken], weights)).swapaxes(1, 2) @ slopes
+        scale_SP[taken] = (slopes**2 * weights).sum(axis=1)
+        slope_SP[taken] = ((slopes * weights).swapaxes(1, 2) @ rest[better, :, None])[..., 0]
         damping_S[active] *= np.where(better, 0.25, 5.0)
         active = active[~(better & still) & (damping_S[active] < DAMPED)]
         if not len(active):
             break
-        step_SP[active] = _steps(square_SPP[active], slope_SP[active], damping_S[active], theta_SP[active], bounds)
+        damped_SP = damping_S[active, None] * scale_SP[active]
+        step_SP[active] = _steps(square_SPP[active], slope_SP[active], damped_SP, theta_SP[active], bounds)
     return theta_SP, cost_S
 
 
 def _steps(
     square_SPP: np.ndarray,
     slope_SP: np.ndarray,
-    damping_S: np.ndarray,
+    damped_SP: np.ndarray,
     theta_SP: np.ndarray,
     bounds: tuple[np.ndarray, np.ndarray],
 ) -> np.ndarray:
-    """Damped steps. A parameter at a bound that would leave it stays there, and the others step without it."""
+    """Newton steps with damping (S,P). A parameter that would leave its bounds stays; the others step without it."""
     lower_P, upper_P = bounds
     free_SP = ~(((theta_SP <= lower_P) & (slope_SP > 0)) | ((theta_SP >= upper_P) & (slope_SP < 0)))
-    damped_SPP = square_SPP * (free_SP[:, :, None] & free_SP[:, None, :])
+    square_SPP = square_SPP * (free_SP[:, :, None] & free_SP[:, None, :])
+    least_S1 = np.maximum(1e-12 * damped_SP.max(axis=1, keepdims=True), 1e-300)
     places = np.arange(square_SPP.shape[-1])
-    diagonal_SP = square_SPP[:, places, places]
-    least_S1 = np.maximum(1e-12 * diagonal_SP.max(axis=1, keepdims=True), 1e-300)
-    damped_SPP[:, places, places] += np.where(free_SP, damping_S[:, None] * diagonal_SP + least_S1, 1.0)
-    steps_SP = np.linalg.solve(damped_SPP, (slope_SP * free_SP)[..., None])[..., 0]
+    square_SPP[:, places, places] += np.where(free_SP, damped_SP + least_S1, 1.0)
+    steps_SP = np.linalg.solve(square_SPP, (slope_SP * free_SP)[..., None])[..., 0]
     return np.clip(steps_SP, -STRIDE, STRIDE)
 
 
 def _huber_weights(rest: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     """Weights of squares that have the Huber loss's slope at the residuals."""
     return np.minimum(1.0, width / np.maximum(np.abs(rest), 1e-300))
+
+
+def _curvature(rest_SR: np.ndarray, width_S1: np.ndarray, weights_SR1: np.ndarray) -> np.ndarray:
+    """Second derivative of the Huber loss by the residuals; its weights where most residuals are beyond its width."""
+    inside_SR = np.abs(rest_SR) <= width_S1
+    near_S = inside_SR.mean(axis=1) > 0.5
+    return weights_SR1 * (inside_SR | ~near_S[:, None])[..., None]
 
 
 def _bounds(law: Law, y_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
