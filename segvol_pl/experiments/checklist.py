@@ -46,7 +46,7 @@ def _law(points: Points, judged: Sequence[Verdict]) -> list[tuple[str, str]]:
     return [
         ("Which form has the law?", "; ".join(forms)),
         ("What does N count?", points.params),
-        ("What does D count?", points.samples),
+        ("What does D count?", points.counted),
         ("What is L?", f"{points.loss}, {points.measured}"),
     ]
 
@@ -58,9 +58,10 @@ def _training(points: Points) -> list[tuple[str, str]]:
         ("How many models were trained?", count),
         ("Over which range?", "; ".join(_ranges(points))),
         ("Which command trained them?", _values(points, "command", "")),
+        ("Which shapes have the models?", _values(points, "model.", "")),
+        ("Which data, and how many volumes per step?", _values(points, "data.", "")),
         ("Which optimizer and learning rates?", _values(points, "optim.", "AdamW: ")),
         ("Which schedule?", _schedule(points)),
-        ("Which batch?", _values(points, "data.global_batch", "volumes per step: ")),
         ("Which parts did not train?", _values(points, "freeze", "")),
     ]
 
@@ -142,7 +143,7 @@ def _fit(judged: Sequence[Verdict], found: Sequence[Sensitivity | None], config:
         ),
         (
             "Which optimizer?",
-            f"Levenberg-Marquardt from all starts, then scipy least_squares (dogbox); exponents within -{STEEPEST:g} "
+            f"damped Newton steps from all starts, then scipy least_squares (dogbox); exponents within -{STEEPEST:g} "
             f"and {STEEPEST:g}",
         ),
         (

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 COLOURS = ("#3b6fb6", "#e0752d", "#2e9e5b", "#8e5bb0", "#c03d5d", "#6b7785", "#b08a1e", "#2a9aa8")
 INK, BAND = "#1d2430", 0.16
+CURVES = len(COLOURS)
+"""Most curves of a figure."""
 LINE = 60
 """Number of points of a curve."""
 
@@ -42,18 +44,20 @@ def loss_label(points: Points) -> str:
 
 
 def law_figure(judged: Verdict, points: Points, variable: str) -> Figure:
-    """Draw the loss over one variable, one curve for each value of the other. Bands are 95 % intervals of the law."""
+    """Draw the loss over one variable, one curve for each value of the other. Bands are 95 % intervals of the law.
+
+    If the other variable has more than `CURVES` values, neighbours share a colour and a curve at their mean."""
     figure, axes = _axes(unit(points, variable), loss_label(points))
     place = judged.law.variables.index(variable)
     logs = points.logs(judged.law.variables)
     others = np.delete(logs, place, axis=1)
-    groups = np.unique(others, axis=0)
-    for number, group in enumerate(groups):
+    values = np.unique(others, axis=0)
+    for number, group in enumerate(np.array_split(values, min(CURVES, len(values)))):
         colour = COLOURS[number % len(COLOURS)]
-        mine = (others == group).all(axis=1)
+        mine = (others[:, None] == group).all(axis=2).any(axis=1)
         label = _group_label(judged, variable, group, int(mine.sum()))
         axes.plot(np.exp(logs[mine, place]), points.losses[mine], "o", color=colour, markersize=4, label=label)
-        _curve(axes, judged, place, group, logs[:, place], colour)
+        _curve(axes, judged, place, group.mean(axis=0), logs[:, place], colour)
     figure.suptitle(_title(judged), fontsize=9, x=0.01, ha="left", color=INK)
     figure.legend(
         fontsize=7.5, frameon=False, title="dot: run; band: 95 %", title_fontsize=7.5, loc="outside right center"
@@ -64,9 +68,13 @@ def law_figure(judged: Verdict, points: Points, variable: str) -> Figure:
 
 def _group_label(judged: Verdict, variable: str, group: np.ndarray, count: int) -> str:
     others = [other for other in judged.law.variables if other != variable]
-    values = [f"{value:,.0f}" if value >= 10 else f"{value:.3g}" for value in np.exp(group)]
-    named = ", ".join(f"{SYMBOLS[other]} = {value}" for other, value in zip(others, values, strict=True))
+    ends = [" to ".join(dict.fromkeys(_short(value) for value in np.exp(column[[0, -1]]))) for column in group.T]
+    named = ", ".join(f"{SYMBOLS[other]} = {text}" for other, text in zip(others, ends, strict=True))
     return f"{named or 'runs'} (n = {count})"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 10 <= value < 1e7 else f"{value:.3g}"
 
 
 def _curve(axes: Axes, judged: Verdict, place: int, group: np.ndarray, logs_R: np.ndarray, colour: str) -> None:
@@ -133,12 +141,16 @@ def residual_figure(judged: Verdict, points: Points) -> Figure:
     for axes, (label, column_R) in zip(row, columns, strict=True):
         _dress(axes, label, "")
         axes.set_yscale("linear")
+        # Three narrow panels have room for the powers, or for the loss as it is.
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.plot(column_R, 100 * judged.fit.residuals_R, "o", color=COLOURS[0], markersize=3.5)
         rings = {"mfc": "none", "color": COLOURS[4], "markersize": 8}
         axes.plot(column_R[far_R], 100 * judged.fit.residuals_R[far_R], "o", **rings)
         for height in (-FAR, 0, FAR):
             style = "-" if height == 0 else ":"
             axes.axhline(100 * height * judged.fit.spread, color="#8a93a0", linewidth=0.8, linestyle=style)
+    row[2].xaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 5)))
+    row[2].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     row[0].set_ylabel("measured above the law, %", fontsize=8.5)
     text = f"residuals of {judged.law.formula}, n = {judged.runs}; "
     text += f"{int(far_R.sum())} outliers beyond {FAR:g} robust standard deviations ({judged.fit.spread:.2%} each)"

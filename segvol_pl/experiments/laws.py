@@ -146,7 +146,9 @@ class Fit:
         return named
 
     def predict(self, logs_RT: np.ndarray, theta_P: np.ndarray | None = None) -> np.ndarray:
-        """Return the losses at the given logs of the variables. theta_P: default the fitted parameters."""
+        """Return the losses at the given logs of the variables, (R,), or (S,R) for parameters (S,P).
+
+        theta_P: default the fitted parameters."""
         theta = self.theta_P if theta_P is None else theta_P
         loss_RT: np.ndarray = np.exp(self.law.log_loss(theta, np.atleast_2d(logs_RT) - self.centre_T))
         return loss_RT

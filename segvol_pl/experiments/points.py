@@ -61,6 +61,8 @@ class Points:
     """Description of D."""
     params: str = "trainable parameters"
     """Description of N."""
+    counted: str = "samples seen"
+    """The same of D, in more words than `samples`."""
     measured: str = ""
     """Description of what the loss was measured on."""
 
@@ -106,13 +108,14 @@ def gather(config: PointsConfig) -> Points:
         raise PointsError(f"no run gives a point for {metric}{': ' if first else ''}{first}")
     what = f"1 - {metric}" if turned(config) else metric
     counted = "training volumes" if config.samples is DataCount.volumes else "samples seen"
-    # A table may hold other things than the names of its columns promise: it does not say what it counts.
-    stated = "the column params of the table, which does not state what it counts"
+    stated, seen = (
+        "the column {} of the table, which does not state what it counts",
+        f"{counted} until the loss was measured",
+    )
     trained = "trainable parameters: frozen tensors and the text tower (CLIP), which is not part of the model, apart"
-    counts = [*([stated] if config.table is not None else []), *([trained] if config.runs else [])]
-    places = [*(["as the table gives it"] if config.table is not None else [])]
-    places += ["of each run, on the volumes that it holds out"] if config.runs else []
-    return Points(used, unused, what, counted, "; ".join(counts), "; ".join(places))
+    texts = [(stated.format("params"), stated.format("samples"), "as the table gives it")] if config.table else []
+    texts += [(trained, seen, "of each run, on the volumes that it holds out")] if config.runs else []
+    return Points(used, unused, what, counted, *("; ".join(parts) for parts in zip(*texts, strict=True)))
 
 
 def metric_of(config: PointsConfig) -> str:
@@ -169,16 +172,17 @@ def _point(name: str, run: Any, step: int, volumes: float | None, loss: float, p
 
 
 def _setup(run: Any, step: int) -> dict[str, Any]:
-    """What the checklist of a law names: command, optimizer with schedule, batch, frozen parts, step of the loss."""
+    """What the checklist of a law names: command, model, data, batch, optimizer, frozen parts, step of the loss."""
     optim = {f"optim.{key}": _plain(value) for key, value in asdict(run.optim).items()}
     frozen = ", ".join(run.freeze) if isinstance(run, TrainConfig) else ""
     command = "train" if isinstance(run, TrainConfig) else "pretrain"
-    batch = {"data.global_batch": run.data.global_batch}
-    return {"command": command, "step": step, **batch, "freeze": frozen or "nothing", **optim}
+    data = {f"data.{key}": _plain(getattr(run.data, key)) for key in ("shards", "mix", "fraction", "global_batch")}
+    model = {f"model.{key}": _plain(getattr(run.model, key)) for key in ("hidden_size", "num_layers", "patch_size")}
+    return {"command": command, "step": step, "freeze": frozen or "nothing", **model, **data, **optim}
 
 
 def _plain(value: Any) -> Any:
-    return " and ".join(map(str, value)) if isinstance(value, list) else value
+    return " and ".join(map(str, value)) or "none" if isinstance(value, list) else value
 
 
 def _configuration(path: Path) -> Any:

@@ -183,11 +183,11 @@ def _effect(fitted: Fit, place: int) -> Interval:
     ends = np.tile(fitted.centre_T, (2, 1))
     ends[:, place] = fitted.logs_RT[:, place].min(), fitted.logs_RT[:, place].max()
     estimate, samples = (
-        np.array([np.log(losses[0] / losses[1]) for losses in (fitted.predict(ends, theta) for theta in thetas)])
-        for thetas in ([fitted.theta_P], fitted.samples_SP)
+        np.log(losses[..., 0] / losses[..., 1])
+        for losses in (fitted.predict(ends), fitted.predict(ends, fitted.samples_SP))
     )
-    low, high = np.quantile(fitted.widened(estimate[0], samples), tails())
-    return Interval(*(float(np.expm1(value)) for value in (estimate[0], low, high)))
+    low, high = np.quantile(fitted.widened(estimate, samples), tails())
+    return Interval(*(float(np.expm1(value)) for value in (estimate, low, high)))
 
 
 def tails() -> tuple[float, float]:
@@ -218,6 +218,11 @@ def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:
     spread_SP = np.array([[to[name](sample[name]) for name in named] for sample in samples])
     spread_SP = fitted.widened(estimate, spread_SP)
     alone = np.quantile(spread_SP, tails(), axis=0)
+    # With few settings the quantiles lean to one side by chance: the shorter side of an exponent is half of both.
+    leaning = [name in EXPONENTS.values() for name in named]
+    even = estimate + np.array([[-0.5], [0.5]]) * (alone[1] - alone[0])
+    wide = np.stack([np.minimum(alone[0], even[0]), np.maximum(alone[1], even[1])])
+    alone = np.where(leaning, wide, alone)
     half = np.maximum(np.where(spread_SP < estimate, estimate - alone[0], alone[1] - estimate), 1e-12)
     wider = max(1.0, float(np.quantile((np.abs(spread_SP - estimate) / half).max(axis=1), LEVEL)))
     both = estimate + (alone - estimate) * wider
@@ -239,7 +244,7 @@ def intervals(fitted: Fit) -> tuple[dict[str, Interval], dict[str, Interval]]:
 def predicted(fitted: Fit, logs_RT: np.ndarray, noise: bool, seed: int = 0) -> list[Interval]:
     """Return losses with intervals: of the law, or with `noise`, of a single run."""
     estimate = np.log(fitted.predict(logs_RT))
-    samples_SR = np.log([fitted.predict(logs_RT, theta) for theta in fitted.samples_SP])
+    samples_SR = np.log(fitted.predict(logs_RT, fitted.samples_SP))
     samples_SR = fitted.widened(estimate, samples_SR)
     if noise:
         rng = np.random.default_rng(seed)
