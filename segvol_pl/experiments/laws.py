@@ -281,14 +281,14 @@ def _steps(
 
 def _huber_weights(rest: np.ndarray, width: float | np.ndarray) -> np.ndarray:
     """Weights of squares that have the Huber loss's slope at the residuals."""
-    return np.minimum(1.0, width / np.maximum(np.abs(rest), 1e-300))
+    return np.asarray(np.minimum(1.0, width / np.maximum(np.abs(rest), 1e-300)))
 
 
 def _curvature(rest_SR: np.ndarray, width_S1: np.ndarray, weights_SR1: np.ndarray) -> np.ndarray:
     """Second derivative of the Huber loss by the residuals; its weights where most residuals are beyond its width."""
     inside_SR = np.abs(rest_SR) <= width_S1
     near_S = inside_SR.mean(axis=1) > 0.5
-    return weights_SR1 * (inside_SR | ~near_S[:, None])[..., None]
+    return np.asarray(weights_SR1 * (inside_SR | ~near_S[:, None])[..., None])
 
 
 def _bounds(law: Law, y_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

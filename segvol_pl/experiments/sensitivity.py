@@ -74,7 +74,8 @@ def examine(fitted: Fit, names: Sequence[str]) -> Sensitivity:
     deviations_R = fitted.residuals_R / fitted.spread
     far_R = np.abs(deviations_R) > FAR
     outliers = [
-        Outlier(names[run], float(fitted.residuals_R[run]), float(deviations_R[run])) for run in np.flatnonzero(far_R)
+        Outlier(names[run], float(fitted.residuals_R[run]), float(deviations_R[run]))
+        for run in np.flatnonzero(far_R).tolist()
     ]
     changes = [("without the outliers", ~far_R)] if outliers and _enough(fitted, ~far_R) else []
     changes += _leaving_out(fitted)
