@@ -244,6 +244,11 @@ def _probe(config: ProbeConfig) -> None:
 
 
 def _predict(config: PredictConfig) -> None:
+    if config.images is not None:
+        from segvol_pl.evaluation.predict_images import predict_images
+
+        predict_images(config)
+        return
     from segvol_pl.inference.predictor import predict
 
     predict(config)

@@ -136,6 +136,7 @@ WORKING = (
     *("evaluation.embed", "evaluation.probe", "evaluation.run"),
     *(
         "evaluation.challenge_predict",
+        "evaluation.predict_images",
         "experiments.compare",
         "experiments.fit",
         "experiments.mix",

@@ -45,7 +45,9 @@ from segvol_pl.config.experiments import (
 from segvol_pl.config.features import EmbedConfig, ProbeConfig
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, Range, ranged
 from segvol_pl.config.inference import (
+    DICOM_SEG,
     EVERY_CATEGORY,
+    WRITABLE,
     Blend,
     ChallengePredictConfig,
     Coordinates,
@@ -102,6 +104,7 @@ __all__ = [
     "COMBINATIONS",
     "CUSTOM",
     "DEEPSPEED_BUCKET",
+    "DICOM_SEG",
     "EVERY_CATEGORY",
     "FINER",
     "HIGHEST_SEED",
@@ -113,6 +116,7 @@ __all__ = [
     "PARTS",
     "SCHEMAS",
     "SHIPPED_LANDMARKS",
+    "WRITABLE",
     "Blend",
     "CasesConfig",
     "ChallengePredictConfig",

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from segvol_pl.config.fields import HIGHEST_SEED, MISSING, Keys, ranged, require
 from segvol_pl.config.model import LINE, Convention, Precision
+from segvol_pl.config.packing import parse_part
 
 
 class Coordinates(StrEnum):
@@ -33,6 +34,8 @@ class Blend(StrEnum):
     gaussian = "gaussian"
 
 
+WRITABLE, DICOM_SEG = (".nii", ".nii.gz", ".nrrd", ".mha"), ".dcm"
+"""Endings of masks: of single files, and of a DICOM SEG."""
 OPPOSITES = ("RL", "AP", "SI")
 """The anatomical directions, in pairs: right and left, anterior and posterior, superior and inferior."""
 
@@ -113,15 +116,24 @@ class SlidingConfig(Keys):
 
 @dataclass
 class PredictConfig(Keys):
-    """Segment one CT and write the mask or label map on the CT's own grid."""
+    """Segment one CT, or many, and write the mask or label map on each CT's own grid."""
 
     checkpoint: str = MISSING
     """Checkpoint (.ckpt) or exported model (.safetensors)."""
-    image: str = MISSING
+    image: str | None = None
     """CT to segment: NIfTI, NRRD, MHA or a DICOM folder."""
     out: str = MISSING
     """Mask to write (.nii.gz, .nii, .nrrd, .mha, or .dcm: a DICOM SEG, for a CT from a DICOM folder). Several
-    categories give a label map (1 is the first category) and a .json file with their scores next to it."""
+    categories give a label map (1 is the first category) and a .json file with their scores next to it. With images, a
+    folder."""
+    images: str | None = None
+    """CTs to segment by text, in place of image: a folder, a glob, or a list (.csv with the columns id and image, or
+    .json). Each gets a label map OUT/ID.nii.gz; volumes and densities of all are in OUT/statistics.csv. The same
+    command continues where it stopped. A CT that cannot be used is listed in OUT/failed.csv, and the others follow."""
+    ending: str = ".nii.gz"
+    """Ending of the files of images: .nii.gz, .nii, .nrrd, .mha or .dcm."""
+    part: str = ""
+    """K/N: this process segments only part K of N of images (K from 0). For a SLURM array."""
     text: list[str] = field(default_factory=list)
     """Category name, several as [liver, spleen], or `all` for every category that the model knows."""
     box: list[float] | None = ranged(None)
@@ -170,6 +182,16 @@ class PredictConfig(Keys):
         require(len(set(self.text)) == len(self.text), "text", "names a category twice")
         if len(self.text) > 1 or self.everything:
             require(not spatial, "text", f"several categories need text alone: leave {', '.join(spatial)} out")
+        if self.images is None:
+            require(self.image is not None, "image", "give a CT, or images=DIR for many")
+            require(not self.part, "part", "needs images")
+        else:
+            endings = (*WRITABLE, DICOM_SEG)
+            require(self.image is None, "image", "leave it out, or images")
+            require(not spatial, "images", f"many CTs are segmented by text alone: leave {', '.join(spatial)} out")
+            require(self.ending in endings, "ending", f"{self.ending!r} must be one of {', '.join(endings)}")
+            if self.part:
+                parse_part(self.part)
         if self.box is not None:
             require(len(self.box) == 6, "box", f"needs 6 numbers d0 h0 w0 d1 h1 w1, got {len(self.box)}")
         for row in self.points or []:

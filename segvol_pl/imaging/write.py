@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from segvol_pl.atomic import atomic_path
+from segvol_pl.config import WRITABLE
 from segvol_pl.errors import VolumeError
 from segvol_pl.imaging.geometry import Volume, to_itk_image, to_native
 from segvol_pl.imaging.itk import itk_reason, sitk
 from segvol_pl.imaging.read import ending_of
-
-WRITABLE = (".nii", ".nii.gz", ".nrrd", ".mha")
 
 
 def write_mask(mask_DHW: np.ndarray, volume: Volume, path: str | Path) -> None:

@@ -25,16 +25,16 @@ import numpy as np
 import torch
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
+from segvol_pl.config import DICOM_SEG, WRITABLE, Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
 from segvol_pl.device import autocast, own_device
-from segvol_pl.errors import PromptError, SampleError, TextError, UnknownCategory, VolumeError
+from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, UnknownCategory, VolumeError
 from segvol_pl.imaging.box import Box, box_or_none, box_slices, union_box, whole_box
 from segvol_pl.imaging.dicom_seg import check_dicom_seg, write_dicom_seg
 from segvol_pl.imaging.geometry import Volume, to_native
 from segvol_pl.imaging.intensity import Intensity, Normalised, body_box, intensity_of, intensity_of_normalised
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume
-from segvol_pl.imaging.write import WRITABLE, write_mask
+from segvol_pl.imaging.write import write_mask
 from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomRequest
 from segvol_pl.inference.zoom_result import ZoomResult
@@ -44,8 +44,6 @@ from segvol_pl.model.text_encoder import TextBank
 __all__ = ["LabelMap", "Mask", "Predictor", "PromptError", "Score", "Session", "into_crop", "predict", "prompt_of"]
 
 log = logging.getLogger(__name__)
-
-DICOM_SEG = ".dcm"
 
 AIR_BELOW = -200
 """HU. Every CT holds air, in the lungs, the bowel or around the body; an MR has no values this low."""
@@ -511,10 +509,12 @@ def predict(config: PredictConfig) -> Mask | LabelMap:
         PromptError, UnknownCategory, TextError, CheckpointError, VolumeError, SampleError, ConfigError (landmarks that
             the model does not have): each in one line.
     """
+    if config.image is None:
+        raise ConfigError("image: give a CT; many are segmented by evaluation.predict_images", "image")
     check_prompt(config)
-    _check_out(config)
+    _check_out(config, Path(config.image))
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
-    names = _category_names(predictor, config)
+    names = category_names(predictor, config)
     rows = config.landmark_rows
     if rows:
         predictor.check(Prompt(landmarks={name: np.zeros((len(each), 3), np.int64) for name, each in rows.items()}))
@@ -557,7 +557,7 @@ def _predict_all(session: Session, names: list[str], config: PredictConfig) -> L
     return labels
 
 
-def _category_names(predictor: Predictor, config: PredictConfig) -> list[str]:
+def category_names(predictor: Predictor, config: PredictConfig) -> list[str]:
     """The configured categories; unknown ones are added to the text bank if `clip_model` is set.
 
     Raises UnknownCategory, TextError.
@@ -614,7 +614,7 @@ def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
     model.bank = TextBank([*held.names, *names], model.text_encoder.bank_KE)
 
 
-def _check_out(config: PredictConfig) -> None:
+def _check_out(config: PredictConfig, image: Path) -> None:
     # Fail before the work, not at its end.
     path = Path(config.out)
     if not path.name.lower().endswith((*WRITABLE, DICOM_SEG)):
@@ -622,7 +622,7 @@ def _check_out(config: PredictConfig) -> None:
     if not path.parent.is_dir():
         raise VolumeError(f"out: folder {path.parent} does not exist: create it first")
     if path.suffix.lower() == DICOM_SEG:
-        check_dicom_seg(Path(config.image))
+        check_dicom_seg(image)
 
 
 def _log_progress() -> Progress:

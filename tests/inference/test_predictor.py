@@ -18,14 +18,13 @@ from factories import Oracle, RangeOracle, predictor_of, save_untrained, tiny_mo
 from letters import write_clip
 
 from segvol_pl.__main__ import main
-from segvol_pl.config import Coordinates, Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
+from segvol_pl.config import WRITABLE, Coordinates, Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
 from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, VolumeError
 from segvol_pl.imaging.box import box_slices
 from segvol_pl.imaging.dicom_seg import write_dicom_seg
 from segvol_pl.imaging.geometry import NativeGrid, Volume
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_volume
-from segvol_pl.imaging.write import WRITABLE
 from segvol_pl.inference.predictor import Predictor, Session, extend_bank, predict
 from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.model import SegVol, TextBank

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = ["pack.sbatch", "evaluate.sbatch"]
+SCRIPTS = ["pack.sbatch", "evaluate.sbatch", "predict.sbatch"]
 
 
 @pytest.fixture
