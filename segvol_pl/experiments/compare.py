@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from segvol_pl import html_page
 from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import CompareConfig
 from segvol_pl.errors import ConfigError, PointsError
-from segvol_pl.experiments import figures, page
+from segvol_pl.experiments import figures
 from segvol_pl.experiments.grid import SEED
 from segvol_pl.experiments.points import Point, Points, gather
 from segvol_pl.experiments.verdict import mean_interval
@@ -168,5 +169,5 @@ def _write(out: Path, comparison: Comparison, points: Points) -> None:
     ]
     about = f"{comparison.loss} against {comparison.axis} = {comparison.baseline}, in pairs of runs that differ in "
     about += "nothing else. Intervals are 95 % intervals."
-    sections = [page.Section(pictures=[(png, "Paired differences")], rows=table)]
-    page.write_page(out / "index.html", f"Comparison along {comparison.axis}", about, sections)
+    sections = [html_page.Section(pictures=[(png, "Paired differences")], rows=table)]
+    html_page.write_sections(out / "index.html", f"Comparison along {comparison.axis}", about, sections)

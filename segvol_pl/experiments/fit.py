@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from segvol_pl import html_page
 from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import DataCount, FitConfig
-from segvol_pl.experiments import figures, page
+from segvol_pl.experiments import figures
 from segvol_pl.experiments.checklist import Item, checklist
 from segvol_pl.experiments.frontier import Optimum, cost, frontier
 from segvol_pl.experiments.laws import Law
@@ -189,18 +190,20 @@ def _write_page(
     sections = [section for number, each in enumerate(laws) for section in _law_sections(out, number, points, each)]
     if optima:
         png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
-        sections.append(page.Section("Compute-optimal frontier", pictures=[(png, "Frontier")], rows=_optima(optima)))
-    sections.append(page.Section(lines=[(line, "note") for line in (*notes, *points.left_out)]))
+        sections.append(
+            html_page.Section("Compute-optimal frontier", pictures=[(png, "Frontier")], rows=_optima(optima))
+        )
+    sections.append(html_page.Section(lines=[(line, "note") for line in (*notes, *points.left_out)]))
     rows = [{"": item.part, "question": item.question, "answer": item.answer} for item in items]
-    sections.append(page.Section("Checklist", rows=rows, texts=True))
-    sections.append(page.Section("Runs", rows=_rows(points)))
-    page.write_page(out / "index.html", "Scaling fit", about, sections)
+    sections.append(html_page.Section("Checklist", rows=rows, texts=True))
+    sections.append(html_page.Section("Runs", rows=_rows(points)))
+    html_page.write_sections(out / "index.html", "Scaling fit", about, sections)
 
 
-def _law_sections(out: Path, number: int, points: Points, each: Judged) -> list[page.Section]:
+def _law_sections(out: Path, number: int, points: Points, each: Judged) -> list[html_page.Section]:
     judged = each.verdict
     lines = [(_summary(judged)[0], "yes" if judged.supported else "no"), *((text, "note") for text in judged.cautions)]
-    section = page.Section(f"{judged.law.formula}: {judged.where}", lines)
+    section = html_page.Section(f"{judged.law.formula}: {judged.where}", lines)
     if judged.fit is None or each.found is None:
         return [section]
     for variable in judged.law.variables:
@@ -214,7 +217,7 @@ def _law_sections(out: Path, number: int, points: Points, each: Judged) -> list[
         for name, alone in judged.coefficients.items()
     )
     residuals = figures.save(figures.residual_figure(judged, each.points), out, f"law-{number}-residuals")
-    depends = page.Section(
+    depends = html_page.Section(
         f"{judged.law.formula}: what it depends on", pictures=[(residuals, "Residuals over N, D and the loss")]
     )
     depends.rows.extend(_refits(judged, each.found))

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from segvol_pl import html_page
 from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import MixConfig
-from segvol_pl.experiments import figures, page
+from segvol_pl.experiments import figures
 from segvol_pl.experiments.mixture import Mixed
 from segvol_pl.experiments.verdict import Interval
 
@@ -113,14 +114,14 @@ def _write_page(out: Path, mixed: Mixed, expected: Sequence[str], notes: Sequenc
         if law.supported:
             lines.append((f"{where} follows a law: noise {law.noise:.2%}, mixtures left out {law.error:.2%}", "yes"))
         lines += [(f"{where} follows no law: {reason}", "no") for reason in law.reasons]
-    sections = [page.Section("Laws", [*lines, *((note, "note") for note in notes)])]
+    sections = [html_page.Section("Laws", [*lines, *((note, "note") for note in notes)])]
     if mixed.transfer:
         png = figures.save(transfer_figure(mixed), out, "transfer")
         table = [
             {"loss on": target, "10 points more of": source, "change": _percent(effect), "": _shown(effect)}
             for (target, source), effect in mixed.transfer.items()
         ]
-        sections.append(page.Section("Transfer", pictures=[(png, "Transfer matrix")], rows=table))
+        sections.append(html_page.Section("Transfer", pictures=[(png, "Transfer matrix")], rows=table))
     if mixed.proposal is not None:
         proposal = mixed.proposal
         marked = [(reason, "no") for reason in proposal.reasons] + [(each, "note") for each in proposal.cautions]
@@ -131,13 +132,13 @@ def _write_page(out: Path, mixed: Mixed, expected: Sequence[str], notes: Sequenc
         ]
         heading = "No proposal" if proposal.reasons else "Proposed mixture"
         kept = [] if proposal.reasons else rows
-        sections.append(page.Section(heading, [(change, "note"), *marked], rows=kept))
+        sections.append(html_page.Section(heading, [(change, "note"), *marked], rows=kept))
     if expected:
-        sections.append(page.Section("Prediction", [(line, "note") for line in expected]))
+        sections.append(html_page.Section("Prediction", [(line, "note") for line in expected]))
     about = f"{runs} runs of {len(mixed.mixtures.share_RM)} mixtures of {', '.join(mixed.mixtures.sources)}. Intervals "
     about += "are 95 % bootstrap intervals. Transfer: the share of a source grows by 10 percentage points, and the "
     about += "others shrink in proportion."
-    page.write_page(out / "index.html", "Mixtures of data", about, sections)
+    html_page.write_sections(out / "index.html", "Mixtures of data", about, sections)
 
 
 def _percent(effect: Interval) -> str:

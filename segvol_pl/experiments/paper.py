@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from segvol_pl import html_page
 from segvol_pl.atomic import write_text
 from segvol_pl.errors import PointsError
-from segvol_pl.experiments import figures, launch, page
+from segvol_pl.experiments import figures, launch
 from segvol_pl.experiments.claims import Claim, Expectation, Figure, as_number
 from segvol_pl.experiments.study import Study
 from segvol_pl.experiments.verdict import Interval, mean_interval
@@ -173,12 +174,12 @@ def write(study: Study) -> list[str]:
     write_text(study.out / RESULTS, json.dumps(content, indent=2) + "\n")
     sections = [_overview(results, unfinished), *(part for result in results for part in _sections(result, study))]
     about = f"Size {study.size.name}; seeds: {', '.join(map(str, study.seeds))}. {study.size.about}"
-    page.write_page(study.out / PAGE, "The claims of the SegVol paper", about.strip(), sections)
+    html_page.write_sections(study.out / PAGE, "The claims of the SegVol paper", about.strip(), sections)
     lines = [f"{result.verdict}: {result.claim.name} ({result.claim.source})" for result in results]
     return [*lines, f"written to {study.out}: {PAGE}, {RESULTS}"]
 
 
-def _overview(results: Sequence[Result], unfinished: Sequence[str]) -> page.Section:
+def _overview(results: Sequence[Result], unfinished: Sequence[str]) -> html_page.Section:
     """Every claim with its verdict, and how a verdict is reached."""
     lines = [(f"{each.claim.source}, {each.verdict}: {each.claim.claim}", KINDS[each.verdict]) for each in results]
     rule = "A claim holds if the 95 % interval of every expected difference, over pairs of runs of equal seed, lies "
@@ -186,10 +187,10 @@ def _overview(results: Sequence[Result], unfinished: Sequence[str]) -> page.Sect
     lines.append((rule, ""))
     if unfinished:
         lines.append((f"{len(unfinished)} jobs are not finished. The figures are those of the others.", "no"))
-    return page.Section(lines=lines)
+    return html_page.Section(lines=lines)
 
 
-def _sections(result: Result, study: Study) -> list[page.Section]:
+def _sections(result: Result, study: Study) -> list[html_page.Section]:
     claim = result.claim
     lines = [(f"{result.verdict}: {claim.claim}", KINDS[result.verdict])]
     if claim.about:
@@ -218,7 +219,7 @@ def _sections(result: Result, study: Study) -> list[page.Section]:
         for each in result.judged
     ]
     pictures = [(picture, f"{claim.name}: the paper's figures and ours")]
-    return [page.Section(f"{claim.source}: {claim.name}", lines, pictures, rows), page.Section(rows=compared)]
+    return [html_page.Section(f"{claim.source}: {claim.name}", lines, pictures, rows), html_page.Section(rows=compared)]
 
 
 def _number(value: float | None) -> str:

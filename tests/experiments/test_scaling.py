@@ -18,9 +18,9 @@ from segvol_pl.experiments.fit import fit_runs
 from segvol_pl.experiments.frontier import frontier
 from segvol_pl.experiments.grid import parameters, volume_flops
 from segvol_pl.experiments.laws import Law, bootstrap, fit
-from segvol_pl.experiments.page import Section, write_page
 from segvol_pl.experiments.points import Point, Points, gather
 from segvol_pl.experiments.verdict import Verdict, judge, predicted
+from segvol_pl.html_page import Section, write_sections
 from segvol_pl.planning.flops import run_parameters
 
 BOTH, SIZE, DATA = Law(("params", "samples")), Law(("params",)), Law(("samples",))
@@ -326,7 +326,7 @@ def test_runs_that_give_no_point_are_listed_with_the_reason(tmp_path: Path) -> N
 
 def test_a_page_escapes_names(tmp_path: Path) -> None:
     sections = [Section("<h>", [("a < b", "note")], [(b"PNG", 'the "<p>"')], [{"<run>": "<&>"}])]
-    write_page(tmp_path / "page.html", "A & B", "about <x>", sections)
+    write_sections(tmp_path / "page.html", "A & B", "about <x>", sections)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     for text in ("<h1>A &amp; B</h1>", "about &lt;x&gt;", "<h2>&lt;h&gt;</h2>", '<p class="note">a &lt; b</p>'):
         assert text in page
