@@ -22,6 +22,12 @@ LONGEST = [
     "training/test_sharded.py",
     "training/test_speed.py",
     "experiments/test_paper.py",
+    "training/test_run.py",
+    "training/test_validation.py",
+    "training/test_startup.py",
+    "training/test_watchdog.py",
+    "evaluation/test_evaluate_ranks.py",
+    "experiments/test_grid.py",
 ]
 """Files that take minutes. They begin first: a long one that begins last is waited for by an idle core."""
 

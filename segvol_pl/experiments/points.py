@@ -17,7 +17,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def _point(name: str, run: Any, step: int, volumes: float | None, loss: float, p
 
 def _setup(run: Any, step: int) -> dict[str, Any]:
     """What the checklist of a law names: command, model, data, batch, optimizer, frozen parts, step of the loss."""
-    optim = {f"optim.{key}": _plain(value) for key, value in asdict(run.optim).items()}
+    optim = {key: _plain(value) for key, value in loader.flat(loader.plain(run.optim), "optim.").items()}
     frozen = ", ".join(run.freeze) if isinstance(run, TrainConfig) else ""
     command = "train" if isinstance(run, TrainConfig) else "pretrain"
     data = {f"data.{key}": _plain(getattr(run.data, key)) for key in ("shards", "mix", "fraction", "global_batch")}

@@ -41,6 +41,7 @@ from segvol_pl.training import run as training_run
 from segvol_pl.training.callbacks import StreamPosition
 from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal
 from segvol_pl.training.recorder import Recorder
+from segvol_pl.training.resume import Start
 from segvol_pl.training.run import _trainer, pretrain, train
 from segvol_pl.training.segment import SegVolTask
 
@@ -491,9 +492,10 @@ AFTER = {
     "Stragglers": ["Throughput"],
     "FiniteSteps": ["Throughput", "Stragglers", "GradientNorm", "Profile"],
     "ValidationBySource": ["ValidationDice"],
-    "Recorder": ["ValidationDice", "GradientNorm", "FiniteSteps"],
+    "AveragedValidation": ["ValidationDice"],
+    "Recorder": ["ValidationDice", "GradientNorm", "FiniteSteps", "AveragedValidation"],
     "Watchdog": ["FiniteSteps"],
-    "Preemption": ["FiniteSteps", "Watchdog", "Throughput"],
+    "Preemption": ["FiniteSteps", "Watchdog", "Throughput", "AveragedValidation"],
     "Checkpoints": ["Preemption", "FiniteSteps", "ValidationDice", "ValidationLine", "CorpusSize", "Recorder"],
 }
 """Callback -> those that Lightning must call before it; `_callbacks` says why."""
@@ -501,10 +503,11 @@ AFTER = {
 
 def test_callbacks_are_called_in_the_order_that_correctness_needs(tmp_path: Path) -> None:
     config = train_config(tmp_path, tmp_path / "run")
-    config = replace(config, run=replace(config.run, profile=1), data=replace(config.data, mix=["more"]))
+    optional = {"run": replace(config.run, profile=1), "data": replace(config.data, mix=["more"])}
+    config = replace(config, optim=replace(config.optim, ema=0.5), **optional)
     (tmp_path / "run").mkdir()
     recorder = Recorder(Journal(tmp_path / "run", rank=0), every=1)
-    trainer = _trainer(config, tmp_path / "run", 0, StopSignal(), recorder)
+    trainer = _trainer(config, Start(), StopSignal(), recorder)
     names = [type(each).__name__ for each in trainer.callbacks]  # type: ignore[attr-defined]
     ours = [name for name in names if hasattr(training_run, name)]
     assert ours[:2] == ["StartUp", "StreamPosition"] and ours[-1] == "Checkpoints"
