@@ -23,16 +23,16 @@ from typing import NamedTuple
 import psutil
 from packaging.requirements import Requirement
 
+from segvol_pl.planning.plan import GIB
+
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 DISTRIBUTION = "segvol_pl"
-GIB = 2**30
 LEAST_SHARED, LEAST_ROOM = 1.0, 5.0
 """GiB below which shared memory fails, and the disk of a folder is worth a note."""
 MANY_RANKS = 1024
 """Number of ranks whose connections are checked."""
 ANSWER, EXCHANGE = 20.0, 60.0
 """Seconds within which a tool must answer, and two ranks must have exchanged numbers."""
-CGROUP = Path("/sys/fs/cgroup")
 INFINIBAND = Path("/sys/class/infiniband")
 
 RANK = """
@@ -177,10 +177,12 @@ def _no_gpu(listed: Sequence[Sequence[str]], torch_version: str, cuda: str | Non
 
 def check_cores() -> Iterator[Finding]:
     """The cores that this process may use."""
+    from segvol_pl.training.out_of_memory import cgroup_files
+
     usable, there = len(os.sched_getaffinity(0)), os.cpu_count() or 1
-    quota = _cgroup("cpu.max")
-    if quota and quota[0] != "max":
-        usable = min(usable, max(1, round(int(quota[0]) / int(quota[1]))))
+    for limit in cgroup_files("cpu.max"):
+        quota, period = limit.read_text(encoding="ascii").split()
+        usable = usable if quota == "max" else min(usable, max(1, round(int(quota) / int(period))))
     if usable < there:
         limited = f"{usable} of {there} may be used here, by the limit of a job or container"
         yield Finding(NOTE, "cores", f"{limited}: all ranks and loader processes share them")
@@ -190,14 +192,11 @@ def check_cores() -> Iterator[Finding]:
 
 def check_memory() -> Iterator[Finding]:
     """Main memory, as far as this process may use it, and the shared memory of loader processes."""
+    from segvol_pl.training.out_of_memory import free_memory
     from segvol_pl.training.startup import SHARED
 
-    memory = psutil.virtual_memory()
-    limit = _cgroup("memory.max")
-    limited = bool(limit) and limit[0] != "max" and int(limit[0]) < memory.total
-    usable = int(limit[0]) if limited else memory.total
-    why = f" of {memory.total / GIB:.0f}, by the limit of a job or container" if limited else ""
-    yield Finding(OK, "memory", f"{usable / GIB:.0f} GiB{why}; {memory.available / GIB:.0f} GiB available")
+    free, there = free_memory() / GIB, psutil.virtual_memory().total / GIB
+    yield Finding(OK, "memory", f"{free:.0f} GiB of {there:.0f} are free for this process")
     if not SHARED.is_dir():
         yield Finding(
             FAIL,
@@ -351,10 +350,3 @@ def _answer(*command: str) -> list[str]:
     except subprocess.TimeoutExpired:
         return []
     return done.stdout.strip().splitlines()
-
-
-def _cgroup(name: str) -> list[str]:
-    """The words of a file of this process's control group, version 2; none if there is no such file."""
-    own = Path("/proc/self/cgroup").read_text(encoding="ascii").strip().rpartition(":")[2].lstrip("/")
-    paths = [CGROUP / own / name, CGROUP / name]
-    return next((path.read_text(encoding="ascii").split() for path in paths if path.is_file()), [])

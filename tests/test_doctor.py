@@ -12,6 +12,7 @@ import pytest
 from segvol_pl import doctor
 from segvol_pl.__main__ import main
 from segvol_pl.doctor import FAIL, NOTE, OK, Finding
+from segvol_pl.training import out_of_memory
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -97,7 +98,11 @@ def test_a_slurm_that_does_not_answer_is_told(
 def test_limits_of_a_container_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpu.max").write_text("100000 100000\n")
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
-    monkeypatch.setattr(doctor, "CGROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("4096\n")
+    (tmp_path / "memory.stat").write_text("file 0\n")
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(out_of_memory, "CGROUP", tmp_path)
+    monkeypatch.setattr(out_of_memory, "OWN_GROUP", tmp_path / "own")
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: Usage(2**26, 0, 2**26))
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 64)
     (cores,) = doctor.check_cores()

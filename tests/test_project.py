@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "goodput": {"folder_lock", "journal"},
     "requeue": {"journal"},
     "resources": set(),
-    "doctor": {"training.loggers", "training.startup"},
+    "doctor": {"planning", "training.loggers", "training.out_of_memory", "training.startup"},
     "html_page": set(),
     "kernels": set(),
     "device": {"launched"},

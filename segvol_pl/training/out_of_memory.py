@@ -99,14 +99,14 @@ class OutOfMemoryNamed:
 
 def kernel_kills() -> int:
     """How many processes the kernel has killed for lack of memory: of this process's cgroup, or else of the machine."""
-    for file in [*_cgroup_files("memory.events"), *_cgroup_files("memory.oom_control"), COUNTS]:
+    for file in [*cgroup_files("memory.events"), *cgroup_files("memory.oom_control"), COUNTS]:
         if found := re.search(r"^oom_kill (\d+)$", file.read_text(encoding="utf-8"), re.MULTILINE):
             return int(found[1])
     return 0
 
 
-def _cgroup_files(name: str) -> Iterator[Path]:
-    """The files of this name of the cgroup that limits this process's memory, version 2 or 1, innermost first."""
+def cgroup_files(name: str) -> Iterator[Path]:
+    """The files of this name of this process's cgroup, version 2, or 1 for memory; innermost first."""
     for line in OWN_GROUP.read_text(encoding="utf-8").splitlines() if OWN_GROUP.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
@@ -119,7 +119,7 @@ def free_memory() -> float:
     """Bytes of main memory that this process may still take: of the machine, by its cgroup and by `ulimit -v`."""
     free = float(psutil.virtual_memory().available)
     for most, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-        for limit in _cgroup_files(most):
+        for limit in cgroup_files(most):
             if (text := limit.read_text(encoding="utf-8").strip()).isdecimal():
                 taken = int(limit.with_name(used).read_text(encoding="utf-8"))
                 # Pages of files that were read count as used, but are given up first.
