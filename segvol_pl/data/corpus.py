@@ -77,23 +77,19 @@ class Corpus:
         """Number of rows."""
         return sum(len(part.records) for part in self.parts)
 
-    def part_of(self, row: int) -> int:
-        """The number of the part that a row belongs to. Raises IndexError."""
+    def place_of(self, row: int) -> tuple[int, int]:
+        """The number of the part that a row belongs to, and its place among the part's records. Raises IndexError."""
         first = 0
         for number, part in enumerate(self.parts):
+            if row < first + len(part.records):
+                return number, row - first
             first += len(part.records)
-            if row < first:
-                return number
         raise IndexError(f"row {row} is outside the corpus of {first} samples")
 
     def located(self, row: int) -> tuple[Store, SampleRecord]:
         """Store and record of a row. Raises IndexError."""
-        first = 0
-        for part in self.parts:
-            if row < first + len(part.records):
-                return part.store, part.records[row - first]
-            first += len(part.records)
-        raise IndexError(f"row {row} is outside the corpus of {first} samples")
+        number, place = self.place_of(row)
+        return self.parts[number].store, self.parts[number].records[place]
 
     def rows(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch before they are shuffled, int32 (num_samples,)."""

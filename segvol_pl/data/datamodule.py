@@ -228,7 +228,7 @@ class VolumeModule(pl.LightningDataModule):
 
     def batch_sources(self) -> list[int]:
         """The number of each volume's folder, for the batch that is being validated."""
-        return [self.val_sources[self.val_corpus.part_of(row)] for row in self.val_rows]
+        return [self.val_sources[self.val_corpus.place_of(row)[0]] for row in self.val_rows]
 
     @functools.cached_property
     def samples(self) -> dict[str, dict[str, Any]]:

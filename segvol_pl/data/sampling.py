@@ -290,7 +290,9 @@ def _draw_prompt(
     name, mask = drawn
     positive = 1 + int(rng.integers(config.extra_positive + 1))
     negative = int(rng.integers(config.extra_negative + 1))
-    box = _drawn_on_a_slice(mask) if mask.box and config.slice_boxes and rng.random() < config.slice_boxes else None
+    box = None
+    if mask.box is not None and config.slice_boxes and rng.random() < config.slice_boxes:
+        box = _drawn_on_a_slice(mask.box, mask.inside_DHW)
     prompted = _prompted(mask, row_of.get(name, 0), config, rng, positive, negative, box)
     if marked:
         mask_DHW = mask.complete()
@@ -300,10 +302,10 @@ def _draw_prompt(
     return prompted.with_arrays(valid=np.array(name != ""))
 
 
-def _drawn_on_a_slice(mask: BoxedMask) -> Box:
-    """The box that is drawn on the middle one of the slices that the crop shows of a category."""
-    mask_DHW = mask.complete()
-    return slice_box(mask_DHW, middle_slice(mask_DHW))
+def _drawn_on_a_slice(box: Box, inside_DHW: np.ndarray) -> Box:
+    """The box that is drawn on the middle one of the slices that the crop shows of a category. inside: of its box."""
+    (d, h, w), at = box[:3], slice_box(inside_DHW, middle_slice(inside_DHW))
+    return d + at[0], h + at[1], w + at[2], d + at[3], h + at[4], w + at[5]
 
 
 def _draw_combinations(prompted: MaskPrompt, config: PromptConfig, rng: np.random.Generator) -> np.ndarray:
