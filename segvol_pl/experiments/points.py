@@ -108,13 +108,16 @@ def gather(config: PointsConfig) -> Points:
         raise PointsError(f"no run gives a point for {metric}{': ' if first else ''}{first}")
     what = f"1 - {metric}" if turned(config) else metric
     counted = "training volumes" if config.samples is DataCount.volumes else "samples seen"
-    stated, seen = (
-        "the column {} of the table, which does not state what it counts",
-        f"{counted} until the loss was measured",
-    )
-    trained = "trainable parameters: frozen tensors and the text tower (CLIP), which is not part of the model, apart"
-    texts = [(stated.format("params"), stated.format("samples"), "as the table gives it")] if config.table else []
-    texts += [(trained, seen, "of each run, on the volumes that it holds out")] if config.runs else []
+    texts = []
+    if config.table:
+        column = "the column {} of the table, which does not state what it counts"
+        texts.append((column.format("params"), column.format("samples"), "as the table gives it"))
+    if config.runs:
+        trained = (
+            "trainable parameters: frozen tensors and the text tower (CLIP), which is not part of the model, apart"
+        )
+        seen = f"{counted} until the loss was measured"
+        texts.append((trained, seen, "of each run, on the volumes that it holds out"))
     return Points(used, unused, what, counted, *("; ".join(parts) for parts in zip(*texts, strict=True)))
 
 

@@ -128,23 +128,23 @@ def weights_resident(run: RunConfig) -> bool:
 
 def state(config: Config, trained: int, bf16: bool) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state on one device."""
-    run, averages = config.run, 1 if config.optim.ema else 0
+    run, kept = config.run, 3 if config.optim.ema else 2  # AdamW's moments, and the averages
     full, share = float(WIDE * trained), WIDE * trained / (run.shard_degree or run.devices * run.nodes)
     buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
         case Strategy.auto | Strategy.ddp:
-            return full, full, (2 + averages) * full
+            return full, full, kept * full
         # DeepSpeed's optimizer holds its own copy of the weights.
         case Strategy.zero1:
-            weights, gradients, optimizer = full, full + buckets, (3 + averages) * share
+            weights, gradients, optimizer = full, full + buckets, (1 + kept) * share
         case Strategy.zero2:
-            weights, gradients, optimizer = full, share + buckets, (3 + averages) * share
+            weights, gradients, optimizer = full, share + buckets, (1 + kept) * share
         # Below 10^9 parameters ZeRO-3 frees none of the gathered weights.
         case Strategy.zero3:
-            weights, gradients, optimizer = share + full, share + buckets, (3 + averages) * share
+            weights, gradients, optimizer = share + full, share + buckets, (1 + kept) * share
         case Strategy.fsdp:
             gathered = _gathered(config.model, trained, bf16)
-            weights, gradients, optimizer = share + gathered, share + gathered, (2 + averages) * share
+            weights, gradients, optimizer = share + gathered, share + gathered, kept * share
             weights -= share if run.offload else 0
     return weights, gradients, 0.0 if run.offload else optimizer
 
