@@ -29,6 +29,15 @@ def read_metrics(path: Path, metric: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row["value"])) for row in csv.DictReader(stream) if row["metric"] == metric]
 
 
+def read_every_metric(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """Read the same of each metric, by its name."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            found.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    return found
+
+
 def read_grid_entry(out: Path) -> dict[str, Any] | None:
     """The record that `experiments.launch` wrote; None for a run that belongs to no grid."""
     path = out / GRID_ENTRY

@@ -47,7 +47,7 @@ from segvol_pl.evaluation.feature_folder import (
     write_index,
     write_part,
 )
-from segvol_pl.evaluation.results import Partition
+from segvol_pl.evaluation.results import Partition, wait_for_ranks
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.imaging.intensity import normalise
 from segvol_pl.imaging.transforms import resize_image
@@ -59,8 +59,6 @@ log = logging.getLogger(__name__)
 
 CELLS = 8
 """Cells of the pooled image along each axis, at most."""
-POLL_SECONDS = 0.5
-"""Time between two checks for the parts of other ranks."""
 UNTRAINED_SEED = 0
 ABOUT = {
     TRAINED: "mean of the encoder's normalised output tokens over the overview, float32",
@@ -165,7 +163,8 @@ class _Embedding:
         with FolderLock(self.out, partition.lock):
             tried = self._compute(partition.select(range(self.count)))
             if partition.rank == 0:
-                self._wait()
+                every, timeout = range(self.count), self.config.rank_timeout
+                wait_for_ranks(every, lambda number: part_path(self.out, number).exists(), timeout, "part")
                 # What another rank could not read may be readable here, or by now.
                 self._compute([number for number in range(self.count) if number not in tried])
                 self._finish(settings)
@@ -244,22 +243,6 @@ class _Embedding:
         return rows
 
     # ---- the end ----
-
-    def _wait(self) -> None:
-        """Wait for every part. Raises EvaluateError if none arrives for `config.rank_timeout` seconds."""
-        pending, last = list(range(self.count)), time.monotonic()
-        while True:
-            left = [number for number in pending if not part_path(self.out, number).exists()]
-            if not left:
-                return
-            last = time.monotonic() if len(left) < len(pending) else last
-            pending = left
-            if time.monotonic() - last > self.config.rank_timeout:
-                raise EvaluateError(
-                    f"rank_timeout: no part of another rank in {self.config.rank_timeout:.0f} s; {len(left)} are "
-                    f"missing, the first is {left[0]}: check the other ranks' logs, then run again to continue"
-                )
-            time.sleep(POLL_SECONDS)
 
     def _finish(self, settings: dict[str, Any]) -> None:
         parts = [part for number in range(self.count) if (part := self._held(number)) is not None]

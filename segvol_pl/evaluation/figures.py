@@ -141,8 +141,8 @@ def _draw_plane(axes: Axes, plane: SlicePlane) -> None:
     axes.set_axis_off()
 
 
-def png_of(figure: Figure) -> bytes:
-    """Render a figure as the bytes of a PNG."""
+def png_of(figure: Figure, dpi: int = 120) -> bytes:
+    """Render a figure as the bytes of a PNG, with `dpi` pixels per inch."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=120, facecolor=figure.get_facecolor())
+    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=dpi, facecolor=figure.get_facecolor())
     return buffer.getvalue()

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
@@ -20,17 +19,16 @@ from typing import Any
 
 from scipy import ndimage
 
-from segvol_pl.atomic import atomic_path, write_text
+from segvol_pl.atomic import write_csv, write_text
 from segvol_pl.config import DICOM_SEG, PredictConfig
-from segvol_pl.config.loader import flat, plain
 from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.errors import EvaluateError, SegVolError, listed
-from segvol_pl.evaluation.results import CASES, SETTINGS, Partition, differing_settings
+from segvol_pl.evaluation.results import CASES, SETTINGS, Partition, deciding_settings, differing_settings
 from segvol_pl.folder_lock import FolderLock
-from segvol_pl.imaging.dicom import files_of
 from segvol_pl.imaging.dicom_seg import check_dicom_seg
 from segvol_pl.inference.predictor import LabelMap, Predictor, category_names
 from segvol_pl.packing.cases import Case, pair_cases, read_cases
+from segvol_pl.packing.stage import stat_of
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +61,14 @@ def predict_images(config: PredictConfig) -> list[Path]:
         todo = [case for case in mine if not records.has(case)]
         if len(todo) < len(mine):
             log.info("%d of %d CTs are already done", len(mine) - len(todo), len(mine))
+        failed = []
         for number, case in enumerate(todo, start=1):
             log.info("CT %d/%d %s", number, len(todo), case.id)
             before = _fingerprint(case)
-            records.write(case, before, _segmented(predictor, case, names, config))
+            found = _segmented(predictor, case, names, config)
+            records.write(case, before, found)
+            failed += [case.id] if "problem" in found else []
         records.collect()
-    failed = [case.id for case in todo if not records.has(case)]
     if failed:
         told = f"{len(failed)} of {len(mine)} CTs were not segmented, for the reasons in {out / FAILURES}"
         raise EvaluateError(f"{told}: {listed(failed)}")
@@ -82,7 +82,7 @@ def _cases(images: str) -> list[Case]:
 def _open(out: Path, config: PredictConfig, names: Sequence[str]) -> None:
     """Create the folder, or check that its masks have the same settings. Raises EvaluateError."""
     (out / CASES).mkdir(parents=True, exist_ok=True)
-    deciding = {key: value for key, value in flat(plain(config)).items() if not key.startswith(NEUTRAL_KEYS)}
+    deciding = deciding_settings(config, NEUTRAL_KEYS)
     settings = {**deciding, "text": list(names), "model": sha256_of(Path(config.checkpoint))}
     if others := differing_settings(out / SETTINGS, settings):
         raise EvaluateError(
@@ -153,10 +153,7 @@ class _Records:
             if not table:
                 (self.out / name).unlink(missing_ok=True)
                 continue
-            with atomic_path(self.out / name) as part, part.open("w", newline="", encoding="utf-8") as stream:
-                writer = csv.DictWriter(stream, fieldnames=list(table[0]))
-                writer.writeheader()
-                writer.writerows(table)
+            write_csv(self.out / name, table)
 
     def _path(self, case: Case) -> Path:
         return self.out / CASES / f"{case.id}.json"
@@ -179,9 +176,4 @@ def _named(record: dict[str, Any]) -> dict[str, str]:
 
 def _fingerprint(case: Case) -> str:
     """Changes when a file of the CT does."""
-    try:
-        states = [(file.name, file.stat()) for file in files_of(case.image)]
-    except OSError:
-        return ""
-    parts = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(stat_of(case)).encode()).hexdigest()

@@ -5,8 +5,6 @@ Letters: W bootstrap samples; sample 0 counts every volume once.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from segvol_pl.atomic import atomic_path, write_text
+from segvol_pl.atomic import atomic_path, write_csv, write_text
 from segvol_pl.config import ProbeConfig
 from segvol_pl.config.loader import to_yaml
 from segvol_pl.evaluation.feature_folder import INTENSITY, KINDS, TRAINED, UNTRAINED, Features
+from segvol_pl.evaluation.figures import png_of
 from segvol_pl.evaluation.metrics import interval
 from segvol_pl.evaluation.probe_tasks import Task
 from segvol_pl.html_page import Section, write_sections
@@ -95,10 +93,7 @@ def write_results(
         **manifest(),
     }
     write_text(out / "probe.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    with atomic_path(out / "probe.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "probe.csv", rows)
     _write_page(out, figures, compared, features, config, notes)
 
 
@@ -165,6 +160,4 @@ def _picture(figures: Sequence[Figures]) -> bytes:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(figures[0].metric, fontsize=8.5)
     panels[1].legend(fontsize=7.5, frameon=False, title="band: 95 %", title_fontsize=7.5)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return png_of(figure, dpi=150)

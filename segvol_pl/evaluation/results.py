@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ from segvol_pl.launched import SRUN, TORCHRUN
 
 Item = TypeVar("Item")
 
+POLL_SECONDS = 0.5
+"""Time between two checks for what other ranks make."""
 SCHEMA = 2
 """2: the surface Dice is by area, and there is HD95."""
 CASES, SETTINGS = "cases", "settings.json"
@@ -107,6 +110,11 @@ class CaseResult:
         return cls(**{**raw, "rows": rows, "matches": matches})
 
 
+def deciding_settings(config: Any, neutral: tuple[str, ...]) -> dict[str, Any]:
+    """The keys of a configuration that determine results: all but those that begin as one of `neutral`."""
+    return {key: value for key, value in flat(plain(config)).items() if not key.startswith(neutral)}
+
+
 def differing_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
     """Write the settings that determine the results of a folder, unless they are written; list those that differ.
 
@@ -119,13 +127,37 @@ def differing_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
     return [key for key in {**settings, **written} if settings.get(key) != written.get(key)]
 
 
+def wait_for_ranks(pending: Sequence[Item], is_there: Callable[[Item], bool], timeout: float, what: str) -> None:
+    """Wait until what all ranks make is there.
+
+    Args:
+        pending: What must be there.
+        is_there: Whether one of them is.
+        timeout: `rank_timeout`, in seconds.
+        what: What each of them is, in one word.
+
+    Raises:
+        EvaluateError: None arrived for `timeout` seconds.
+    """
+    last = time.monotonic()
+    while left := [item for item in pending if not is_there(item)]:
+        if len(left) < len(pending):
+            last = time.monotonic()
+        pending = left
+        if time.monotonic() - last > timeout:
+            raise EvaluateError(
+                f"rank_timeout: no {what} of another rank in {timeout:.0f} s; {len(left)} are missing, the first is "
+                f"{left[0]}: check that rank's log, then run again to continue"
+            )
+        time.sleep(POLL_SECONDS)
+
+
 class ResultStore:
     """The results of an evaluation in its folder."""
 
     def __init__(self, out: Path, config: EvaluateConfig, model: str) -> None:
         self.out, self.folder = out, out / CASES
-        deciding = {key: value for key, value in flat(plain(config)).items() if not key.startswith(NEUTRAL_KEYS)}
-        self.settings = {"schema": SCHEMA, "model": model, **deciding}
+        self.settings = {"schema": SCHEMA, "model": model, **deciding_settings(config, NEUTRAL_KEYS)}
 
     def open(self, restart: bool) -> None:
         """Create the folder, or check that its results have the same settings.

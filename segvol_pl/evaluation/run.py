@@ -44,7 +44,7 @@ from segvol_pl.evaluation.metrics import dice, score
 from segvol_pl.evaluation.prompts import Setting, check_custom, settings
 from segvol_pl.evaluation.protocol import INSTANCE_COLUMNS, Interaction, ProtocolFigures, interactions
 from segvol_pl.evaluation.report import write_report
-from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore
+from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore, wait_for_ranks
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
 from segvol_pl.evaluation.wandb_log import track
 from segvol_pl.folder_lock import FolderLock
@@ -58,8 +58,6 @@ __all__ = ["EvaluateError", "Row", "Summary", "evaluate", "evaluate_model"]
 log = logging.getLogger(__name__)
 
 MASKS_FOLDER = "masks"
-POLL_SECONDS = 0.5
-"""Time between two checks for the results of other ranks."""
 LISTED_CASES = 5
 """Unreadable cases that an error names."""
 
@@ -304,20 +302,11 @@ class _Evaluation:
 
     def _wait_for(self, keys: Sequence[str]) -> None:
         """Wait for the result of every case. Raises EvaluateError if none arrives for `config.rank_timeout` seconds."""
-        pending, last = list(keys), time.monotonic()
-        while pending:
-            left = [key for key in pending if self.results.find(key, self.cases.fingerprints[key]) is None]
-            if len(left) < len(pending):
-                last = time.monotonic()
-            pending = left
-            if pending and time.monotonic() - last > self.config.rank_timeout:
-                raise EvaluateError(
-                    f"rank_timeout: no result of another rank in {self.config.rank_timeout:.0f} s; "
-                    f"{len(pending)} cases are missing, the first is {pending[0]}: check that rank's log, then run "
-                    "again to continue"
-                )
-            if pending:
-                time.sleep(POLL_SECONDS)
+
+        def is_there(key: str) -> bool:
+            return self.results.find(key, self.cases.fingerprints[key]) is not None
+
+        wait_for_ranks(keys, is_there, self.config.rank_timeout, "result")
 
     def _merge(self) -> Summary:
         # A case that another rank could not read may be readable here, or by now.

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from segvol_pl import html_page
-from segvol_pl.atomic import atomic_path, write_text
+from segvol_pl.atomic import write_csv, write_text
 from segvol_pl.config import CompareConfig
 from segvol_pl.errors import ConfigError, PointsError
 from segvol_pl.experiments import figures
@@ -152,10 +151,7 @@ def _write(out: Path, comparison: Comparison, points: Points) -> None:
     rows = [{**asdict(each), "verdict": each.verdict} for each in comparison.differences]
     content = {**asdict(comparison), "differences": rows, "unused": points.unused}
     write_text(out / "compare.json", json.dumps(content, indent=2) + "\n")
-    with atomic_path(out / "differences.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[name for name in rows[0] if name != "pairs"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(out / "differences.csv", rows, [name for name in rows[0] if name != "pairs"])
     png = figures.save(figures.comparison_figure(comparison), out, "differences")
     table = [
         {

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from segvol_pl import html_page
-from segvol_pl.atomic import atomic_path, write_text
+from segvol_pl.atomic import atomic_path, write_csv, write_text
 from segvol_pl.config import DataCount, FitConfig
 from segvol_pl.experiments import figures
 from segvol_pl.experiments.checklist import Item, checklist
@@ -46,6 +46,17 @@ class Judged:
     found: Sensitivity | None
 
 
+@dataclass(frozen=True)
+class Results:
+    """What is written."""
+
+    points: Points
+    laws: Sequence[Judged]
+    optima: Sequence[Optimum]
+    notes: Sequence[str]
+    checklist: Sequence[Item]
+
+
 def fit_runs(config: FitConfig) -> list[str]:
     """Write the results and return a summary, one string per line. Raises PointsError, ConfigError."""
     points = gather(config)
@@ -55,10 +66,10 @@ def fit_runs(config: FitConfig) -> list[str]:
     notes += _early(points)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    items = checklist(points, judged, [each.found for each in laws], config)
+    results = Results(points, laws, optima, notes, checklist(points, judged, [each.found for each in laws], config))
     _write_tables(out, points, optima)
-    _write_json(out, points, laws, optima, notes, items)
-    _write_page(out, points, laws, optima, notes, items, config)
+    _write_json(out, results)
+    _write_page(out, results, config)
     lines = [line for each in judged for line in _summary(each)]
     return [*points.left_out, *lines, *notes, f"written to {out}: index.html, fit.json, points.csv, figures"]
 
@@ -139,10 +150,7 @@ def _write_tables(out: Path, points: Points, optima: Sequence[Optimum]) -> None:
             places = [point.places.get(axis, "") for axis in axes]
             writer.writerow([point.name, point.params, point.samples, point.loss, point.flops or "", *places])
     if optima:
-        with atomic_path(out / "frontier.csv") as part, part.open("w", newline="", encoding="utf-8") as stream:
-            rows = csv.DictWriter(stream, fieldnames=list(_flat(optima[0])))
-            rows.writeheader()
-            rows.writerows(_flat(optimum) for optimum in optima)
+        write_csv(out / "frontier.csv", [_flat(optimum) for optimum in optima])
 
 
 def _flat(optimum: Optimum) -> dict[str, Any]:
@@ -153,48 +161,38 @@ def _flat(optimum: Optimum) -> dict[str, Any]:
     return {**row, "outside_of_runs": optimum.beyond}
 
 
-def _write_json(
-    out: Path,
-    points: Points,
-    laws: Sequence[Judged],
-    optima: Sequence[Optimum],
-    notes: list[str],
-    items: Sequence[Item],
-) -> None:
+def _write_json(out: Path, results: Results) -> None:
+    points = results.points
     content = {
         "loss": points.loss,
         "samples": points.samples,
         "runs": len(points.used),
         "unused": points.unused,
         "laws": [
-            {**plain(each.verdict), "sensitivity": None if each.found is None else each.found.plain} for each in laws
+            {**plain(each.verdict), "sensitivity": None if each.found is None else each.found.plain}
+            for each in results.laws
         ],
-        "frontier": [_flat(optimum) for optimum in optima],
-        "notes": notes,
-        "checklist": [asdict(item) for item in items],
+        "frontier": [_flat(optimum) for optimum in results.optima],
+        "notes": list(results.notes),
+        "checklist": [asdict(item) for item in results.checklist],
     }
     write_text(out / "fit.json", json.dumps(content, indent=2) + "\n")
 
 
-def _write_page(
-    out: Path,
-    points: Points,
-    laws: Sequence[Judged],
-    optima: Sequence[Optimum],
-    notes: list[str],
-    items: Sequence[Item],
-    config: FitConfig,
-) -> None:
+def _write_page(out: Path, results: Results, config: FitConfig) -> None:
+    points, optima = results.points, results.optima
     about = f"{len(points.used)} runs. L is {points.loss}, N {points.params}, D {points.samples}. "
     about += f"Intervals are 95 % intervals from {config.bootstraps} bootstrap samples of seed {config.seed}."
-    sections = [section for number, each in enumerate(laws) for section in _law_sections(out, number, points, each)]
+    sections = [
+        section for number, each in enumerate(results.laws) for section in _law_sections(out, number, points, each)
+    ]
     if optima:
         png = figures.save(figures.frontier_figure(optima, points), out, "frontier")
         sections.append(
             html_page.Section("Compute-optimal frontier", pictures=[(png, "Frontier")], rows=_optima(optima))
         )
-    sections.append(html_page.Section(lines=[(line, "note") for line in (*notes, *points.left_out)]))
-    rows = [{"": item.part, "question": item.question, "answer": item.answer} for item in items]
+    sections.append(html_page.Section(lines=[(line, "note") for line in (*results.notes, *points.left_out)]))
+    rows = [{"": item.part, "question": item.question, "answer": item.answer} for item in results.checklist]
     sections.append(html_page.Section("Checklist", rows=rows, texts=True))
     sections.append(html_page.Section("Runs", rows=_rows(points)))
     html_page.write_sections(out / "index.html", "Scaling fit", about, sections)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,11 @@ import numpy as np
 
 from segvol_pl.config import MetricPick, MixConfig, loader
 from segvol_pl.errors import ConfigError, PointsError, listed
-from segvol_pl.experiments.mix_report import write_results
+from segvol_pl.experiments.mix_report import change_text, share_text, write_results
 from segvol_pl.experiments.mixture import Mixed, Mixtures, inside, judge_mixtures, predict
 from segvol_pl.experiments.points import run_folders
 from segvol_pl.experiments.verdict import tails
-from segvol_pl.run_folder import SHARE, read_grid_entry
+from segvol_pl.run_folder import SHARE, read_every_metric, read_grid_entry
 
 FREE = ("data.mix", "data.seed", "run.", "track.")
 """Keys, and beginnings of keys, in which the runs may differ."""
@@ -100,7 +99,8 @@ def _run(folder: Path, config: MixConfig) -> MixRun:
         run = loader.load_run([str(folder / "config.yaml")])
     except ConfigError as error:
         raise PointsError(str(error)) from None
-    logged = _logged(folder / "metrics.csv")
+    metrics = folder / "metrics.csv"
+    logged = read_every_metric(metrics) if metrics.exists() else {}
     shares = {name.removeprefix(SHARE): rows[-1][1] for name, rows in logged.items() if name.startswith(SHARE)}
     if not shares:
         raise PointsError(f"metrics.csv holds no {SHARE}SOURCE: it was trained on one source, or by an older version")
@@ -117,16 +117,6 @@ def _run(folder: Path, config: MixConfig) -> MixRun:
     # Metrics are in the order of the folders.
     named = dict(zip(shares, weights, strict=True)) if len(weights) == len(shares) else {}
     return MixRun(record["name"] if record else folder.name, shares, losses, named, settings)
-
-
-def _logged(path: Path) -> dict[str, list[tuple[int, float]]]:
-    """Metric -> (step, value) in the order written."""
-    rows: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as stream:
-            for row in csv.DictReader(stream):
-                rows[row["metric"]].append((int(row["step"]), float(row["value"])))
-    return rows
 
 
 def _loss(rows: Sequence[tuple[int, float]], config: MixConfig) -> float:
@@ -224,16 +214,15 @@ def _summary(mixed: Mixed) -> list[str]:
         detail = f"noise {law.noise:.2%}, error on mixtures left out {law.error:.2%}"
         lines.append(f"supported: {head}: {detail}" if law.supported else f"NOT SUPPORTED: {head}: {law.reasons[0]}")
     for (target, source), effect in mixed.transfer.items():
-        text = f"{effect.value:+.1%} [{effect.low:+.1%}, {effect.high:+.1%}]"
-        lines.append(f"10 points more of {source}: loss on {target} {text}")
+        lines.append(f"10 points more of {source}: loss on {target} {change_text(effect)}")
     if mixed.proposal is None:
         return [*lines, "no proposal: no law of a source in goal is supported"]
     proposal = mixed.proposal
     if proposal.reasons:
         return [*lines, *(f"no proposal: {reason}" for reason in proposal.reasons)]
     named = zip(mixed.mixtures.sources, proposal.share, strict=True)
-    shares = ", ".join(f"{name} {share.value:.0%} [{share.low:.0%}, {share.high:.0%}]" for name, share in named)
-    change = f"{proposal.change.value:+.1%} [{proposal.change.low:+.1%}, {proposal.change.high:+.1%}]"
+    shares = ", ".join(f"{name} {share_text(share)}" for name, share in named)
+    change = change_text(proposal.change)
     lines.append(f"proposed mixture: {shares}: mean loss {change} against the mean of the mixtures")
     return [*lines, *(f"caution: {each}" for each in proposal.cautions)]
 

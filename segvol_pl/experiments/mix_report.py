@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from segvol_pl import html_page
-from segvol_pl.atomic import atomic_path, write_text
+from segvol_pl.atomic import write_csv, write_text
 from segvol_pl.config import MixConfig
 from segvol_pl.experiments import figures
 from segvol_pl.experiments.mixture import Mixed
@@ -44,7 +43,7 @@ def write_results(
         {"loss_on": target, "more_of": source, **effect.plain, "shown": _shown(effect)}
         for (target, source), effect in mixed.transfer.items()
     ]
-    _write_csv(out / "transfer.csv", ["loss_on", "more_of", "value", "low", "high", "shown"], transfer)
+    write_csv(out / "transfer.csv", transfer, ["loss_on", "more_of", "value", "low", "high", "shown"])
     sources, targets = mixed.mixtures.sources, mixed.mixtures.targets
     rows = [
         {
@@ -54,15 +53,8 @@ def write_results(
         }
         for run in runs
     ]
-    _write_csv(out / "mixtures.csv", list(rows[0]), rows)
+    write_csv(out / "mixtures.csv", rows)
     _write_page(out, mixed, expected, notes, len(runs))
-
-
-def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def _plain(mixed: Mixed, notes: Sequence[str], config: MixConfig) -> dict[str, Any]:
@@ -118,16 +110,16 @@ def _write_page(out: Path, mixed: Mixed, expected: Sequence[str], notes: Sequenc
     if mixed.transfer:
         png = figures.save(transfer_figure(mixed), out, "transfer")
         table = [
-            {"loss on": target, "10 points more of": source, "change": _percent(effect), "": _shown(effect)}
+            {"loss on": target, "10 points more of": source, "change": change_text(effect), "": _shown(effect)}
             for (target, source), effect in mixed.transfer.items()
         ]
         sections.append(html_page.Section("Transfer", pictures=[(png, "Transfer matrix")], rows=table))
     if mixed.proposal is not None:
         proposal = mixed.proposal
         marked = [(reason, "no") for reason in proposal.reasons] + [(each, "note") for each in proposal.cautions]
-        change = f"Change of the mean loss, against the mean of the mixtures: {_percent(proposal.change)}"
+        change = f"Change of the mean loss, against the mean of the mixtures: {change_text(proposal.change)}"
         rows = [
-            {"source": name, "share": f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"}
+            {"source": name, "share": share_text(share)}
             for name, share in zip(mixed.mixtures.sources, proposal.share, strict=True)
         ]
         heading = "No proposal" if proposal.reasons else "Proposed mixture"
@@ -141,8 +133,14 @@ def _write_page(out: Path, mixed: Mixed, expected: Sequence[str], notes: Sequenc
     html_page.write_sections(out / "index.html", "Mixtures of data", about, sections)
 
 
-def _percent(effect: Interval) -> str:
+def change_text(effect: Interval) -> str:
+    """A relative change with its interval."""
     return f"{effect.value:+.1%} [{effect.low:+.1%}, {effect.high:+.1%}]"
+
+
+def share_text(share: Interval) -> str:
+    """A share of a mixture with its interval."""
+    return f"{share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
 def transfer_figure(mixed: Mixed) -> Figure:
