@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from phantom_shards import pack_phantoms
 from ranks import Ranks
 
@@ -57,6 +58,13 @@ def _amx() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "has_amx", lambda: True)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _rank_zero() -> Iterator[None]:
+    """A test that leaves the process another rank switches off the loggers of all later ones."""
+    yield
+    assert not getattr(rank_zero_only, "rank", 0), "restore rank_zero_only.rank at the end of this test"
 
 
 @pytest.fixture(scope="session")

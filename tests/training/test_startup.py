@@ -20,6 +20,7 @@ import pytest
 import torch
 from factories import train_config
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch.torch_version import TorchVersion
 
 from segvol_pl.config import OptimConfig, Precision, PretrainConfig, RunConfig, Strategy, TrainConfig
@@ -262,6 +263,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     for name in ("LOCAL_RANK", "NODE_RANK", *TASK):
         monkeypatch.delenv(name, raising=False)
+    # A trainer sets it for the whole process.
+    monkeypatch.setattr(rank_zero_only, "rank", 0)
     return see
 
 
