@@ -12,6 +12,7 @@ the ranged requests of a stream, not the rest of S3.
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing.connection import Connection
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,16 @@ class _Late(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a loader process that ends with its connection open."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def _serve(folder: Path, counts: tuple[Synchronized[int], Synchronized[int]], place: Connection) -> None:
     handler = type("Handler", (_Late,), {"folder": folder, "counts": counts})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         place.send(server.server_port)
         server.serve_forever()
 
