@@ -199,15 +199,25 @@ def _pack(config: PackConfig) -> None:
 
 
 def _pretrain(config: PretrainConfig) -> None:
+    _check_folders(config)
     from segvol_pl.training.run import pretrain
 
     pretrain(config)
 
 
 def _train(config: TrainConfig) -> None:
+    _check_folders(config)
     from segvol_pl.training.run import train
 
     train(config)
+
+
+def _check_folders(config: PretrainConfig | TrainConfig) -> None:
+    """Look for the data before Lightning is imported, which takes seconds. One rank does: each opens them later."""
+    from segvol_pl.data.corpus import check_folders
+
+    if not rank_named():
+        check_folders(config.data)
 
 
 def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -59,16 +59,32 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 # ---- used wrongly: exit 2, at once ----
 
 
-def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
-    arguments = ["train", "configs/tiny/train.yaml", "data.shards=x", "run.out=x", "optim.max_step=3"]
+def imports_and_lines(*arguments: str | Path) -> tuple[set[str], list[str], int]:
+    """The modules that a call imports, what it says on stderr, and its exit status."""
     done = program(*arguments, python=("-X", "importtime"))
     lines = done.stderr.splitlines()
     imported = {match[1] for line in lines if (match := re.match(r"import time:.*\|\s*([\w.]+)$", line))}
-    said = [line for line in lines if not line.startswith("import time:")]
-    assert done.returncode == 2
+    return imported, [line for line in lines if not line.startswith("import time:")], done.returncode
+
+
+def test_a_wrong_key_fails_before_anything_heavy_is_imported() -> None:
+    arguments = ["train", "configs/tiny/train.yaml", "data.shards=x", "run.out=x", "optim.max_step=3"]
+    imported, said, status = imports_and_lines(*arguments)
+    assert status == 2
     assert said == ["segvol-pl train: error: unknown key optim.max_step (command line): did you mean optim.max_steps?"]
     assert {"yaml", "segvol_pl.config.loader"} <= imported
     assert not imported & {"torch", "lightning", "monai", "numpy", "transformers", "omegaconf"}
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+def test_absent_shards_are_named_before_lightning_is_imported(tmp_path: Path, command: str) -> None:
+    arguments = [command, f"configs/tiny/{command}.yaml", f"data.shards={tmp_path}/x", f"run.out={tmp_path}/out"]
+    imported, said, status = imports_and_lines(*arguments, "optim.max_steps=2")
+    assert (status, said) == (
+        1,
+        [f"segvol-pl {command}: error: {tmp_path}/x/index.json does not exist: run segvol-pl index {tmp_path}/x"],
+    )
+    assert "segvol_pl.data.store" in imported and not imported & {"torch", "lightning", "monai", "transformers"}
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from segvol_pl.config import DataConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.sample_table import SampleRecord, SampleTable
-from segvol_pl.data.shard_index import Index, load_index, size_problems
+from segvol_pl.data.shard_index import Index, index_text, load_index, size_problems
 from segvol_pl.data.store import OpenFiles, ShardSource, Store
 from segvol_pl.errors import ConfigError, ShardError
 from segvol_pl.launched import local_rank
@@ -114,6 +114,19 @@ class Folder:
     index: Index
 
 
+def check_folders(data: DataConfig) -> None:
+    """Check that the local folders of the configuration have an index. It takes a moment, as nothing is opened.
+
+    Raises:
+        ShardError: a folder has none.
+        ConfigError: `data.mix` is wrong, see `parse_weighted`.
+    """
+    for path, _ in _weighted(data):
+        store = Store(path)
+        if store.local:
+            index_text(store)
+
+
 def open_folders(data: DataConfig) -> list[Folder]:
     """Open the folders of the configuration.
 
@@ -121,12 +134,15 @@ def open_folders(data: DataConfig) -> list[Folder]:
         ShardError: a folder has no usable index.
         ConfigError: `data.mix` is wrong, see `parse_weighted`.
     """
-    named = [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
     cache = Cache(data.cache, int(data.cache_gb * 1e9)) if data.cache else None
-    stores = [(Store(path, data.retry_seconds, cache, OpenFiles()), weight) for path, weight in named]
+    stores = [(Store(path, data.retry_seconds, cache, OpenFiles()), weight) for path, weight in _weighted(data)]
     if len(stores) > 1 and any(store.piped for store, _ in stores):
         raise ConfigError("data.mix: a pipe: source is read in its own order and cannot be mixed with others")
     return [Folder(store, weight, _index_of(store, data)) for store, weight in stores]
+
+
+def _weighted(data: DataConfig) -> list[tuple[str, float]]:
+    return [(data.shards, 1.0), *(parse_weighted(entry) for entry in data.mix)]
 
 
 def category_names(folders: Sequence[Folder]) -> list[str]:

@@ -208,12 +208,21 @@ def load_index(store: Store) -> Index:
         ShardError: there is none, or it is not valid.
         StoreError: the store cannot be read.
     """
+    return parse_index(index_text(store), store)
+
+
+def index_text(store: Store) -> bytes:
+    """Read the file of a folder's index.
+
+    Raises:
+        ShardError: there is none.
+        StoreError: the store cannot be read.
+    """
     place = store.place(INDEX)
     try:
-        text = store.file(INDEX)
+        return store.file(INDEX)
     except (FileNotFoundError, NotADirectoryError):
         raise ShardError(f"{place} does not exist: {remedy(place)}") from None
-    return parse_index(text, store)
 
 
 def size_problem(path: Path, shard: Shard) -> str:
