@@ -199,25 +199,15 @@ def _pack(config: PackConfig) -> None:
 
 
 def _pretrain(config: PretrainConfig) -> None:
-    _check_folders(config)
     from segvol_pl.training.run import pretrain
 
     pretrain(config)
 
 
 def _train(config: TrainConfig) -> None:
-    _check_folders(config)
     from segvol_pl.training.run import train
 
     train(config)
-
-
-def _check_folders(config: PretrainConfig | TrainConfig) -> None:
-    """Look for the data before Lightning is imported, which takes seconds. One rank does: each opens them later."""
-    from segvol_pl.data.corpus import check_folders
-
-    if not rank_named():
-        check_folders(config.data)
 
 
 def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -225,6 +215,11 @@ def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def run(config: PretrainConfig | TrainConfig) -> None:
         if not config.run.rehearse:
+            from segvol_pl.data.corpus import check_folders
+
+            # Looked for before Lightning is imported, which takes seconds. One rank does: each opens them later.
+            if not rank_named():
+                check_folders(config.data)
             command(config)
             return
         from segvol_pl.training.rehearsal import lines

@@ -24,7 +24,7 @@ from segvol_pl.config import DataConfig
 from segvol_pl.credentials import masked
 from segvol_pl.data.cache import Cache
 from segvol_pl.data.sample_table import SampleRecord, SampleTable
-from segvol_pl.data.shard_index import Index, index_text, load_index, size_problems
+from segvol_pl.data.shard_index import Index, check_index, load_index, size_problems
 from segvol_pl.data.store import OpenFiles, ShardSource, Store
 from segvol_pl.errors import ConfigError, ShardError
 from segvol_pl.launched import local_rank
@@ -115,16 +115,14 @@ class Folder:
 
 
 def check_folders(data: DataConfig) -> None:
-    """Check that the local folders of the configuration have an index. It takes a moment, as nothing is opened.
+    """Check that the local folders of the configuration have an index. It takes a moment, as nothing is read.
 
     Raises:
         ShardError: a folder has none.
         ConfigError: `data.mix` is wrong, see `parse_weighted`.
     """
     for path, _ in _weighted(data):
-        store = Store(path)
-        if store.local:
-            index_text(store)
+        check_index(Store(path))
 
 
 def open_folders(data: DataConfig) -> list[Folder]:

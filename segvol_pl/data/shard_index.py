@@ -208,21 +208,28 @@ def load_index(store: Store) -> Index:
         ShardError: there is none, or it is not valid.
         StoreError: the store cannot be read.
     """
-    return parse_index(index_text(store), store)
-
-
-def index_text(store: Store) -> bytes:
-    """Read the file of a folder's index.
-
-    Raises:
-        ShardError: there is none.
-        StoreError: the store cannot be read.
-    """
-    place = store.place(INDEX)
     try:
-        return store.file(INDEX)
+        text = store.file(INDEX)
     except (FileNotFoundError, NotADirectoryError):
-        raise ShardError(f"{place} does not exist: {remedy(place)}") from None
+        raise _no_index(store) from None
+    return parse_index(text, store)
+
+
+def check_index(store: Store) -> None:
+    """Check that a folder of this machine has an index, without reading it. Raises ShardError."""
+    if not store.local:
+        return
+    try:
+        Path(store.place(INDEX)).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_index(store) from None
+    except OSError:
+        return  # A mount may be away: reading the index tries again, and says what failed.
+
+
+def _no_index(store: Store) -> ShardError:
+    place = store.place(INDEX)
+    return ShardError(f"{place} does not exist: {remedy(place)}")
 
 
 def size_problem(path: Path, shard: Shard) -> str:
