@@ -217,6 +217,7 @@ def test_every_command_is_one(
         "resources.lay_out",
         "training.coordinates.lines",
         "atomic.write_text",
+        "data.corpus.check_folders",
     ):
         monkeypatch.setattr(f"segvol_pl.{name}", lambda *_: [])
     assert program.main(words_of(line)) == program.DONE, capsys.readouterr().err
