@@ -120,6 +120,19 @@ class SegVolConfig(Keys):
         return d, h, w
 
     @property
+    def encoder_linears(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of the encoder's blocks, which can be adapted: name in the model -> inputs and outputs."""
+        hidden, wide = self.hidden_size, self.mlp_dim
+        sizes = {
+            "attn.qkv": (hidden, 3 * hidden),
+            "attn.out_proj": (hidden, hidden),
+            "mlp.linear1": (hidden, wide),
+            "mlp.linear2": (wide, hidden),
+        }
+        blocks = (f"image_encoder.blocks.{place}" for place in range(self.num_layers))
+        return {f"{block}.{layer}": size for block in blocks for layer, size in sizes.items()}
+
+    @property
     def mask_shape(self) -> tuple[int, int, int]:
         """Voxels along (d, h, w) of the decoder's masks, and of the masks that prompts come with."""
         d, h, w = (FINER * size for size in self.grid)

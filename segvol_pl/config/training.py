@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fnmatch import fnmatchcase
 
 from segvol_pl.config.data import DataConfig, PromptConfig, landmarks_in
 from segvol_pl.config.fields import MISSING, Keys, check_custom, ranged, require
@@ -148,9 +149,23 @@ class OptimConfig(Keys):
     attention and rates of wider or narrower models follow from them (muP), so that one rate serves all widths. Depth is
     not considered. Weights that are loaded keep their values; only the rates apply to them. none: one rate for all."""
     base_widths: Widths = field(default_factory=Widths)
+    lora_rank: int = ranged(0, least=0)
+    """Rank of the low-rank adapters that train in the place of the image encoder (LoRA, arXiv 2106.09685; only train).
+    The encoder itself is frozen. `export`, and every command that reads a checkpoint, adds them to its weights. 0: no
+    adapters."""
+    lora_alpha: float = ranged(16.0, above=0)
+    """What the adapters add is multiplied by lora_alpha / lora_rank."""
+    lora_targets: list[str] = field(default_factory=lambda: ["*.attn.*", "*.mlp.*"])
+    """Patterns of the linear layers that are adapted, among image_encoder.blocks.N.attn.qkv, attn.out_proj, mlp.linear1
+    and mlp.linear2 of each block N."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(
+            not self.lora_rank or self.transfer is Transfer.none,
+            "optim.lora_rank",
+            "adapters have no width that optim.transfer=mup could compare: use transfer=none",
+        )
         require(len(self.betas) == 2, "optim.betas", f"needs 2 numbers, got {len(self.betas)}")
         if self.schedule is Schedule.wsd and self.max_steps != MISSING:
             begins = f"the decay begins at step {self.decay_start} of optim.max_steps={self.max_steps}"
@@ -337,6 +352,7 @@ class PretrainConfig(Keys):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not self.optim.lora_rank, "optim.lora_rank", "pre-training trains the encoder itself: leave it out")
         check_shares(self.data, self.run)
         check_steps(self.optim, self.run)
 
@@ -374,6 +390,13 @@ class TrainConfig(Keys):
             "pretrained",
             "weights=FILE already contains an image encoder: give one of them",
         )
+        for pattern in self.optim.lora_targets if self.optim.lora_rank else ():
+            linears = self.model.encoder_linears
+            matches = any(fnmatchcase(name, pattern) for name in linears)
+            require(matches, "optim.lora_targets", f"{pattern!r} matches none of {', '.join([*linears][:4])}, ...")
+        require(
+            not self.optim.lora_rank or bool(self.optim.lora_targets), "optim.lora_targets", "names no layer to adapt"
+        )
         require(
             self.model.mask_prompt or not self.prompts.mask_fraction,
             "prompts.mask_fraction",
@@ -391,3 +414,9 @@ class TrainConfig(Keys):
                 "prompts.combinations",
                 f"{name!r} is not among model.landmarks: add {'' if name in SHIPPED_LANDMARKS else 'N*'}{name}",
             )
+
+    @property
+    def adapted(self) -> list[str]:
+        """Names of the linear layers that have adapters; none without `optim.lora_rank`."""
+        targets = self.optim.lora_targets if self.optim.lora_rank else []
+        return [name for name in self.model.encoder_linears if any(fnmatchcase(name, each) for each in targets)]

@@ -407,7 +407,7 @@ def parameters(config: Any) -> int:
     """Return the number of parameters that a run trains."""
     if isinstance(config, TrainConfig) and config.freeze:
         return _unfrozen(config)
-    return sum(flops.run_parameters(config).values())
+    return sum(flops.trained_parameters(config).values())
 
 
 def _unfrozen(config: TrainConfig) -> int:
@@ -420,5 +420,7 @@ def _unfrozen(config: TrainConfig) -> int:
     with torch.device("meta"):
         model = SegVol(config.model, TextBank.empty(config.model.text_dim))
     named = dict(model.named_parameters())
-    frozen = {name for pattern in config.freeze for name in fnmatch.filter(named, pattern)}
-    return sum(tensor.numel() for name, tensor in named.items() if name not in frozen)
+    patterns = [*config.freeze, *(["image_encoder.*"] if config.adapted else [])]
+    frozen = {name for pattern in patterns for name in fnmatch.filter(named, pattern)}
+    kept = sum(tensor.numel() for name, tensor in named.items() if name not in frozen)
+    return kept + flops.adapter_parameters(config)

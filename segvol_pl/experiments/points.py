@@ -177,7 +177,9 @@ def _point(name: str, run: Any, step: int, volumes: float | None, loss: float, p
 def _setup(run: Any, step: int) -> dict[str, Any]:
     """What the checklist of a law names: command, model, data, batch, optimizer, frozen parts, step of the loss."""
     optim = {key: _plain(value) for key, value in loader.flat(loader.plain(run.optim), "optim.").items()}
-    frozen = ", ".join(run.freeze) if isinstance(run, TrainConfig) else ""
+    frozen = ""
+    if isinstance(run, TrainConfig):
+        frozen = ", ".join([*run.freeze, *(["image_encoder.* but adapters"] if run.adapted else [])])
     command = "train" if isinstance(run, TrainConfig) else "pretrain"
     data = {f"data.{key}": _plain(getattr(run.data, key)) for key in ("shards", "mix", "fraction", "global_batch")}
     model = {f"model.{key}": _plain(getattr(run.model, key)) for key in ("hidden_size", "num_layers", "patch_size")}

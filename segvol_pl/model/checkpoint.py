@@ -1,7 +1,8 @@
 """Weights: training checkpoints (.ckpt), exported models (.safetensors), released weights. Nothing is unpickled.
 
 1. `read_weights` reads any of these files into a `Weights`: this model's tensors, and extra ones of released files. The
-   configuration in the file is checked against its tensors before a model is created.
+   configuration in the file is checked against its tensors before a model is created. Adapters of a run with
+   `optim.lora_rank` are added to the weights here.
 2. `load_exactly` accounts for every tensor: mismatches are listed and refused, unless allowed by name.
 3. `write_weights` writes an exported model.
 
@@ -30,6 +31,7 @@ from segvol_pl.atomic import atomic_path
 from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.config.loader import plain
 from segvol_pl.errors import CheckpointError, listed
+from segvol_pl.model import lora
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.released import (
     Contents,
@@ -137,7 +139,7 @@ def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[st
 
 def load_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     """Load the image encoder of a pre-training or segmentation checkpoint or released file. Raises CheckpointError."""
-    contents = read_contents(Path(path))
+    contents = without_adapters(read_contents(Path(path)))
     return load_exactly(encoder, encoder_of(contents), contents.path)
 
 
@@ -146,7 +148,7 @@ def read_encoder(path: str | Path) -> tuple[ImageEncoder, SegVolConfig]:
 
     A released file does not state its architecture: it has the published one. Raises CheckpointError.
     """
-    contents = read_contents(Path(path))
+    contents = without_adapters(read_contents(Path(path)))
     if is_exported(contents):
         config = _model_config(_header_json(contents, "config"), contents.path)
     elif is_trained(contents):
@@ -239,6 +241,23 @@ def with_averages(contents: Contents) -> Contents:
     return replace(contents, tensors={**contents.tensors, **averages})
 
 
+def without_adapters(contents: Contents) -> Contents:
+    """A checkpoint of a run with `optim.lora_rank`, with each adapter added to the weight of its layer.
+
+    Others as they are. Raises CheckpointError.
+    """
+    if not lora.is_adapted(contents.tensors):
+        return contents
+    try:
+        alpha = float(contents.header["hyper_parameters"]["config"]["optim"]["lora_alpha"])
+        return replace(contents, tensors=lora.merged(contents.tensors, alpha))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = shorten(str(error), 100)
+        raise CheckpointError(
+            f"{contents.path}: its adapters do not fit ({reason}): only checkpoints of segvol-pl train can have them"
+        ) from error
+
+
 def _header_json(contents: Contents, name: str, default: str | None = None) -> Any:
     try:
         return json.loads(str(contents.header.get(name, default)))
@@ -247,6 +266,7 @@ def _header_json(contents: Contents, name: str, default: str | None = None) -> A
 
 
 def _trained(contents: Contents) -> Weights:
+    contents = without_adapters(contents)
     path, parameters = contents.path, contents.header["hyper_parameters"]
     if parameters["task"] != "segment":
         raise CheckpointError(f"{path}: is a checkpoint of {parameters['task']}, not of segvol-pl train")

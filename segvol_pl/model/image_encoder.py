@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from segvol_pl.config import Recompute, SegVolConfig
+from segvol_pl.model import lora
 from segvol_pl.model.narrow import narrowed
 
 
@@ -49,10 +50,13 @@ class Block(TransformerBlock):
         attention: Any = self.attn
         perceptron: Any = self.mlp
         # Access by name: this is when DeepSpeed gathers a split weight.
-        biased = [(part.weight, part.bias) for part in (attention.out_proj, perceptron.linear1, perceptron.linear2)]
+        projecting, widening, narrowing = attention.out_proj, perceptron.linear1, perceptron.linear2
+        biased = [(part.weight, part.bias) for part in (projecting, widening, narrowing)]
         qkv, *others = narrowed(attention.qkv.weight, *itertools.chain(*biased))
-        tokens_BTE = tokens_BTE + F.linear(self._mixed(F.linear(self.norm1(tokens_BTE), qkv)), *others[:2])
-        return tokens_BTE + F.linear(F.gelu(F.linear(self.norm2(tokens_BTE), *others[2:4])), *others[4:])
+        mixed_BTE = self._mixed(lora.linear(attention.qkv, self.norm1(tokens_BTE), qkv))
+        tokens_BTE = tokens_BTE + lora.linear(projecting, mixed_BTE, *others[:2])
+        hidden_BTE = F.gelu(lora.linear(widening, self.norm2(tokens_BTE), *others[2:4]))
+        return tokens_BTE + lora.linear(narrowing, hidden_BTE, *others[4:])
 
     def _mixed(self, qkv_BTE: Tensor) -> Tensor:
         """Self-attention between the projections. With unbind the backward pass writes one tensor, not three."""

@@ -124,15 +124,29 @@ def decoder_block(config: SegVolConfig) -> int:
 
 
 def volume_work(config: PretrainConfig | TrainConfig) -> dict[str, Work]:
-    """Operations of a step of the run for one volume. Frozen parts are counted as if they trained."""
+    """Operations of a step of the run for one volume. Frozen parts are counted as if they trained, adapters are not."""
     if isinstance(config, PretrainConfig):
         return pretrain_work(config.model, config.mask_ratio)
     return train_work(config.model, config.prompts)
 
 
 def run_parameters(config: PretrainConfig | TrainConfig) -> dict[str, int]:
-    """Trainable parameters of the run's model, by part."""
-    return pretrain_parameters(config.model) if isinstance(config, PretrainConfig) else parameters(config.model)
+    """Parameters of the run's model, by part, adapters (`optim.lora_rank`) included."""
+    if isinstance(config, PretrainConfig):
+        return pretrain_parameters(config.model)
+    return parameters(config.model) | ({"adapters": adapter_parameters(config)} if config.adapted else {})
+
+
+def trained_parameters(config: PretrainConfig | TrainConfig) -> dict[str, int]:
+    """Those of them that train: with adapters, all but the image encoder. Patterns of `freeze` are not considered."""
+    adapted = isinstance(config, TrainConfig) and bool(config.adapted)
+    return {part: size for part, size in run_parameters(config).items() if not (adapted and part == "image_encoder")}
+
+
+def adapter_parameters(config: TrainConfig) -> int:
+    """Parameters of the image encoder's adapters."""
+    sizes = config.model.encoder_linears
+    return config.optim.lora_rank * sum(sum(sizes[name]) for name in config.adapted)
 
 
 def pretrain_work(config: SegVolConfig, mask_ratio: float) -> dict[str, Work]:

@@ -83,10 +83,10 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
 
     group: prompts of each volume that are decoded together; on_gpu: whether the fused operations of `kernels` run.
     """
-    parts = flops.run_parameters(config)
-    trained = sum(parts.values())
-    weights, gradients, optimizer = state(config, trained, bf16)
-    cast = NARROW * trained if bf16 else 0
+    parts = flops.trained_parameters(config)
+    count, trained = sum(flops.run_parameters(config).values()), sum(parts.values())
+    weights, gradients, optimizer = state(config, count, trained, bf16)
+    cast = NARROW * count if bf16 else 0
     encoder = volumes * encoder_bytes(config.model, config.run.recompute, bf16)
     recorded = on_gpu and replays(config.run)
     if recorded:  # it keeps gradients of its own, and all that it computes with
@@ -97,7 +97,8 @@ def moments(config: Config, volumes: int, bf16: bool, group: int, on_gpu: bool) 
         decoding, early = volumes * head_bytes(config, bf16), 0.0
     else:
         decoding = volumes * (side_bytes(config.model, bf16) + group * prompt_bytes(config.model, bf16, on_gpu))
-        early = float(WIDE * (trained - parts["image_encoder"])) if weights_resident(config.run) else 0.0
+        decoder = sum(size for part, size in parts.items() if part not in ("image_encoder", "adapters"))
+        early = float(WIDE * decoder) if weights_resident(config.run) else 0.0
     block = volumes * block_bytes(config.model, bf16)
     kept = cast + encoder + max(decoding, block) if recorded else 0.0
     return [
@@ -126,33 +127,35 @@ def weights_resident(run: RunConfig) -> bool:
     return run.strategy not in (Strategy.fsdp, Strategy.zero3)
 
 
-def state(config: Config, trained: int, bf16: bool) -> tuple[float, float, float]:
-    """Bytes of weights, gradients and optimizer state on one device."""
+def state(config: Config, count: int, trained: int, bf16: bool) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer state on one device. trained: how many of `count` parameters train."""
     run, kept = config.run, 3 if config.optim.ema else 2  # AdamW's moments, and the averages
-    full, share = float(WIDE * trained), WIDE * trained / (run.shard_degree or run.devices * run.nodes)
+    ranks = run.shard_degree or run.devices * run.nodes
+    held, held_share = float(WIDE * count), WIDE * count / ranks
+    full, share = float(WIDE * trained), WIDE * trained / ranks
     buckets = 2.0 * WIDE * min(DEEPSPEED_BUCKET, trained)
     match run.strategy:
         case Strategy.auto | Strategy.ddp:
-            return full, full, kept * full
+            return held, full, kept * full
         # DeepSpeed's optimizer holds its own copy of the weights.
         case Strategy.zero1:
-            weights, gradients, optimizer = full, full + buckets, (1 + kept) * share
+            weights, gradients, optimizer = held, full + buckets, (1 + kept) * share
         case Strategy.zero2:
-            weights, gradients, optimizer = full, share + buckets, (1 + kept) * share
+            weights, gradients, optimizer = held, share + buckets, (1 + kept) * share
         # Below 10^9 parameters ZeRO-3 frees none of the gathered weights.
         case Strategy.zero3:
-            weights, gradients, optimizer = share + full, share + buckets, (1 + kept) * share
+            weights, gradients, optimizer = held_share + held, share + buckets, (1 + kept) * share
         case Strategy.fsdp:
-            gathered = _gathered(config.model, trained, bf16)
-            weights, gradients, optimizer = share + gathered, share + gathered, kept * share
-            weights -= share if run.offload else 0
+            gathered = _gathered(config.model, count, bf16)
+            weights, gradients, optimizer = held_share + gathered, share + gathered, kept * share
+            weights -= held_share if run.offload else 0
     return weights, gradients, 0.0 if run.offload else optimizer
 
 
-def _gathered(model: SegVolConfig, trained: int, bf16: bool) -> float:
+def _gathered(model: SegVolConfig, count: int, bf16: bool) -> float:
     """Bytes that FSDP2 gathers at once: everything outside of blocks, and two blocks (one computes, one is fetched)."""
     encoder, decoder = flops.encoder_block(model), flops.decoder_block(model)
-    outside = trained - model.num_layers * encoder
+    outside = count - model.num_layers * encoder
     # Pre-training has no decoder.
     if outside > model.decoder_layers * decoder:
         outside -= model.decoder_layers * decoder

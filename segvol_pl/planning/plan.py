@@ -196,6 +196,9 @@ def lines(made: Plan) -> Iterator[str]:
     chosen = " (auto takes it on this device)" if run.precision is Precision.auto else ""
     yield f"{made.kind} on {place}, {_precision(made)}{chosen}, global batch {config.data.global_batch}"
     yield from _parts("parameters", "M", 1e6, {name: float(n) for name, n in flops.run_parameters(config).items()})
+    trained = sum(flops.trained_parameters(config).values())
+    if trained < sum(flops.run_parameters(config).values()):
+        yield f"  of these train {trained / 1e6:.3f} M (optim.lora_rank={config.optim.lora_rank})"
     work = {name: float(part.total) for name, part in flops.volume_work(config).items()}
     yield from _parts("operations of a volume, forward and backward", "TFLOP", 1e12, work)
     yield from _memory(made)

@@ -96,7 +96,7 @@ class Load:
         if isinstance(config, TrainConfig):
             pairs = config.prompts.categories_per_volume
             # What a frozen part saves depends on its place in the model.
-            operations = 0 if config.freeze else operations
+            operations = 0 if config.freeze or config.adapted else operations
         return cls(config.data.global_batch, pairs, operations, peak_rate(config.run, device))
 
 

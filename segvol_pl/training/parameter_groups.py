@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from segvol_pl.config import OptimConfig
+from segvol_pl.model import lora
 
 MATRICES = (nn.Linear, nn.Conv3d, nn.ConvTranspose3d)
-"""Modules whose `weight` multiplies their input."""
+"""Modules whose `weight` multiplies their input, and whose adapters do."""
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -47,4 +48,4 @@ def _group(members: list[nn.Parameter], rate: float, decays: bool, config: Optim
 
 def _is_matrix(owner: nn.Module, leaf: str) -> bool:
     """Whether a parameter of the module `owner` multiplies its input."""
-    return leaf == "weight" and isinstance(owner, MATRICES)
+    return leaf in ("weight", *lora.MATRICES) and isinstance(owner, MATRICES)

@@ -36,6 +36,7 @@ from segvol_pl.folder_lock import FolderLock
 from segvol_pl.imaging.prompts import landmark_function
 from segvol_pl.journal import Journal
 from segvol_pl.launched import rank_named
+from segvol_pl.model import lora
 from segvol_pl.model.checkpoint import Weights, load_encoder, load_weights, read_weights
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run_folder import write_manifest
@@ -132,12 +133,16 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
         log.info("model: %s", load_weights(task.model, weights, config.allow))
     if config.pretrained is not None:
         log.info("image encoder: %s", load_encoder(task.model.image_encoder, config.pretrained))
-    _freeze(task.model, config.freeze)
+    _freeze(task.model, config)
     return task, module
 
 
-def _freeze(model: torch.nn.Module, patterns: list[str]) -> None:
-    """Freeze the tensors that match. Raises ConfigError if a pattern matches none, or if nothing is left to train."""
+def _freeze(model: torch.nn.Module, config: TrainConfig) -> None:
+    """Freeze what does not train, and add adapters (`optim.lora_rank`).
+
+    Raises ConfigError if a pattern of `freeze` matches no tensor, or if nothing is left to train.
+    """
+    patterns = config.freeze
     named = dict(model.named_parameters())
     for pattern in patterns:
         frozen = fnmatch.filter(named, pattern)
@@ -146,11 +151,18 @@ def _freeze(model: torch.nn.Module, patterns: list[str]) -> None:
             raise ConfigError(f"freeze: {pattern!r} matches no tensor of the model; try {parts}")
         for name in frozen:
             named[name].requires_grad_(False)
-    trained = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
+    # After the patterns: adapters train whatever of the encoder is frozen.
+    if config.adapted:
+        optim = config.optim
+        lora.adapt(model, config.adapted, optim.lora_rank, optim.lora_alpha)
+        layers = f"{len(config.adapted)} layers of the image encoder ({', '.join(optim.lora_targets)})"
+        log.info("adapters: rank %d, on %s", optim.lora_rank, layers)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, trains in sizes if trains)
     if not trained:
         raise ConfigError("freeze: nothing is left to train")
-    if patterns:
-        log.info("frozen: all but %.1f of %.1f M", trained / 1e6, sum(map(torch.numel, named.values())) / 1e6)
+    if patterns or config.adapted:
+        log.info("frozen: all but %.1f of %.1f M", trained / 1e6, sum(size for size, _ in sizes) / 1e6)
 
 
 def _starting_weights(config: TrainConfig) -> Weights | None:

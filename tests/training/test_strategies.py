@@ -20,6 +20,7 @@ STEPS, HALF = 20, 10
 MULTIPLE = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 MATRIX = ["ddp", "fsdp", "zero2", "zero3"]
 FROZEN = "freeze=[image_encoder.*]"
+ADAPTED = ("optim.lora_rank=3", "optim.max_steps=4", "run.checkpoint_every=2", "run.save_every=2")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,26 @@ def test_frozen_parts_go_on_under_fsdp(frozen: Losses, trained: Trained) -> None
     np.testing.assert_allclose(list(found.values()), [frozen[step] for step in found], rtol=RELATIVE)
     validated, unbroken = (trained.metric(of, "val/loss")[STEPS] for of in ("frozen-to-fsdp", "frozen"))
     assert validated == pytest.approx(unbroken, rel=RELATIVE)
+
+
+@pytest.fixture(scope="module")
+def adapted(trained: Trained) -> Losses:
+    """Of one process that trains adapters in the place of the image encoder."""
+    return trained("adapted", "auto", 1, *ADAPTED)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero3"])
+def test_adapters_train_alike_under_every_strategy(adapted: Losses, trained: Trained, strategy: str) -> None:
+    """Averages, checkpoints and what goes on from them included."""
+    name = f"adapted-{strategy}"
+    found = trained(name, strategy, 2, *ADAPTED)
+    np.testing.assert_allclose(list(found.values()), list(adapted.values()), rtol=RELATIVE)
+    validated, alone = (trained.metric(of, "val/loss")[4] for of in (name, "adapted"))
+    assert validated == pytest.approx(alone, rel=RELATIVE)
+    first, other = (torch.load(trained / of / "checkpoints/last.ckpt", weights_only=True) for of in ("adapted", name))
+    same_state(first, other)
+    resumed = trained.after(trained / "adapted/checkpoints/step-2.ckpt", f"{name}-on", strategy, 2, *ADAPTED)
+    np.testing.assert_allclose(list(resumed.values()), [adapted[step] for step in resumed], rtol=RELATIVE)
 
 
 @pytest.mark.parametrize(("strategy", "recompute"), [*((name, "blocks") for name in MATRIX), ("fsdp", "cheap")])
