@@ -240,6 +240,12 @@ class RunConfig(Keys):
     """Validate every N steps. 0: only at the end."""
     val_batches: int = ranged(8, least=0)
     """Batches per validation. 0 disables validation."""
+    early_stop: int = ranged(0, least=0)
+    """End the run after so many validations in a row whose mean Dice (over prompts and categories) is not above the
+    best by more than early_stop_delta (only train). It then counts as complete, and `best.ckpt` is the checkpoint of
+    the best Dice instead of the lowest loss. 0: train to optim.max_steps."""
+    early_stop_delta: float = ranged(0.0, least=0, below=1)
+    """Smallest rise of the mean Dice that early_stop counts."""
     checkpoint_every: int = ranged(500, least=1)
     """Write a checkpoint to resume from every N steps. Each replaces the previous one."""
     checkpoint_minutes: float = ranged(0.0, least=0)
@@ -295,6 +301,8 @@ class RunConfig(Keys):
         require(not (hooked and self.compile), "run.compile", "does not work with zero3: use fsdp, ddp, zero1 or zero2")
         splits = self.strategy not in (Strategy.auto, Strategy.ddp)
         require(splits or not self.offload, "run.offload", "needs a strategy that shards: fsdp, zero1, zero2 or zero3")
+        validates = self.val_every > 0 and self.val_batches > 0
+        require(validates or not self.early_stop, "run.early_stop", "needs run.val_every and run.val_batches above 0")
         self._check_degree()
 
     def _check_degree(self) -> None:
@@ -353,6 +361,7 @@ class PretrainConfig(Keys):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(not self.optim.lora_rank, "optim.lora_rank", "pre-training trains the encoder itself: leave it out")
+        require(not self.run.early_stop, "run.early_stop", "pre-training has no Dice: leave it out")
         check_shares(self.data, self.run)
         check_steps(self.optim, self.run)
 

@@ -8,7 +8,7 @@ folder of the same name.
 
     checkpoints/last.ckpt      every `run.checkpoint_every` steps and `run.checkpoint_minutes` minutes, at a signal, and
                                at the end; a run resumes from it
-    checkpoints/best.ckpt      after the validation of the lowest loss
+    checkpoints/best.ckpt      after the validation of the lowest loss; with `run.early_stop`, of the highest Dice
     checkpoints/step-N.ckpt    every `run.save_every` steps, the newest `run.keep_last` of them; and for good those of
                                `run.keep_steps`
 """
@@ -38,6 +38,7 @@ from segvol_pl.config import RunConfig
 from segvol_pl.errors import NonFiniteError
 from segvol_pl.model.released import is_finite
 from segvol_pl.model.sharded import open_sharded
+from segvol_pl.training.early_stop import DICE
 
 
 class HostCopies:
@@ -213,6 +214,7 @@ class Checkpoints(pl.Callback):
     def __init__(self, folder: Path, run: RunConfig, branched: bool = False) -> None:
         self.folder, self.run, self.branched = folder, run, branched
         self.best = math.inf
+        """The lowest validation loss so far; with `run.early_stop` the lowest 1 - Dice."""
         self.saved = -1
         self.again = False
         """Whether to keep the checkpoint of the step that this start resumes from."""
@@ -266,6 +268,8 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
+        if self.run.early_stop:
+            loss = 1 - float(trainer.callback_metrics[DICE])
         if trainer.state.fn == TrainerFn.FITTING and loss < self.best:
             self.best = loss
             trainer.save_checkpoint(self.folder / "best.ckpt")
@@ -279,10 +283,12 @@ class Checkpoints(pl.Callback):
             remove(self.folder / f"step-{self.kept.pop(0)}.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "by_dice": self.run.early_stop > 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = math.inf if self.branched else state_dict["best"]
+        # Losses and Dice are not compared with each other.
+        comparable = state_dict.get("by_dice", False) == (self.run.early_stop > 0)
+        self.best = state_dict["best"] if comparable and not self.branched else math.inf
 
 
 def _step(path: Path) -> int:

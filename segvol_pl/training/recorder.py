@@ -140,9 +140,9 @@ class Recorder(pl.Callback):
             self.failed(error)
             raise
 
-    def done(self) -> None:
-        """Record that the run is done."""
-        self.journal.end(Cause.done, self.mark())
+    def done(self, why: str = "") -> None:
+        """Record that the run is done. why: before its last step."""
+        self.journal.end(Cause.done, self.mark(), why)
 
     def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
         # Here and not only in `watched`: what Lightning tears down before may wait for other ranks. A connection breaks

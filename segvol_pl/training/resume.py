@@ -25,6 +25,7 @@ from segvol_pl.errors import CheckpointError, ConfigError
 from segvol_pl.model.checkpoint import read_header
 from segvol_pl.model.sharded import HEADER, check_parts
 from segvol_pl.run_folder import read_metrics
+from segvol_pl.training.early_stop import why_stopped
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Start:
     """`key before -> now` for each key that differs from the previous start, or from the trunk."""
     branched: bool = False
     """Whether the checkpoint is another run's."""
+    stopped: str = ""
+    """Why the run has ended before its last step, see `early_stop`; empty if it continues."""
 
 
 def start_of(config: Config, module: VolumeModule) -> Start:
@@ -75,8 +78,10 @@ def start_of(config: Config, module: VolumeModule) -> Start:
     changed = _check_configuration(config, _stated(config, checkpoint))
     _check_data(config, module, checkpoint)
     step = int(checkpoint["global_step"])
-    log.info("resuming from step %d of %s", step, path)
-    return Start(step, path, changed)
+    stopped = why_stopped(config.run, checkpoint.get("callbacks", {}))
+    if not stopped:
+        log.info("resuming from step %d of %s", step, path)
+    return Start(step, path, changed, stopped=stopped)
 
 
 def _stated(config: Config, checkpoint: dict[str, Any]) -> dict[str, Any]:

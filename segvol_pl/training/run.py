@@ -44,6 +44,7 @@ from segvol_pl.training import loggers, peers, postmortem, strategies, watchdog
 from segvol_pl.training.averages import AveragedValidation
 from segvol_pl.training.callbacks import DataHealth, Load, Profile, StreamPosition, Throughput, ValidationLine
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, Checkpoints, writer
+from segvol_pl.training.early_stop import EarlyStop, end_of
 from segvol_pl.training.gradients import FiniteSteps, GradientNorm
 from segvol_pl.training.module import Sharding, Task
 from segvol_pl.training.out_of_memory import MemorySnapshot, OutOfMemoryNamed, check_snapshots
@@ -250,6 +251,9 @@ def _fitted(config: Config, task: Task, module: VolumeModule) -> Path:
     if start.checkpoint is not None and start.step >= config.optim.max_steps:
         log.info("%s: already at step %d of %d, nothing to do", out, start.step, config.optim.max_steps)
         return start.checkpoint
+    if start.checkpoint is not None and start.stopped:
+        log.info("%s: at step %d, %s: nothing to do (run.early_stop=0 trains on)", out, start.step, start.stopped)
+        return start.checkpoint
     (out / "checkpoints").mkdir(parents=True, exist_ok=True)
     journal = Journal(out, rank=1 if rank_named() else 0)
     _write_records(config, start, journal)
@@ -278,7 +282,10 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
             trainer.fit(task, datamodule=module, ckpt_path=start.checkpoint, weights_only=True)
             with recorder.saving():
                 writer(trainer).wait()
-    recorder.done()
+    why = end_of(trainer, config.run)
+    if why:
+        log.info("step %d of %d: %s", trainer.global_step, config.optim.max_steps, why)
+    recorder.done(why)
     loggers.finish(trainer.loggers)
     return Path(config.run.out) / "checkpoints" / "last.ckpt"
 
@@ -291,6 +298,8 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         # The folder of a resumed run is not empty.
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        # A run may continue without run.early_stop, whose state is in its checkpoints.
+        warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
         # Lightning itself uses the deprecated class.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
         # Outside a SLURM job the ranks are started without srun, even if SLURM is installed.
@@ -363,6 +372,7 @@ def _callbacks(config: Config, start: Start, stop: StopSignal, recorder: Recorde
         # The next ones only log: their place among each other is free.
         ValidationLine(averaged=config.optim.ema > 0),
         dice,
+        *([EarlyStop(run, dice)] if run.early_stop else []),
         # After ValidationDice, whose figures it divides.
         *([ValidationBySource(dice)] if config.data.mix else []),
         GradientNorm(run.log_every),

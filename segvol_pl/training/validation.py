@@ -29,6 +29,8 @@ class ValidationDice(pl.Callback):
         self.sums_CG2 = torch.zeros(0)
         self.latest_BKC2 = torch.zeros(0)
         """Of the last batch: each mask's Dice, or 0 if it is not valid, and whether it is valid."""
+        self.mean: float | None = None
+        """Of the last validation: the mean of all `val/dice/PROMPT`; None if no mask was valid."""
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if isinstance(module, SegVolTask):
@@ -57,10 +59,13 @@ class ValidationDice(pl.Callback):
         assert isinstance(total, Tensor)
         names: list[str] = module.hparams["categories"]
         metrics: dict[str, float] = {}
+        means: list[float] = []
         for prompt, sums_G2 in zip(module.config.prompts.combinations, total.cpu(), strict=True):
             seen = {name: float(dice / count) for name, (dice, count) in zip(names, sums_G2, strict=True) if count}
             metrics |= {f"val/dice/{prompt}/{name}": value for name, value in seen.items()}
-            metrics |= {f"val/dice/{prompt}": sum(seen.values()) / len(seen)} if seen else {}
+            means += [sum(seen.values()) / len(seen)] if seen else []
+            metrics |= {f"val/dice/{prompt}": means[-1]} if seen else {}
+        self.mean = sum(means) / len(means) if means else None
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
