@@ -14,6 +14,7 @@ from __future__ import annotations
 from segvol_pl.config.data import (
     COMBINATIONS,
     PARTS,
+    Balance,
     DataConfig,
     LastBatch,
     PromptConfig,
@@ -117,6 +118,7 @@ __all__ = [
     "SCHEMAS",
     "SHIPPED_LANDMARKS",
     "WRITABLE",
+    "Balance",
     "Blend",
     "CasesConfig",
     "ChallengePredictConfig",

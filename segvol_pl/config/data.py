@@ -26,6 +26,14 @@ class StartMethod(StrEnum):
     forkserver = "forkserver"
 
 
+class Balance(StrEnum):
+    """How the frequency of a category enters its chance to be drawn."""
+
+    none = "none"
+    sqrt = "sqrt"
+    inverse = "inverse"
+
+
 COMBINATIONS = ("points+text", "box+text", "text", "box", "points", "box+points")
 """The six prompt combinations of the paper's Algorithm 1, in the published order."""
 
@@ -134,6 +142,9 @@ class PromptConfig(Keys):
     """Prompt combinations to train for every category."""
     categories_per_volume: int = ranged(4, least=1)
     """Categories drawn from each volume per step."""
+    balance: Balance = Balance.none
+    """Chance of a category, among those of a volume, to be the centre of a window and to be drawn first. none: the same
+    for all. inverse: as 1 / the number of training volumes that hold it. sqrt: as 1 / the root of that."""
     per_category: int = ranged(0, least=0)
     """Combinations drawn for each of these categories, without repetition. The loss estimates that over all of them.
     0: all combinations."""

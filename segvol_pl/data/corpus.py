@@ -77,6 +77,14 @@ class Corpus:
         """Number of rows."""
         return sum(len(part.records) for part in self.parts)
 
+    def per_category(self) -> dict[str, float]:
+        """Category -> how many of an epoch's samples hold it, over all parts."""
+        counts: dict[str, float] = {}
+        for part in self.parts:
+            for name, count in part.records.per_category().items():
+                counts[name] = counts.get(name, 0.0) + part.times * count
+        return counts
+
     def place_of(self, row: int) -> tuple[int, int]:
         """The number of the part that a row belongs to, and its place among the part's records. Raises IndexError."""
         first = 0

@@ -313,6 +313,13 @@ class SampleTable(Sequence[SampleRecord]):
         """Split -> number of samples, for splits that have any."""
         return self._counted("split", self.names.splits)
 
+    def per_category(self) -> dict[str, int]:
+        """Category -> number of samples that hold it, for categories that any holds."""
+        names = self.names.categories
+        present = np.unpackbits(self.column("categories"), axis=1, count=len(names))
+        counts = present.sum(0, dtype=np.int64).tolist()
+        return {name: count for name, count in zip(names, counts, strict=True) if count}
+
     def _counted(self, column: str, names: list[str]) -> dict[str, int]:
         counts = np.bincount(self.column(column), minlength=len(names)).tolist()
         return {name: count for name, count in zip(names, counts, strict=True) if count}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from segvol_pl.config import DataConfig, PromptConfig, SegVolConfig
+from segvol_pl.config import Balance, DataConfig, PromptConfig, SegVolConfig
 from segvol_pl.data.batch import packed, shade_of
 from segvol_pl.data.coarse_masks import simulated_coarse
 from segvol_pl.data.collate import Arrays
@@ -44,6 +44,19 @@ BYTE = 255
 PSEUDO_EXTRA_POSITIVE = (4, 10)
 MERGE_INSIDE = 0.9
 """A pseudo-label box includes every region of which more than this share lies in it (published code)."""
+
+
+Weights = Mapping[str, float]
+"""Category -> its relative chance to be drawn, see `category_weights`."""
+
+
+def category_weights(counts: Mapping[str, float], balance: Balance) -> Weights | None:
+    """The chance of each category by `prompts.balance`; None: the same for all.
+
+    counts: category -> number of training volumes that hold it.
+    """
+    power = {Balance.none: 0.0, Balance.sqrt: -0.5, Balance.inverse: -1.0}[balance]
+    return {name: count**power for name, count in counts.items()} if power else None
 
 
 @dataclass(frozen=True)
@@ -78,10 +91,20 @@ class Crop:
     """Voxels of a window per voxel of the overview along (d, h, w), at least 1; None for overviews."""
 
 
-def sample_crop(facts: Facts, read: Read, model: SegVolConfig, data: DataConfig, rng: np.random.Generator) -> Crop:
-    """The overview with probability `data.overview_fraction`, else a window at native resolution."""
+def sample_crop(
+    facts: Facts,
+    read: Read,
+    model: SegVolConfig,
+    data: DataConfig,
+    rng: np.random.Generator,
+    weights: Weights | None = None,
+) -> Crop:
+    """The overview with probability `data.overview_fraction`, else a window at native resolution.
+
+    weights: of the category that a window is drawn around; None: the same for all.
+    """
     overview = rng.random() < data.overview_fraction
-    view = _overview(facts, read, model) if overview else _window(facts, read, model, data.grid_fraction, rng)
+    view = _overview(facts, read, model) if overview else _window(facts, read, model, data.grid_fraction, rng, weights)
     return augment(view, data, rng)
 
 
@@ -120,9 +143,16 @@ def has_regions(facts: Facts) -> bool:
     return Member.REGIONS.value in facts.members
 
 
-def _window(facts: Facts, read: Read, model: SegVolConfig, grid_fraction: float, rng: np.random.Generator) -> Crop:
+def _window(
+    facts: Facts,
+    read: Read,
+    model: SegVolConfig,
+    grid_fraction: float,
+    rng: np.random.Generator,
+    weights: Weights | None,
+) -> Crop:
     window = model.input_shape
-    category = sorted(facts.categories)[rng.integers(len(facts.categories))] if facts.categories else None
+    category = _centre(sorted(facts.categories), weights, rng)
     # No number is drawn for a share of 0, so that samples are those of a run without it.
     on_grid = grid_fraction > 0 and rng.random() < grid_fraction
     start = (_grid_start if on_grid else window_start)(facts, category, window, rng)
@@ -135,6 +165,21 @@ def _window(facts: Facts, read: Read, model: SegVolConfig, grid_fraction: float,
         category=category,
         step_3=overview_step(facts, window),
     )
+
+
+def _centre(names: list[str], weights: Weights | None, rng: np.random.Generator) -> str | None:
+    """The category to draw a window around; None if there is none."""
+    if not names:
+        return None
+    return names[rng.integers(len(names))] if weights is None else _permuted(names, weights, rng)[0]
+
+
+def _permuted(names: list[str], weights: Weights | None, rng: np.random.Generator) -> list[str]:
+    """The names in random order: those of greater weight rather come first."""
+    if weights is None:
+        return [str(name) for name in rng.permutation(names)]
+    chances = np.array([weights[name] for name in names])
+    return [str(name) for name in rng.choice(names, len(names), replace=False, p=chances / chances.sum())]
 
 
 def overview_step(facts: Facts, window: Sequence[int]) -> tuple[float, ...]:
@@ -220,6 +265,7 @@ def segment_sample(
     config: PromptConfig,
     model: SegVolConfig,
     rng: np.random.Generator,
+    weights: Weights | None = None,
 ) -> Arrays:
     """The image, with masks and prompts of its categories and of its pseudo-labels.
 
@@ -230,6 +276,7 @@ def segment_sample(
         config: how many prompts and points to draw.
         model: which landmarks it has, and whether it takes masks.
         rng: the sample's own.
+        weights: relative chances of categories to be drawn; None: the same for all.
 
     Returns:
         The image, see `image_of`. Of the categories: bits_JDHW uint8, their packed masks; category_K (row of the text
@@ -239,7 +286,7 @@ def segment_sample(
         labels, boxes and valid, under names with the prefix `pseudo_`. valid is 0 in a crop without any category, or
         without any region; such a mask adds nothing to the loss.
     """
-    drawn = _draw_categories(view, facts, config, rng)
+    drawn = _draw_categories(view, facts, config, rng, weights)
     categories = [_draw_prompt(each, row_of, config, model.landmark_counts, rng) for each in drawn]
     if config.per_category:
         categories = [each.with_arrays(combination_C=_draw_combinations(each, config, rng)) for each in categories]
@@ -257,7 +304,7 @@ def segment_sample(
 
 
 def _draw_categories(
-    view: Crop, facts: Facts, config: PromptConfig, rng: np.random.Generator
+    view: Crop, facts: Facts, config: PromptConfig, rng: np.random.Generator, weights: Weights | None
 ) -> list[tuple[str, BoxedMask]]:
     """Names and masks of categories in the crop, and of absent ones, whose masks are empty.
 
@@ -270,7 +317,7 @@ def _draw_categories(
     shown = [name for name in sorted(facts.categories) if labels.holds(facts.categories[name].values)]
     if not shown:
         return [("", BoxedMask.empty(labels.shape))] * count
-    order = sorted((str(name) for name in rng.permutation(shown)), key=lambda name: name != view.category)
+    order = sorted(_permuted(shown, weights, rng), key=lambda name: name != view.category)
     repeats = -(-count // len(order))
     chosen = (order * repeats)[:count]
     absent = sorted(set(facts.categories) - set(shown))
@@ -421,6 +468,8 @@ def sample_segmentation(
     data: DataConfig,
     prompts: PromptConfig,
     row_of: dict[str, int],
+    weights: Weights | None = None,
 ) -> Arrays:
     """A supervised sample of a volume, see `segment_sample`."""
-    return segment_sample(sample_crop(facts, read, model, data, rng), facts, row_of, prompts, model, rng)
+    crop = sample_crop(facts, read, model, data, rng, weights)
+    return segment_sample(crop, facts, row_of, prompts, model, rng, weights)

@@ -24,11 +24,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from segvol_pl.config import CheckpointFormat, Convention, PretrainConfig, Strategy, TextSource, TrainConfig
+from segvol_pl.config import Balance, CheckpointFormat, Convention, PretrainConfig, Strategy, TextSource, TrainConfig
 from segvol_pl.config.loader import plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.collate import Arrays
-from segvol_pl.data.corpus import Folder, category_names, open_folders
+from segvol_pl.data.corpus import Folder, category_names, open_folders, training_corpus
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
 from segvol_pl.errors import ConfigError
@@ -61,6 +61,9 @@ from segvol_pl.training.watchdog import Watchdog, watched
 log = logging.getLogger(__name__)
 
 Config = PretrainConfig | TrainConfig
+
+NAMED = 5
+"""Volumes that a message names."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -115,16 +118,20 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
         model=config.model,
         row_of={name: row for row, name in enumerate(categories)},
     )
+    balance = config.prompts.balance
+    counts = training_corpus(folders, config.data, labelled=True).per_category() if balance is not Balance.none else {}
+    weights_of = sampling.category_weights(counts, balance)
     # Validation compares runs that train differently: all combinations, categories that are there, no masks.
     all_prompts = replace(config.prompts, per_category=0, absent_fraction=0.0, mask_fraction=0.0)
     module = _module(
         config,
         folders,
-        functools.partial(sample, prompts=config.prompts),
+        functools.partial(sample, prompts=config.prompts, weights=weights_of),
         functools.partial(sample, prompts=all_prompts),
         labelled=True,
     )
     _check_regions(module, config)
+    check_categories(module, config)
     weights = _starting_weights(config)
     bank = _bank(categories, config, weights)
     _seed(config)
@@ -221,6 +228,28 @@ def _check_regions(module: VolumeModule, config: TrainConfig) -> None:
             f"prompts.pseudo_per_volume: {sum(map(len, lacking))} samples (first: {lacking[0][0].key}) have no "
             "pseudo-label regions: pack with regions.enabled=true, or set prompts.pseudo_per_volume=0"
         )
+
+
+def check_categories(module: VolumeModule, config: TrainConfig) -> None:
+    """Name the labelled volumes that hold no category. Without pseudo-labels they bring no prompt: their loss is 0.
+
+    Raises ConfigError if no volume brings a prompt.
+    """
+    if config.prompts.pseudo_per_volume:
+        return
+    parts = [part.records for part in module.train_corpus.parts]
+    empty = [part.where(~part.column("categories").any(axis=1)) for part in parts]
+    count, volumes = sum(map(len, empty)), sum(map(len, parts))
+    if not count:
+        return
+    keys = [record.key for part in empty for record in part[:NAMED]][:NAMED]
+    found = f"{count} of {volumes} labelled volumes hold no category ({', '.join(keys)}{', ...' * (count > NAMED)})"
+    if count == volumes:
+        raise ConfigError(
+            f"data.shards: {found}, so that no batch has a prompt: check the values of the categories they were packed "
+            "with, or set prompts.pseudo_per_volume"
+        )
+    log.warning("data.shards: %s: without pseudo-labels, a batch of them has no prompt and trains nothing", found)
 
 
 def _seed(config: Config) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from factories import tiny_model
 
-from segvol_pl.config import DataConfig, PromptConfig
+from segvol_pl.config import Balance, DataConfig, PromptConfig
 from segvol_pl.data import sampling
 from segvol_pl.data.coarse_masks import simulated_coarse
 from segvol_pl.data.corpus import Corpus, Part
@@ -79,6 +79,29 @@ def test_absent_categories_are_prompted_by_text_to_find_nothing(volume: tuple[Fa
             if empty:
                 assert (sample["combination_KC"][place] == text).all()
     assert absent > 10 and shown > 30
+
+
+@pytest.mark.parametrize("overview", [0.0, 1.0])
+def test_rare_categories_are_drawn_more_often_if_balanced(volume: tuple[Facts, sampling.Read], overview: float) -> None:
+    """By the chances that the numbers of volumes give, in windows and in overviews."""
+    rare, names = "liver", sorted(volume[0].categories)
+    others = [name for name in names if name != rare]
+    weights = sampling.category_weights({rare: 1, **dict.fromkeys(others, 16)}, Balance.sqrt)
+    assert weights is not None and weights[rare] == 4 * weights[others[0]] == 1.0
+    assert sampling.category_weights({rare: 1}, Balance.none) is None
+    assert sampling.category_weights({rare: 4}, Balance.inverse) == {rare: 0.25}
+    data, rows = replace(WINDOWS, overview_fraction=overview), {name: row for row, name in enumerate(names)}
+    one = replace(PROMPTS, categories_per_volume=1)
+    found = {
+        given is None: sum(
+            int(draw(volume, seed, data=data, prompts=one, weights=given)["category_K"][0]) == rows[rare]
+            for seed in range(60)
+        )
+        for given in (None, weights)
+    }
+    # Of n categories one is four times as likely as each other one: 4 / (n + 3) instead of 1 / n, or more where a crop
+    # shows only some of them.
+    assert found[False] > max(2 * found[True], 0.6 * 60 * 4 / (len(names) + 3))
 
 
 def test_a_share_of_the_boxes_is_that_of_the_middle_slice(volume: tuple[Facts, sampling.Read]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,13 +24,15 @@ from ranks import Ranks
 from weights import moved_alike, weights_of
 
 from segvol_pl.config import (
+    Balance,
     TrackConfig,
     TrainConfig,
 )
 from segvol_pl.config.loader import load, to_yaml
 from segvol_pl.data.batch import Batch
+from segvol_pl.data.corpus import Corpus
 from segvol_pl.data.datamodule import VolumeModule
-from segvol_pl.data.sample_table import SampleRecord
+from segvol_pl.data.sample_table import SampleRecord, SampleTable
 from segvol_pl.data.schema import Member
 from segvol_pl.data.shard_index import read_index
 from segvol_pl.data.store import Store
@@ -42,7 +45,7 @@ from segvol_pl.training.callbacks import StreamPosition
 from segvol_pl.training.preemption import SIGNALLED, SIGNALS, StopSignal
 from segvol_pl.training.recorder import Recorder
 from segvol_pl.training.resume import Start
-from segvol_pl.training.run import _trainer, pretrain, train
+from segvol_pl.training.run import _trainer, check_categories, prepared, pretrain, train
 from segvol_pl.training.segment import SegVolTask
 
 
@@ -136,6 +139,29 @@ def test_what_is_frozen_stays_and_has_no_moments(phantom_shards: Path, tmp_path:
     for patterns, message in ((["encoder.*"], "matches no tensor.*image_encoder"), (["*"], "nothing is left")):
         with pytest.raises(ConfigError, match=f"freeze: .*{message}"):
             train(replace(config, freeze=patterns, run=replace(config.run, out=str(tmp_path / "none"))))
+
+
+def test_volumes_that_bring_no_prompt_are_named(
+    phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = train_config(phantom_shards, tmp_path)
+    config = replace(config, prompts=replace(config.prompts, pseudo_per_volume=0, balance=Balance.inverse))
+    _, module = prepared(config, "meta")
+    (part,) = module.train_corpus.parts
+    held = [part.records[place] for place in range(len(part.records))]
+    counted = {name: sum(name in record.categories for record in held) for name in held[0].categories}
+    frequency = module.train_corpus.per_category()
+    assert {name: frequency[name] for name in counted} == {n: part.times * count for n, count in counted.items()}
+    for emptied in (1, len(held)):
+        records = [replace(record, categories=[]) for record in held[:emptied]] + held[emptied:]
+        module.train_corpus = Corpus([replace(part, records=SampleTable.of(records))])
+        found = rf"{emptied} of {len(held)} labelled volumes hold no category \({held[0].key}"
+        if emptied < len(held):
+            check_categories(module, config)
+            assert re.search(found, caplog.text)
+        else:
+            with pytest.raises(ConfigError, match=found):
+                check_categories(module, config)
 
 
 def test_accumulation_does_not_change_the_first_step(phantom_shards: Path, tmp_path: Path) -> None:
