@@ -151,6 +151,10 @@ class PromptConfig(Keys):
     absent_fraction: float = ranged(0.0, least=0, most=1)
     """Fraction of these categories that are drawn from those that the crop does not show, prompted by text, to be
     segmented as nothing. Needs prompts.per_category."""
+    absent: float = ranged(0.0, least=0, most=1)
+    """Fraction of these categories that are drawn from those that the whole volume lacks although its folder of shards
+    labels them in others, prompted by text, to be segmented as nothing. For folders that label all their categories in
+    every volume. Needs prompts.per_category."""
     mask_fraction: float = ranged(0.0, least=0, most=1)
     """Fraction of the categories in crops whose prompts come with a simulated coarse mask. Needs model.mask_prompt."""
     corrections: int = ranged(0, least=0)
@@ -173,9 +177,9 @@ class PromptConfig(Keys):
         check_combinations("prompts.combinations", self.combinations)
         most = len(self.combinations)
         require(self.per_category <= most, "prompts.per_category", f"there are only {most} prompts.combinations")
-        if self.absent_fraction:
-            require(self.per_category > 0, "prompts.absent_fraction", "set prompts.per_category")
-            require("text" in self.combinations, "prompts.absent_fraction", "needs text among prompts.combinations")
+        for key in (key for key in ("absent_fraction", "absent") if getattr(self, key)):
+            require(self.per_category > 0, f"prompts.{key}", "set prompts.per_category")
+            require("text" in self.combinations, f"prompts.{key}", "needs text among prompts.combinations")
 
     @property
     def per_volume(self) -> int:

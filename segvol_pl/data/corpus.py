@@ -156,6 +156,14 @@ def category_names(folders: Sequence[Folder]) -> list[str]:
     return sorted({name for folder in folders for name in folder.index.categories})
 
 
+def labelled_by(folders: Sequence[Folder]) -> dict[str, list[str]]:
+    """Data set -> the categories that its folder of shards has; of several folders, those that all of them have."""
+    found: dict[str, set[str]] = {}
+    for index in (folder.index for folder in folders):
+        found[index.dataset] = found.get(index.dataset, set(index.categories)) & set(index.categories)
+    return {name: sorted(categories) for name, categories in found.items()}
+
+
 def source_names(folders: Sequence[ShardSource], reserved: Collection[str] = ()) -> list[str]:
     """Name each folder as metrics do, by the end of its path: the folder's own name, or more if two would be equal.
 

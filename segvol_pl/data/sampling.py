@@ -12,7 +12,7 @@ The training step draws nothing, so the same batch gives the same loss on any nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -266,6 +266,7 @@ def segment_sample(
     model: SegVolConfig,
     rng: np.random.Generator,
     weights: Weights | None = None,
+    labelled: Collection[str] = (),
 ) -> Arrays:
     """The image, with masks and prompts of its categories and of its pseudo-labels.
 
@@ -277,6 +278,7 @@ def segment_sample(
         model: which landmarks it has, and whether it takes masks.
         rng: the sample's own.
         weights: relative chances of categories to be drawn; None: the same for all.
+        labelled: categories that the volume's folder labels, for `prompts.absent`.
 
     Returns:
         The image, see `image_of`. Of the categories: bits_JDHW uint8, their packed masks; category_K (row of the text
@@ -286,7 +288,7 @@ def segment_sample(
         labels, boxes and valid, under names with the prefix `pseudo_`. valid is 0 in a crop without any category, or
         without any region; such a mask adds nothing to the loss.
     """
-    drawn = _draw_categories(view, facts, config, rng, weights)
+    drawn = _draw_categories(view, facts, config, rng, weights, labelled)
     categories = [_draw_prompt(each, row_of, config, model.landmark_counts, rng) for each in drawn]
     if config.per_category:
         categories = [each.with_arrays(combination_C=_draw_combinations(each, config, rng)) for each in categories]
@@ -304,27 +306,39 @@ def segment_sample(
 
 
 def _draw_categories(
-    view: Crop, facts: Facts, config: PromptConfig, rng: np.random.Generator, weights: Weights | None
+    view: Crop,
+    facts: Facts,
+    config: PromptConfig,
+    rng: np.random.Generator,
+    weights: Weights | None,
+    labelled: Collection[str],
 ) -> list[tuple[str, BoxedMask]]:
     """Names and masks of categories in the crop, and of absent ones, whose masks are empty.
 
     First comes the category that the crop was drawn around; none comes twice before all came once. A crop that shows
-    none has nameless empty masks.
+    none has nameless empty masks, or absent categories.
     """
     assert view.label_DHW is not None
     count = config.categories_per_volume
     labels = LabelMap(view.label_DHW)
     shown = [name for name in sorted(facts.categories) if labels.holds(facts.categories[name].values)]
+    lacking = sorted(set(labelled) - set(facts.categories)) if config.absent else []
     if not shown:
-        return [("", BoxedMask.empty(labels.shape))] * count
+        return [(name, BoxedMask.empty(labels.shape)) for name in _mixed([""] * count, lacking, config.absent, rng)]
     order = sorted(_permuted(shown, weights, rng), key=lambda name: name != view.category)
     repeats = -(-count // len(order))
     chosen = (order * repeats)[:count]
-    absent = sorted(set(facts.categories) - set(shown))
-    if absent and config.absent_fraction:
-        chosen = [str(rng.choice(absent)) if rng.random() < config.absent_fraction else name for name in chosen]
-    masks = {name: labels.mask(facts.categories[name].values) for name in dict.fromkeys(chosen)}
-    return [(name, masks[name]) for name in chosen]
+    chosen = _mixed(chosen, sorted(set(facts.categories) - set(shown)), config.absent_fraction, rng)
+    chosen = _mixed(chosen, lacking, config.absent, rng)
+    masks = {name: labels.mask(facts.categories[name].values) for name in chosen if name in facts.categories}
+    return [(name, masks.get(name, BoxedMask.empty(labels.shape))) for name in chosen]
+
+
+def _mixed(names: list[str], others: list[str], share: float, rng: np.random.Generator) -> list[str]:
+    """The names, a share of which is replaced by others. No number is drawn for a share of 0, or without others."""
+    if not others or not share:
+        return names
+    return [str(rng.choice(others)) if rng.random() < share else name for name in names]
 
 
 def _draw_prompt(
@@ -469,7 +483,9 @@ def sample_segmentation(
     prompts: PromptConfig,
     row_of: dict[str, int],
     weights: Weights | None = None,
+    labelled_by: Mapping[str, Collection[str]] | None = None,
 ) -> Arrays:
-    """A supervised sample of a volume, see `segment_sample`."""
+    """A supervised sample of a volume, see `segment_sample`. labelled_by: data set -> the categories that it labels."""
     crop = sample_crop(facts, read, model, data, rng, weights)
-    return segment_sample(crop, facts, row_of, prompts, model, rng, weights)
+    labelled = (labelled_by or {}).get(facts.dataset, ())
+    return segment_sample(crop, facts, row_of, prompts, model, rng, weights, labelled)

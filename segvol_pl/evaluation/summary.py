@@ -102,6 +102,8 @@ class Overall:
     """One setting: means over categories of the means over cases; `seconds` is the mean over rows."""
 
     categories: int
+    false_alarm: float | None
+    """Share of the rows with an empty truth in which the model found something; None without such rows."""
     dice: float | None
     dice_interval: Interval | None
     """95 % bootstrap interval over the cases."""
@@ -181,6 +183,7 @@ class Summary:
         cells = [cell for (_, where), cell in self.cells.items() if where == setting and cell.n]
         return Overall(
             categories=len(cells),
+            false_alarm=_mean([float(row.predicted_voxels > 0) for row in rows if row.empty]),
             dice=_mean([cell.dice.mean for cell in cells if cell.dice]),
             dice_interval=macro_interval(_dice_table(rows), [self.seed, _seed_of(str(setting))]),
             zoom_out=_mean([cell.zoom_out.mean for cell in cells if cell.zoom_out]),

@@ -28,7 +28,7 @@ from segvol_pl.config import Balance, CheckpointFormat, Convention, PretrainConf
 from segvol_pl.config.loader import plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.collate import Arrays
-from segvol_pl.data.corpus import Folder, category_names, open_folders, training_corpus
+from segvol_pl.data.corpus import Folder, category_names, labelled_by, open_folders, training_corpus
 from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
 from segvol_pl.errors import ConfigError
@@ -122,11 +122,11 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
     counts = training_corpus(folders, config.data, labelled=True).per_category() if balance is not Balance.none else {}
     weights_of = sampling.category_weights(counts, balance)
     # Validation compares runs that train differently: all combinations, categories that are there, no masks.
-    all_prompts = replace(config.prompts, per_category=0, absent_fraction=0.0, mask_fraction=0.0)
+    all_prompts = replace(config.prompts, per_category=0, absent_fraction=0.0, absent=0.0, mask_fraction=0.0)
     module = _module(
         config,
         folders,
-        functools.partial(sample, prompts=config.prompts, weights=weights_of),
+        functools.partial(sample, prompts=config.prompts, weights=weights_of, labelled_by=labelled_by(folders)),
         functools.partial(sample, prompts=all_prompts),
         labelled=True,
     )
@@ -235,7 +235,7 @@ def check_categories(module: VolumeModule, config: TrainConfig) -> None:
 
     Raises ConfigError if no volume brings a prompt.
     """
-    if config.prompts.pseudo_per_volume:
+    if config.prompts.pseudo_per_volume or config.prompts.absent:
         return
     parts = [part.records for part in module.train_corpus.parts]
     empty = [part.where(~part.column("categories").any(axis=1)) for part in parts]

@@ -81,6 +81,33 @@ def test_absent_categories_are_prompted_by_text_to_find_nothing(volume: tuple[Fa
     assert absent > 10 and shown > 30
 
 
+@pytest.mark.parametrize("shows", [True, False])
+def test_categories_that_the_whole_volume_lacks_are_prompted_to_find_nothing(
+    volume: tuple[Facts, sampling.Read], shows: bool
+) -> None:
+    """Those alone that its data set labels; also in a volume that shows nothing."""
+    facts, read = volume
+    held = sorted(facts.categories)
+    prompts = replace(PROMPTS, per_category=2, absent=0.5)
+    facts = facts if shows else replace(facts, categories={})
+    rows = {name: row for row, name in enumerate([*held, "uterus"])}
+    text, lacking = PROMPTS.combinations.index("text"), 0
+    for seed in range(20):
+        names = {"phantoms": [*facts.categories, "uterus"], "others": ["prostate"]}
+        settings = {"model": MODEL, "data": WINDOWS, "prompts": prompts, "row_of": rows, "labelled_by": names}
+        sample = sampling.sample_segmentation(facts, read, np.random.default_rng(seed), **settings)
+        for place in range(3):
+            if not (sample["bits_JDHW"][0] >> place & 1).any() and sample["valid_K"][place]:
+                lacking += 1
+                assert sample["category_K"][place] == rows["uterus"]
+                assert (sample["combination_KC"][place] == text).all()
+            else:
+                assert shows == sample["valid_K"][place]
+    assert 15 < lacking < 45
+    same, before = (draw(volume, 1, prompts=replace(prompts, absent=share)) for share in (0.5, 0.0))
+    assert all(np.array_equal(same[name], before[name]) for name in before), "without names there is nothing to draw"
+
+
 @pytest.mark.parametrize("overview", [0.0, 1.0])
 def test_rare_categories_are_drawn_more_often_if_balanced(volume: tuple[Facts, sampling.Read], overview: float) -> None:
     """By the chances that the numbers of volumes give, in windows and in overviews."""

@@ -279,9 +279,12 @@ def test_empty_truths_are_counted_apart_never_averaged(shards: Path, tmp_path: P
     cell, boxed = (summary.cells["spleen", setting] for setting in summary.settings)
     assert (cell.n, cell.empty, cell.false_alarms) == (2, 1, 1) and (boxed.n, boxed.empty) == (2, 0)
     assert cell.dice is not None and cell.dice.n == 2
+    text, box = (summary.to_dict()["overall"][place]["false_alarm"] for place in (0, 1))
+    assert (text, box) == (1.0, None)
     with (tmp_path / "rows.csv").open(newline="") as file:
         (written,) = (row for row in csv.DictReader(file) if row["truth_voxels"] == "0")
     assert written["dice"] == written["surface_dice"] == "" and "Empty truths" in (tmp_path / "report.html").read_text()
+    assert "Rate of false alarms, " in (tmp_path / "report.html").read_text()
 
 
 def test_an_unknown_spacing_leaves_the_surface_dice_out_and_says_so(tmp_path: Path) -> None:
