@@ -63,7 +63,7 @@ class PackConfig(Keys):
     """Label maps: a file, a folder or a glob. Paired with the images by case id."""
     cases: str | None = None
     """CSV or JSON file that lists the cases: id, image, label; or id, image and one column of mask files per category;
-    or CODE.json of a data set in the processed M3D-Seg format."""
+    a further column, split, may say train or test; or CODE.json of a data set in the processed M3D-Seg format."""
     recipe: str | None = None
     """YAML file of a public data set, see shards/datasets/. It names the files below images=ROOT and the categories."""
     categories: str | None = None

@@ -384,6 +384,9 @@ class TrainConfig(Keys):
     allow: list[str] = field(default_factory=list)
     """Patterns of tensor names that may be missing from `weights`, unknown, or of a different shape. The model keeps
     its own values for them."""
+    keep_categories: bool = False
+    """Also keep the categories of `weights` that the data lack in the text bank, so that the model still answers to
+    their names."""
     freeze: list[str] = field(default_factory=list)
     """Patterns of tensor names to freeze, such as `image_encoder.*`. Frozen tensors need no memory for gradients and
     optimizer state."""
@@ -405,6 +408,11 @@ class TrainConfig(Keys):
             require(matches, "optim.lora_targets", f"{pattern!r} matches none of {', '.join([*linears][:4])}, ...")
         require(
             not self.optim.lora_rank or bool(self.optim.lora_targets), "optim.lora_targets", "names no layer to adapt"
+        )
+        require(
+            self.weights is not None or not self.keep_categories,
+            "keep_categories",
+            "needs weights=FILE, whose categories it keeps",
         )
         require(
             self.model.mask_prompt or not self.prompts.mask_fraction,

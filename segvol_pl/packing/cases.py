@@ -27,8 +27,10 @@ from segvol_pl.imaging.read import READABLE
 IMAGE_ENDINGS = ("_ct", "_image", "_0000", "_dicom")
 LABEL_ENDINGS = ("_seg", "_label")
 
-COLUMNS = ("id", "image", "label")
+COLUMNS = ("id", "image", "label", "split")
 """Columns of a list of cases. Any other column is named after a category and holds the files of its masks."""
+SPLITS = ("train", "test")
+"""What the column `split` may hold; an empty cell leaves the split to the hash of the CT's content."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class Case:
     """Names of the channels of a `label` in the processed M3D-Seg form, see `m3d.py`."""
     notes: dict[str, str] = field(default_factory=dict)
     """What else is known about its origin, for `Facts.source`."""
+    split: str = ""
+    """The split that its list names; empty: the hash of its content decides."""
 
     @property
     def paths(self) -> list[Path]:
@@ -159,10 +163,10 @@ def _pair(images: dict[str, Path], labels: dict[str, Path]) -> list[Case]:
 
 
 def read_cases(path: str | Path) -> list[Case]:
-    """Read a list of cases: CSV with the columns id, image and label, or JSON with a list of such objects.
+    """Read a list of cases: CSV with the columns id, image, label and split, or JSON with a list of such objects.
 
     Instead of `label` there may be columns named after categories, which hold the category's mask file. Paths are
-    relative to the list. All but id and image may be empty or left out.
+    relative to the list. All but id and image may be empty or left out. `split` is train or test.
 
     Returns the cases, sorted by id. Raises CaseError for anything else.
     """
@@ -200,20 +204,24 @@ def _case_of_row(row: Any, path: Path, number: int) -> Case:
     if None in row:
         raise CaseError(f"{place}: has more cells than the file has columns")
     cells = {str(key): value or "" for key, value in row.items()}
-    id, image, label = (cells.get(key, "") for key in COLUMNS)
+    id, image, label, split = (cells.get(key, "") for key in COLUMNS)
     if not (id and image and all(isinstance(value, str) for value in cells.values())):
         raise CaseError(f"{place}: needs an id and an image, both as text; labels, if any, are text too")
+    if split and split not in SPLITS:
+        raise CaseError(f"{place}: split is {split!r}: write {' or '.join(SPLITS)}, or leave it empty")
     masks: dict[str, tuple[Path, ...]] = {
         name: (path.parent / cells[name],) for name in sorted(cells.keys() - set(COLUMNS)) if cells[name]
     }
     _check_columns(sorted(cells.keys() - set(COLUMNS)), bool(label and masks), place)
-    return Case(id, path.parent / image, path.parent / label if label else None, masks)
+    return Case(id, path.parent / image, path.parent / label if label else None, masks, split=split)
 
 
 def _check_columns(names: list[str], both: bool, place: str) -> None:
     for name in names:
         meant = difflib.get_close_matches(name.lower(), [*COLUMNS, "images", "labels"], n=1, cutoff=0.75)
         if meant or not name.strip():
-            raise CaseError(f"{place}: unknown column {name!r}: the columns are id, image, label, or category names")
+            raise CaseError(
+                f"{place}: unknown column {name!r}: the columns are id, image, label, split, or category names"
+            )
     if both:
         raise CaseError(f"{place}: has both a label map and category files: give one of the two")

@@ -123,7 +123,7 @@ def prepare_case(case: Case, key: str, rules: Rules, source: dict[str, str], all
         affine=None if scan.affine is None else _affine_of_crop(scan.affine, box).tolist(),
         source={**source, **scan.notes, "content_sha256": content},
         dataset=rules.dataset,
-        split=split_of(content, rules.test_fraction).value,
+        split=case.split or split_of(content, rules.test_fraction).value,
         modality=rules.modality,
         intensity=intensity,
         categories=_categories_of(label_DHW, scan.categories, rules, content, case, allow_empty),

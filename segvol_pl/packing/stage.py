@@ -102,7 +102,8 @@ def fingerprint_of(case: Case, rules: Rules, versions: Sequence[Any] = VERSIONS)
 def stat_of(case: Case) -> list[Any]:
     """Return what shows, without reading the files, whether a case changed: ids, file names, sizes and times."""
     stats = [stat for path in case.paths for stat in _file_stats(path)]
-    return [case.id, sorted(case.masks), case.channels, case.notes, stats]
+    # Without a split as before there were any, so that folders packed then are still complete.
+    return [case.id, sorted(case.masks), case.channels, case.notes, stats, *([case.split] if case.split else [])]
 
 
 def _file_stats(path: Path) -> list[list[Any]]:

@@ -112,7 +112,9 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
     for name in config.model.landmark_counts:
         landmark_function(name)
     folders = open_folders(config.data)
-    categories = category_names(folders)
+    weights = _starting_weights(config)
+    kept = weights.categories if weights is not None and config.keep_categories else []
+    categories = sorted({*category_names(folders), *kept})
     sample = functools.partial(
         sampling.sample_segmentation,
         model=config.model,
@@ -130,9 +132,9 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
         functools.partial(sample, prompts=all_prompts),
         labelled=True,
     )
+    module.categories = categories
     _check_regions(module, config)
     check_categories(module, config)
-    weights = _starting_weights(config)
     bank = _bank(categories, config, weights)
     _seed(config)
     with torch.device(device):
@@ -187,8 +189,18 @@ def _starting_weights(config: TrainConfig) -> Weights | None:
 
 
 def _bank(names: list[str], config: TrainConfig, weights: Weights | None) -> TextBank:
-    """By `text.source`: rows of the weights' text bank, or embeddings of their text tower, of CLIP, or by seed."""
+    """By `text.source`: rows of the weights' text bank, or embeddings of their text tower, of CLIP, or by seed.
+
+    With `keep_categories`, names that the weights have keep their rows, and only the others are made.
+    """
     source = config.text.source
+    if config.keep_categories and weights is not None:
+        held, new = weights.bank, sorted(set(names) - set(weights.bank.names))
+        if not new:
+            return held.rows(names)
+        made = _bank(new, replace(config, keep_categories=False), weights)
+        vectors_KE = torch.cat([held.vectors_KE[: len(held.names)], made.vectors_KE.to(held.vectors_KE.dtype)])
+        return TextBank([*held.names, *new], vectors_KE).rows(names)
     if weights is None or source in (TextSource.clip, TextSource.seeded):
         if source is TextSource.weights:
             raise ConfigError("text.source: weights needs weights=FILE")
