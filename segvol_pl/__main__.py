@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import itertools
 import json
@@ -31,6 +32,7 @@ from segvol_pl.config import (
     DemoConfig,
     EmbedConfig,
     EvaluateConfig,
+    FinetuneConfig,
     FitConfig,
     InventoryConfig,
     MixConfig,
@@ -40,6 +42,7 @@ from segvol_pl.config import (
     PretrainConfig,
     ProbeConfig,
     Range,
+    RunConfig,
     ServeConfig,
     TrainConfig,
     loader,
@@ -228,6 +231,21 @@ def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:
             print(line, flush=True)
 
     return run
+
+
+def _finetune(arguments: list[str]) -> int:
+    config = _finetune_config(arguments)
+    from segvol_pl.finetuning.run import finetune
+
+    finetune(config, _console())
+    return DONE
+
+
+def _finetune_config(arguments: list[str]) -> FinetuneConfig:
+    """The configuration of `finetune`. from=FILE is its key `checkpoint`: `from` is a word of Python."""
+    named = [f"checkpoint{argument[4:]}" if argument.startswith("from=") else argument for argument in arguments]
+    config: FinetuneConfig = loader.load("finetune", named)
+    return config
 
 
 def _evaluate(config: EvaluateConfig) -> None:
@@ -555,16 +573,16 @@ def _requeue_help() -> str:
 
 def _requeue(arguments: list[str]) -> int:
     """Exits with 0 whatever it decides: its line is to be the last one of the job's log."""
-    trained = {"train", "pretrain"}
+    trained = {"train", "pretrain", "finetune"}
     if len(arguments) < 2 or not arguments[0].isdecimal() or arguments[1] not in trained:
-        raise ConfigError("takes STATUS, then train or pretrain, then the arguments of that")
+        raise ConfigError("takes STATUS, then train, pretrain or finetune, then the arguments of that")
     from segvol_pl import slurm_job
     from segvol_pl.journal import read
     from segvol_pl.requeue import Job, decide, record_end
 
     job = Job(slurm_job.job_name(), slurm_job.restarts(), int(arguments[0]))
     try:
-        run = loader.load(arguments[1], arguments[2:]).run
+        run = _trained_run(arguments[1], arguments[2:])
     except ConfigError as error:
         print(f"configuration ({error}): not queued again: fix that, and submit the job again")
         return DONE
@@ -577,6 +595,15 @@ def _requeue(arguments: list[str]) -> int:
     if decided.again:
         slurm_job.queue_again()
     return DONE
+
+
+def _trained_run(command: str, arguments: list[str]) -> RunConfig:
+    """The section `run` of a training command; that of `finetune` with the folder that it trains in."""
+    if command == "finetune":
+        config = _finetune_config(arguments)
+        return dataclasses.replace(config.run, out=str(Path(config.out) / "train"))
+    run: RunConfig = loader.load(command, arguments).run
+    return run
 
 
 def _console() -> Console:
@@ -611,6 +638,11 @@ COMMANDS = {
     "overlap": Command("DIR ...", "List volumes that occur in several of the folders, or in two splits.", _overlap),
     "pretrain": _configured("pretrain", _rehearsing(_pretrain)),
     "train": _configured("train", _rehearsing(_train)),
+    "finetune": Command(
+        "[FILE.yaml ...] images=DIR labels=DIR categories=FILE|shards=DIR from=FILE out=DIR [KEY=VALUE ...]",
+        str(SCHEMAS["finetune"].__doc__),
+        _finetune,
+    ),
     "plan": Command(
         PLAN_TAKES,
         "Estimate parameters, operations, memory by strategy, rates and hours of a training run before it is started; "
@@ -621,7 +653,7 @@ COMMANDS = {
         "DIR ...", "List training runs: state, step, goodput, and where the rest of the time went.", _runs, _runs_help
     ),
     "requeue": Command(
-        "STATUS train|pretrain [FILE.yaml ...] [KEY=VALUE ...]",
+        "STATUS train|pretrain|finetune [FILE.yaml ...] [KEY=VALUE ...]",
         "Queue the SLURM job of a failed run again if that makes sense, and say why; slurm/train.sbatch calls it.",
         _requeue,
         _requeue_help,

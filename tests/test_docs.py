@@ -140,6 +140,7 @@ WORKING = (
         "experiments.compare",
         "experiments.fit",
         "experiments.mix",
+        "finetuning.run",
         "goodput",
         "requeue",
         "inference.predictor",

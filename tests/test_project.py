@@ -72,6 +72,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run_folder",
         "training.loggers",
     },
+    "finetuning": {
+        "data",
+        "device",
+        "evaluation",
+        "folder_lock",
+        "html_page",
+        "launched",
+        "model",
+        "packing",
+        "planning",
+        "run_folder",
+        "training.run",
+    },
     "experiments": {"data", "folder_lock", "html_page", "model", "planning", "resources", "run_folder"},
 }
 STANDS_ON_LESS = {"credentials", "errors", "config"}

@@ -45,6 +45,7 @@ from segvol_pl.config.experiments import (
 )
 from segvol_pl.config.features import EmbedConfig, ProbeConfig
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, Range, ranged
+from segvol_pl.config.finetuning import FinetuneConfig, ForgottenConfig, GainConfig, Method
 from segvol_pl.config.inference import (
     DICOM_SEG,
     EVERY_CATEGORY,
@@ -134,11 +135,15 @@ __all__ = [
     "EmbedConfig",
     "EvaluateConfig",
     "EvaluationProtocol",
+    "FinetuneConfig",
     "FitConfig",
+    "ForgottenConfig",
+    "GainConfig",
     "ImportConfig",
     "InventoryConfig",
     "Keys",
     "LastBatch",
+    "Method",
     "MetricPick",
     "MixConfig",
     "Mode",
@@ -195,6 +200,7 @@ SCHEMAS: dict[str, type] = {
     "repack": RepackConfig,
     "pretrain": PretrainConfig,
     "train": TrainConfig,
+    "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "embed": EmbedConfig,
     "probe": ProbeConfig,

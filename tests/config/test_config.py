@@ -30,6 +30,7 @@ REQUIRED = {
     "pack": ["images=ct", "out=shards"],
     "pretrain": TRAINING,
     "train": TRAINING,
+    "finetune": ["checkpoint=last.ckpt", "shards=shards", "out=tuned"],
     "evaluate": ["checkpoint=last.ckpt", "data.shards=shards", "out=report"],
     "embed": ["checkpoint=last.ckpt", "shards=shards", "out=features"],
     "probe": ["features=features", "out=probe"],

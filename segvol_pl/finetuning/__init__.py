@@ -1,0 +1,1 @@
+"""Fine-tuning a checkpoint on your own cases, from files to a report, in one command."""
