@@ -73,9 +73,13 @@ def fine_tune(out: Path, new: Path, given: argparse.Namespace, *more: str) -> di
     ]
     measured = [f"forgotten.shards={given.old}", f"optim.max_steps={STEPS}", SILENT]
     seconds = run("finetune", SETTINGS, *chosen, *measured, *more)
+    return {**({"command_s": round(seconds, 1)} if out == first else {}), **figures_of(out)}
+
+
+def figures_of(out: Path) -> dict[str, Any]:
+    """The figures of a finished fine-tuning: Dice on the new organs, and points lost or gained on the old ones."""
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    trained = {"training_s": report["stages"]["train"]["seconds"]}
-    figures: dict[str, Any] = trained if out != first else {"command_s": round(seconds, 1), **trained}
+    figures: dict[str, Any] = {"training_s": report["stages"]["train"]["seconds"]}
     for gain in (gain for gain in report["gained"] if not gain["category"]):
         figures[f"new_dice_{gain['prompt'].split()[0]}"] = round(gain["after"]["mean"], 4)
     for gain in (gain for gain in report["forgotten"] if not gain["category"]):
