@@ -19,10 +19,10 @@ from segvol_pl.__main__ import main
 from segvol_pl.errors import FAILED, MISUSED, CaseError
 from segvol_pl.evaluation.summary import Row
 from segvol_pl.finetuning import run
-from segvol_pl.finetuning.division import divided, held_out, read_cases, same_cases, write_cases
+from segvol_pl.finetuning.division import divided, held_out, same_cases, write_cases
 from segvol_pl.finetuning.gains import Figure, gains, what_cases_show
 from segvol_pl.model.checkpoint import read_weights
-from segvol_pl.packing.cases import Case
+from segvol_pl.packing.cases import Case, read_cases
 from segvol_pl.training.run import prepared
 
 INTERRUPTED = 130
@@ -152,7 +152,7 @@ def test_a_division_depends_on_the_seed_and_the_names_alone() -> None:
 
 def row(case: str, category: str, dice: float, prompt: str = "box") -> Row:
     rest: dict[str, Any] = dict.fromkeys(("zoom_out", "surface_dice", "hd95", "volume_error", "memory_mb"))
-    counted = {"truth_voxels": 9, "predicted_voxels": 9, "windows": 1}
+    counted: dict[str, Any] = {"truth_voxels": 9, "predicted_voxels": 9, "windows": 1}
     return Row(case, category, "zoom", prompt, "", "", 1, dice, seconds=0, **counted, **rest)
 
 
@@ -238,5 +238,5 @@ def test_the_old_names_are_kept_only_if_that_is_set(phantom_shards: Path, checkp
     with_it = prepared(replace(config, keep_categories=True))
     assert "brain" not in prepared(config)[1].categories and "brain" in with_it[1].categories
     assert with_it[0].hparams["categories"] == with_it[1].categories
-    vectors_KE = with_it[0].model.text_encoder.bank_KE  # type: ignore[union-attr, attr-defined]
+    vectors_KE = with_it[0].state_dict()["model.text_encoder.bank_KE"]
     assert torch.equal(vectors_KE[with_it[1].categories.index("brain")], weights.bank.vectors_KE[0])

@@ -159,3 +159,12 @@ def test_bad_categories(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(CaseError, match=message) as caught:
         load_categories(tmp_path / "c.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_may_name_the_split(tmp_path: Path) -> None:
+    path = tmp_path / "cases.csv"
+    path.write_text("id,image,label,split\na,a.nii,a_seg.nii,test\nb,b.nii,b_seg.nii,\n")
+    assert [case.split for case in read_cases(path)] == ["test", ""]
+    path.write_text("id,image,label,split\na,a.nii,a_seg.nii,val\n")
+    with pytest.raises(CaseError, match="case 1: split is 'val': write train or test, or leave it empty"):
+        read_cases(path)
