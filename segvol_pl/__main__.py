@@ -401,15 +401,16 @@ def _import(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    keys = [argument for argument in arguments if argument.startswith("weights=")]
-    if set(keys) - {"weights=ema"}:
-        raise ConfigError(f"{keys[0]}: the only choice is weights=ema, the averaged weights (optim.ema)")
+    keys = [argument for argument in arguments if "=" in argument or argument.endswith((".yaml", ".yml"))]
     files = [argument for argument in arguments if argument not in keys]
-    source, destination = _take(files[:2], "SRC", "DST")
-    published = _take(files[2:], "PUBLISHED")[0] if files[2:] else None
-    from segvol_pl.model.convert import export
+    names = [name for name in ("source", "out") if not any(key.startswith(f"{name}=") for key in keys)]
+    if not len(names) <= len(files) <= 3:
+        raise ConfigError(f"takes SRC DST [PUBLISHED], then KEY=VALUE, got {' '.join(files) or 'nothing'}")
+    given = zip([*names, "published"], files, strict=False)
+    config = loader.load("export", [*(f"{name}={file}" for name, file in given), *keys])
+    from segvol_pl.sharing.export import export
 
-    export(source, destination, published, averaged=bool(keys))
+    export(config)
     return DONE
 
 
@@ -670,12 +671,7 @@ COMMANDS = {
     ),
     "serve": _configured("serve", _serve),
     "import": Command("SRC DST [KEY=VALUE ...]", str(SCHEMAS["import"].__doc__), _import),
-    "export": Command(
-        "SRC DST [PUBLISHED] [weights=ema]",
-        "Write a model as .safetensors, or as .pth for the published code (with the text tower of the file PUBLISHED). "
-        "weights=ema: the averaged weights of a checkpoint.",
-        _export,
-    ),
+    "export": Command("SRC DST [PUBLISHED] [KEY=VALUE ...]", str(SCHEMAS["export"].__doc__), _export),
     "grid": Command(
         "FILE [run=K|all] [out=DIR] [sweep=FILE] [KEY=VALUE ...]",
         "List the runs of a grid with their state; run=K starts one, run=all one by one, sweep=FILE writes a sweep.",

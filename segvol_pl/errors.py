@@ -137,6 +137,10 @@ class CheckpointError(SegVolError):
     """A checkpoint that cannot be used. The message names the file and what is wrong."""
 
 
+class HubError(PlaceError):
+    """A model on the hub that cannot be taken or uploaded. The message names it and the remedy."""
+
+
 class UnknownCategory(SegVolError):
     """A name that the text bank does not hold. The message offers the nearest ones."""
 
@@ -173,6 +177,10 @@ class PromptError(SegVolError):
 
 class ChallengeError(SegVolError):
     """A case of the challenge that cannot be used. The message names the file and the array in it."""
+
+
+class ExportError(SegVolError):
+    """A model that cannot be written in a format, or a card that cannot be made. The message names the remedy."""
 
 
 class ViewError(SegVolError):

@@ -148,6 +148,7 @@ WORKING = (
         "inference.viewer",
         "model.convert",
         "packing.duplicates",
+        "sharing.export",
     ),
     *("packing.inventory", "packing.pack", "packing.phantom", "packing.repack", "training.rehearsal"),
     "training.run",
@@ -235,7 +236,9 @@ def test_commands_are_seen_and_wrong_ones_refused(monkeypatch: pytest.MonkeyPatc
 
 KEYS = {field.key for schema in SCHEMAS for field in fields_help(schema)}
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
-DOTTED = re.compile(r"`(?P<key>(?:" + "|".join(sorted(SECTIONS)) + r")\.(?!py`)[a-z_]+)(?:=[^`]*)?`")
+DOTTED = re.compile(
+    r"`(?P<key>(?:" + "|".join(sorted(SECTIONS)) + r")\.(?!(?:py|json|safetensors)`)[a-z_]+)(?:=[^`]*)?`"
+)
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=named)

@@ -85,6 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run_folder",
         "training.run",
     },
+    "sharing": {"imaging", "model"},
     "experiments": {"data", "folder_lock", "html_page", "model", "planning", "resources", "run_folder"},
 }
 STANDS_ON_LESS = {"credentials", "errors", "config"}

@@ -82,6 +82,7 @@ from segvol_pl.config.packing import (
     RepackConfig,
     parse_part,
 )
+from segvol_pl.config.sharing import ExportConfig, ExportFormat, ExportWeights
 from segvol_pl.config.training import (
     DEEPSPEED_BUCKET,
     MAY_CHANGE,
@@ -136,6 +137,9 @@ __all__ = [
     "EvaluateConfig",
     "EvaluationProtocol",
     "FinetuneConfig",
+    "ExportConfig",
+    "ExportFormat",
+    "ExportWeights",
     "FitConfig",
     "ForgottenConfig",
     "GainConfig",
@@ -209,6 +213,7 @@ SCHEMAS: dict[str, type] = {
     "challenge predict": ChallengePredictConfig,
     "serve": ServeConfig,
     "import": ImportConfig,
+    "export": ExportConfig,
     "scaling fit": FitConfig,
     "scaling compare": CompareConfig,
     "scaling mix": MixConfig,

@@ -113,10 +113,14 @@ class LoadReport:
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SegVol:
     """Load the model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError."""
-    weights = read_weights(Path(path))
+    return model_of(read_weights(Path(path))).to(device)
+
+
+def model_of(weights: Weights) -> SegVol:
+    """Make the model of weights that were read, on the CPU, in evaluation mode. Raises CheckpointError."""
     model = SegVol(weights.config, weights.bank)
     load_weights(model, weights)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[str] = ()) -> LoadReport:

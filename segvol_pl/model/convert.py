@@ -1,8 +1,9 @@
-"""Converts released weights to this package's format and back (commands `import` and `export`).
+"""Converts released weights to this package's format and back (command `import`).
 
 1. `import_weights` reads the published file, accounts for every tensor and writes a .safetensors with the
    configuration, a text bank computed by the file's own CLIP tower, and the tensors that this model does not use.
-2. `export` writes a model to .safetensors, or to the published `.pth` layout, so that it runs in the published code.
+2. `export` writes a model to .safetensors, or to the published `.pth` layout, so that it runs in the published
+   code. `sharing.export` is the command.
 """
 
 from __future__ import annotations
@@ -91,12 +92,17 @@ def export(source: str | Path, target: str | Path, published: str | Path | None 
         CheckpointError: a file cannot be read, or the model does not fit the published layout.
     """
     target = _checked_target(target, (".safetensors", ".pth"))
-    contents = read_contents(Path(source))
-    weights = read_weights(with_averages(contents) if averaged else contents)
+    weights = read_exportable(source, averaged)
     extras = weights if published is None else read_weights(Path(published), weights.config)
     if target.suffix == ".safetensors":
         return write_weights(replace(weights, extra_tensors=extras.extra_tensors, order=extras.order), target)
     return _export_published(weights, extras, target)
+
+
+def read_exportable(source: str | Path, averaged: bool) -> Weights:
+    """Read the model of a checkpoint or an exported file; `averaged`: its averaged weights. Raises CheckpointError."""
+    contents = read_contents(Path(source))
+    return read_weights(with_averages(contents) if averaged else contents)
 
 
 def _export_published(weights: Weights, extras: Weights, target: Path) -> Path:

@@ -9,6 +9,8 @@ of the image are one product, and under autocast the image stays bf16 through it
 
 Letters: B images, A images x prompts flattened, S prompt tokens, T image tokens, E embedding, I inner width of an
 attention, D H W low-resolution voxels.
+
+Sizes are read as `x.shape[0]`: `len(x)` would fix the number of prompts when the decoder is exported (`sharing`).
 """
 
 from __future__ import annotations
@@ -58,11 +60,11 @@ class Attention(nn.Module):
 
     def mix(self, q_ASI: Tensor, k_ATI: Tensor, v_ATI: Tensor, keep_AT: Tensor | None = None) -> Tensor:
         """Attention after the projections. Queries, or keys and values, may be those of B images, shared by prompts."""
-        if len(q_ASI) > len(k_ATI):
+        if q_ASI.shape[0] > k_ATI.shape[0]:
             assert keep_AT is None, "shared keys cannot be masked"
-            of_image = q_ASI.unflatten(0, (len(k_ATI), -1)).flatten(1, 2)
+            of_image = q_ASI.unflatten(0, (k_ATI.shape[0], -1)).flatten(1, 2)
             return self.mix(of_image, k_ATI, v_ATI).view(*q_ASI.shape[:2], -1)
-        q_ASI = _spread(q_ASI, len(k_ATI) // len(q_ASI))
+        q_ASI = _spread(q_ASI, k_ATI.shape[0] // q_ASI.shape[0])
         mask = None if keep_AT is None else keep_AT[:, None, None, :]
         q, k, v = self._split(q_ASI), self._split(k_ATI), self._split(v_ATI)
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -167,7 +169,7 @@ class TwoWayAttentionBlock(nn.Module):
     def add_dense(self, context: ImageContext, dense_ATE: Tensor) -> ImageContext:
         """Add each prompt's dense embedding to the tokens of its image. As `project_image`, FSDP2 gathers for it."""
         to_image, to_token = self.cross_attn_token_to_image, self.cross_attn_image_to_token
-        image_ATE, place_TE, *projected = context.spread(len(dense_ATE) // len(context.image_BTE))
+        image_ATE, place_TE, *projected = context.spread(dense_ATE.shape[0] // context.image_BTE.shape[0])
         layers = (to_image.k_proj, to_image.v_proj, to_token.q_proj)
         # Projections are linear: those of the images stay as they are.
         added = (x + F.linear(dense_ATE, layer.weight) for x, layer in zip(projected, layers, strict=True))
@@ -314,6 +316,10 @@ class Upscaling(nn.Sequential):
         if fused(fine_AT8E):
             # torch's norm would process the 3 million values of each prompt in a single thread block.
             return norm_gelu(fine_AT8E.flatten(1), scale.flatten(), shift.flatten(), norm.eps).view_as(fine_AT8E)
+        if torch.compiler.is_exporting():
+            # Over these millions of values ONNX Runtime's own norm is wrong by 1e-4.
+            centred = fine_AT8E - _mean_by_axis(fine_AT8E)
+            return F.gelu(centred * torch.rsqrt(_mean_by_axis(centred.square()) + norm.eps) * scale + shift)
         return F.gelu(F.layer_norm(fine_AT8E, fine_AT8E.shape[1:], scale, shift, norm.eps))
 
     @staticmethod
@@ -322,6 +328,9 @@ class Upscaling(nn.Sequential):
         if fused(finest_AVE):
             return gelu_product(finest_AVE, weights_AE)
         activated = F.gelu(finest_AVE)
+        if torch.compiler.is_exporting():  # the loop over prompts would fix their number in the file
+            exported_AV: Tensor = (activated @ weights_AE[..., None])[..., 0]
+            return exported_AV
         logits_AV: Tensor = _Weighed.apply(activated, weights_AE.to(activated.dtype))  # type: ignore[no-untyped-call]
         return logits_AV
 
@@ -336,6 +345,13 @@ class Upscaling(nn.Sequential):
         d, h, w = self.grid
         split = logits_AV.reshape(-1, d, h, w, 2, 2, 2, 2, 2, 2)
         return split.permute(0, 1, 4, 7, 2, 5, 8, 3, 6, 9).reshape(-1, 4 * d, 4 * h, 4 * w)
+
+
+def _mean_by_axis(x: Tensor) -> Tensor:
+    """The mean of each prompt's values, axis after axis, which keeps the sums short."""
+    for axis in range(x.ndim - 1, 0, -1):
+        x = x.mean(dim=axis, keepdim=True)
+    return x
 
 
 class MaskDecoder(nn.Module):
@@ -360,10 +376,10 @@ class MaskDecoder(nn.Module):
     ) -> Tensor:
         """Return logits_ADHW. context: the first layer's, of the B images, each with A / B prompts."""
         own_SE = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens_ASE = torch.cat([own_SE.expand(len(prompt_ASE), -1, -1), prompt_ASE], dim=1)
+        tokens_ASE = torch.cat([own_SE.expand(prompt_ASE.shape[0], -1, -1), prompt_ASE], dim=1)
         keep_AS = F.pad(keep_AS, (len(own_SE), 0), value=True)
         if not fused(context.image_BTE):
-            context = context.spread(len(prompt_ASE) // len(context.image_BTE))
+            context = context.spread(prompt_ASE.shape[0] // context.image_BTE.shape[0])
         tokens_ASE, image_ATE = self.transformer(tokens_ASE, context, keep_AS)
         weights_AE = self.output_hypernetworks_mlps[0](tokens_ASE[:, 1])
         weights_AE = weights_AE + self.txt_align_upscaled_embedding(text_AE) * has_text_A[:, None]

@@ -116,10 +116,13 @@ class SegVol(nn.Module):
 
     def decode_from_context(self, context: ImageContext, prompts: PromptTensors) -> Tensor:
         """Like `decode_low`, from the result of `image_context`."""
+        return self.decode_embedded(context, prompts, self.text_encoder(prompts.text_BP))
+
+    def decode_embedded(self, context: ImageContext, prompts: PromptTensors, text_BPE: Tensor) -> Tensor:
+        """Like `decode_from_context`, with the projected text given: `prompts.text_BP` is not used."""
         dense_BPTE = self.prompt_encoder.dense(prompts)
         if dense_BPTE is not None:
             context = self.mask_decoder.transformer.add_dense(context, dense_BPTE.flatten(0, 1))
-        text_BPE = self.text_encoder(prompts.text_BP)
         prompt_BPSE, keep_BPS = self.prompt_encoder(prompts, text_BPE)
         has_text_A = prompts.has_text_BP.flatten()
         logits_ADHW = self.mask_decoder(

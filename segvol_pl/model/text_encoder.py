@@ -156,5 +156,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, text_BP: Tensor) -> Tensor:
         """Project the rows text_BP (int64) of the bank to text_BPE."""
-        aligned: Tensor = self.dim_align(self.bank_KE[text_BP])
+        return self.project(self.bank_KE[text_BP])
+
+    def project(self, vectors_BPE: Tensor) -> Tensor:
+        """Project vectors of the bank's kind to the model's width."""
+        aligned: Tensor = self.dim_align(vectors_BPE)
         return aligned

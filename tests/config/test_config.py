@@ -39,6 +39,7 @@ REQUIRED = {
     "challenge predict": ["checkpoint=last.ckpt", "cases=inputs", "out=outputs"],
     "serve": ["checkpoint=last.ckpt"],
     "import": ["source=SegVol_v1.pth", "out=segvol.safetensors"],
+    "export": ["source=last.ckpt", "out=model.safetensors"],
     "scaling fit": ["table=runs.csv"],
     "scaling compare": ["runs=[runs]", "axis=size"],
     "scaling mix": ["table=mixtures.csv"],

@@ -100,7 +100,7 @@ def test_averages_change_no_loss_of_training(averaged: TrainConfig, tmp_path: Pa
 
 def test_other_weights_to_export_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "a.ckpt", "b.safetensors", "weights=best"]) == 2
-    assert "weights=best: the only choice is weights=ema" in capsys.readouterr().err
+    assert "weights (command line): 'best' is none of trained, ema" in capsys.readouterr().err
 
 
 # ---- weight decay ----
