@@ -49,6 +49,7 @@ from segvol_pl.config import (
 )
 from segvol_pl.credentials import masked
 from segvol_pl.errors import FAILED, MISUSED, ConfigError, SegVolError, ran_out_of_memory, status_of
+from segvol_pl.hub import pinned
 from segvol_pl.launched import PROCESS, command_since, rank_named
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _configured(name: str, run: Callable[[Any], None]) -> Command:
     """A command whose function takes the configuration that `SCHEMAS[name]` describes."""
 
     def call(arguments: list[str]) -> int:
-        run(loader.load(name, arguments))
+        run(pinned(loader.load(name, arguments)))
         return DONE
 
     return Command("[FILE.yaml ...] [KEY=VALUE ...]", str(SCHEMAS[name].__doc__), call)

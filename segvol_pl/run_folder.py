@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from segvol_pl.atomic import write_text
+from segvol_pl.hub import COMMITS
 
 GRID_ENTRY = "grid.json"
 HEADER = ["step", "metric", "value"]
@@ -71,11 +72,12 @@ def write_manifest(out: Path, config_yaml: str, step: int, changed: Sequence[str
 
 
 def manifest() -> dict[str, Any]:
-    """Git commit (with `+changes` if the working tree differs), Python and package versions."""
+    """Git commit (with `+changes` if the working tree differs), Python and package versions, commits of hub models."""
     return {
         "commit": _commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        **({"hub": dict(COMMITS)} if COMMITS else {}),
     }
 
 

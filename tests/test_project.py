@@ -29,7 +29,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"credentials", "errors"},
     "launched": set(),
     "folder_lock": {"launched"},
-    "run_folder": set(),
+    "hub": set(),
+    "run_folder": {"hub"},
     "slurm_job": set(),
     "journal": {"launched", "slurm_job"},
     "goodput": {"folder_lock", "journal"},
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "imaging": {"segvol_pl"},
     "data": {"imaging", "launched"},
     "packing": {"data", "folder_lock", "imaging"},
-    "model": {"data", "imaging", "kernels"},
+    "model": {"data", "hub", "imaging", "kernels"},
     "planning": set(),
     "inference": {"data", "device", "imaging", "model"},
     "training": {
@@ -50,6 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "device",
         "folder_lock",
         "goodput",
+        "hub",
         "imaging",
         "journal",
         "kernels",
@@ -64,6 +66,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "device",
         "folder_lock",
         "html_page",
+        "hub",
         "imaging",
         "inference",
         "launched",
@@ -85,7 +88,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "run_folder",
         "training.run",
     },
-    "sharing": {"imaging", "model"},
+    "sharing": {"segvol_pl", "data", "goodput", "hub", "imaging", "journal", "model", "run_folder"},
     "experiments": {"data", "folder_lock", "html_page", "model", "planning", "resources", "run_folder"},
 }
 STANDS_ON_LESS = {"credentials", "errors", "config"}

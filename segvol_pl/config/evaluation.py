@@ -139,7 +139,7 @@ class EvaluateConfig(Keys):
     """Evaluate a model on a set of cases and write a report. Resumes if interrupted."""
 
     checkpoint: str = MISSING
-    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    """Checkpoint (.ckpt), exported model (.safetensors), or one on the hub: hub:OWNER/NAME, hub:OWNER/NAME@REVISION."""
     data: CasesConfig = field(default_factory=CasesConfig)
     out: str = MISSING
     """Folder for rows.csv, summary.json, report.html, and cases/ with the results so far."""

@@ -13,7 +13,7 @@ class EmbedConfig(Keys):
     """Compute the frozen features of a checkpoint's image encoder over shards. Resumes if interrupted."""
 
     checkpoint: str = MISSING
-    """Checkpoint of pretrain or train (.ckpt), exported model (.safetensors), or released weights."""
+    """Checkpoint of pretrain or train (.ckpt), exported model (.safetensors or hub:OWNER/NAME), or released weights."""
     shards: str = MISSING
     """Folder of packed shards (with index.json), or its URL."""
     split: str = "all"

@@ -119,7 +119,7 @@ class PredictConfig(Keys):
     """Segment one CT, or many, and write the mask or label map on each CT's own grid."""
 
     checkpoint: str = MISSING
-    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    """Checkpoint (.ckpt), exported model (.safetensors), or one on the hub: hub:OWNER/NAME, hub:OWNER/NAME@REVISION."""
     image: str | None = None
     """CT to segment: NIfTI, NRRD, MHA or a DICOM folder."""
     out: str = MISSING
@@ -226,7 +226,7 @@ class ViewConfig(Keys):
     """Open a CT in a local web page: scroll, click, draw or type to get a mask."""
 
     checkpoint: str = MISSING
-    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    """Checkpoint (.ckpt), exported model (.safetensors), or one on the hub: hub:OWNER/NAME, hub:OWNER/NAME@REVISION."""
     image: str = MISSING
     """CT to open: NIfTI, NRRD, MHA or a DICOM folder. CT on the command line."""
     host: str = "127.0.0.1"
@@ -249,7 +249,7 @@ class ChallengePredictConfig(Keys):
     """Segment the cases of a folder in the format of the CVPR 2025 challenge on interactive segmentation."""
 
     checkpoint: str = MISSING
-    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    """Checkpoint (.ckpt), exported model (.safetensors), or one on the hub: hub:OWNER/NAME, hub:OWNER/NAME@REVISION."""
     cases: str = MISSING
     """Folder that holds CASE.npz with imgs (0 to 255), and boxes, clicks, prev_pred or text_prompts. IN on the command
     line."""
@@ -272,7 +272,7 @@ class ServeConfig(Keys):
     """Serve a model to image viewers, by the HTTP protocol of nnInteractive, until interrupted."""
 
     checkpoint: str = MISSING
-    """Checkpoint (.ckpt) or exported model (.safetensors)."""
+    """Checkpoint (.ckpt), exported model (.safetensors), or one on the hub: hub:OWNER/NAME, hub:OWNER/NAME@REVISION."""
     host: str = "127.0.0.1"
     """Address to listen on. Any address other than loopback needs a key."""
     port: int = ranged(1527, least=0, below=2**16)

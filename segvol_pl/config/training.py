@@ -380,7 +380,8 @@ class TrainConfig(Keys):
     pretrained: str | None = None
     """Checkpoint to take the image encoder from: of a pre-training run, or the released ViT."""
     weights: str | None = None
-    """Full model to start from (fine-tuning): a checkpoint, an exported or imported model, or a released file."""
+    """Full model to start from (fine-tuning): a checkpoint, an exported or imported model, one on the hub
+    (hub:OWNER/NAME), or a released file."""
     allow: list[str] = field(default_factory=list)
     """Patterns of tensor names that may be missing from `weights`, unknown, or of a different shape. The model keeps
     its own values for them."""

@@ -48,6 +48,7 @@ from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore, wai
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
 from segvol_pl.evaluation.wandb_log import track
 from segvol_pl.folder_lock import FolderLock
+from segvol_pl.hub import local
 from segvol_pl.inference.zoom import Promptable
 from segvol_pl.model.checkpoint import load_model
 from segvol_pl.model.text_encoder import TextBank
@@ -87,7 +88,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
     """
     cases = find_cases(config.data)
     model = load_model(config.checkpoint, own_device(config.device))
-    evaluation = _Evaluation(config, cases, model, sha256_of(Path(config.checkpoint)))
+    evaluation = _Evaluation(config, cases, model, sha256_of(local(config.checkpoint)))
     summary = evaluation.run()
     if summary and console:
         console.print(summary.table())

@@ -31,6 +31,7 @@ from segvol_pl.atomic import atomic_path
 from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.config.loader import plain
 from segvol_pl.errors import CheckpointError, listed
+from segvol_pl.hub import local
 from segvol_pl.model import lora
 from segvol_pl.model.image_encoder import ImageEncoder
 from segvol_pl.model.released import (
@@ -112,8 +113,11 @@ class LoadReport:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> SegVol:
-    """Load the model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError."""
-    return model_of(read_weights(Path(path))).to(device)
+    """Load the model of a segmentation checkpoint, in evaluation mode. Raises CheckpointError, HubError.
+
+    path: a file, a folder of a sharded checkpoint, or `hub:OWNER/NAME`.
+    """
+    return model_of(read_weights(local(path))).to(device)
 
 
 def model_of(weights: Weights) -> SegVol:
@@ -135,7 +139,7 @@ def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[st
     Raises:
         CheckpointError: the file cannot be read, or tensors do not match, which are listed.
     """
-    weights = source if isinstance(source, Weights) else read_weights(Path(source), model.config)
+    weights = source if isinstance(source, Weights) else read_weights(local(source), model.config)
     if not any(name.startswith(MASK_EMBEDDING) for name in weights.tensors):
         allow = [*allow, f"{MASK_EMBEDDING}*"]
     return load_exactly(model, {**weights.tensors, BANK: model.text_encoder.bank_KE}, weights.path, allow)
@@ -143,7 +147,7 @@ def load_weights(model: SegVol, source: str | Path | Weights, allow: Sequence[st
 
 def load_encoder(encoder: nn.Module, path: str | Path) -> LoadReport:
     """Load the image encoder of a pre-training or segmentation checkpoint or released file. Raises CheckpointError."""
-    contents = without_adapters(read_contents(Path(path)))
+    contents = without_adapters(read_contents(local(path)))
     return load_exactly(encoder, encoder_of(contents), contents.path)
 
 
@@ -152,7 +156,7 @@ def read_encoder(path: str | Path) -> tuple[ImageEncoder, SegVolConfig]:
 
     A released file does not state its architecture: it has the published one. Raises CheckpointError.
     """
-    contents = without_adapters(read_contents(Path(path)))
+    contents = without_adapters(read_contents(local(path)))
     if is_exported(contents):
         config = _model_config(_header_json(contents, "config"), contents.path)
     elif is_trained(contents):

@@ -15,6 +15,7 @@ from pathlib import Path
 from segvol_pl.config import Convention, ImportConfig, SegVolConfig
 from segvol_pl.config.categories import load_categories
 from segvol_pl.errors import CheckpointError, listed
+from segvol_pl.hub import local
 from segvol_pl.model.checkpoint import (
     BANK,
     Weights,
@@ -49,7 +50,7 @@ def import_weights(config: ImportConfig) -> Path:
         TextError: the tokenizer cannot be loaded.
     """
     target = _checked_target(config.out, (".safetensors",))
-    contents = read_contents(Path(config.source))
+    contents = read_contents(local(config.source))
     if is_exported(contents) or is_trained(contents):
         raise CheckpointError(f"{config.source}: was written by segvol-pl; import reads released weights")
     if not any("mask_decoder." in name for name in contents.tensors):
@@ -92,17 +93,12 @@ def export(source: str | Path, target: str | Path, published: str | Path | None 
         CheckpointError: a file cannot be read, or the model does not fit the published layout.
     """
     target = _checked_target(target, (".safetensors", ".pth"))
-    weights = read_exportable(source, averaged)
-    extras = weights if published is None else read_weights(Path(published), weights.config)
+    contents = read_contents(local(source))
+    weights = read_weights(with_averages(contents) if averaged else contents)
+    extras = weights if published is None else read_weights(local(published), weights.config)
     if target.suffix == ".safetensors":
         return write_weights(replace(weights, extra_tensors=extras.extra_tensors, order=extras.order), target)
     return _export_published(weights, extras, target)
-
-
-def read_exportable(source: str | Path, averaged: bool) -> Weights:
-    """Read the model of a checkpoint or an exported file; `averaged`: its averaged weights. Raises CheckpointError."""
-    contents = read_contents(Path(source))
-    return read_weights(with_averages(contents) if averaged else contents)
 
 
 def _export_published(weights: Weights, extras: Weights, target: Path) -> Path:

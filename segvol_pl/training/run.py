@@ -33,6 +33,7 @@ from segvol_pl.data.datamodule import VolumeModule
 from segvol_pl.data.schema import Member
 from segvol_pl.errors import ConfigError
 from segvol_pl.folder_lock import FolderLock
+from segvol_pl.hub import local
 from segvol_pl.imaging.prompts import landmark_function
 from segvol_pl.journal import Journal
 from segvol_pl.launched import rank_named
@@ -180,7 +181,7 @@ def _starting_weights(config: TrainConfig) -> Weights | None:
     if config.weights is None:
         return None
     # A released file does not state its architecture: only its coordinates and the shapes of its tensors are known.
-    weights = read_weights(Path(config.weights), replace(config.model, coordinates=Convention.published))
+    weights = read_weights(local(config.weights), replace(config.model, coordinates=Convention.published))
     for key in ("coordinates", "patch_size", "num_heads", "decoder_heads"):
         theirs, ours = plain(getattr(weights.config, key)), plain(getattr(config.model, key))
         if theirs != ours:

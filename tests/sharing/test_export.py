@@ -48,7 +48,7 @@ def test_what_is_written_is_as_readable_as_other_files(
         (["FOLDER/model.onnx"], "must end in .safetensors or .pth, or be a folder with format=safetensors", 1),
         (["FOLDER/model.pth", "format=onnx"], "format (command line): onnx is a folder, ", 2),
         (["FOLDER/new", "published=SegVol_v1.pth"], "published (command line): is for a file", 2),
-        (["out=FOLDER/new", "format=tflite"], "'tflite' is none of auto, safetensors, onnx", 2),
+        (["out=FOLDER/new", "format=tflite"], "'tflite' is none of auto, safetensors, onnx, monai", 2),
         (["a", "b", "c"], "takes SRC DST [PUBLISHED], then KEY=VALUE, got ", 2),
     ],
 )
