@@ -30,12 +30,17 @@ def read_metrics(path: Path, metric: str) -> list[tuple[int, float]]:
         return [(int(row["step"]), float(row["value"])) for row in csv.DictReader(stream) if row["metric"] == metric]
 
 
+def read_rows(path: Path) -> list[tuple[int, str, float]]:
+    """Read all rows (step, metric, value), in the order written."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        return [(int(row["step"]), row["metric"], float(row["value"])) for row in csv.DictReader(stream)]
+
+
 def read_every_metric(path: Path) -> dict[str, list[tuple[int, float]]]:
     """Read the same of each metric, by its name."""
     found: dict[str, list[tuple[int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            found.setdefault(row["metric"], []).append((int(row["step"]), float(row["value"])))
+    for step, name, value in read_rows(path):
+        found.setdefault(name, []).append((step, value))
     return found
 
 

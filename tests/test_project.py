@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "packing",
         "run_folder",
         "training.loggers",
+        "training.trackers",
     },
     "finetuning": {
         "data",

@@ -85,6 +85,7 @@ from segvol_pl.config.packing import (
 from segvol_pl.config.sharing import ExportConfig, ExportFormat, ExportWeights
 from segvol_pl.config.training import (
     DEEPSPEED_BUCKET,
+    LOCAL,
     MAY_CHANGE,
     CheckpointFormat,
     DecayShape,
@@ -113,6 +114,7 @@ __all__ = [
     "HIGHEST_SEED",
     "LANDMARKS",
     "LINE",
+    "LOCAL",
     "MASK_TOKENS",
     "MAY_CHANGE",
     "MISSING",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -67,6 +68,9 @@ class Wandb(StrEnum):
     offline = "offline"
     disabled = "disabled"
 
+
+LOCAL = "local"
+"""`track.mlflow`: a store in the run folder."""
 
 DEEPSPEED_BUCKET = 50_000_000
 """Elements per DeepSpeed bucket: a quarter of the model. DeepSpeed's default of 5e8 would reserve 2 GB."""
@@ -322,12 +326,22 @@ class TrackConfig(Keys):
 
     wandb: Wandb = Wandb.auto
     """auto: online if an API key is found, otherwise offline."""
+    mlflow: str | None = None
+    """Log to MLflow too: `local`, a store in the run folder, or an address, as http://HOST:5000. Its user and password
+    belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard too, in the run folder."""
     project: str = "segvol_pl"
-    """wandb project."""
+    """wandb project, and MLflow experiment."""
     name: str | None = None
-    """wandb run name. null: the name of the run folder."""
+    """Name of the run there. null: the name of the run folder."""
     group: str | None = None
-    """wandb group."""
+    """wandb group; at MLflow the tag `group`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.mlflow is None or self.mlflow == LOCAL or re.match(r"[a-z][a-z+.-]*:", self.mlflow) is not None
+        require(known, "track.mlflow", f"{self.mlflow!r} is neither {LOCAL} nor an address with a scheme")
 
 
 def check_shares(data: DataConfig, run: RunConfig) -> None:

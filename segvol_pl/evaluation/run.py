@@ -6,7 +6,7 @@
 3. Write the rows of a case atomically (`evaluation.results`). A restart continues with the cases that have no rows.
    With `protocol=cvpr25` a category is segmented by six calls in place of that (`evaluation.interactive`).
 4. On rank 0 of a run without `part`, wait for all cases and merge them: rows.csv, interactions.csv,
-   category_matches.csv, summary.json, report.html, and wandb if it is configured.
+   category_matches.csv, summary.json, report.html, and trackers if they are configured.
 
 Spatial prompts come from the ground truth, as in the paper. So the figures measure how well the model follows a prompt,
 not how well it finds a structure without one. Only `text` does not depend on the truth.
@@ -29,7 +29,7 @@ import numpy as np
 from rich.console import Console
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import EvaluateConfig, EvaluationProtocol, Mode, Wandb, named_parts
+from segvol_pl.config import EvaluateConfig, EvaluationProtocol, Mode, named_parts
 from segvol_pl.config.loader import custom_function, to_yaml
 from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.device import autocast, own_device
@@ -46,7 +46,7 @@ from segvol_pl.evaluation.protocol import INSTANCE_COLUMNS, Interaction, Protoco
 from segvol_pl.evaluation.report import write_report
 from segvol_pl.evaluation.results import CaseResult, Partition, ResultStore, wait_for_ranks
 from segvol_pl.evaluation.summary import Row, Summary, csv_text, number
-from segvol_pl.evaluation.wandb_log import track
+from segvol_pl.evaluation.tracking import track
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.hub import local
 from segvol_pl.inference.zoom import Promptable
@@ -328,8 +328,7 @@ class _Evaluation:
         text = json.dumps({**summary.to_dict(), **protocol, "manifest": about}, indent=2, ensure_ascii=False)
         write_text(self.out / "summary.json", text + "\n")
         write_report(self.out / "report.html", summary, pictures, about, figures)
-        if self.config.track.wandb is not Wandb.disabled:
-            track(self.out, self.config, summary, pictures, figures)
+        track(self.out, self.config, summary, pictures, figures)
         return summary
 
     def protocol_figures(self, summary: Summary) -> ProtocolFigures | None:

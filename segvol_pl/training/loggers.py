@@ -1,4 +1,4 @@
-"""Where metrics are logged: always metrics.csv, and wandb as configured.
+"""Where metrics are logged: always metrics.csv, and wandb, TensorBoard and MLflow as configured.
 
 A wandb run keeps its id when the job is requeued, belongs to its grid's group, and holds configuration, commit, all
 metrics, pictures and the path of the checkpoint. An offline run is equally complete: upload it later by
@@ -26,6 +26,7 @@ from segvol_pl.atomic import atomic_path, write_text
 from segvol_pl.config import TrackConfig, Wandb
 from segvol_pl.credentials import masked
 from segvol_pl.run_folder import HEADER, manifest, read_places
+from segvol_pl.training.trackers import Tracker, trackers
 
 log = logging.getLogger(__name__)
 
@@ -84,15 +85,16 @@ class MetricsFile(Logger):
             self.unwritten = []
 
 
-class WandbRun(WandbLogger):
+class WandbRun(WandbLogger, Tracker):
     """A wandb run whose failures never end training: they are logged once, and metrics.csv continues.
 
     If wandb cannot be reached or refuses the key, the run is written offline, complete, for `wandb sync`. If nothing
     can be written, wandb is given up.
     """
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, out: Path, **settings: Any) -> None:
+        super().__init__(save_dir=out, **settings)
+        self.out = out
         # Lightning passes it; newer versions of wandb warn about it.
         self._wandb_init.pop("anonymous", None)
         self.given_up = False
@@ -150,9 +152,7 @@ class WandbRun(WandbLogger):
         self.attempt(lambda: super(WandbRun, self).log_hyperparams(params))
 
     @rank_zero_only
-    def picture(self, key: str, image_HW: np.ndarray, masks: Mapping[str, np.ndarray]) -> None:
-        """Log a grey image in [0, 1] with masks over it, by name. image_HW: float; masks: bool (H,W)."""
-
+    def picture(self, key: str, image_HW: np.ndarray, masks: Mapping[str, np.ndarray], step: int) -> None:
         def act() -> None:
             # wandb takes a class label for each voxel: 1 where the mask is.
             overlays = {
@@ -160,14 +160,12 @@ class WandbRun(WandbLogger):
                 for name, mask_HW in masks.items()
             }
             grey = (255 * np.clip(image_HW, 0, 1)).astype(np.uint8)
-            self.log_image(key, [grey], masks=[overlays])
+            self.log_image(key, [grey], step, masks=[overlays])
 
         self.attempt(act)
 
     @rank_zero_only
     def end(self, checkpoint: Path, preempted: bool) -> None:
-        """Log the path of the checkpoint and end the wandb run; a preempted one will be continued."""
-
         def act() -> None:
             run = self.experiment
             if checkpoint.exists() and not preempted:
@@ -199,11 +197,14 @@ def _masked_arguments() -> Iterator[None]:
 
 
 def loggers(out: Path, track: TrackConfig, after: int) -> list[Logger]:
-    """metrics.csv, and wandb unless it is disabled or not installed; without a key an offline run."""
+    """metrics.csv, wandb unless it is disabled or not installed (without a key an offline run), and other trackers.
+
+    Raises ConfigError if a tracker that is asked for cannot be used on this machine.
+    """
     made: list[Logger] = [MetricsFile(out / "metrics.csv", after)]
     if track.wandb is not Wandb.disabled and wandb_is_there():
         made.append(wandb_logger(out, track, new=after == 0))
-    return made
+    return [*made, *trackers(out, track, after + 1 if after else None)]
 
 
 def wandb_is_there() -> bool:
@@ -220,10 +221,10 @@ def wandb_logger(out: Path, track: TrackConfig, new: bool) -> WandbRun:
     os.environ.setdefault("WANDB_SILENT", "true")
     offline = track.wandb is Wandb.offline or (track.wandb is Wandb.auto and not has_key())
     run = WandbRun(
+        out,
         project=track.project,
         name=track.name or out.name,
         group=track.group,
-        save_dir=out,
         mode="offline" if offline else "online",
         id=_wandb_id(out, new),
         resume="allow",
@@ -244,10 +245,10 @@ def _wandb_id(out: Path, new: bool) -> str:
 
 
 def finish(made: list[Logger], preempted: bool = False) -> None:
-    """End the wandb run, so that the process's next run gets its own. A preempted one will be continued."""
+    """End the run at every tracker, so that the process's next run gets its own. A preempted one will be continued."""
     for logger in made:
-        if isinstance(logger, WandbRun):
-            logger.end(Path(str(logger.save_dir)) / "checkpoints" / "last.ckpt", preempted)
+        if isinstance(logger, Tracker):
+            logger.end(logger.out / "checkpoints" / "last.ckpt", preempted)
 
 
 def has_key() -> bool:

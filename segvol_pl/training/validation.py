@@ -14,15 +14,15 @@ from torch import Tensor
 
 from segvol_pl.data.batch import Batch
 from segvol_pl.run_folder import HELD_OUT, SHARE, VOLUMES
-from segvol_pl.training.loggers import WandbRun
 from segvol_pl.training.module import Task
 from segvol_pl.training.segment import SegVolTask
+from segvol_pl.training.trackers import Tracker
 
 
 class ValidationDice(pl.Callback):
     """Log `val/dice/PROMPT/CATEGORY`, means over the validation's masks, and `val/dice/PROMPT`, the mean of those.
 
-    Dice of binary masks, at the model's input resolution. A slice of the first batch's first volume is logged to wandb.
+    Dice of binary masks, at the model's input resolution. A slice of the first volume is logged as a picture.
     """
 
     def __init__(self) -> None:
@@ -75,12 +75,13 @@ class ValidationDice(pl.Callback):
         at = int(truth_DHW.sum((1, 2)).argmax())
         name = module.hparams["categories"][int(batch["category_BK"][0, 0])]
         slices_CHW = masks_BKCDHW[0, 0, :, at]
-        for logger in (each for each in trainer.loggers if isinstance(each, WandbRun)):
+        for logger in (each for each in trainer.loggers if isinstance(each, Tracker)):
             logger.picture(
                 f"val/masks/{name}",
                 _upright(batch["image_BCDHW"][0, 0, at].float()),
                 {"truth": _upright(truth_DHW[at])}
                 | {kind: _upright(m) for kind, m in zip(module.config.prompts.combinations, slices_CHW, strict=True)},
+                trainer.global_step,
             )
 
 

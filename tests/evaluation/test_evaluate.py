@@ -14,7 +14,9 @@ import torch
 from boxes import CATEGORIES, SHAPE, WINDOW, NamedOracle, evaluated, placed_affine, sample_of, write_boxes
 from factories import evaluate_config, save_untrained
 from holders import holding
+from mlflow.tracking import MlflowClient
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from segvol_pl.config import (
     CasesConfig,
@@ -457,3 +459,21 @@ def test_wandb_gets_tables_and_pictures_offline(shards: Path, tmp_path: Path) ->
     # offline-run-TIME-ID, and -1 behind it where both began in one second.
     ids = {path.name.split("-")[3] for path in (tmp_path / "wandb").glob("offline-run-*")}
     assert ids == {(tmp_path / "wandb_id").read_text()}, "put together again, the run goes on"
+
+
+def test_tensorboard_and_mlflow_get_figures_pictures_and_files(shards: Path, tmp_path: Path) -> None:
+    """Put together twice, it is one run at MLflow, and the event files of the second take back those of the first."""
+    track = TrackConfig(wandb=Wandb.disabled, mlflow="local", tensorboard=True)
+    for _ in range(2):
+        evaluated(evaluate_config(shards, tmp_path, prompts=["box"], categories=["spleen"], track=track))
+    overall = json.loads((tmp_path / "summary.json").read_text())["overall"][0]["dice"]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (key,) = [key for key in events.Tags()["scalars"] if key.startswith("dice/")]
+    (scalar,) = events.Scalars(key)
+    assert scalar.value == pytest.approx(overall) and len(events.Tags()["images"]) == 2
+    store = MlflowClient((tmp_path / "mlflow").as_uri())
+    (run,) = store.search_runs([store.get_experiment_by_name("segvol_pl").experiment_id])
+    assert run.info.status == "FINISHED" and run.data.params["prompts"] == "['box']"
+    assert [value for key, value in run.data.metrics.items() if key.startswith("dice/")] == [pytest.approx(overall)]
+    files = {each.path for each in store.list_artifacts(run.info.run_id)}
+    assert {"report.html", "summary.json", "rows.csv"} <= files

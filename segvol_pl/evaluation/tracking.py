@@ -1,4 +1,4 @@
-"""Log an evaluation to wandb: tables, figures and pictures."""
+"""Log an evaluation to wandb, TensorBoard and MLflow, as configured: figures, pictures, and tables or files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.image import imread
 
-from segvol_pl.config import EvaluateConfig
+from segvol_pl.config import EvaluateConfig, Wandb
 from segvol_pl.config.loader import plain
 from segvol_pl.evaluation.figures import Picture, png_of
 from segvol_pl.evaluation.mask_category import CategoryMatch
 from segvol_pl.evaluation.protocol import Interaction, ProtocolFigures, curve_records, interactions, plot_curve
 from segvol_pl.evaluation.summary import Row, Summary, columns
 from segvol_pl.training.loggers import finish, wandb_is_there, wandb_logger
+from segvol_pl.training.trackers import MlflowRun, trackers
 
 if TYPE_CHECKING:
     import wandb
+
+
+FILES = ("report.html", "summary.json", "rows.csv", "interactions.csv", "category_matches.csv")
 
 
 def track(
@@ -29,15 +33,37 @@ def track(
     pictures: Sequence[Picture],
     protocol: ProtocolFigures | None = None,
 ) -> None:
-    """Log the tables `rows`, `categories` and `matches`, the pictures, and the overall figures of each setting.
+    """Log the overall figures of each setting and the pictures to every tracker that is configured.
 
-    Of a protocol with clicks also the tables `interactions` and `curve`, and the curve as a picture.
+    wandb also gets the tables `rows`, `categories` and `matches`, and of a protocol with clicks `interactions`, `curve`
+    and the curve as a picture; MLflow gets the files of `out` instead.
 
-    A repeated evaluation continues its wandb run, except with `resume=false`. If wandb is not installed, only a warning
-    is logged.
+    A repeated evaluation continues its runs, except with `resume=false`. If wandb is not installed, only a warning is
+    logged. Raises ConfigError if another tracker cannot be used on this machine.
     """
-    if not wandb_is_there():
-        return
+    cases = {f"{protocol.protocol}/{name}": one.mean for name, one in protocol.cases.items()} if protocol else {}
+    figures = {**_overall(summary), **cases}
+    if config.track.wandb is not Wandb.disabled and wandb_is_there():
+        _to_wandb(out, config, summary, pictures, protocol, figures)
+    others = trackers(out, config.track, 0 if config.resume else None)
+    for other in others:
+        other.log_hyperparams({"config": plain(config)})
+        other.log_metrics(figures, step=0)
+        for picture in pictures:
+            other.pixels(picture.caption, _pixels(picture), step=0)
+        if isinstance(other, MlflowRun):
+            other.files([path for name in FILES if (path := out / name).exists()])
+    finish([*others])
+
+
+def _to_wandb(
+    out: Path,
+    config: EvaluateConfig,
+    summary: Summary,
+    pictures: Sequence[Picture],
+    protocol: ProtocolFigures | None,
+    figures: dict[str, float],
+) -> None:
     logger = wandb_logger(out, config.track, new=not config.resume)
     content = {
         "rows": _records(Row, summary.rows),
@@ -48,8 +74,7 @@ def track(
     }
     logger.attempt(lambda: logger.experiment.config.update(plain(config), allow_val_change=True))
     logger.attempt(lambda: logger.experiment.log(content))
-    cases = {f"{protocol.protocol}/{name}": one.mean for name, one in protocol.cases.items()} if protocol else {}
-    logger.attempt(lambda: logger.experiment.summary.update({**_overall(summary), **cases}))
+    logger.attempt(lambda: logger.experiment.summary.update(figures))
     finish([logger])
 
 
@@ -64,8 +89,11 @@ def _clicked(summary: Summary, protocol: ProtocolFigures) -> dict[str, Any]:
 def _image(picture: Picture) -> wandb.Image:
     import wandb
 
-    pixels = np.rint(255 * imread(io.BytesIO(picture.png))).astype(np.uint8)
-    return wandb.Image(pixels, caption=picture.caption)
+    return wandb.Image(_pixels(picture), caption=picture.caption)
+
+
+def _pixels(picture: Picture) -> np.ndarray:
+    return np.rint(255 * imread(io.BytesIO(picture.png))).astype(np.uint8)
 
 
 def _table(columns: Sequence[str], data: list[list[Any]]) -> wandb.Table:
