@@ -31,7 +31,7 @@ BARE = ("lightning", "numba", "scipy", "torch", "transformers")
 BESIDE = ("einops", "httpx", "matplotlib", "msgpack", "psutil", "requests")
 WHEELHOUSE = 19 * 2**20
 """Bytes at most."""
-OPTIONAL = ("aiohttp", "bokeh", "deepspeed", "highdicom", "s3fs", "wandb")
+OPTIONAL = ("aiohttp", "bokeh", "deepspeed", "highdicom", "mlflow", "s3fs", "tensorboard", "wandb")
 HEAVY = {"lightning", "matplotlib", "monai", "numpy", "omegaconf", "rich", "scipy", "torch", "transformers", *OPTIONAL}
 
 

@@ -153,6 +153,8 @@ class WandbRun(WandbLogger, Tracker):
 
     @rank_zero_only
     def picture(self, key: str, image_HW: np.ndarray, masks: Mapping[str, np.ndarray], step: int) -> None:
+        """Log a grey image in [0, 1] with masks over it, by name. image_HW: float; masks: bool (H,W)."""
+
         def act() -> None:
             # wandb takes a class label for each voxel: 1 where the mask is.
             overlays = {
@@ -166,6 +168,8 @@ class WandbRun(WandbLogger, Tracker):
 
     @rank_zero_only
     def end(self, checkpoint: Path, preempted: bool) -> None:
+        """Log the path of the checkpoint and end the wandb run; a preempted one will be continued."""
+
         def act() -> None:
             run = self.experiment
             if checkpoint.exists() and not preempted:
@@ -199,7 +203,7 @@ def _masked_arguments() -> Iterator[None]:
 def loggers(out: Path, track: TrackConfig, after: int) -> list[Logger]:
     """metrics.csv, wandb unless it is disabled or not installed (without a key an offline run), and other trackers.
 
-    Raises ConfigError if a tracker that is asked for cannot be used on this machine.
+    Raises ConfigError if a configured tracker cannot be used on this machine.
     """
     made: list[Logger] = [MetricsFile(out / "metrics.csv", after)]
     if track.wandb is not Wandb.disabled and wandb_is_there():

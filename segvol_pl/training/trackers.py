@@ -1,4 +1,4 @@
-"""Trackers beside wandb, for those who keep their runs in the house: TensorBoard's event files, and MLflow.
+"""Trackers besides wandb that need no account: event files for TensorBoard, and MLflow.
 
 1. What fails in a tracker is logged in one line and never ends a run.
 2. Metrics that an MLflow server cannot take wait in memory, and are sent when it answers again. A later start of the
@@ -54,7 +54,7 @@ TINT_C = (0.9, 0.1, 0.1)
 
 
 class Tracker(ABC):
-    """What a logger of ours can do beside logging metrics."""
+    """What a logger of ours can do besides logging metrics."""
 
     out: Path
     """The run folder."""
@@ -142,6 +142,7 @@ class EventFiles(TensorBoardLogger, Tracker):
 
     @rank_zero_only
     def picture(self, key: str, image_HW: np.ndarray, masks: Mapping[str, np.ndarray], step: int) -> None:
+        """Log the image once for each mask, side by side."""
         self.pixels(f"{key} ({', '.join(masks)})", tinted(image_HW, masks), step)
 
     def pixels(self, key: str, pixels_HWC: np.ndarray, step: int) -> None:
@@ -155,6 +156,7 @@ class EventFiles(TensorBoardLogger, Tracker):
 
     @rank_zero_only
     def end(self, checkpoint: Path, preempted: bool) -> None:
+        """Close the file."""
         self.attempt(lambda: self.experiment.close())
 
 
@@ -227,6 +229,7 @@ class MlflowRun(Logger, Tracker):
 
     @rank_zero_only
     def picture(self, key: str, image_HW: np.ndarray, masks: Mapping[str, np.ndarray], step: int) -> None:
+        """Log the image once for each mask, side by side."""
         self.pixels(f"{key} ({', '.join(masks)})", tinted(image_HW, masks), step)
 
     def pixels(self, key: str, pixels_HWC: np.ndarray, step: int) -> None:
@@ -250,12 +253,14 @@ class MlflowRun(Logger, Tracker):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Mark the run as failed. The other ends are told by `end`: Lightning calls this after validation too."""
+        """Mark the run as failed. The other ends are set by `end`: Lightning calls this after validation too."""
         if status == "failed":
             self._terminate("FAILED")
 
     @rank_zero_only
     def end(self, checkpoint: Path, preempted: bool) -> None:
+        """Send what is left, with the path of the checkpoint, and end the run at MLflow."""
+
         def act() -> None:
             self._send()
             if checkpoint.exists():
