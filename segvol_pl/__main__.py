@@ -553,18 +553,31 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _runs(arguments: list[str]) -> int:
-    if not arguments:
-        raise ConfigError("takes DIR ...")
-    from segvol_pl.goodput import describe, run_folders
+    keys = [argument for argument in arguments if "=" in argument or argument.endswith((".yaml", ".yml"))]
+    folders = [argument for argument in arguments if argument not in keys]
+    config = loader.load("runs", [*([f"folders={json.dumps(folders)}"] if folders else []), *keys])
+    from segvol_pl.run_table import table, write
 
-    _print_table([describe(folder) for folder in run_folders(arguments)])
+    rows = table(config)
+    if config.out is None:
+        _print_table(rows)
+    else:
+        write(rows, Path(config.out))
     return DONE
 
 
 def _runs_help() -> str:
-    from segvol_pl.goodput import HELP
+    from segvol_pl.run_table import HELP
 
     return HELP
+
+
+def _completion(arguments: list[str]) -> int:
+    from segvol_pl.completion import SHELLS, script
+
+    (shell,) = _take(arguments, "|".join(SHELLS))
+    print(script(shell, {name: command.summary for name, command in COMMANDS.items()}), end="")
+    return DONE
 
 
 def _requeue_help() -> str:
@@ -651,9 +664,7 @@ COMMANDS = {
         "coordinates=true checks instead whether its learning rate transfers over widths.",
         _plan,
     ),
-    "runs": Command(
-        "DIR ...", "List training runs: state, step, goodput, and where the rest of the time went.", _runs, _runs_help
-    ),
+    "runs": Command("DIR ... [out=FILE.csv|FILE.html]", str(SCHEMAS["runs"].__doc__), _runs, _runs_help),
     "requeue": Command(
         "STATUS train|pretrain|finetune [FILE.yaml ...] [KEY=VALUE ...]",
         "Queue the SLURM job of a failed run again if that makes sense, and say why; slurm/train.sbatch calls it.",
@@ -696,6 +707,7 @@ COMMANDS = {
         _doctor,
     ),
     "init": Command("DIR", "Copy configs/, slurm/ and shards/datasets/ into DIR, for editing.", _init),
+    "completion": Command("bash|zsh|fish", "Print a script that completes commands, keys and values.", _completion),
     "config": Command(
         "COMMAND [FILE.yaml ...] [KEY=VALUE ...]", "Print the resolved configuration of COMMAND as YAML.", _config
     ),

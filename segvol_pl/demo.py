@@ -123,7 +123,10 @@ def _report(summary: Summary, out: Path, seconds: float, console: Console) -> No
     console.print(
         f"Phantom data on a small model: this shows that the parts work together, not accuracy. {seconds:.0f} s."
     )
-    console.print(f"Report: {out / 'evaluation' / 'report.html'}")
+    console.print(f"Report: {out / 'evaluation' / 'report.html'}", soft_wrap=True)
+    ct = min((out / "phantoms" / "images").iterdir())
+    # In one line, as it is to be copied.
+    console.print(f"Try the model: segvol-pl view {ct} checkpoint={_model(out)}", soft_wrap=True)
 
 
 Dice = dict[str, dict[str, float]]

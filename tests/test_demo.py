@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,9 @@ def test_a_short_demo_goes_the_whole_way_and_again(tmp_path: Path) -> None:
     steps = ("volumes=8", "scale=0.4", "pretrain_steps=2", "train_steps=2")
     said = _demo(tmp_path, *steps)
     assert [part for part in DEMO_FILES if not (tmp_path / part).exists()] == []
+    (line,) = [line for line in said.splitlines() if line.startswith("Try the model: ")]
+    command, ct, checkpoint = shlex.split(line.removeprefix("Try the model: segvol-pl "))
+    assert command == "view" and Path(ct).is_file() and Path(checkpoint.removeprefix("checkpoint=")).is_file()
     assert "Report:" in said and "small: sliding" in said
     with (tmp_path / "evaluation" / "rows.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))

@@ -143,6 +143,7 @@ WORKING = (
         "finetuning.run",
         "goodput",
         "requeue",
+        "run_table",
         "inference.predictor",
         "inference.server",
         "inference.viewer",

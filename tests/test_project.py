@@ -35,6 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "journal": {"launched", "slurm_job"},
     "goodput": {"folder_lock", "journal"},
     "requeue": {"journal"},
+    "run_table": {"goodput", "html_page", "run_folder"},
+    "completion": set(),
     "resources": set(),
     "doctor": {"planning", "training.loggers", "training.out_of_memory", "training.startup"},
     "html_page": set(),

@@ -344,6 +344,21 @@ class TrackConfig(Keys):
         require(known, "track.mlflow", f"{self.mlflow!r} is neither {LOCAL} nor an address with a scheme")
 
 
+@dataclass
+class RunsConfig(Keys):
+    """List training runs: state, step, rate, best Dice, goodput, and the keys in which their configurations differ."""
+
+    folders: list[str] = MISSING
+    """Run folders, and folders of run folders. DIR ... on the command line."""
+    out: str | None = None
+    """Write the table to this file, as CSV (.csv) or as a page (.html). null: print it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ends = self.out is None or self.out.endswith((".csv", ".html"))
+        require(ends, "out", f"{self.out!r} must end in .csv or .html")
+
+
 def check_shares(data: DataConfig, run: RunConfig) -> None:
     """Raise ConfigError unless every micro-batch can take as many samples from each share of the corpus."""
     fits = data.global_batch % (data.locality * run.accumulate) == 0 or data.locality == 1

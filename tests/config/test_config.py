@@ -31,6 +31,7 @@ REQUIRED = {
     "pretrain": TRAINING,
     "train": TRAINING,
     "finetune": ["checkpoint=last.ckpt", "shards=shards", "out=tuned"],
+    "runs": ["folders=[runs]"],
     "evaluate": ["checkpoint=last.ckpt", "data.shards=shards", "out=report"],
     "embed": ["checkpoint=last.ckpt", "shards=shards", "out=features"],
     "probe": ["features=features", "out=probe"],
