@@ -237,8 +237,9 @@ def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:
 def _finetune(arguments: list[str]) -> int:
     config = _finetune_config(arguments)
     from segvol_pl.finetuning.run import finetune
+    from segvol_pl.hub import pinned
 
-    finetune(config, _console())
+    finetune(pinned(config), _console())
     return DONE
 
 

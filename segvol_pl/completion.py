@@ -19,15 +19,15 @@ BOTH = ("pretrain", "train")
 WORDS: dict[str, tuple[str, ...]] = {
     "challenge": ("predict",),
     "scaling": ("fit", "compare", "mix"),
-    "requeue": BOTH,
+    "requeue": (*BOTH, "finetune"),
     "config": tuple(SCHEMAS),
     "completion": ("bash", "zsh", "fish"),
-    "export": ("weights=ema",),
+    "finetune": ("from=",),
     "grid": ("run=", "run=all", "out=", "sweep="),
     "plan": ("nodes=", "gpus=", "device=", "volumes=", "corpus_gb=", "coordinates=true"),
 }
 """What commands take that no schema has."""
-TAKES_KEYS_OF: dict[str, tuple[str, ...]] = {"grid": BOTH, "plan": BOTH, "requeue": BOTH}
+TAKES_KEYS_OF: dict[str, tuple[str, ...]] = {"grid": BOTH, "plan": BOTH, "requeue": (*BOTH, "finetune")}
 """Commands that pass keys on to others."""
 
 BASH = """\

@@ -84,6 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluation",
         "folder_lock",
         "html_page",
+        "hub",
         "launched",
         "model",
         "packing",

@@ -40,6 +40,7 @@ from segvol_pl.finetuning.report import Findings, gained, lost, table, write_rep
 from segvol_pl.finetuning.settings import MODEL, RUN, shards_of
 from segvol_pl.finetuning.stages import Stages
 from segvol_pl.folder_lock import FolderLock
+from segvol_pl.hub import local
 from segvol_pl.launched import rank_named
 from segvol_pl.model.checkpoint import read_header, read_weights
 from segvol_pl.model.convert import export
@@ -76,7 +77,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Path | N
     Raises:
         ConfigError: The configuration does not fit the checkpoint, the shards, or what `out` was begun with.
         CaseError, PackError: Cases cannot be found, divided or packed.
-        CheckpointError, ShardError, EvaluateError, TextError: As the stages do.
+        CheckpointError, HubError, ShardError, EvaluateError, TextError: As the stages do.
         RunError: Training in processes of its own failed.
         LockedError: Another process fine-tunes in `out`.
     """
@@ -97,7 +98,7 @@ class _Finetuning:
 
     def __init__(self, config: FinetuneConfig, first: bool, console: Console) -> None:
         self.config, self.first, self.console = config, first, console
-        self.out, self.checkpoint = Path(config.out), Path(config.checkpoint)
+        self.out, self.checkpoint = Path(config.out), local(config.checkpoint)
         self.stages = Stages(self.out, first)
         self.weights = read_weights(self.checkpoint)
         self.start = sha256_of(self.checkpoint)
