@@ -223,6 +223,7 @@ def test_every_command_is_one(
         "data.corpus.check_folders",
     ):
         monkeypatch.setattr(f"segvol_pl.{name}", lambda *_: [])
+    monkeypatch.setattr("segvol_pl.hub._pin", lambda place: place)
     assert program.main(words_of(line)) == program.DONE, capsys.readouterr().err
 
 
