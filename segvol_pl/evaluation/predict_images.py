@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import ndimage
 
 from segvol_pl.atomic import write_csv, write_text
@@ -113,7 +114,8 @@ def _structures(found: LabelMap) -> list[dict[str, Any]]:
     """Volume and density of each category, as rows of `STATISTICS`."""
     values = [score.value for score in found.scores]
     of = (found.volume.array_DHW, found.array_DHW, values)
-    means, deviations = ndimage.mean(*of), ndimage.standard_deviation(*of)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a category that was not found has no density
+        means, deviations = ndimage.mean(*of), ndimage.standard_deviation(*of)
     return [
         {
             "category": score.category,
