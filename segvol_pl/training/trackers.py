@@ -73,7 +73,8 @@ def tinted(image_HW: np.ndarray, masks: Mapping[str, np.ndarray]) -> np.ndarray:
     grey_HWC = np.repeat(np.clip(image_HW, 0, 1)[..., None], 3, axis=-1)
     red_HWC = 0.5 * grey_HWC + 0.5 * np.array(TINT_C)
     planes = [np.where(mask_HW[..., None], red_HWC, grey_HWC) for mask_HW in masks.values()]
-    return np.rint(255 * np.concatenate(planes, axis=1)).astype(np.uint8)
+    pixels_HWC: np.ndarray = np.rint(255 * np.concatenate(planes, axis=1)).astype(np.uint8)
+    return pixels_HWC
 
 
 def trackers(out: Path, track: TrackConfig, repeats_from: int | None) -> list[EventFiles | MlflowRun]:
@@ -111,7 +112,7 @@ class EventFiles(TensorBoardLogger, Tracker):
 
     def __init__(self, out: Path, repeats_from: int | None) -> None:
         folder = out / EVENTS
-        how = {"flush_secs": FLUSH_SECONDS, "purge_step": repeats_from}
+        how: dict[str, Any] = {"flush_secs": FLUSH_SECONDS, "purge_step": repeats_from}
         super().__init__(folder, name="", version="", default_hp_metric=False, **how)
         self.out, self.given_up = out, False
         if repeats_from is None:
@@ -236,8 +237,7 @@ class MlflowRun(Logger, Tracker):
         """Log a picture, uint8."""
 
         def act() -> None:
-            self._send()
-            self.client.log_image(self.run_id, pixels_HWC, key=_permitted(key), step=step)
+            self.client.log_image(self._send(), pixels_HWC, key=_permitted(key), step=step)
 
         self.attempt(act)
 
@@ -245,9 +245,9 @@ class MlflowRun(Logger, Tracker):
         """Log files."""
 
         def act() -> None:
-            self._send()
+            run = self._send()
             for path in paths:
-                self.client.log_artifact(self.run_id, str(path))
+                self.client.log_artifact(run, str(path))
 
         self.attempt(act)
 
@@ -262,11 +262,12 @@ class MlflowRun(Logger, Tracker):
         """Send what is left, with the path of the checkpoint, and end the run at MLflow."""
 
         def act() -> None:
-            self._send()
+            run = self._send()
             if checkpoint.exists():
-                self.client.set_tag(self.run_id, "checkpoint", str(checkpoint.resolve()))
+                self.client.set_tag(run, "checkpoint", str(checkpoint.resolve()))
 
         self.attempt(act, at_once=True)
+        self._note()
         # A preempted run will be continued.
         self._terminate("SCHEDULED" if preempted else "FINISHED")
         if self.unsent:
@@ -275,11 +276,11 @@ class MlflowRun(Logger, Tracker):
 
     def _terminate(self, status: str) -> None:
         def act() -> None:
-            self._send()
+            run = self._send()
             if status == "SCHEDULED":
-                self.client.update_run(self.run_id, status=status)
+                self.client.update_run(run, status=status)
             else:
-                self.client.set_terminated(self.run_id, status)
+                self.client.set_terminated(run, status)
 
         self.attempt(act)
 
@@ -310,38 +311,43 @@ class MlflowRun(Logger, Tracker):
         """Write down from where on metrics are missing at MLflow, for a later start, if this one should be killed."""
         since = min((step for step, _, _ in self.unsent), default=None)
         if self.run_id is not None and (since is None) != (self.unsent_from is None):
-            self.unsent_from = since
-            self._write_record()
+            before, self.unsent_from = self.unsent_from, since
+            try:
+                self._write_record()
+            except OSError:  # a full disk must not end the run: it is tried again with the next metrics
+                self.unsent_from = before
 
-    def _send(self) -> None:
+    def _send(self) -> str:
+        """Send what waits, to a run that is begun now if it is not; return the run's id."""
         from mlflow.entities import Metric, Param
 
-        if self.run_id is None:
-            self._create()
-        elif not self.begun:
-            self.client.update_run(self.run_id, status="RUNNING")
+        run = self.run_id or self._create()
+        if not self.begun:
+            self.client.update_run(run, status="RUNNING")
             self.begun = True
         while self.parameters:
             batch = list(self.parameters.items())[:PARAMETERS_AT_ONCE]
             some = [Param(_permitted(key), str(value)[:LONGEST_PARAMETER]) for key, value in batch]
-            self.client.log_batch(self.run_id, params=some)
+            self.client.log_batch(run, params=some)
             for key, _ in batch:
                 del self.parameters[key]
         while self.unsent:
             now = int(1000 * time.time())
             metrics = [Metric(_permitted(name), value, now, step) for step, name, value in self.unsent[:AT_ONCE]]
-            self.client.log_batch(self.run_id, metrics=metrics)
+            self.client.log_batch(run, metrics=metrics)
             del self.unsent[:AT_ONCE]
+        return run
 
-    def _create(self) -> None:
+    def _create(self) -> str:
         experiment = self.client.get_experiment_by_name(self.track.project)
         id = experiment.experiment_id if experiment else self.client.create_experiment(self.track.project)
         tags = {f"grid.{axis}": label for axis, label in read_places(self.out).items()}
         tags |= {"commit": manifest()["commit"], "folder": str(self.out.resolve())}
         tags |= {"group": self.track.group} if self.track.group else {}
-        self.run_id = self.client.create_run(id, tags=tags, run_name=self.track.name or self.out.name).info.run_id
-        self.begun = True
+        run = str(self.client.create_run(id, tags=tags, run_name=self.track.name or self.out.name).info.run_id)
+        self.run_id, self.begun = run, True
         self._write_record()
+        return run
 
     def _write_record(self) -> None:
         record = {"place": self.place, "run": self.run_id, "unsent_from": self.unsent_from}
