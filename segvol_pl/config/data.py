@@ -152,9 +152,9 @@ class PromptConfig(Keys):
     """Fraction of these categories that are drawn from those that the crop does not show, prompted by text, to be
     segmented as nothing. Needs prompts.per_category."""
     absent: float = ranged(0.0, least=0, most=1)
-    """Fraction of these categories that are drawn from those that the complete volume lacks although its folder of shards
-    labels them in others, prompted by text, to be segmented as nothing. For folders that label all their categories in
-    every volume. Needs prompts.per_category."""
+    """Fraction of these categories that are drawn from those that the complete volume lacks although its folder of
+    shards labels them in others, prompted by text, to be segmented as nothing. For folders that label all their
+    categories in every volume. Needs prompts.per_category."""
     mask_fraction: float = ranged(0.0, least=0, most=1)
     """Fraction of the categories in crops whose prompts come with a simulated coarse mask. Needs model.mask_prompt."""
     corrections: int = ranged(0, least=0)

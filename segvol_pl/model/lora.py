@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,10 +41,10 @@ def adapt(model: nn.Module, layers: Iterable[str], rank: int, alpha: float) -> N
         nn.init.kaiming_uniform_(thin, a=math.sqrt(5))
         layer.register_parameter(A, nn.Parameter(thin))
         layer.register_parameter(B, nn.Parameter(layer.weight.new_zeros(layer.out_features, rank)))
-        layer.lora_scale = alpha / rank
+        cast(Any, layer).lora_scale = alpha / rank
 
 
-def linear(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product of a linear layer with `weight` and `bias`, plus that of its adapter, if it has one."""
     product = F.linear(x, weight, bias)
     if not hasattr(layer, A):
