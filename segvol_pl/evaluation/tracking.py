@@ -93,7 +93,8 @@ def _image(picture: Picture) -> wandb.Image:
 
 
 def _pixels(picture: Picture) -> np.ndarray:
-    return np.rint(255 * imread(io.BytesIO(picture.png))).astype(np.uint8)
+    pixels_HWC: np.ndarray = np.rint(255 * imread(io.BytesIO(picture.png))).astype(np.uint8)
+    return pixels_HWC
 
 
 def _table(columns: Sequence[str], data: list[list[Any]]) -> wandb.Table:

@@ -251,7 +251,7 @@ def check_categories(module: VolumeModule, config: TrainConfig) -> None:
     if config.prompts.pseudo_per_volume or config.prompts.absent:
         return
     parts = [part.records for part in module.train_corpus.parts]
-    empty = [part.where(~part.column("categories").any(axis=1)) for part in parts]
+    empty = [part.where(part.column("categories").sum(axis=1) == 0) for part in parts]
     count, volumes = sum(map(len, empty)), sum(map(len, parts))
     if not count:
         return
