@@ -719,7 +719,7 @@ COMMANDS = {
 
 
 def _program_help() -> str:
-    commands = "\n".join(f"  {name:<10}{command.summary}" for name, command in COMMANDS.items())
+    commands = "\n".join(f"  {name:<11}{command.summary}" for name, command in COMMANDS.items())
     return (
         f"usage: {PROGRAM} COMMAND ...\n\n{commands}\n\n{PROGRAM} COMMAND --help lists the keys of a command. "
         "--debug shows the traceback of an error, --version the version."

@@ -11,7 +11,7 @@ import sysconfig
 import venv
 import zipfile
 from collections.abc import Collection
-from importlib.metadata import PackageNotFoundError, distribution, distributions
+from importlib.metadata import PackageNotFoundError, distribution, distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,20 @@ BARE = ("lightning", "numba", "scipy", "torch", "transformers")
 BESIDE = ("einops", "httpx", "matplotlib", "msgpack", "psutil", "requests")
 WHEELHOUSE = 19 * 2**20
 """Bytes at most."""
-OPTIONAL = ("aiohttp", "bokeh", "deepspeed", "highdicom", "mlflow", "s3fs", "tensorboard", "wandb")
+OPTIONAL = (
+    "aiohttp",
+    "bokeh",
+    "deepspeed",
+    "fire",
+    "highdicom",
+    "mlflow",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "s3fs",
+    "tensorboard",
+    "wandb",
+)
 HEAVY = {"lightning", "matplotlib", "monai", "numpy", "omegaconf", "rich", "scipy", "torch", "transformers", *OPTIONAL}
 
 
@@ -43,7 +56,8 @@ def environment(folder: Path, without: Collection[str] = ()) -> Path:
     """The `bin` of a virtual environment with all that this one has installed but for `without` and segvol_pl."""
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    gone = {"segvol_pl", *(part for name in without for part in top_level(name))}
+    made_by = packages_distributions()
+    gone = {"segvol_pl", *(part for name in without for each in made_by.get(name, [name]) for part in top_level(each))}
     for entry in Path(sysconfig.get_path("purelib")).iterdir():
         # A .pth may lead to the repository.
         if entry.name not in gone and not entry.name.startswith(("segvol_pl-", "__")) and entry.suffix != ".pth":

@@ -47,7 +47,7 @@ def export(config: ExportConfig) -> Path:
     _refuse_taken(target)
     contents = read_contents(local(config.source))
     weights = read_weights(with_averages(contents) if averaged else contents)
-    evaluated = None if config.evaluation is None else Evaluated.read(Path(config.evaluation), contents.path)
+    evaluated = Evaluated.read(Path(str(config.evaluation)), contents.path) if config.card else None
     if config.hub is not None:
         make_repository(config.hub, config.private)
     part = part_name(target)
