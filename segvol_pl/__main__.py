@@ -237,7 +237,6 @@ def _rehearsing(command: Callable[[Any], None]) -> Callable[[Any], None]:
 def _finetune(arguments: list[str]) -> int:
     config = _finetune_config(arguments)
     from segvol_pl.finetuning.run import finetune
-    from segvol_pl.hub import pinned
 
     finetune(pinned(config), _console())
     return DONE
@@ -283,6 +282,12 @@ def _serve(config: ServeConfig) -> None:
     from segvol_pl.inference.server import serve
 
     serve(config)
+
+
+def _parted(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments that are places, and those that are configuration: KEY=VALUE and FILE.yaml."""
+    keys = [argument for argument in arguments if "=" in argument or argument.endswith((".yaml", ".yml"))]
+    return [argument for argument in arguments if argument not in keys], keys
 
 
 def _take(arguments: list[str], *names: str) -> list[str]:
@@ -382,8 +387,8 @@ def _view(arguments: list[str]) -> int:
 def _challenge(arguments: list[str]) -> int:
     if arguments[:1] != ["predict"]:
         raise ConfigError("takes predict IN OUT checkpoint=FILE, then KEY=VALUE")
-    keys = [argument for argument in arguments[1:] if "=" in argument or argument.endswith((".yaml", ".yml"))]
-    cases, out = _take([argument for argument in arguments[1:] if argument not in keys], "IN", "OUT")
+    places, keys = _parted(arguments[1:])
+    cases, out = _take(places, "IN", "OUT")
     config = loader.load("challenge predict", [f"cases={cases}", f"out={out}", *keys])
     from segvol_pl.evaluation.challenge_predict import challenge_predict
 
@@ -403,8 +408,7 @@ def _import(arguments: list[str]) -> int:
 
 
 def _export(arguments: list[str]) -> int:
-    keys = [argument for argument in arguments if "=" in argument or argument.endswith((".yaml", ".yml"))]
-    files = [argument for argument in arguments if argument not in keys]
+    files, keys = _parted(arguments)
     names = [name for name in ("source", "out") if not any(key.startswith(f"{name}=") for key in keys)]
     if not len(names) <= len(files) <= 3:
         raise ConfigError(f"takes SRC DST [PUBLISHED], then KEY=VALUE, got {' '.join(files) or 'nothing'}")
@@ -463,8 +467,7 @@ def _scaling(arguments: list[str]) -> int:
     }
     if not arguments or arguments[0] not in kinds:
         raise ConfigError(f"takes {' or '.join(kinds)}, then RUNS and KEY=VALUE")
-    given = [a for a in arguments[1:] if "=" in a or a.endswith((".yaml", ".yml"))]
-    folders = [argument for argument in arguments[1:] if argument not in given]
+    folders, given = _parted(arguments[1:])
     runs = [f"runs={json.dumps(folders)}"] if folders else []
     print("\n".join(kinds[arguments[0]](loader.load(f"scaling {arguments[0]}", [*runs, *given]))))
     return DONE
@@ -554,8 +557,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _runs(arguments: list[str]) -> int:
-    keys = [argument for argument in arguments if "=" in argument or argument.endswith((".yaml", ".yml"))]
-    folders = [argument for argument in arguments if argument not in keys]
+    folders, keys = _parted(arguments)
     config = loader.load("runs", [*([f"folders={json.dumps(folders)}"] if folders else []), *keys])
     from segvol_pl.run_table import table, write
 

@@ -119,7 +119,7 @@ def _duration(seconds: float) -> str:
 
 def describe_cases(train: SampleTable, validation: SampleTable) -> Iterator[str]:
     """Describe, in lines, how many cases there are for each category, and what is missing."""
-    counted = {split: counts(table) for split, table in (("train", train), ("validation", validation))}
+    counted = {split: table.per_category() for split, table in (("train", train), ("validation", validation))}
     names = sorted(counted["train"].keys() | counted["validation"].keys())
     each = ", ".join(f"{name} {counted['train'].get(name, 0)}+{counted['validation'].get(name, 0)}" for name in names)
     yield f"cases: {len(train)} to train on, {len(validation)} to validate with ({each})"
@@ -127,12 +127,3 @@ def describe_cases(train: SampleTable, validation: SampleTable) -> Iterator[str]
         if lacking := [name for name in names if name not in counted[split]]:
             what = "cannot be learned" if split == "train" else "cannot be measured"
             yield f"caution: {', '.join(lacking)}: only among the {other} cases, and {what}"
-
-
-def counts(table: SampleTable) -> dict[str, int]:
-    """Category -> cases that have it."""
-    found: dict[str, int] = {}
-    for record in table:
-        for name in record.categories:
-            found[name] = found.get(name, 0) + 1
-    return found

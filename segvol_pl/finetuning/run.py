@@ -34,7 +34,7 @@ from segvol_pl.evaluation.results import Partition
 from segvol_pl.evaluation.run import evaluate
 from segvol_pl.finetuning import settings
 from segvol_pl.finetuning.division import CASES, divided, find_cases, same_cases, write_cases
-from segvol_pl.finetuning.estimate import counts, describe_cases, estimate
+from segvol_pl.finetuning.estimate import describe_cases, estimate
 from segvol_pl.finetuning.gains import Gain, gains, read_rows, what_cases_show
 from segvol_pl.finetuning.report import Findings, gained, lost, table, write_report
 from segvol_pl.finetuning.settings import MODEL, RUN, shards_of
@@ -210,7 +210,7 @@ class _Finetuning:
 
     def _answers(self, *tables: SampleTable) -> bool:
         """Whether the checkpoint can answer any of the prompts: a new category's name means nothing to it."""
-        names = {name for samples in tables for name in counts(samples)}
+        names = {name for samples in tables for name in samples.per_category()}
         free_of_text = any("text" not in named_parts(prompt) for prompt in self.config.evaluation.prompts)
         return free_of_text or bool(names & set(self.weights.categories))
 

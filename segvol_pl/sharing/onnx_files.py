@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,7 @@ def _write(
     module: nn.Module, given: dict[str, Tensor], output: str, shapes: dict[str, dict[int, str]], path: Path
 ) -> None:
     size = sum(parameter.nbytes for parameter in module.parameters())
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")  # about torch's own internals
+    with _quiet():
         torch.onnx.export(
             module.eval(),
             (),
@@ -181,19 +181,20 @@ def _dynamic(shapes: dict[str, dict[int, str]], given: Mapping[str, Tensor]) -> 
     return {name: {axis: dims[dim] for axis, dim in shapes[name].items()} for name in given}
 
 
-class _quiet:
-    """torch and onnxscript log what they rewrite; a user cannot do anything about it."""
-
-    NAMES = ("torch.onnx", "onnxscript", "onnx_ir")
-
-    def __enter__(self) -> None:
-        self.before = {name: logging.getLogger(name).level for name in self.NAMES}
-        for name in self.NAMES:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for name, level in self.before.items():
-            logging.getLogger(name).setLevel(level)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch and onnxscript warn and log about their own internals; a user cannot do anything about it."""
+    noisy = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [each.level for each in noisy]
+    for each in noisy:
+        each.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for each, level in zip(noisy, levels, strict=True):
+            each.setLevel(level)
 
 
 def _about(model: SegVol) -> dict[str, Any]:
