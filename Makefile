@@ -1,6 +1,7 @@
 # make demo: the main job on phantoms.  make test: lint, types, fast tests.  make slow: the minutes-long ones.
 # make gpu: those that need a CUDA device; without one they are skipped.
 # make coverage: the fast tests, and the lines of code that they never ran.
+# make ladder: the worked example of scaling laws on phantoms, see docs/explanation/scaling.md; takes over an hour.
 # make docs: the pages, into site/.  make wheel: into dist/.
 # make wheelhouse PYTHON=3.12 PLATFORM=manylinux_2_28_x86_64: what a machine without a package index lacks, see docs/how-to/air-gapped.md.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).
@@ -34,7 +35,7 @@ FAST := -m pytest -m "not slow and not gpu" -n 2 $(FILES)
 # Libraries may set another locale while the tests run; files and pipes stay UTF-8.
 export PYTHONUTF8 := 1
 
-.PHONY: coverage demo docs env format gpu image lint lowest newest slow test wheel wheelhouse
+.PHONY: coverage demo docs env format gpu image ladder lint lowest newest slow test wheel wheelhouse
 
 demo: $(VENV)/.runs
 	$(BIN)/segvol-pl demo
@@ -59,6 +60,9 @@ newest: $(NEWEST)/.installed
 
 image: $(IMAGE)/.installed
 	OMP_NUM_THREADS=1 $(IMAGE)/bin/python $(FAST)
+
+ladder: $(VENV)/.runs
+	$(BIN)/python benchmarks/ladder.py
 
 docs: env
 	$(BIN)/mkdocs build --quiet

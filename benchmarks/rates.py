@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ladder import shards_of
 from results import record
 from torch import nn
-from worked_example import shards_of
 
 from segvol_pl.config import PretrainConfig, TrainConfig, Transfer
 from segvol_pl.config.loader import load
