@@ -1,7 +1,7 @@
 # make demo: the main job on phantoms.  make test: lint, types, fast tests.  make slow: the minutes-long ones.
 # make gpu: those that need a CUDA device; without one they are skipped.
 # make coverage: the fast tests, and the lines of code that they never ran.
-# make ladder: the worked example of scaling laws on phantoms, see docs/explanation/scaling.md; takes over an hour.
+# make ladder: the worked example of scaling laws on phantoms, see docs/explanation/scaling.md; takes 76 minutes.
 # make docs: the pages, into site/.  make wheel: into dist/.
 # make wheelhouse PYTHON=3.12 PLATFORM=manylinux_2_28_x86_64: what a machine without a package index lacks, see docs/how-to/air-gapped.md.
 # make lowest: the fast tests with the lowest versions that pyproject.toml allows (Python 3.11).

@@ -73,10 +73,15 @@ def climb(command: str, shards: Path, out: Path) -> int:
 
 
 def figures_of(fit: Path) -> dict[str, Any]:
-    """What a fit found, without the runs: law -> supported, coefficients, reasons, held-out error."""
+    """What a fit found, without the runs: law -> supported, reasons, coefficients, largest settings as predicted."""
     laws = json.loads((fit / "fit.json").read_text(encoding="utf-8"))["laws"]
-    kept = ("supported", "reasons", "cautions", "coefficients", "held_out")
-    return {f"{law['law']} ({law['where']})": {name: law[name] for name in kept} for law in laws}
+    kept = ("supported", "reasons", "cautions", "coefficients")
+
+    def figures(law: dict[str, Any]) -> dict[str, Any]:
+        held_out = {name: value for name, value in (law["held_out"] or {}).items() if name != "predictions"}
+        return {name: law[name] for name in kept} | {"held_out": held_out}
+
+    return {f"{law['law']} ({law['where']})": figures(law) for law in laws}
 
 
 def main() -> int:
