@@ -22,13 +22,13 @@ from scipy import ndimage
 
 from segvol_pl.atomic import write_csv, write_text
 from segvol_pl.config import DICOM_SEG, PredictConfig
-from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.errors import EvaluateError, SegVolError, listed
 from segvol_pl.evaluation.results import CASES, SETTINGS, Partition, deciding_settings, differing_settings
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.hub import local
 from segvol_pl.imaging.dicom_seg import check_dicom_seg
 from segvol_pl.inference.predictor import LabelMap, Predictor, category_names
+from segvol_pl.model.checkpoint import digest_of
 from segvol_pl.packing.cases import Case, pair_cases, read_cases
 from segvol_pl.packing.stage import stat_of
 
@@ -85,7 +85,7 @@ def _open(out: Path, config: PredictConfig, names: Sequence[str]) -> None:
     """Create the folder, or check that its masks have the same settings. Raises EvaluateError."""
     (out / CASES).mkdir(parents=True, exist_ok=True)
     deciding = deciding_settings(config, NEUTRAL_KEYS)
-    settings = {**deciding, "text": list(names), "model": sha256_of(local(config.checkpoint))}
+    settings = {**deciding, "text": list(names), "model": digest_of(local(config.checkpoint))}
     if others := differing_settings(out / SETTINGS, settings):
         raise EvaluateError(
             f"out: {out} holds masks that were made with other {', '.join(others)}: set out to another folder, or "

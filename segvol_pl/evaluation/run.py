@@ -31,7 +31,6 @@ from rich.console import Console
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, EvaluationProtocol, Mode, named_parts
 from segvol_pl.config.loader import custom_function, to_yaml
-from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.device import autocast, own_device
 from segvol_pl.errors import ChallengeError, ConfigError, EvaluateError, SampleError, ShardError, VolumeError
 from segvol_pl.evaluation.case_runner import CaseRunner, Prediction
@@ -50,7 +49,7 @@ from segvol_pl.evaluation.tracking import track
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.hub import local
 from segvol_pl.inference.zoom import Promptable
-from segvol_pl.model.checkpoint import load_model
+from segvol_pl.model.checkpoint import digest_of, load_model
 from segvol_pl.model.text_encoder import TextBank
 from segvol_pl.run_folder import manifest
 
@@ -88,7 +87,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Summary 
     """
     cases = find_cases(config.data)
     model = load_model(config.checkpoint, own_device(config.device))
-    evaluation = _Evaluation(config, cases, model, sha256_of(local(config.checkpoint)))
+    evaluation = _Evaluation(config, cases, model, digest_of(local(config.checkpoint)))
     summary = evaluation.run()
     if summary and console:
         console.print(summary.table())

@@ -25,7 +25,6 @@ from segvol_pl.atomic import remove, write_text
 from segvol_pl.config import FinetuneConfig, Method, TrainConfig, named_parts
 from segvol_pl.config.loader import differences, flat, load, plain, to_yaml
 from segvol_pl.credentials import masked
-from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.data.sample_table import SampleTable
 from segvol_pl.data.shard_index import Index, read_index
 from segvol_pl.data.store import Store
@@ -42,7 +41,7 @@ from segvol_pl.finetuning.stages import Stages
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.hub import local
 from segvol_pl.launched import rank_named
-from segvol_pl.model.checkpoint import read_header, read_weights
+from segvol_pl.model.checkpoint import digest_of, read_header, read_weights
 from segvol_pl.model.convert import export
 from segvol_pl.packing.cases import Case, read_cases
 from segvol_pl.packing.pack import pack
@@ -86,13 +85,6 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> Path | N
         return _Finetuning(config, first, console or Console(quiet=True)).run()
 
 
-def digest_of(checkpoint: Path) -> list[str]:
-    """What changes when a checkpoint does: the hash of its file, or the files of a sharded one, which is large."""
-    if checkpoint.is_file():
-        return [sha256_of(checkpoint)]
-    return [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(checkpoint.iterdir())]
-
-
 class _Finetuning:
     """One process's part of a fine-tuning."""
 
@@ -101,7 +93,7 @@ class _Finetuning:
         self.out, self.checkpoint = Path(config.out), local(config.checkpoint)
         self.stages = Stages(self.out, first)
         self.weights = read_weights(self.checkpoint)
-        self.start = sha256_of(self.checkpoint)
+        self.start = digest_of(self.checkpoint)
         self.training = settings.training(config, self.weights)
 
     def run(self) -> Path | None:
@@ -117,9 +109,9 @@ class _Finetuning:
         length = [self.config.optim.max_steps, run.early_stop, run.early_stop_delta]
         self.stages.run("train", [*source, *length], self._train, together=True)
         chosen = self._chosen()
-        self.stages.run("export", digest_of(chosen), lambda: self._export(chosen))
+        self.stages.run("export", [digest_of(chosen)], lambda: self._export(chosen))
         model = self.out / MODEL
-        self._evaluate(AFTER, model, [sha256_of(model), shards_of(self.config)], old)
+        self._evaluate(AFTER, model, [digest_of(model), shards_of(self.config)], old)
         return self._report(plan, len(train_table), len(validation), chosen) if self.first else None
 
     # ---- what the folder was begun with ----

@@ -30,6 +30,7 @@ from torch import nn
 from segvol_pl.atomic import atomic_path
 from segvol_pl.config import Convention, SegVolConfig
 from segvol_pl.config.loader import plain
+from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.errors import CheckpointError, listed
 from segvol_pl.hub import local
 from segvol_pl.model import lora
@@ -45,7 +46,7 @@ from segvol_pl.model.released import (
     without_prefix,
 )
 from segvol_pl.model.segvol import SegVol
-from segvol_pl.model.sharded import open_sharded
+from segvol_pl.model.sharded import HEADER, open_sharded
 from segvol_pl.model.text_encoder import TextBank
 
 __all__ = [
@@ -330,6 +331,11 @@ def _as_stated(weights: Weights) -> Weights:
     if problems:
         raise CheckpointError(f"{path} is of another model than it states: {listed(problems.values(), '; ')}")
     return weights
+
+
+def digest_of(checkpoint: Path) -> str:
+    """Hex sha256 of the file, or of a sharded checkpoint's header, which holds the checksums of its parts."""
+    return sha256_of(checkpoint / HEADER if checkpoint.is_dir() else checkpoint)
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -22,10 +22,9 @@ from segvol_pl import __version__, goodput, journal
 from segvol_pl.atomic import write_text
 from segvol_pl.config.loader import flat
 from segvol_pl.credentials import masked
-from segvol_pl.data.index_builder import sha256_of
 from segvol_pl.errors import ExportError
 from segvol_pl.hub import PREFIX
-from segvol_pl.model.checkpoint import Weights
+from segvol_pl.model.checkpoint import Weights, digest_of
 from segvol_pl.model.released import Contents
 from segvol_pl.run_folder import manifest
 
@@ -61,7 +60,7 @@ class Evaluated:
             raise ExportError(
                 f"evaluation: {folder} is no finished folder of segvol-pl evaluate, and a card needs one"
             ) from error
-        if not source.is_file() or settings.get("model") != sha256_of(source):
+        if not source.exists() or settings.get("model") != digest_of(source):
             raise ExportError(
                 f"evaluation: {folder} is of {summary.get('checkpoint')}, not of {source}: evaluate this file"
             )

@@ -221,12 +221,17 @@ def test_shards_without_a_case_to_validate_with_are_refused(
 def test_two_ranks_take_part_in_evaluating_and_training(
     phantom_shards: Path, checkpoint: Path, tmp_path: Path, ranks: dict[int, Ranks]
 ) -> None:
-    command = settings(tmp_path / "out", checkpoint, f"shards={phantom_shards}", "run.devices=2")
+    more = [f"shards={phantom_shards}", "run.devices=2", "run.checkpoint_format=sharded"]
+    command = settings(tmp_path / "out", checkpoint, *more)
     # As torchrun names ranks: Lightning's own variables do not say how many there are before training.
     launched = "import os; os.environ |= {'RANK': os.environ['LOCAL_RANK'], 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}"
     elastic = "; os.environ |= {'TORCHELASTIC_RUN_ID': 'x', 'GROUP_RANK': '0'}"
     ranks[2](*command, patch=launched + elastic)
     assert list(report(tmp_path / "out")["stages"]) == ["evaluate before", "train", "export", "evaluate after"]
+    # What the ranks wrote together can be fine-tuned too.
+    sharded = tmp_path / "out" / "train" / "checkpoints" / "last.ckpt"
+    assert sharded.is_dir()
+    assert main(settings(tmp_path / "again", sharded, f"shards={phantom_shards}")) == 0
 
 
 def test_the_old_names_are_kept_only_if_that_is_set(phantom_shards: Path, checkpoint: Path, tmp_path: Path) -> None:

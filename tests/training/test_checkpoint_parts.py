@@ -18,7 +18,7 @@ from torch import Tensor
 from segvol_pl.atomic import put
 from segvol_pl.config import CheckpointFormat
 from segvol_pl.errors import CheckpointError, NonFiniteError, SegVolError
-from segvol_pl.model.checkpoint import load_model, read_header, read_weights
+from segvol_pl.model.checkpoint import digest_of, load_model, read_header, read_weights
 from segvol_pl.model.sharded import HEADER, Part, Sharded, Stored, check_parts, index_json, open_sharded
 from segvol_pl.training import sharded
 from segvol_pl.training.checkpoints import AtomicCheckpointIO, remove_parts
@@ -69,6 +69,13 @@ def test_its_weights_are_read_like_those_of_every_file(whole: dict[str, Any], fo
     assert all(torch.equal(value, found.tensors[name]) for name, value in expected.tensors.items())
     assert load_model(folder).config == expected.config
     assert read_header(folder)["global_step"] == 3
+
+
+def test_its_digest_changes_with_a_weight(whole: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    again = save(whole, tmp_path / "again.ckpt")
+    whole["state_dict"][next(iter(whole["state_dict"]))] += 1
+    other = save(whole, tmp_path / "other.ckpt")
+    assert digest_of(folder) == digest_of(again) != digest_of(other)
 
 
 def test_what_is_written_is_the_state_when_it_was_saved(whole: dict[str, Any], tmp_path: Path) -> None:
