@@ -18,7 +18,7 @@ shape, fine, zoom = np.array(about["input_shape"]), about["mask_shape"], about["
 encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
 # The prompt: -1 stands for a box, landmarks or a mask that it lacks, label -2 for no point.
 given = {"points": np.zeros((1, 1, 3), np.float32), "labels": np.full((1, 1), -2), "box": np.full((1, 6), -1.0, "f4")}
-given |= {"text": np.load(folder / "text_bank.npy")[[about["categories"].index(category)]]}
+given |= {"text": np.load(folder / "text_bank.npy")[[[*about["categories"], *about["synonyms"]].index(category)]]}
 given |= {"landmarks": np.full((1, n, 3), -1, np.float32)} if (n := sum(about["landmarks"].values())) else {}
 nothing = {"mask": np.full((1, *fine), -1, np.float32)} if about["mask_prompt"] else {}
 

@@ -83,6 +83,8 @@ def save_untrained(path: Path, categories: list[str], bank: TextBank | None = No
         "config": plain(TrainConfig(model=config, optim=OptimConfig(max_steps=1))),
         "categories": categories,
     }
+    if bank is not None and bank.synonyms:
+        parameters["synonyms"] = bank.synonyms
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "hyper_parameters": parameters}, path)
     return path

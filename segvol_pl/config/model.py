@@ -170,6 +170,10 @@ class TextConfig(Keys):
     tower."""
     template: str = "A computerized tomography of a {}."
     """Sentence that surrounds a category name (paper Sec. 2.1)."""
+    synonyms: str | None = None
+    """YAML file with a section `synonyms` of other names of categories (`liver: [hepar]`), such as categories.yaml.
+    Training draws among the names of a category. Synonyms of `weights` stay. null: no others; `finetune` and `import`
+    then take those of their `categories`."""
 
 
 @dataclass

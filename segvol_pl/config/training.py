@@ -87,12 +87,13 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.shards",
     "data.mix",
+    "text.synonyms",
     "pretrained",
     "weights",
     "allow",
 )
-"""Keys that may change when a run is resumed: they affect neither batches nor weights. The content of `data.shards` and
-`data.mix` must stay the same, see `training.resume`."""
+"""Keys that may change when a run is resumed: they affect neither batches nor weights. The content of `data.shards`,
+`data.mix` and `text.synonyms` must stay the same, see `training.resume`."""
 
 
 @dataclass

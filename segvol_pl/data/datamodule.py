@@ -76,6 +76,8 @@ class VolumeModule(pl.LightningDataModule):
         self.train_corpus = training_corpus(folders, data, labelled)
         self.val_corpus = held_out_corpus(folders, data.val_split, labelled)
         self.categories = category_names(folders)
+        self.synonyms: dict[str, str] = {}
+        """Synonym -> category, of a supervised run."""
         self._warn_of_leaks()
         self.health, self.val_health = DamageTally(self.train_corpus), DamageTally(self.val_corpus)
         self.plan = self._train_plan()

@@ -267,6 +267,7 @@ def segment_sample(
     rng: np.random.Generator,
     weights: Weights | None = None,
     labelled: Collection[str] = (),
+    synonym_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Arrays:
     """The image, with masks and prompts of its categories and of its pseudo-labels.
 
@@ -279,6 +280,8 @@ def segment_sample(
         rng: the sample's own.
         weights: relative chances of categories to be drawn; None: the same for all.
         labelled: categories that the volume's folder labels, for `prompts.absent`.
+        synonym_rows: category -> rows of its synonyms. The text of such a category is drawn among its row and these,
+            after all else, so that the rest of the sample is the same without synonyms. Nothing is drawn for others.
 
     Returns:
         The image, see `image_of`. Of the categories: bits_JDHW uint8, their packed masks; category_K (row of the text
@@ -298,6 +301,9 @@ def segment_sample(
     # Last, so that all else is the same without corrections.
     if config.corrections:
         categories = [each.with_arrays(**_draw_corrections(config, rng)) for each in categories]
+    if synonym_rows:
+        named = zip(drawn, categories, strict=True)
+        categories = [_draw_name(each, synonym_rows.get(name, ()), rng) for (name, _), each in named]
     return {
         **image_of(view),
         **_stack(categories, ""),
@@ -393,6 +399,14 @@ def _draw_corrections(config: PromptConfig, rng: np.random.Generator) -> Arrays:
     return {"corrected": np.array(rng.integers(combinations)), "chance_R3": chance_R3}
 
 
+def _draw_name(prompted: MaskPrompt, others: Sequence[int], rng: np.random.Generator) -> MaskPrompt:
+    """A category's prompts with its own row of the text bank or another one, each with the same chance."""
+    if not others:
+        return prompted
+    rows = [int(prompted.arrays["category"]), *others]
+    return prompted.with_arrays(category=np.array(rows[rng.integers(len(rows))], dtype=np.int64))
+
+
 def _prompted(
     mask: BoxedMask,
     row: int,
@@ -484,8 +498,9 @@ def sample_segmentation(
     row_of: dict[str, int],
     weights: Weights | None = None,
     labelled_by: Mapping[str, Collection[str]] | None = None,
+    synonym_rows: Mapping[str, Sequence[int]] | None = None,
 ) -> Arrays:
     """A supervised sample of a volume, see `segment_sample`. labelled_by: data set -> the categories that it labels."""
     crop = sample_crop(facts, read, model, data, rng, weights)
     labelled = (labelled_by or {}).get(facts.dataset, ())
-    return segment_sample(crop, facts, row_of, prompts, model, rng, weights, labelled)
+    return segment_sample(crop, facts, row_of, prompts, model, rng, weights, labelled, synonym_rows)

@@ -188,14 +188,20 @@ class _Evaluation:
             time.perf_counter() - start,
             rows,
             matches,
-            absent=[category for category in self.config.categories if category not in held],
-            unknown=sorted(held - set(self.model.bank.names)) if by_text else [],
+            absent=[category for category in self.config.categories if self._own_name(case, category) not in held],
+            unknown=sorted(held - set(self.model.bank.texts)) if by_text else [],
         )
+
+    def _own_name(self, case: EvalCase, category: str) -> str:
+        """The name that a case has for a category. One that it lacks may be the model's synonym of one that it has."""
+        if category in case.facts.categories:
+            return category
+        return self.model.bank.synonyms.get(category, category)
 
     def _rows(self, runner: CaseRunner) -> Iterator[Row]:
         case = runner.case
         for category in self.config.categories or sorted(case.facts.categories):
-            truth_DHW = case.truth(category)
+            truth_DHW = case.truth(self._own_name(case, category))
             for setting, prediction in self._predictions(runner, category, truth_DHW):
                 yield self._row(case, category, setting, truth_DHW, prediction)
 
@@ -217,7 +223,7 @@ class _Evaluation:
 
     def _settings_for(self, category: str, present: bool) -> list[Setting]:
         """Settings that apply: no text for a category unknown to the model, only text for one absent from the case."""
-        known = category in self.model.bank.names
+        known = category in self.model.bank.texts
         return [
             setting
             for setting in self.settings
@@ -381,7 +387,7 @@ class _Evaluation:
         case = self.cases.read(key)
         runner = CaseRunner(self.model, case, self.config)
         for label, row in rows:
-            truth_DHW = case.truth(row.category)
+            truth_DHW = case.truth(self._own_name(case, row.category))
             prediction = self._prediction_of(row, runner, truth_DHW)
             coarse = {} if prediction.coarse_DHW is None else {"zoom-out": prediction.coarse_DHW}
             masks = {**coarse, "prediction": prediction.mask_DHW}

@@ -204,7 +204,7 @@ class _Finetuning:
         """Whether the checkpoint can answer any of the prompts: a new category's name means nothing to it."""
         names = {name for samples in tables for name in samples.per_category()}
         free_of_text = any("text" not in named_parts(prompt) for prompt in self.config.evaluation.prompts)
-        return free_of_text or bool(names & set(self.weights.categories))
+        return free_of_text or bool(names & set(self.weights.bank.texts))
 
     def _evaluate(self, name: str, model: Path, inputs: list[str], old: list[str] | None, answers: bool = True) -> None:
         config = settings.evaluation(self.config, model, name)

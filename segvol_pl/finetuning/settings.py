@@ -19,6 +19,7 @@ from segvol_pl.config import (
     TextSource,
     TrainConfig,
 )
+from segvol_pl.config.categories import load_synonyms
 from segvol_pl.finetuning.division import CASES
 from segvol_pl.model.checkpoint import Weights
 from segvol_pl.model.text_encoder import TextBank
@@ -57,7 +58,7 @@ def training(config: FinetuneConfig, weights: Weights) -> TrainConfig:
         model=weights.config,
         data=replace(config.data, shards=shards_of(config)),
         prompts=config.prompts,
-        text=text_of(config.text, weights),
+        text=replace(text_of(config.text, weights), synonyms=synonyms_of(config)),
         optim=replace(config.optim, lora_rank=config.optim.lora_rank or RANK) if adapted else config.optim,
         run=replace(config.run, out=str(Path(config.out) / RUN)),
         track=config.track,
@@ -67,12 +68,21 @@ def training(config: FinetuneConfig, weights: Weights) -> TrainConfig:
     )
 
 
+def synonyms_of(config: FinetuneConfig) -> str | None:
+    """The file of synonyms: the given one, or that of the categories if it lists any. Raises CaseError."""
+    path = config.categories
+    # Packed cases may be fine-tuned on without the file that they were packed with.
+    if config.text.synonyms is None and path is not None and Path(path).is_file() and load_synonyms(path):
+        return path
+    return config.text.synonyms
+
+
 def text_of(text: TextConfig, weights: Weights) -> TextConfig:
     """Where new names get their vectors: from the seed of names, if all vectors of the checkpoint come from there."""
     bank = weights.bank
     if text.source is not TextSource.auto or not bank.names or weights.tower:
         return text
-    seeded_KE = TextBank.seeded(bank.names, weights.config.text_dim).vectors_KE
+    seeded_KE = TextBank.seeded(bank.texts, weights.config.text_dim).vectors_KE
     if not torch.equal(bank.vectors_KE.float().cpu(), seeded_KE):
         return text
     log.info("text bank: %s was trained with seeded names (text.source=seeded), and so are new ones", weights.path)

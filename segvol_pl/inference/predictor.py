@@ -248,11 +248,20 @@ class Predictor:
 
     @property
     def categories(self) -> list[str]:
-        """The categories that a text prompt may name. Raises UnknownCategory if the model has no text bank."""
+        """The categories that a text prompt may name, without synonyms.
+
+        Raises UnknownCategory if the model has no text bank.
+        """
         bank: TextBank | None = getattr(self.model, "bank", None)
         if bank is None or not bank.names:
             raise UnknownCategory("this model holds no text bank: import its weights with categories=FILE")
         return bank.names
+
+    @property
+    def synonyms(self) -> dict[str, str]:
+        """Synonym -> category: what else a text prompt may name."""
+        bank: TextBank | None = getattr(self.model, "bank", None)
+        return {} if bank is None else bank.synonyms
 
     def check(self, prompt: Prompt) -> None:
         """Raise UnknownCategory, with the nearest names, if the model does not know the prompt's text.
@@ -576,7 +585,7 @@ def admit(predictor: Predictor, names: Sequence[str], clip_model: str | None) ->
     if not names:
         return
     bank: TextBank = predictor.model.bank  # type: ignore[attr-defined]
-    unknown = [name for name in dict.fromkeys(names) if name not in bank.names]
+    unknown = [name for name in dict.fromkeys(names) if name not in bank.texts]
     if unknown and clip_model is not None:
         extend_bank(predictor.model, unknown, clip_model)
     elif unknown:
@@ -610,8 +619,9 @@ def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
             f"clip_model: {clip} did not make this model's text bank: give the one that did, or leave it out"
         )
     vectors_KE = made.vectors_KE[1:].to(model.text_encoder.bank_KE)
-    model.text_encoder.bank_KE = torch.cat([model.text_encoder.bank_KE, vectors_KE])
-    model.bank = TextBank([*held.names, *names], model.text_encoder.bank_KE)
+    both_KE = torch.cat([model.text_encoder.bank_KE, vectors_KE])
+    model.bank = TextBank([*held.texts, *names], both_KE).rows([*held.names, *names], held.synonyms)
+    model.text_encoder.bank_KE = model.bank.vectors_KE
 
 
 def _check_out(config: PredictConfig, image: Path) -> None:

@@ -317,7 +317,7 @@ class Service:
         return _json({"ok": True})
 
     async def capabilities(self, request: web.Request) -> web.Response:
-        """What the model can do, as nnInteractive's client reads it, and the categories that a text may name."""
+        """What the model can do, as nnInteractive's client reads it, and the names that a text may be."""
         try:
             categories = self.predictor.categories
         except UnknownCategory:  # weights without a text bank are prompted by points and boxes
@@ -339,6 +339,7 @@ class Service:
                 "inference_session_version": PROTOCOL,
                 "license": "!!MISSING!!",  # how the protocol says that a checkpoint does not state it
                 "categories": categories,
+                "synonyms": self.predictor.synonyms,
             }
         )
 

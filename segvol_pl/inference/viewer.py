@@ -319,7 +319,8 @@ class Page:
         )
 
         try:
-            names = self.session.predictor.categories
+            predictor = self.session.predictor
+            names = [*predictor.categories, *predictor.synonyms]
         except UnknownCategory:  # weights without a text bank are prompted by clicks and boxes
             names = []
         self.status = Div(name="status", text="Click a structure, draw a box, or type a category.", width=900)

@@ -6,8 +6,8 @@
 2. `load_exactly` accounts for every tensor: mismatches are listed and refused, unless allowed by name.
 3. `write_weights` writes an exported model.
 
-An exported model is self-contained: its header holds the model's configuration and category names. Training checkpoints
-hold the same under Lightning's names.
+An exported model is self-contained: its header holds the model's configuration, category names and synonyms. Training
+checkpoints hold the same under Lightning's names.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class Weights:
     """Released tensors that this model does not hold, see `released`."""
     order: list[str] = field(default_factory=list)
     """Names in the order of the released file; empty if the weights do not come from one."""
+    synonyms: dict[str, str] = field(default_factory=dict)
+    """Synonym -> category, in the order of the text bank's rows after the categories."""
 
     @property
     def tower(self) -> Tensors:
@@ -92,7 +94,7 @@ class Weights:
     def bank(self) -> TextBank:
         """The text bank; empty if the file has none."""
         held = self.tensors.get(BANK)
-        return TextBank.empty(self.config.text_dim) if held is None else TextBank(self.categories, held)
+        return TextBank.empty(self.config.text_dim) if held is None else TextBank(self.categories, held, self.synonyms)
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,9 @@ def _exported(contents: Contents) -> Weights:
     config = _model_config(_header_json(contents, "config"), contents.path)
     categories = _names(_header_json(contents, "categories"), "categories", contents.path)
     order = _names(_header_json(contents, "order", "[]"), "order", contents.path)
+    synonyms = _synonyms(_header_json(contents, "synonyms", "{}"), categories, contents.path)
     tensors, extra_tensors = split_extra(contents.tensors)
-    return _as_stated(Weights(contents.path, config, categories, tensors, extra_tensors, order))
+    return _as_stated(Weights(contents.path, config, categories, tensors, extra_tensors, order, synonyms))
 
 
 def with_averages(contents: Contents) -> Contents:
@@ -282,7 +285,9 @@ def _trained(contents: Contents) -> Weights:
     stated = parameters.get("config")
     config = _model_config(stated.get("model") if isinstance(stated, dict) else None, path)
     tensors = {name.removeprefix("model."): value for name, value in contents.tensors.items()}
-    return _as_stated(Weights(path, config, _names(parameters.get("categories"), "categories", path), tensors))
+    categories = _names(parameters.get("categories"), "categories", path)
+    synonyms = _synonyms(parameters.get("synonyms", {}), categories, path)
+    return _as_stated(Weights(path, config, categories, tensors, synonyms=synonyms))
 
 
 def _released(contents: Contents, config: SegVolConfig) -> Weights:
@@ -314,6 +319,13 @@ def _names(stated: Any, what: str, path: Path) -> list[str]:
     return list(stated)
 
 
+def _synonyms(stated: Any, categories: list[str], path: Path) -> dict[str, str]:
+    mapping = isinstance(stated, dict) and all(isinstance(other, str) for other in stated)
+    if not mapping or set(stated) & set(categories) or any(name not in categories for name in stated.values()):
+        raise CheckpointError(f"{path}: its synonyms are no other names of its categories: {shortened(stated)}")
+    return dict(stated)
+
+
 def _as_stated(weights: Weights) -> Weights:
     """Raise CheckpointError if the tensors contradict configuration or categories, before a model uses memory."""
     path, config, tensors = weights.path, weights.config, weights.tensors
@@ -324,7 +336,8 @@ def _as_stated(weights: Weights) -> Weights:
     try:
         with torch.device("meta"):
             own = SegVol(config).state_dict()
-            own[BANK] = torch.empty(max(len(weights.categories), 1), config.text_dim)  # without names a row of zeros
+            rows = len(weights.categories) + len(weights.synonyms)
+            own[BANK] = torch.empty(max(rows, 1), config.text_dim)  # without names a row of zeros
     except (RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: states a model that cannot be made ({str(error).splitlines()[0]})") from error
     problems = differences(own, tensors if weights.categories else {BANK: own[BANK], **tensors})
@@ -358,6 +371,8 @@ def write_weights(weights: Weights, target: Path) -> Path:
         "categories": json.dumps(weights.categories),
         "order": json.dumps(weights.order),
     }
+    if weights.synonyms:
+        header["synonyms"] = json.dumps(weights.synonyms)
     return write_safetensors({**weights.tensors, **weights.extra_tensors}, target, header)
 
 

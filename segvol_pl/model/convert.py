@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from segvol_pl.config import Convention, ImportConfig, SegVolConfig
-from segvol_pl.config.categories import load_categories
+from segvol_pl.config.categories import load_categories, synonyms_among
 from segvol_pl.errors import CheckpointError, listed
 from segvol_pl.hub import local
 from segvol_pl.model.checkpoint import (
@@ -60,14 +60,19 @@ def import_weights(config: ImportConfig) -> Path:
     model = SegVol(config.model, bank)
     report = load_exactly(model, {**weights.tensors, BANK: bank.vectors_KE}, weights.path, config.allow)
     log.info("%s; %d carried along (text tower, parts never run)", report, len(weights.extra_tensors))
-    return write_weights(replace(weights, categories=bank.names, tensors=model.state_dict()), target)
+    return write_weights(
+        replace(weights, categories=bank.names, synonyms=bank.synonyms, tensors=model.state_dict()), target
+    )
 
 
 def _bank_of(config: ImportConfig, weights: Weights) -> TextBank:
     if config.categories is None:
         log.warning("no categories=FILE: the imported model supports points and boxes, but no text")
         return TextBank.empty(config.model.text_dim)
-    return TextBank.of_tower(sorted(load_categories(config.categories)), weights.tower, config.text, weights.path)
+    names = sorted(load_categories(config.categories))
+    synonyms = synonyms_among(config.text.synonyms or config.categories, names)
+    bank = TextBank.of_tower([*names, *synonyms], weights.tower, config.text, weights.path)
+    return bank.rows(names, synonyms)
 
 
 def _import_encoder(contents: Contents, config: SegVolConfig, target: Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,47 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 class TextBank:
-    """Category names and their vectors_KE (float32, K names)."""
+    """What a text prompt may be, and the vectors_KE of it (float32): K names of categories, then their synonyms.
 
-    def __init__(self, names: Sequence[str], vectors_KE: Tensor) -> None:
+    Args:
+        names: of the categories, the first rows.
+        vectors_KE: a row for each of the names, then for each of the synonyms.
+        synonyms: synonym -> category, in the order of their rows.
+    """
+
+    def __init__(self, names: Sequence[str], vectors_KE: Tensor, synonyms: Mapping[str, str] | None = None) -> None:
         self.names = list(names)
+        self.synonyms = dict(synonyms or {})
         self.vectors_KE = vectors_KE
-        self._rows = {name: row for row, name in enumerate(self.names)}
+        self._rows = {text: row for row, text in enumerate(self.texts)}
+
+    @property
+    def texts(self) -> list[str]:
+        """Names and synonyms, in the order of the rows."""
+        return [*self.names, *self.synonyms]
 
     def index(self, name: str) -> int:
-        """The row of a name. Raises UnknownCategory with the nearest names."""
+        """The row of a name or synonym. Raises UnknownCategory with the nearest ones."""
         if name not in self._rows:
             if not self.names:
                 raise UnknownCategory("this model holds no text bank: import its weights with categories=FILE")
-            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5) or self.names[:5]
+            near = difflib.get_close_matches(name, self.texts, n=3, cutoff=0.5) or self.names[:5]
             raise UnknownCategory(
                 f"category {name!r} is not in the text bank of this model; nearest: {', '.join(near)}"
             )
         return self._rows[name]
 
-    def rows(self, names: Sequence[str]) -> TextBank:
-        """The bank restricted to these names. Raises UnknownCategory."""
-        return TextBank(names, self.vectors_KE[[self.index(name) for name in names]])
+    def rows(self, names: Sequence[str], synonyms: Mapping[str, str] | None = None) -> TextBank:
+        """The bank restricted to these categories and synonyms. Raises UnknownCategory.
+
+        Args:
+            names: of categories; each is a name or a synonym in this bank.
+            synonyms: synonym -> category, likewise. None: those that this bank has for these categories.
+        """
+        if synonyms is None:
+            own = self.synonyms.items()
+            synonyms = {other: name for other, name in own if name in names and other not in names}
+        return TextBank(names, self.vectors_KE[[self.index(text) for text in (*names, *synonyms)]], synonyms)
 
     @classmethod
     def build(cls, names: Sequence[str], config: TextConfig, dim: int) -> TextBank:

@@ -155,11 +155,13 @@ def folder_title(weights: Weights) -> str:
 
 def _model_lines(weights: Weights) -> list[str]:
     config, count = weights.config, sum(value.numel() for value in weights.tensors.values())
+    synonyms = [f"{other} ({name})" for other, name in weights.synonyms.items()]
     return [
         f"A promptable 3-D segmentation model of {count / 1e6:.1f} M parameters, input {config.input_shape} voxels, "
         f"exported by segvol_pl {__version__} (commit `{manifest()['commit']}`).",
         "",
         f"Categories for text prompts: {', '.join(weights.categories) or 'none'}.",
+        *([f"Synonyms: {', '.join(synonyms)}."] if synonyms else []),
     ]
 
 

@@ -2,8 +2,8 @@
 
     encoder.onnx      image (B,1,D,H,W) in [0, 1]              -> tokens (B,T,E)
     decoder.onnx      tokens (1,T,E), prompts of that image    -> logits (P,D,H,W) at the input's resolution
-    text_bank.npy     the vector of each category, float32 (K,E)
-    model.json        sizes, category names in the bank's order, and how zooming is done by default
+    text_bank.npy     the vectors of the categories and then of their synonyms, float32 (K,E)
+    model.json        sizes, category names and synonyms in the bank's order, and how zooming is done by default
 
 One encoding serves any number of prompts. Values say which parts a prompt has, so that there are no further
 inputs: a part that a prompt lacks is a box, landmarks or a mask of -1, a text vector of zeros, points with label -2.
@@ -126,7 +126,7 @@ def write_onnx(model: SegVol, folder: Path) -> None:
     shapes = {name: {0: "prompts"} for name in given} | {"tokens": {}}
     shapes |= {name: {0: "prompts", 1: "points"} for name in ("points", "labels")}
     _write(Decoder(model), {"tokens": tokens, **given}, "logits", shapes, folder / DECODER)
-    np.save(folder / BANK, model.bank.vectors_KE.float().numpy()[: len(model.bank.names)], allow_pickle=False)
+    np.save(folder / BANK, model.bank.vectors_KE.float().numpy()[: len(model.bank.texts)], allow_pickle=False)
     write_text(folder / ABOUT, json.dumps(_about(model), indent=2, ensure_ascii=False) + "\n")
     _check(model, folder)
 
@@ -207,6 +207,7 @@ def _about(model: SegVol) -> dict[str, Any]:
         "landmarks": config.landmark_counts,
         "text_dim": config.text_dim,
         "categories": model.bank.names,
+        "synonyms": model.bank.synonyms,
         "zoom": {"threshold": zoom.threshold, "overlap": zoom.overlap, "reach": zoom.reach},
     }
 

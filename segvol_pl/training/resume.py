@@ -1,8 +1,8 @@
 """Which checkpoint a run resumes from, and whether it may.
 
 1. It resumes from `last.ckpt` if that is intact, else from the newest intact checkpoint next to it, with a warning.
-2. Configuration, samples and category names must be those of the run's first start; a difference is refused in one
-   line. Folders may have moved, and a run may be made longer.
+2. Configuration, samples, category names and synonyms must be those of the run's first start; a difference is refused
+   in one line. Folders may have moved, and a run may be made longer.
 3. A change that is allowed but shows in the losses, such as the precision, is logged.
 4. A branch (`run.branch_from`) begins from another run's checkpoint. It may differ in what has not had an effect until
    that step: the length, and the decay of the schedule wsd. From its own first checkpoint on it is a run as any other.
@@ -39,8 +39,9 @@ LOGGED = (
     "run.custom_strategy",
     "data.shards",
     "data.mix",
+    "text.synonyms",
 )
-"""Keys that may change with a warning: losses then agree up to rounding, or folders have moved."""
+"""Keys that may change with a warning: losses then agree up to rounding, or files have moved."""
 LENGTH = "optim.max_steps"
 BRANCHES = (LENGTH, "optim.decay_share", "optim.decay_shape")
 """Keys in which a branch may differ from its trunk."""
@@ -193,18 +194,23 @@ def _listed(changed: dict[str, tuple[Any, Any]]) -> tuple[str, ...]:
 
 def _check_data(config: Config, module: VolumeModule, checkpoint: dict[str, Any]) -> None:
     held = checkpoint.get(VolumeModule.__qualname__, {})
-    before = checkpoint["hyper_parameters"].get("categories", module.categories)
-    if problem := _names_that_differ(before, module.categories) or module.differs(held):
+    stated = checkpoint["hyper_parameters"]
+    names = _names_that_differ("data.shards", stated.get("categories", module.categories), module.categories)
+    before, now = (
+        [f"{other} of {name}" for other, name in found.items()]
+        for found in (stated.get("synonyms", {}), module.synonyms)
+    )
+    if problem := names or _names_that_differ("text.synonyms", before, now) or module.differs(held):
         raise ConfigError(
             f"run.out: {config.run.out} holds a run that was trained on different data: {problem}: {REMEDY}"
         )
 
 
-def _names_that_differ(before: list[str], now: list[str]) -> str:
-    """How the categories differ, by name (rows of the text bank belong to names); empty if they are equal."""
+def _names_that_differ(key: str, before: list[str], now: list[str]) -> str:
+    """How the texts of a key differ, by name (rows of the text bank belong to names); empty if they are equal."""
     gone, new = sorted(set(before) - set(now)), sorted(set(now) - set(before))
     parts = [f"{what} {', '.join(names[:5])}" for what, names in (("without", gone), ("with the new", new)) if names]
-    return f"data.shards is now {' and '.join(parts)}" if parts else ""
+    return f"{key} is now {' and '.join(parts)}" if parts else ""
 
 
 def set_aside(folder: Path) -> None:

@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from segvol_pl.config import Balance, CheckpointFormat, Convention, PretrainConfig, Strategy, TextSource, TrainConfig
+from segvol_pl.config.categories import synonyms_among
 from segvol_pl.config.loader import plain, to_yaml
 from segvol_pl.data import sampling
 from segvol_pl.data.collate import Arrays
@@ -116,6 +117,7 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
     weights = _starting_weights(config)
     kept = weights.categories if weights is not None and config.keep_categories else []
     categories = sorted({*category_names(folders), *kept})
+    synonyms = _synonyms(categories, config, weights)
     sample = functools.partial(
         sampling.sample_segmentation,
         model=config.model,
@@ -124,19 +126,26 @@ def _prepared_train(config: TrainConfig, device: str) -> tuple[Task, VolumeModul
     balance = config.prompts.balance
     counts = training_corpus(folders, config.data, labelled=True).per_category() if balance is not Balance.none else {}
     weights_of = sampling.category_weights(counts, balance)
-    # Validation compares runs that train differently: all combinations, categories that are there, no masks.
+    # Validation compares runs that train differently: all combinations, categories that are there, by their own name,
+    # no masks.
     all_prompts = replace(config.prompts, per_category=0, absent_fraction=0.0, absent=0.0, mask_fraction=0.0)
     module = _module(
         config,
         folders,
-        functools.partial(sample, prompts=config.prompts, weights=weights_of, labelled_by=labelled_by(folders)),
+        functools.partial(
+            sample,
+            prompts=config.prompts,
+            weights=weights_of,
+            labelled_by=labelled_by(folders),
+            synonym_rows=_synonym_rows(categories, synonyms),
+        ),
         functools.partial(sample, prompts=all_prompts),
         labelled=True,
     )
-    module.categories = categories
+    module.categories, module.synonyms = categories, synonyms
     _check_regions(module, config)
     check_categories(module, config)
-    bank = _bank(categories, config, weights)
+    bank = _bank(categories, synonyms, config, weights)
     _seed(config)
     with torch.device(device):
         task = SegVolTask(config, bank)
@@ -189,30 +198,59 @@ def _starting_weights(config: TrainConfig) -> Weights | None:
     return weights
 
 
-def _bank(names: list[str], config: TrainConfig, weights: Weights | None) -> TextBank:
+def _synonyms(categories: list[str], config: TrainConfig, weights: Weights | None) -> dict[str, str]:
+    """Synonym -> category, sorted: those of `text.synonyms`, and those of the weights for the same categories.
+
+    Raises CaseError for a file that cannot be read, or that lists a category of this run as a synonym.
+    """
+    listed = {} if config.text.synonyms is None else synonyms_among(config.text.synonyms, categories)
+    held = {} if weights is None else weights.synonyms
+    kept = {other: name for other, name in held.items() if name in categories and other not in categories}
+    return dict(sorted({**kept, **listed}.items()))
+
+
+def _synonym_rows(categories: list[str], synonyms: Mapping[str, str]) -> dict[str, list[int]]:
+    """Category -> rows of its synonyms in the text bank, where they come after all categories."""
+    found: dict[str, list[int]] = {}
+    for row, name in enumerate(synonyms.values(), start=len(categories)):
+        found.setdefault(name, []).append(row)
+    return found
+
+
+def _bank(names: list[str], synonyms: Mapping[str, str], config: TrainConfig, weights: Weights | None) -> TextBank:
     """By `text.source`: rows of the weights' text bank, or embeddings of their text tower, of CLIP, or by seed.
 
-    With `keep_categories`, names that the weights have keep their rows, and only the others are made.
+    With `keep_categories`, or if the weights have all categories, texts that the weights have keep their rows, and only
+    the others are made.
     """
-    source = config.text.source
-    if config.keep_categories and weights is not None:
-        held, new = weights.bank, sorted(set(names) - set(weights.bank.names))
-        if not new:
-            return held.rows(names)
-        made = _bank(new, replace(config, keep_categories=False), weights)
-        vectors_KE = torch.cat([held.vectors_KE[: len(held.names)], made.vectors_KE.to(held.vectors_KE.dtype)])
-        return TextBank([*held.names, *new], vectors_KE).rows(names)
-    if weights is None or source in (TextSource.clip, TextSource.seeded):
-        if source is TextSource.weights:
-            raise ConfigError("text.source: weights needs weights=FILE")
-        return TextBank.build(names, config.text, config.model.text_dim)
-    if set(names) <= set(weights.bank.names):
+    texts = [*names, *synonyms]
+    if weights is None or not (config.keep_categories or _has_all(names, config, weights)):
+        return _made(texts, config, weights).rows(names, synonyms)
+    held = weights.bank
+    new = [text for text in texts if text not in held.texts]
+    if not new:
         log.info("text bank: from %s", weights.path)
-        return weights.bank.rows(names)
-    if weights.tower or source is TextSource.weights:
+        return held.rows(names, synonyms)
+    made = _made(new, config, weights)
+    vectors_KE = torch.cat([held.vectors_KE[: len(held.texts)], made.vectors_KE.to(held.vectors_KE.dtype)])
+    return TextBank([*held.texts, *new], vectors_KE).rows(names, synonyms)
+
+
+def _has_all(names: list[str], config: TrainConfig, weights: Weights) -> bool:
+    """Whether `text.source` lets the weights' text bank be used, and it has all these names."""
+    return config.text.source not in (TextSource.clip, TextSource.seeded) and set(names) <= set(weights.bank.texts)
+
+
+def _made(texts: list[str], config: TrainConfig, weights: Weights | None) -> TextBank:
+    """Vectors of these texts by the weights' text tower, by CLIP, or by seed."""
+    source = config.text.source
+    if weights is None and source is TextSource.weights:
+        raise ConfigError("text.source: weights needs weights=FILE")
+    has_tower = weights is not None and bool(weights.tower) and source is TextSource.auto
+    if weights is not None and (has_tower or source is TextSource.weights):
         log.info("text bank: computed by the text tower of %s", weights.path)
-        return TextBank.of_tower(names, weights.tower, config.text, weights.path)
-    return TextBank.build(names, config.text, config.model.text_dim)
+        return TextBank.of_tower(texts, weights.tower, config.text, weights.path)
+    return TextBank.build(texts, config.text, config.model.text_dim)
 
 
 def _module(

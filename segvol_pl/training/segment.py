@@ -42,7 +42,8 @@ class SegVolTask(Task):
 
     Args:
         config: the run's configuration.
-        bank: vectors of the categories that text prompts name; its rows are the batch's `category_BK`.
+        bank: vectors of the categories that text prompts name, and of their synonyms; its rows are the batch's
+            `category_BK`.
     """
 
     def __init__(self, config: TrainConfig, bank: TextBank) -> None:
@@ -52,7 +53,8 @@ class SegVolTask(Task):
         self.model.image_encoder.compute_again(config.run.recompute)
         if config.optim.transfer is Transfer.mup:
             self.rates = transferred(self, config, lambda other: SegVolTask(other, bank))
-        self.save_hyperparameters({"task": "segment", "config": plain(config), "categories": bank.names})
+        stated = {"task": "segment", "config": plain(config), "categories": bank.names}
+        self.save_hyperparameters(stated | ({"synonyms": bank.synonyms} if bank.synonyms else {}))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Compute the loss () of a micro-batch, and log it and its parts."""

@@ -184,3 +184,27 @@ def test_an_empty_window_may_get_a_false_coarse_mask() -> None:
     empty_DHW = np.zeros((16, 32, 32), bool)
     found = [simulated_coarse(empty_DHW, (4, 3, 3), (16, 16, 16), np.random.default_rng(n)).max() for n in range(100)]
     assert min(found) < 0.1 and 3 < np.sum(np.array(found) > 0.5) < 60
+
+
+def test_a_category_is_asked_for_by_any_of_its_names(volume: tuple[Facts, sampling.Read]) -> None:
+    """Each name comes up, those of others never, and all but the name is the same as without synonyms."""
+    names = sorted(volume[0].categories)
+    liver, lung, rows = names.index("liver"), names.index("lung left"), len(names)
+    others = {"liver": [rows, rows + 2], "lung left": [rows + 1]}
+    settings = {
+        "data": replace(WINDOWS, overview_fraction=1.0),
+        "prompts": replace(PROMPTS, categories_per_volume=len(names), per_category=2, corrections=1),
+    }
+    own = [*range(rows), liver, lung, liver]
+    drawn: list[int] = []
+    for seed in range(40):
+        plain, asked = (draw(volume, seed, **settings, synonym_rows=given) for given in (None, others))
+        assert plain.keys() == asked.keys()
+        assert all(plain[name].tobytes() == asked[name].tobytes() for name in plain if name != "category_K")
+        assert [own[row] for row in asked["category_K"]] == plain["category_K"].tolist()
+        drawn += asked["category_K"].tolist()
+    counts = np.bincount(drawn, minlength=rows + 3)
+    assert counts[[liver, rows, rows + 2]].min() > counts[[liver, rows, rows + 2]].sum() / 6  # a third is expected
+    assert counts[[lung, rows + 1]].min() > counts[[lung, rows + 1]].sum() / 4
+    first, second = draw(volume, 1, synonym_rows={}), draw(volume, 1)
+    assert all(first[name].tobytes() == second[name].tobytes() for name in second)

@@ -41,6 +41,7 @@ from segvol_pl.imaging.box import box_of
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume
 from segvol_pl.imaging.transforms import resize_label
+from segvol_pl.model import TextBank
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 
@@ -181,6 +182,17 @@ def test_no_case_with_the_category_leaves_nothing_that_looks_whole(shards: Path,
     with pytest.raises(EvaluateError, match=r"^categories:"):
         evaluated(config, NamedOracle(["pancreas"]))
     assert not list(tmp_path.glob("*.csv")) and not (tmp_path / "report.html").exists()
+
+
+def test_a_synonym_is_scored_as_its_category(shards: Path, tmp_path: Path) -> None:
+    """By the truth of the category, and with its own name in the rows."""
+    model = NamedOracle()
+    model.bank = TextBank.seeded([*CATEGORIES, "lien"], 4).rows(list(CATEGORIES), {"lien": "spleen"})
+    chosen = {"prompts": ["text", "box"], "categories": ["spleen", "lien"]}
+    summary = evaluated(evaluate_config(shards, tmp_path, pictures=1, **chosen), model)
+    own, other = ([row for row in summary.rows if row.category == name] for name in ("spleen", "lien"))
+    assert len(own) == len(other) == 5 and summary.absent.keys() == {"spleen", "lien"}
+    assert [row.dice for row in other] == [row.dice for row in own] and max(row.truth_voxels for row in other) > 0
 
 
 def test_all_splits_and_limit(shards: Path, tmp_path: Path) -> None:

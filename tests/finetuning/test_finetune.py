@@ -16,11 +16,14 @@ from factories import save_untrained, train_config
 from ranks import Ranks
 
 from segvol_pl.__main__ import main
+from segvol_pl.config.loader import load
 from segvol_pl.errors import FAILED, MISUSED, CaseError
 from segvol_pl.evaluation.summary import Row
 from segvol_pl.finetuning import run
 from segvol_pl.finetuning.division import divided, held_out, same_cases, write_cases
 from segvol_pl.finetuning.gains import Figure, gains, what_cases_show
+from segvol_pl.finetuning.settings import training
+from segvol_pl.model import TextBank
 from segvol_pl.model.checkpoint import read_weights
 from segvol_pl.packing.cases import Case, read_cases
 from segvol_pl.training.run import prepared
@@ -232,6 +235,32 @@ def test_two_ranks_take_part_in_evaluating_and_training(
     sharded = tmp_path / "out" / "train" / "checkpoints" / "last.ckpt"
     assert sharded.is_dir()
     assert main(settings(tmp_path / "again", sharded, f"shards={phantom_shards}")) == 0
+
+
+def test_synonyms_of_the_file_join_those_of_the_checkpoint(phantom_shards: Path, tmp_path: Path) -> None:
+    """Rows that the checkpoint has are taken, and others made: the categories' own are as without synonyms."""
+    bank = TextBank.seeded(["liver", "hepar", "brain", "cerebrum"], 16)
+    bank = bank.rows(["liver", "brain"], {"hepar": "liver", "cerebrum": "brain"})
+    start = save_untrained(tmp_path / "old.ckpt", bank.names, TextBank(bank.names, bank.vectors_KE + 1, bank.synonyms))
+    file = tmp_path / "categories.yaml"
+    file.write_text("categories: {liver: [1], aorta: [2]}\nsynonyms: {aorta: [main artery], liver: [jecur]}\n")
+    command = settings(tmp_path / "out", start, "images=ct", "labels=seg", f"categories={file}", "text.source=seeded")
+    weights = read_weights(start)
+    config = training(load("finetune", command[1:]), weights)
+    assert config.text.synonyms == str(file)
+    config = replace(config, data=replace(config.data, shards=str(phantom_shards)))
+    task, module = prepared(config)
+    assert module.synonyms == {"cerebrum": "brain", "hepar": "liver", "jecur": "liver", "main artery": "aorta"}
+    assert task.hparams["synonyms"] == module.synonyms and task.hparams["categories"] == module.categories
+    found = dict(
+        zip([*module.categories, *module.synonyms], task.state_dict()["model.text_encoder.bank_KE"], strict=True)
+    )
+    seeded = TextBank.seeded(list(found), 16)
+    for text, vector_E in found.items():
+        held = text in weights.bank.texts
+        assert torch.equal(vector_E, seeded.vectors_KE[seeded.index(text)] + held), text
+    unkept = prepared(replace(config, keep_categories=False, text=replace(config.text, synonyms=None)))[1]
+    assert unkept.synonyms == {"hepar": "liver"}
 
 
 def test_the_old_names_are_kept_only_if_that_is_set(phantom_shards: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -431,6 +431,21 @@ def test_predict_writes_a_mask_on_the_grid_of_the_ct(
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
+def test_a_synonym_asks_for_its_category(ct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The mask is that of its own vector, named by what was asked; text=all takes each category once."""
+    bank = TextBank.seeded(["liver", "spleen", "hepar"], 16).rows(["liver", "spleen"], {"hepar": "liver"})
+    model = save_untrained(tmp_path / "model.ckpt", ["liver", "spleen"], bank)
+    given = ["predict", f"checkpoint={model}", f"image={ct}", "device=cpu", "zoom.threshold=0.01"]
+    assert main([*given, f"out={tmp_path / 'one.nii.gz'}", "text=hepar"]) == 0
+    assert np.asarray(nib.load(tmp_path / "one.nii.gz").dataobj).any()
+    for text, asked in (("[hepar, spleen]", ["hepar", "spleen"]), ("all", ["liver", "spleen"])):
+        assert main([*given, f"out={tmp_path / 'many.nii.gz'}", f"text={text}"]) == 0
+        told = json.loads((tmp_path / "many.json").read_text())
+        assert [one["category"] for one in told["categories"]] == asked
+    assert main([*given, f"out={tmp_path / 'none.nii.gz'}", "text=hepr"]) == 1
+    assert "nearest: hepar" in capsys.readouterr().err
+
+
 def test_predict_says_that_nothing_was_found(
     checkpoint: Path, ct: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -555,9 +570,11 @@ def test_a_ct_smaller_than_one_window_is_padded() -> None:
 def test_names_that_the_bank_lacks_come_from_the_clip_that_made_it(tmp_path: Path) -> None:
     clip = write_clip(tmp_path)
     config = tiny_model(text_dim=32)
-    model = SegVol(config, TextBank.from_clip(["liver"], TextConfig(clip_model=str(clip))))
+    made = TextBank.from_clip(["liver", "hepar"], TextConfig(clip_model=str(clip)))
+    model = SegVol(config, made.rows(["liver"], {"hepar": "liver"}))
     extend_bank(model, ["spleen"], str(clip))
-    assert model.bank.names == ["liver", "spleen"] and model.text_encoder.bank_KE.shape == (2, 32)
+    assert model.bank.names == ["liver", "spleen"] and model.bank.synonyms == {"hepar": "liver"}
+    assert torch.equal(model.text_encoder.bank_KE[[0, model.bank.index("hepar")]], made.vectors_KE)
     want = TextBank.from_clip(["spleen"], TextConfig(clip_model=str(clip))).vectors_KE[0]
     torch.testing.assert_close(model.text_encoder.bank_KE[1], want)
     other = SegVol(config, TextBank.seeded(["liver"], 32))

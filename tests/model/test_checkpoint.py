@@ -46,6 +46,25 @@ def test_an_exported_model_stands_alone(checkpoint: Path, tmp_path: Path) -> Non
         assert torch.equal(first(image, prompt), second(image, prompt))
 
 
+def test_synonyms_travel_with_the_weights(tmp_path: Path) -> None:
+    """From training to an exported file, and on. A file without them is as it was before there were any."""
+    names, synonyms = ["liver", "spleen"], {"hepar": "liver", "lien": "spleen"}
+    bank = TextBank.seeded([*names, *synonyms], 8)
+    for given in (synonyms, {}):
+        task = SegVolTask(TrainConfig(model=MODEL), bank.rows(names, given))
+        path = tmp_path / "last.ckpt"
+        torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}, path)
+        assert ("synonyms" in task.hparams) == bool(given)
+        exported = export(path, tmp_path / "model.safetensors")
+        with safe_open(exported, framework="pt") as opened:
+            assert opened.metadata().keys() == {"format", "config", "categories", "order"} | (
+                {"synonyms"} if given else set()
+            )
+        again = load_model(export(exported, tmp_path / "again.safetensors"))
+        assert again.bank.names == names and again.bank.synonyms == given
+        assert torch.equal(again.bank.vectors_KE, bank.vectors_KE[: 2 + len(given)])
+
+
 def test_weights_load_into_a_model_with_another_bank(checkpoint: Path) -> None:
     model = SegVol(MODEL, TextBank.seeded(["kidney"], 8))
     load_weights(model, checkpoint)
@@ -111,11 +130,14 @@ def test_foreign_files_are_refused(tmp_path: Path, checkpoint: Path) -> None:
 # ---- what a file states of itself ----
 
 
+WHOLE = ("categories", "config", "order", "synonyms")
+
+
 def stating(exported: Path, target: Path, **changes: Any) -> Path:
-    """The exported model with other keys of its model's section, or another `categories`, `config` or `order`."""
+    """The exported model with other keys of its model's section, or another text under `WHOLE`."""
     with safe_open(exported, framework="pt") as opened:
         header = dict(opened.metadata())
-    whole = {name: changes.pop(name) for name in ("categories", "config", "order") if name in changes}
+    whole = {name: changes.pop(name) for name in WHOLE if name in changes}
     header["config"] = json.dumps({**json.loads(header["config"]), **changes})
     save_file(load_file(exported), target, metadata={**header, **whole})
     return target
@@ -147,6 +169,10 @@ STATED: dict[str, tuple[dict[str, Any], str]] = {
     "no names": ({"categories": "[]"}, r"bank_KE is \[2, 8\], the model's is \[1, 8\]"),
     "a name twice": ({"categories": '["x", "x"]'}, "its categories are no list of different names"),
     "names that are none": ({"categories": '{"x": 1}'}, "its categories are no list"),
+    "more synonyms than rows": ({"synonyms": '{"hepar": "liver"}'}, r"bank_KE is \[2, 8\], the model's is \[3, 8\]"),
+    "a synonym of nothing": ({"synonyms": '{"hepar": "livr"}'}, "its synonyms are no other names of its categories"),
+    "a synonym that is a name": ({"synonyms": '{"spleen": "liver"}'}, "its synonyms are no other names"),
+    "synonyms that are none": ({"synonyms": '["hepar"]'}, "its synonyms are no other names"),
     "an order that is none": ({"order": "[1]"}, "its order are no list"),
     "no JSON": ({"config": "{"}, "'config' in its header is no JSON"),
     "nothing": ({"config": "null"}, "states no configuration"),
@@ -169,14 +195,17 @@ def test_a_header_that_is_not_its_models_is_refused_in_one_line(
     assert len(lines) == 1 and "unexpected" not in lines[0] and not (tmp_path / "again.safetensors").exists()
 
 
-@pytest.mark.parametrize("changes", [{"config": None}, {"config": {"model": {"num_heads": 0}}}, {"categories": ["x"]}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"config": None}, {"config": {"model": {"num_heads": 0}}}, {"categories": ["x"]}, {"synonyms": {"x": "y"}}],
+)
 def test_a_training_checkpoint_that_states_no_model_is_refused(
     changes: dict[str, Any], checkpoint: Path, tmp_path: Path
 ) -> None:
     content = torch.load(checkpoint, weights_only=True)
     content["hyper_parameters"] |= changes
     torch.save(content, tmp_path / "stated.ckpt")
-    with pytest.raises(CheckpointError, match=r"stated\.ckpt.* (states|than it states)"):
+    with pytest.raises(CheckpointError, match=r"stated\.ckpt.* (states|than it states|its synonyms)"):
         load_model(tmp_path / "stated.ckpt")
 
 

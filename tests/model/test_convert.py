@@ -105,6 +105,14 @@ def test_the_bank_is_made_by_the_towers_own_weights(pth: Path, state: dict[str, 
     torch.testing.assert_close(got.vectors_KE, want.vectors_KE)
 
 
+def test_an_import_knows_the_synonyms_of_its_categories(pth: Path, folder: Path) -> None:
+    plain = load_model(import_weights(importing(pth))).bank
+    (folder / "categories.yaml").write_text("categories: {liver: 1, spleen: 2}\nsynonyms: {spleen: [lien]}\n")
+    bank = load_model(import_weights(importing(pth))).bank
+    assert bank.names == plain.names and bank.synonyms == {"lien": "spleen"} and len(bank.vectors_KE) == 3
+    torch.testing.assert_close(bank.vectors_KE[:2], plain.vectors_KE)
+
+
 def test_a_round_trip_is_bit_equal(pth: Path, state: dict[str, Tensor]) -> None:
     back = export(import_weights(importing(pth)), pth.parent / "back.pth")
     first, second = (torch.load(path, weights_only=True)["model"] for path in (pth, back))

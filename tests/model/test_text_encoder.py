@@ -45,3 +45,23 @@ def test_seeded_vectors_are_fixed_by_the_name_and_said_to_be_no_clip(caplog: pyt
 def test_an_unknown_name_offers_the_nearest() -> None:
     with pytest.raises(UnknownCategory, match=r"'livr' is not in the text bank .*nearest: liver"):
         TextBank.seeded(["spleen", "liver"], 4).index("livr")
+
+
+def test_synonyms_have_the_rows_after_the_names() -> None:
+    texts = ["liver", "spleen", "hepar", "lien"]
+    bank = TextBank.seeded(texts, 4).rows(texts[:2], {"hepar": "liver", "lien": "spleen"})
+    assert bank.names == ["liver", "spleen"] and bank.texts == texts
+    assert [bank.index(text) for text in texts] == [0, 1, 2, 3]
+    assert torch.equal(bank.vectors_KE, TextBank.seeded(texts, 4).vectors_KE)
+    with pytest.raises(UnknownCategory, match="nearest: hepar"):
+        bank.index("hepr")
+
+
+def test_a_part_of_a_bank_keeps_the_synonyms_of_its_names() -> None:
+    texts = ["liver", "spleen", "hepar", "lien"]
+    bank = TextBank.seeded(texts, 4).rows(texts[:2], {"hepar": "liver", "lien": "spleen"})
+    kept = bank.rows(["spleen"])
+    assert kept.synonyms == {"lien": "spleen"} and torch.equal(kept.vectors_KE, bank.vectors_KE[[1, 3]])
+    renamed = bank.rows(["hepar", "liver"])
+    assert renamed.texts == ["hepar", "liver"], "a synonym that becomes a category is none any more"
+    assert torch.equal(renamed.vectors_KE, bank.vectors_KE[[2, 0]])

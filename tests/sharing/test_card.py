@@ -14,6 +14,9 @@ from factories import evaluate_config, save_untrained, train_config
 from segvol_pl.__main__ import main
 from segvol_pl.config import Mode
 from segvol_pl.evaluation.run import evaluate
+from segvol_pl.model import TextBank
+from segvol_pl.model.checkpoint import read_weights
+from segvol_pl.sharing.card import _model_lines
 from segvol_pl.training.run import train
 
 
@@ -51,7 +54,13 @@ def test_the_card_states_what_is_known(shared: Path, tmp_path: Path, phantom_sha
     commits = json.loads((shared / "run/manifest.json").read_text(encoding="utf-8"))["starts"][0]["commit"]
     assert f"| commit of segvol_pl | `{commits}` |" in body
     assert str(phantom_shards.parent) not in text
-    assert "trained on**" not in body
+    assert "trained on**" not in body and "Synonyms" not in body
+
+
+def test_the_card_lists_synonyms(tmp_path: Path) -> None:
+    bank = TextBank.seeded(["liver", "hepar"], 16).rows(["liver"], {"hepar": "liver"})
+    lines = _model_lines(read_weights(save_untrained(tmp_path / "model.ckpt", ["liver"], bank)))
+    assert lines[-2:] == ["Categories for text prompts: liver.", "Synonyms: hepar (liver)."]
 
 
 @pytest.mark.slow

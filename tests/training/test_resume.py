@@ -17,6 +17,8 @@ from factories import train_config
 
 from segvol_pl.config import PackConfig, Precision, TrainConfig
 from segvol_pl.errors import CheckpointError, ConfigError
+from segvol_pl.model import TextBank
+from segvol_pl.model.checkpoint import read_weights
 from segvol_pl.packing.pack import pack
 from segvol_pl.packing.phantom import write_phantoms
 from segvol_pl.run_folder import read_metrics
@@ -219,3 +221,36 @@ def test_a_new_run_in_an_old_folder_sets_its_checkpoints_aside(begun: TrainConfi
 
 def test_nothing_is_found_in_a_new_folder(tmp_path: Path) -> None:
     assert newest_intact(tmp_path) is None
+
+
+# ---- synonyms ----
+
+
+def test_training_draws_among_synonyms_and_resumes_with_the_same_alone(
+    begun: TrainConfig, phantom_shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The file may move. Other synonyms are other rows of the text bank."""
+    names = tmp_path / "names.yaml"
+    names.write_text("synonyms: {liver: [jecur, hepar], tail: [cauda]}\n")
+    config = _config(phantom_shards, tmp_path / "run")
+    config = replace(config, text=replace(config.text, synonyms=str(names)))
+    with caplog.at_level(logging.INFO):
+        folder = _stopped(config)
+    assert "left out those of tail" in caplog.text
+    weights = read_weights(folder / "last.ckpt")
+    assert weights.synonyms == {"hepar": "liver", "jecur": "liver"}
+    assert torch.equal(weights.bank.vectors_KE[-2:], TextBank.seeded(["hepar", "jecur"], 512).vectors_KE)
+    assert _losses(config) != _losses(begun)
+    names.write_text("synonyms: {liver: [hepar, iecur]}\n")
+    with pytest.raises(
+        ConfigError, match=r"text\.synonyms is now without jecur of liver and with the new iecur of liver: "
+    ):
+        train(config)
+    moved = tmp_path / "moved.yaml"
+    moved.write_text("synonyms: {liver: [hepar, jecur]}\n")
+    train(replace(config, text=replace(config.text, synonyms=str(moved))))
+    assert f"text.synonyms {names} -> {moved} since the previous start" in caplog.text
+    with pytest.raises(ConfigError, match=r"text\.synonyms is now without hepar of liver, jecur of liver: "):
+        train(
+            replace(config, text=replace(config.text, synonyms=None), optim=replace(config.optim, max_steps=STEPS + 1))
+        )
