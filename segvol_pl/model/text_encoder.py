@@ -62,7 +62,7 @@ class TextBank:
 
         Args:
             names: of categories; each is a name or a synonym in this bank.
-            synonyms: synonym -> category, likewise. None: those that this bank has for these categories.
+            synonyms: synonym -> category. None: those that this bank has for these categories.
         """
         if synonyms is None:
             own = self.synonyms.items()

@@ -246,9 +246,10 @@ def test_synonyms_of_the_file_join_those_of_the_checkpoint(phantom_shards: Path,
     file.write_text("categories: {liver: [1], aorta: [2]}\nsynonyms: {aorta: [main artery], liver: [jecur]}\n")
     command = settings(tmp_path / "out", start, "images=ct", "labels=seg", f"categories={file}", "text.source=seeded")
     weights = read_weights(start)
-    config = training(load("finetune", command[1:]), weights)
+    config = training(load("finetune", [f"checkpoint={start}", *command[2:]]), weights)
     assert config.text.synonyms == str(file)
     config = replace(config, data=replace(config.data, shards=str(phantom_shards)))
+    config = replace(config, prompts=replace(config.prompts, pseudo_per_volume=0))
     task, module = prepared(config)
     assert module.synonyms == {"cerebrum": "brain", "hepar": "liver", "jecur": "liver", "main artery": "aorta"}
     assert task.hparams["synonyms"] == module.synonyms and task.hparams["categories"] == module.categories

@@ -49,8 +49,9 @@ def test_an_exported_model_stands_alone(checkpoint: Path, tmp_path: Path) -> Non
 def test_synonyms_travel_with_the_weights(tmp_path: Path) -> None:
     """From training to an exported file, and on. A file without them is as it was before there were any."""
     names, synonyms = ["liver", "spleen"], {"hepar": "liver", "lien": "spleen"}
+    none: dict[str, str] = {}
     bank = TextBank.seeded([*names, *synonyms], 8)
-    for given in (synonyms, {}):
+    for given in (synonyms, none):
         task = SegVolTask(TrainConfig(model=MODEL), bank.rows(names, given))
         path = tmp_path / "last.ckpt"
         torch.save({"state_dict": task.state_dict(), "hyper_parameters": dict(task.hparams)}, path)

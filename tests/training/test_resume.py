@@ -251,6 +251,4 @@ def test_training_draws_among_synonyms_and_resumes_with_the_same_alone(
     train(replace(config, text=replace(config.text, synonyms=str(moved))))
     assert f"text.synonyms {names} -> {moved} since the previous start" in caplog.text
     with pytest.raises(ConfigError, match=r"text\.synonyms is now without hepar of liver, jecur of liver: "):
-        train(
-            replace(config, text=replace(config.text, synonyms=None), optim=replace(config.optim, max_steps=STEPS + 1))
-        )
+        train(replace(config, text=replace(config.text, synonyms=None)))
