@@ -47,6 +47,7 @@ from segvol_pl.config.features import EmbedConfig, ProbeConfig
 from segvol_pl.config.fields import CUSTOM, HIGHEST_SEED, MISSING, Keys, Range, ranged
 from segvol_pl.config.finetuning import FinetuneConfig, ForgottenConfig, GainConfig, Method
 from segvol_pl.config.inference import (
+    DICOM_RTSTRUCT,
     DICOM_SEG,
     EVERY_CATEGORY,
     WRITABLE,
@@ -59,6 +60,7 @@ from segvol_pl.config.inference import (
     SlidingConfig,
     ViewConfig,
     ZoomConfig,
+    mask_ending,
     names_axes,
 )
 from segvol_pl.config.model import (
@@ -109,6 +111,7 @@ __all__ = [
     "COMBINATIONS",
     "CUSTOM",
     "DEEPSPEED_BUCKET",
+    "DICOM_RTSTRUCT",
     "DICOM_SEG",
     "EVERY_CATEGORY",
     "FINER",
@@ -189,6 +192,7 @@ __all__ = [
     "Widths",
     "ZoomConfig",
     "landmarks_in",
+    "mask_ending",
     "named_parts",
     "names_axes",
     "parse_part",

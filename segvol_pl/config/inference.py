@@ -34,8 +34,16 @@ class Blend(StrEnum):
     gaussian = "gaussian"
 
 
-WRITABLE, DICOM_SEG = (".nii", ".nii.gz", ".nrrd", ".mha"), ".dcm"
-"""Endings of masks: of single files, and of a DICOM SEG."""
+WRITABLE, DICOM_SEG, DICOM_RTSTRUCT = (".nii", ".nii.gz", ".nrrd", ".mha"), ".dcm", ".rtstruct.dcm"
+"""Endings of masks: of files of voxels, of a DICOM SEG, and of a DICOM RTSTRUCT."""
+MASK_ENDINGS = (*WRITABLE, DICOM_SEG, DICOM_RTSTRUCT)
+
+
+def mask_ending(name: str) -> str:
+    """The ending of a mask's file name, in small letters: the longest of MASK_ENDINGS that fits; empty if none does."""
+    return max((ending for ending in MASK_ENDINGS if name.lower().endswith(ending)), key=len, default="")
+
+
 OPPOSITES = ("RL", "AP", "SI")
 """The anatomical directions, in pairs: right and left, anterior and posterior, superior and inferior."""
 
@@ -123,15 +131,15 @@ class PredictConfig(Keys):
     image: str | None = None
     """CT to segment: NIfTI, NRRD, MHA or a DICOM folder."""
     out: str = MISSING
-    """Mask to write (.nii.gz, .nii, .nrrd, .mha, or .dcm: a DICOM SEG, for a CT from a DICOM folder). Several
-    categories give a label map (1 is the first category) and a .json file with their scores next to it. With images, a
-    folder."""
+    """Mask to write: .nii.gz, .nii, .nrrd or .mha. For a CT from a DICOM folder also .dcm, a DICOM SEG, or
+    .rtstruct.dcm, a DICOM RTSTRUCT (contours). Several categories give a label map (1 is the first category) and a
+    .json file with their scores next to it. With images, a folder."""
     images: str | None = None
     """CTs to segment by text, in place of image: a folder, a glob, or a list (.csv with the columns id and image, or
     .json). Each gets a label map OUT/ID.nii.gz; volumes and densities of all are in OUT/statistics.csv. The same
     command continues where it stopped. A CT that cannot be used is listed in OUT/failed.csv, and the others follow."""
     ending: str = ".nii.gz"
-    """Ending of the files of images: .nii.gz, .nii, .nrrd, .mha or .dcm."""
+    """Ending of the files of images: .nii.gz, .nii, .nrrd, .mha, .dcm or .rtstruct.dcm."""
     part: str = ""
     """K/N: this process segments only part K of N of images (K from 0). For a SLURM array."""
     text: list[str] = field(default_factory=list)
@@ -186,10 +194,10 @@ class PredictConfig(Keys):
             require(self.image is not None, "image", "give a CT, or images=DIR for many")
             require(not self.part, "part", "needs images")
         else:
-            endings = (*WRITABLE, DICOM_SEG)
             require(self.image is None, "image", "leave it out, or images")
             require(not spatial, "images", f"many CTs are segmented by text alone: leave {', '.join(spatial)} out")
-            require(self.ending in endings, "ending", f"{self.ending!r} must be one of {', '.join(endings)}")
+            fits = f"{self.ending!r} must be one of {', '.join(MASK_ENDINGS)}"
+            require(self.ending in MASK_ENDINGS, "ending", fits)
             if self.part:
                 parse_part(self.part)
         if self.box is not None:

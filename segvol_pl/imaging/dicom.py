@@ -15,6 +15,7 @@ import logging
 import statistics
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ OFF_LINE = 0.2
 MOST_TILT = 35.0
 """Degrees between the line of the slices and their normal. Gantries tilt by at most 30: more than this is an error."""
 
+REFERENCED = ("FrameOfReferenceUID", "SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+"""What a DICOM object repeats of the slices that it refers to, and what old or hand-made files may lack."""
 TAGS = {
     "FrameOfReferenceUID": "0020|0052",
     "ImageOrientationPatient": "0020|0037",
@@ -130,6 +133,28 @@ def slice_files(folder: Path) -> list[Path]:
             "slices: write .nii.gz"
         )
     return series.files
+
+
+def check_references(image: Path, kind: str) -> None:
+    """Check that a DICOM object can refer to the slices of a CT.
+
+    Args:
+        image: The CT.
+        kind: Of the object, for messages.
+
+    Raises:
+        VolumeError: highdicom is missing, the CT is not a DICOM folder, or its slices lack attributes.
+    """
+    if find_spec("highdicom") is None:
+        raise VolumeError(f"out: a {kind} is written by highdicom, which is missing: pip install 'segvol_pl[dicom]'")
+    if not image.is_dir():
+        raise VolumeError(f"out: a {kind} refers to the slices of a DICOM folder, which {image} is not: write .nii.gz")
+    import pydicom
+
+    for file in read_series(image).files:
+        stated = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(REFERENCED))
+        if lacking := [name for name in REFERENCED if not stated.get(name)]:
+            raise VolumeError(f"out: a {kind} needs {', '.join(lacking)} in the slices of {image}: write .nii.gz")
 
 
 def files_of(path: Path) -> list[Path]:

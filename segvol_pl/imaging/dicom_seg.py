@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ import numpy as np
 from segvol_pl import __version__
 from segvol_pl.atomic import atomic_path
 from segvol_pl.errors import VolumeError
-from segvol_pl.imaging.dicom import slice_files
+from segvol_pl.imaging.dicom import check_references, slice_files
 from segvol_pl.imaging.geometry import Volume, to_native
 
 if TYPE_CHECKING:
@@ -29,23 +28,11 @@ if TYPE_CHECKING:
 SCHEME = "99SEGVOL"
 """A scheme that begins with 99 is a local one."""
 
-NEEDED = ("FrameOfReferenceUID", "StudyInstanceUID", "SOPInstanceUID", "ImagePositionPatient", "PixelSpacing")
-"""What a segmentation object copies from the slices, and what old or hand-made files may lack."""
-
 
 def check_dicom_seg(image: Path) -> None:
-    """Raise VolumeError if highdicom is missing, the CT is not a DICOM folder, or its slices lack attributes."""
-    if find_spec("highdicom") is None:
-        raise VolumeError("out: a DICOM SEG is written by highdicom, which is missing: pip install 'segvol_pl[dicom]'")
-    if not image.is_dir():
-        raise VolumeError(
-            f"out: a DICOM SEG refers to the slices of a DICOM folder, which {image} is not: write .nii.gz"
-        )
-    import pydicom
-
-    lacking = [name for name in NEEDED if name not in pydicom.dcmread(slice_files(image)[0], stop_before_pixels=True)]
-    if lacking:
-        raise VolumeError(f"out: a DICOM SEG needs {', '.join(lacking)} in the slices of {image}: write .nii.gz")
+    """Raise VolumeError as `check_references`, or if the gantry of the CT was tilted."""
+    check_references(image, "DICOM SEG")
+    slice_files(image)
 
 
 def write_dicom_seg(label_DHW: np.ndarray, names: Sequence[str], volume: Volume, path: Path) -> None:

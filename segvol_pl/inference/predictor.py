@@ -25,16 +25,15 @@ import numpy as np
 import torch
 
 from segvol_pl.atomic import write_text
-from segvol_pl.config import DICOM_SEG, WRITABLE, Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig
+from segvol_pl.config import Overlaps, Precision, PredictConfig, TextConfig, ZoomConfig, mask_ending
 from segvol_pl.device import autocast, own_device
-from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, UnknownCategory, VolumeError
+from segvol_pl.errors import ConfigError, PromptError, SampleError, TextError, UnknownCategory
 from segvol_pl.imaging.box import Box, box_or_none, box_slices, union_box, whole_box
-from segvol_pl.imaging.dicom_seg import check_dicom_seg, write_dicom_seg
 from segvol_pl.imaging.geometry import Volume, to_native
 from segvol_pl.imaging.intensity import Intensity, Normalised, body_box, intensity_of, intensity_of_normalised
 from segvol_pl.imaging.prompts import Prompt
 from segvol_pl.imaging.read import read_label, read_volume
-from segvol_pl.imaging.write import write_mask
+from segvol_pl.imaging.write import check_out, write_labels
 from segvol_pl.inference.prompt_coordinates import check_prompt, into_crop, prompt_of
 from segvol_pl.inference.zoom import Progress, Promptable, Zoomer, ZoomRequest
 from segvol_pl.inference.zoom_result import ZoomResult
@@ -85,12 +84,14 @@ class Mask:
         return to_native(self.array_DHW, self.volume)
 
     def save(self, path: str | Path) -> None:
-        """Write the mask (uint8, 0 and 1) on the grid of the CT's file; as DICOM SEG if the name ends in .dcm.
+        """Write the mask (uint8, 0 and 1) on the grid of the CT's file.
+
+        As a DICOM SEG if the name ends in .dcm, as a DICOM RTSTRUCT if it ends in .rtstruct.dcm.
 
         Raises:
             VolumeError: the file name has an unknown ending.
         """
-        _save(self.array_DHW, [self.prompt.text or "structure"], self.volume, Path(path))
+        write_labels(self.array_DHW, [self.prompt.text or "structure"], self.volume, Path(path))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.array(self.array_DHW, dtype=dtype, copy=copy)
@@ -139,9 +140,12 @@ class LabelMap:
         Raises:
             VolumeError: the file name has an unknown ending.
         """
-        path = Path(path)
-        _save(self.array_DHW, [score.category for score in self.scores], self.volume, path)
-        scores_path = scores_file(path)
+        write_labels(self.array_DHW, [score.category for score in self.scores], self.volume, Path(path))
+        return self.save_scores(path)
+
+    def save_scores(self, path: str | Path) -> Path:
+        """Write only the JSON file that belongs to the map `path`, and return its path."""
+        scores_path = scores_file(Path(path))
         content = {
             "image": self.volume.path.name,
             "overlaps": self.overlaps.value,
@@ -156,15 +160,7 @@ class LabelMap:
 
 def scores_file(path: Path) -> Path:
     """The JSON file of a label map: `organs.json` for `organs.nii.gz`."""
-    ending = next((ending for ending in (".nii.gz", *WRITABLE) if path.name.lower().endswith(ending)), path.suffix)
-    return path.with_name(path.name[: len(path.name) - len(ending)] + ".json")
-
-
-def _save(array_DHW: np.ndarray, names: list[str], volume: Volume, path: Path) -> None:
-    if path.suffix.lower() == DICOM_SEG:
-        write_dicom_seg(array_DHW, names, volume, path)
-    else:
-        write_mask(array_DHW, volume, path)
+    return path.with_name(path.name[: len(path.name) - len(mask_ending(path.name))] + ".json")
 
 
 class Predictor:
@@ -521,7 +517,8 @@ def predict(config: PredictConfig) -> Mask | LabelMap:
     if config.image is None:
         raise ConfigError("image: give a CT; many are segmented by evaluation.predict_images", "image")
     check_prompt(config)
-    _check_out(config, Path(config.image))
+    # Fail before the work, not at its end.
+    check_out(Path(config.out), Path(config.image))
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     names = category_names(predictor, config)
     rows = config.landmark_rows
@@ -622,17 +619,6 @@ def extend_bank(model: Any, names: Sequence[str], clip: str) -> None:
     both_KE = torch.cat([model.text_encoder.bank_KE, vectors_KE])
     model.bank = TextBank([*held.texts, *names], both_KE).rows([*held.names, *names], held.synonyms)
     model.text_encoder.bank_KE = model.bank.vectors_KE
-
-
-def _check_out(config: PredictConfig, image: Path) -> None:
-    # Fail before the work, not at its end.
-    path = Path(config.out)
-    if not path.name.lower().endswith((*WRITABLE, DICOM_SEG)):
-        raise VolumeError(f"out: {path} must end in one of {', '.join(WRITABLE)}, or {DICOM_SEG} for a DICOM SEG")
-    if not path.parent.is_dir():
-        raise VolumeError(f"out: folder {path.parent} does not exist: create it first")
-    if path.suffix.lower() == DICOM_SEG:
-        check_dicom_seg(image)
 
 
 def _log_progress() -> Progress:

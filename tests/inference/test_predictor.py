@@ -509,6 +509,7 @@ def say(
         ({"text": "liver", "out": "mask.png"}, 1, "out: mask.png must end in one of .nii"),
         ({"text": "liver", "out": "nowhere/mask.nii.gz"}, 1, "out: folder nowhere does not exist"),
         ({"text": "liver", "out": "mask.dcm"}, 1, "out: a DICOM SEG refers to the slices of a DICOM folder"),
+        ({"text": "liver", "out": "mask.rtstruct.dcm"}, 1, "out: a DICOM RTSTRUCT refers to the slices of a DICOM"),
         ({"text": "liver", "checkpoint": "gone.ckpt"}, 1, "gone.ckpt: no such checkpoint"),
         ({"text": "liver", "previous": "gone.nii.gz"}, 1, "gone.nii.gz does not exist"),
         ({"text": "liver", "coordinates": "world"}, 2, "'world' is none of voxel, ras, lps"),
