@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from scipy import ndimage
@@ -88,7 +88,9 @@ def _polygons(mask: np.ndarray) -> Iterator[np.ndarray]:
 
     # Voxels that touch at a corner alone belong to two polygons: contourpy takes the middle of the four as outside.
     generator = contour_generator(z=np.pad(mask, 1).astype(float), fill_type=FillType.OuterOffset)
-    for points_P2, offsets in zip(*generator.filled(0.5, 2.0), strict=True):
+    # For this fill_type: the points of each outer contour and its holes, and where each of these begins.
+    parts = cast("tuple[list[np.ndarray], list[np.ndarray]]", generator.filled(0.5, 2.0))
+    for points_P2, offsets in zip(*parts, strict=True):
         rings = [points_P2[start : end - 1] - 1 for start, end in itertools.pairwise(offsets)]
         yield _joined(rings[0], rings[1:])
 
@@ -96,8 +98,8 @@ def _polygons(mask: np.ndarray) -> Iterator[np.ndarray]:
 def _joined(outer_P2: np.ndarray, holes: Sequence[np.ndarray]) -> np.ndarray:
     """Make one polygon of an outer contour and its holes.
 
-    From the leftmost point of each hole, a channel leads left to the next contour. It runs a quarter of a voxel beside
-    the voxels' centres, so that a reader's rounding decides nothing.
+    From the leftmost point of each hole, a channel leads left to the next contour. It passes the voxels'
+    centres at a quarter of a voxel, so that a reader's rounding decides nothing.
     """
     # By their leftmost points: the contour that a channel leads to is a part of the polygon already.
     for hole_P2 in sorted(holes, key=lambda ring_P2: float(ring_P2[:, 0].min())):
