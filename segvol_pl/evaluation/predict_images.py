@@ -2,7 +2,8 @@
 
 1. The CTs of a folder, a glob or a list are divided among the ranks and array tasks (`results.Partition`).
 2. Each CT is read and encoded once, and segmented by the texts into a label map, `OUT/ID.nii.gz`. Its volumes and
-   densities are written to `OUT/cases/ID.json`, last, so that a CT that has this file is done.
+   densities are written to `OUT/cases/ID.json`, last, so that a CT that has this file is done. A DICOM object cannot be
+   empty: a CT in which nothing is found is then done without one.
 3. A CT that cannot be used is named in one line and recorded, and the next one follows. A restart tries it again.
 4. Whoever ends collects all records so far in `OUT/statistics.csv` and `OUT/failed.csv`: the last one has them all.
 """
@@ -14,19 +15,20 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from segvol_pl.atomic import write_csv, write_text
-from segvol_pl.config import DICOM_SEG, PredictConfig
+from segvol_pl.atomic import write_csv
+from segvol_pl.config import PredictConfig, mask_ending
 from segvol_pl.errors import EvaluateError, SegVolError, listed
-from segvol_pl.evaluation.results import CASES, SETTINGS, Partition, deciding_settings, differing_settings
+from segvol_pl.evaluation.results import CaseRecord, CaseStore, Partition, deciding_settings
 from segvol_pl.folder_lock import FolderLock
 from segvol_pl.hub import local
-from segvol_pl.imaging.dicom_seg import check_dicom_seg
+from segvol_pl.imaging.write import DICOM_CHECKS
 from segvol_pl.inference.predictor import LabelMap, Predictor, category_names
 from segvol_pl.model.checkpoint import digest_of
 from segvol_pl.packing.cases import Case, pair_cases, read_cases
@@ -41,11 +43,25 @@ NEUTRAL_KEYS = ("checkpoint", "device", "image", "images", "out", "part", "zoom.
 """Keys that do not change the mask of a CT. The model has a hash."""
 
 
+@dataclass(frozen=True)
+class SegmentedCase(CaseRecord):
+    """What was found in one CT, or why it could not be segmented."""
+
+    image: str
+    seconds: float = 0.0
+    file: str = ""
+    """Name of its mask; empty if nothing was found and it would be a DICOM object."""
+    structures: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of STATISTICS."""
+    problem: str = ""
+
+
 def predict_images(config: PredictConfig) -> list[Path]:
     """Segment this process's share of the CTs that `config.images` names into the folder `config.out`.
 
     Returns:
-        The files of its CTs, in the order of their ids.
+        The files of its CTs, in the order of their ids; none for a CT in which nothing was found, if its file were a
+        DICOM object.
 
     Raises:
         EvaluateError: `out` holds masks of other settings; or some CTs could not be segmented, after all others were.
@@ -57,57 +73,73 @@ def predict_images(config: PredictConfig) -> list[Path]:
     predictor = Predictor.from_checkpoint(config.checkpoint, config.device, config.zoom, config.precision, config.seed)
     names = category_names(predictor, config)
     with FolderLock(out, partition.lock):
-        _open(out, config, names)
-        records = _Records(out, config.ending)
+        store = _open(out, config, names)
         mine = partition.select(cases)
-        todo = [case for case in mine if not records.has(case)]
+        records = {case.id: _done(store, case) for case in mine}
+        todo = [case for case in mine if records[case.id] is None]
         if len(todo) < len(mine):
             log.info("%d of %d CTs are already done", len(mine) - len(todo), len(mine))
-        failed = []
         for number, case in enumerate(todo, start=1):
             log.info("CT %d/%d %s", number, len(todo), case.id)
-            before = _fingerprint(case)
-            found = _segmented(predictor, case, names, config)
-            records.write(case, before, found)
-            failed += [case.id] if "problem" in found else []
-        records.collect()
-    if failed:
+            records[case.id] = record = _segmented(predictor, case, names, config)
+            store.write(record)
+        _collect(store)
+    known = [record for record in records.values() if record is not None]
+    if failed := [record.key for record in known if record.problem]:
         told = f"{len(failed)} of {len(mine)} CTs were not segmented, for the reasons in {out / FAILURES}"
         raise EvaluateError(f"{told}: {listed(failed)}")
-    return [out / f"{case.id}{config.ending}" for case in mine]
+    return [out / record.file for record in known if record.file]
 
 
 def _cases(images: str) -> list[Case]:
     return read_cases(images) if images.lower().endswith(LISTS) else pair_cases(images)
 
 
-def _open(out: Path, config: PredictConfig, names: Sequence[str]) -> None:
+def _open(out: Path, config: PredictConfig, names: Sequence[str]) -> CaseStore[SegmentedCase]:
     """Create the folder, or check that its masks have the same settings. Raises EvaluateError."""
-    (out / CASES).mkdir(parents=True, exist_ok=True)
     deciding = deciding_settings(config, NEUTRAL_KEYS)
     settings = {**deciding, "text": list(names), "model": digest_of(local(config.checkpoint))}
-    if others := differing_settings(out / SETTINGS, settings):
-        raise EvaluateError(
-            f"out: {out} holds masks that were made with other {', '.join(others)}: set out to another folder, or "
-            "remove this one"
-        )
+    store = CaseStore(out, settings, SegmentedCase, "masks that were made", "remove this one")
+    store.open()
+    return store
 
 
-def _segmented(predictor: Predictor, case: Case, names: Sequence[str], config: PredictConfig) -> dict[str, Any]:
+def _done(store: CaseStore[SegmentedCase], case: Case) -> SegmentedCase | None:
+    """The record of a CT that is segmented, has not changed since, and still has its mask."""
+    record = store.find(case.id, _fingerprint(case))
+    if record is None or record.problem or (record.file and not (store.out / record.file).exists()):
+        return None
+    return record
+
+
+def _segmented(predictor: Predictor, case: Case, names: Sequence[str], config: PredictConfig) -> SegmentedCase:
     """Segment a CT and write its label map; what was found, or the reason why not."""
     started, path = time.perf_counter(), Path(config.out) / f"{case.id}{config.ending}"
+    before, image = _fingerprint(case), str(case.image)
     try:
-        if config.ending == DICOM_SEG:
-            check_dicom_seg(case.image)
+        if config.ending in DICOM_CHECKS:
+            DICOM_CHECKS[config.ending](case.image)
         found = predictor.open(case.image).segment_all(names, config.overlaps)
-        found.save(path)
+        written = _save(found, path)
     except SegVolError as error:
         problem = " ".join(str(error).split())
-        log.error("%s", problem if str(case.image) in problem else f"{case.image}: {problem}")
-        return {"problem": problem}
+        log.error("%s", problem if image in problem else f"{image}: {problem}")
+        return SegmentedCase(case.id, before, image, problem=problem)
     structures, seconds = _structures(found), time.perf_counter() - started
-    log.info("%s: found %d of %d in %.1f s", path, sum(each["voxels"] > 0 for each in structures), len(names), seconds)
-    return {"seconds": round(seconds, 2), "structures": structures}
+    count = sum(each["voxels"] > 0 for each in structures)
+    without = "" if written else "; not written, as it would be empty"
+    log.info("%s: found %d of %d in %.1f s%s", path, count, len(names), seconds, without)
+    return SegmentedCase(case.id, before, image, round(seconds, 2), written, structures)
+
+
+def _save(found: LabelMap, path: Path) -> str:
+    """Write a label map and its scores; the name of its file, empty for a DICOM object in which nothing would be."""
+    if mask_ending(path.name) in DICOM_CHECKS and not found.array_DHW.any():
+        path.unlink(missing_ok=True)  # what was found before the CT changed
+        found.save_scores(path)
+        return ""
+    found.save(path)
+    return path.name
 
 
 def _structures(found: LabelMap) -> list[dict[str, Any]]:
@@ -130,51 +162,19 @@ def _structures(found: LabelMap) -> list[dict[str, Any]]:
     ]
 
 
-class _Records:
-    """What is known of each CT, a file for each."""
-
-    def __init__(self, out: Path, ending: str) -> None:
-        self.out, self.ending = out, ending
-
-    def has(self, case: Case) -> bool:
-        """Whether the CT is segmented, and has not changed since."""
-        record = self._read(self._path(case))
-        done = "problem" not in record and record.get("fingerprint") == _fingerprint(case)
-        return done and (self.out / f"{case.id}{self.ending}").exists()
-
-    def write(self, case: Case, fingerprint: str, found: dict[str, Any]) -> None:
-        """Record what was found in a CT. fingerprint: as it was before it was read."""
-        record = {"id": case.id, "image": str(case.image), "fingerprint": fingerprint, **found}
-        write_text(self._path(case), json.dumps(record, ensure_ascii=False) + "\n")
-
-    def collect(self) -> None:
-        """Write the tables of all CTs that were tried so far."""
-        records = [self._read(path) for path in sorted((self.out / CASES).glob("*.json"))]
-        rows = [{**_named(record), **each} for record in records for each in record.get("structures", [])]
-        failures = [{**_named(record), "problem": record["problem"]} for record in records if "problem" in record]
-        for name, table in ((STATISTICS, rows), (FAILURES, failures)):
-            if not table:
-                (self.out / name).unlink(missing_ok=True)
-                continue
-            write_csv(self.out / name, table)
-
-    def _path(self, case: Case) -> Path:
-        return self.out / CASES / f"{case.id}.json"
-
-    def _read(self, path: Path) -> dict[str, Any]:
-        """A record; empty if there is none. Raises EvaluateError for a file of another form."""
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            raise EvaluateError(f"{path} is not a record of a CT ({error}): remove it") from error
-        return dict(record)
-
-
-def _named(record: dict[str, Any]) -> dict[str, str]:
-    """The first columns of both tables."""
-    return {"id": record["id"], "image": record["image"]}
+def _collect(store: CaseStore[SegmentedCase]) -> None:
+    """Write the tables of all CTs that were tried so far."""
+    rows: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    for record in store.all():
+        named = {"id": record.key, "image": record.image}
+        rows += [{**named, "file": record.file, **each} for each in record.structures]
+        failures += [{**named, "problem": record.problem}] if record.problem else []
+    for name, table in ((STATISTICS, rows), (FAILURES, failures)):
+        if not table:
+            (store.out / name).unlink(missing_ok=True)
+            continue
+        write_csv(store.out / name, table)
 
 
 def _fingerprint(case: Case) -> str:

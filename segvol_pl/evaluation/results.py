@@ -1,7 +1,8 @@
-"""Store the results of an evaluation, one file per case: for restarts, and for ranks to exchange.
+"""Store what is known of each case, one file per case: for restarts, and for ranks to exchange.
 
-1. `ResultStore.open` records the settings that determine the figures, and refuses a folder with other settings.
-2. `ResultStore.write` writes the result of a case to `cases/KEY.json`, atomically.
+1. `CaseStore.open` records the settings that determine the records, and refuses a folder with other settings.
+2. `CaseStore.write` writes the record of a case to `cases/KEY.json`, atomically. An evaluation keeps `CaseResult`s;
+   `predict_images.py` has records of its own.
 3. `Partition` selects the cases of a process by their position alone, so that each case is evaluated once.
 """
 
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from segvol_pl.atomic import write_text
 from segvol_pl.config import EvaluateConfig, parse_part
@@ -86,12 +87,26 @@ class Partition:
 
 
 @dataclass(frozen=True)
-class CaseResult:
-    """The result of one case."""
+class CaseRecord:
+    """What is known of one case."""
 
     key: str
     fingerprint: str
-    """Fingerprint of the case when it was read, see `EvalCases`."""
+    """Fingerprint of the case when it was read. It changes when the case does."""
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Parse the text of `CaseStore.write`. Raises ValueError, KeyError or TypeError for any other text."""
+        return cls(**json.loads(text))
+
+
+Record = TypeVar("Record", bound=CaseRecord)
+
+
+@dataclass(frozen=True)
+class CaseResult(CaseRecord):
+    """The result of evaluating one case; its fingerprint is that of `EvalCases`."""
+
     seconds: float
     rows: list[Row] = field(default_factory=list)
     matches: list[CategoryMatch] = field(default_factory=list)
@@ -103,8 +118,7 @@ class CaseResult:
     """Why the case cannot be read; the other lists are then empty."""
 
     @classmethod
-    def from_json(cls, text: str) -> CaseResult:
-        """Parse the text of `ResultStore.write`. Raises ValueError, KeyError or TypeError for any other text."""
+    def from_json(cls, text: str) -> Self:
         raw = json.loads(text)
         rows, matches = [Row(**row) for row in raw["rows"]], [CategoryMatch(**match) for match in raw["matches"]]
         return cls(**{**raw, "rows": rows, "matches": matches})
@@ -152,21 +166,29 @@ def wait_for_ranks(pending: Sequence[Item], is_there: Callable[[Item], bool], ti
         time.sleep(POLL_SECONDS)
 
 
-class ResultStore:
-    """The results of an evaluation in its folder."""
+class CaseStore(Generic[Record]):
+    """The records of the cases in a folder, all made with the same settings.
 
-    def __init__(self, out: Path, config: EvaluateConfig, model: str) -> None:
-        self.out, self.folder = out, out / CASES
-        self.settings = {"schema": SCHEMA, "model": model, **deciding_settings(config, NEUTRAL_KEYS)}
+    Args:
+        out: The folder.
+        settings: That determine the records.
+        kind: Of the records.
+        what: The folder holds, for messages.
+        remedy: For a folder with other settings, apart from another folder.
+    """
 
-    def open(self, restart: bool) -> None:
-        """Create the folder, or check that its results have the same settings.
+    def __init__(self, out: Path, settings: Mapping[str, Any], kind: type[Record], what: str, remedy: str) -> None:
+        self.out, self.folder, self.settings, self.kind = out, out / CASES, settings, kind
+        self.what, self.remedy = what, remedy
+
+    def open(self, restart: bool = False) -> None:
+        """Create the folder, or check that its records have the same settings.
 
         Args:
-            restart: Remove the results that the folder holds.
+            restart: Remove the records that the folder holds.
 
         Raises:
-            EvaluateError: The folder holds results of other settings.
+            EvaluateError: The folder holds records of other settings.
         """
         if restart:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -175,26 +197,42 @@ class ResultStore:
         others = differing_settings(self.out / SETTINGS, self.settings)
         if others:
             raise EvaluateError(
-                f"out: {self.out} holds results of an evaluation with other {', '.join(others)}: set out to another "
-                "folder, or set resume=false to remove them"
+                f"out: {self.out} holds {self.what} with other {', '.join(others)}: set out to another folder, or "
+                f"{self.remedy}"
             )
 
-    def find(self, key: str, fingerprint: str) -> CaseResult | None:
-        """Return the result of a case; None if there is none or the case has changed since.
+    def find(self, key: str, fingerprint: str) -> Record | None:
+        """Return the record of a case; None if there is none or the case has changed since.
 
-        Raises EvaluateError if its file is not a result.
+        Raises EvaluateError if its file is not a record.
         """
         try:
-            result = CaseResult.from_json(self._path(key).read_text(encoding="utf-8"))
+            record = self._read(self._path(key))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluateError(f"{self._path(key)} is not a result of a case ({error}): remove it") from error
-        return result if result.fingerprint == fingerprint else None
+        return record if record.fingerprint == fingerprint else None
 
-    def write(self, result: CaseResult) -> None:
-        """Write the result of a case, atomically."""
-        write_text(self._path(result.key), json.dumps(asdict(result), ensure_ascii=False) + "\n")
+    def all(self) -> list[Record]:
+        """Return the records of all cases so far, in the order of their keys. Raises EvaluateError as `find`."""
+        return [self._read(path) for path in sorted(self.folder.glob("*.json"))]
+
+    def write(self, record: Record) -> None:
+        """Write the record of a case, atomically."""
+        write_text(self._path(record.key), json.dumps(asdict(record), ensure_ascii=False) + "\n")
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.json"
+
+    def _read(self, path: Path) -> Record:
+        try:
+            return self.kind.from_json(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluateError(f"{path} is not a result of a case ({error}): remove it") from error
+
+
+class ResultStore(CaseStore[CaseResult]):
+    """The results of an evaluation in its folder."""
+
+    def __init__(self, out: Path, config: EvaluateConfig, model: str) -> None:
+        settings = {"schema": SCHEMA, "model": model, **deciding_settings(config, NEUTRAL_KEYS)}
+        super().__init__(out, settings, CaseResult, "results of an evaluation", "set resume=false to remove them")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ct_files import phantom, write_case
+from ct_files import phantom, write_case, write_dicom
 from factories import save_untrained
 
 from segvol_pl.__main__ import main
@@ -31,9 +31,9 @@ def write_cts(folder: Path, count: int) -> Path:
     return folder
 
 
-def predicted(checkpoint: Path, *words: str | Path) -> int:
-    # An untrained model's probabilities lie about one half: a low threshold finds something.
-    keys = ["device=cpu", "precision=fp32", "zoom.threshold=0.01", f"text=[{','.join(NAMES)}]"]
+def predicted(checkpoint: Path, *words: str | Path, threshold: float = 0.01) -> int:
+    # An untrained model's probabilities lie about one half: a low threshold finds something, a high one nothing.
+    keys = ["device=cpu", "precision=fp32", f"zoom.threshold={threshold}", f"text=[{','.join(NAMES)}]"]
     return main(["predict", f"checkpoint={checkpoint}", *keys, *map(str, words)])
 
 
@@ -106,6 +106,30 @@ def test_a_list_is_read_a_changed_ct_segmented_again_and_other_settings_refused(
     assert predicted(checkpoint, *words, "zoom.overlap=0") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "holds masks that were made with other zoom.overlap: set out to another folder" in line
+
+
+@pytest.mark.parametrize("ending", [".dcm", ".rtstruct.dcm"])
+def test_a_ct_in_which_nothing_is_found_is_done_without_a_dicom_object(
+    ending: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("highdicom")
+    write_dicom(tmp_path / "ct", phantom()[0])
+    (tmp_path / "list.csv").write_text("id,image\nA,ct\n")
+    words = (f"images={tmp_path / 'list.csv'}", f"ending={ending}")
+    out, empty = tmp_path / "masks", tmp_path / "empty"
+    assert predicted(checkpoint, *words, f"out={out}") == 0
+    assert {row["file"] for row in rows(out / "statistics.csv")} == {f"A{ending}"}
+    assert (out / f"A{ending}").exists() and (out / "A.json").exists()
+
+    assert predicted(checkpoint, *words, f"out={empty}", threshold=0.999) == 0
+    table = rows(empty / "statistics.csv")
+    assert [(row["id"], row["category"], row["file"], row["voxels"]) for row in table] == [
+        ("A", name, "", "0") for name in NAMES
+    ]
+    assert sorted(path.name for path in empty.glob("[!.]*")) == ["A.json", "cases", "settings.json", "statistics.csv"]
+    before = (empty / "cases" / "A.json").stat().st_mtime_ns
+    assert predicted(checkpoint, *words, f"out={empty}", threshold=0.999) == 0
+    assert (empty / "cases" / "A.json").stat().st_mtime_ns == before, "not segmented again"
 
 
 @pytest.mark.parametrize(
