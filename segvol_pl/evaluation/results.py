@@ -119,6 +119,7 @@ class CaseResult(CaseRecord):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """As for every record; rows and matches become objects again."""
         raw = json.loads(text)
         rows, matches = [Row(**row) for row in raw["rows"]], [CategoryMatch(**match) for match in raw["matches"]]
         return cls(**{**raw, "rows": rows, "matches": matches})
