@@ -6,7 +6,8 @@ The checkpoint is a model like the demo's (`segvol-pl demo`: OUT/model.safetenso
 shards are the demo's. 16 new phantoms have labels of stomach and bladder alone. Each arm is one command. `full` does
 everything and is timed from start to end; it must come first. The others begin with its shards and with its evaluations
 of the checkpoint, which are the same, and their training is timed. `scratch` trains the same model on the same cases
-without a checkpoint, for four times the steps. `replay` is LoRA with the old training cases mixed in, at half weight.
+without a checkpoint, for four times the steps. `replay` is LoRA with the old training cases mixed in, at half the rate
+and for six times the steps.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from typing import Any
 
 from results import record
 
-STEPS, FACTOR = 100, 4
-"""Steps of fine-tuning, and how many times as many from scratch."""
+STEPS, FACTOR, REPLAYED = 100, 4, 6
+"""Steps of fine-tuning, and how many times as many from scratch, and with old cases mixed in."""
 NEW = {"stomach": [11], "bladder": [12]}
 PROMPTS = "text, box"
 FIRST = "full"
@@ -71,7 +72,8 @@ def fine_tune(out: Path, new: Path, given: argparse.Namespace, *more: str) -> di
         f"evaluation.prompts=[{PROMPTS}]",
         "evaluation.pictures=0",
     ]
-    measured = [f"forgotten.shards={given.old}", f"optim.max_steps={STEPS}", SILENT]
+    steps = [] if any(key.startswith("optim.max_steps=") for key in more) else [f"optim.max_steps={STEPS}"]
+    measured = [f"forgotten.shards={given.old}", *steps, SILENT]
     seconds = run("finetune", SETTINGS, *chosen, *measured, *more)
     return {**({"command_s": round(seconds, 1)} if out == first else {}), **figures_of(out)}
 
@@ -121,7 +123,7 @@ def main() -> None:
         "full": ["method=full"],
         "decoder": ["method=decoder"],
         "lora": ["method=lora"],
-        "replay": ["method=lora", f"data.mix=[0.5*{given.old}]"],
+        "replay": ["method=lora", f"data.mix=[{given.old}]", "optim.lr=5e-4", f"optim.max_steps={REPLAYED * STEPS}"],
     }
     for arm in given.arms:
         out = given.out / arm
@@ -132,7 +134,8 @@ def main() -> None:
         print(json.dumps({arm: found}, indent=1), flush=True)
     if given.record:
         figures = json.loads(path.read_text(encoding="utf-8"))
-        print(record("finetune", {"steps": STEPS, "steps_from_scratch": FACTOR * STEPS, **figures}))
+        further = {"steps_from_scratch": FACTOR * STEPS, "steps_of_replay": REPLAYED * STEPS}
+        print(record("finetune", {"steps": STEPS, **further, **figures}))
 
 
 if __name__ == "__main__":
