@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = save_untrained(
         tmp_path_factory.mktemp("untrained") / "last.ckpt",
         ["liver", "spleen"],
-        TextBank.seeded(["liver", "spleen", "hepar"], 16).rows(["liver", "spleen"], {"hepar": "liver"}),
+        TextBank.seeded(["liver", "spleen", "higado"], 16).rows(["liver", "spleen"], {"higado": "liver"}),
         mask_prompt=True,
         point_maps=True,
         landmarks=["line"],
@@ -108,9 +108,9 @@ def test_the_example_segments_as_predict_does(checkpoint: Path, exported: Path, 
     """Voxel by voxel, on a CT in another orientation that is smaller than a window along two axes."""
     turned = np.array([[0, 0, 1], [-1, 0, 0], [0, -1, 0]])
     ct = write_image(phantom()[0], tmp_path / "ct.nii.gz", turned)
-    command = [sys.executable, str(EXAMPLE), str(exported), str(ct), str(tmp_path / "onnx.nii.gz"), "hepar"]
+    command = [sys.executable, str(EXAMPLE), str(exported), str(ct), str(tmp_path / "onnx.nii.gz"), "higado"]
     subprocess.run(command, check=True)
-    keys = [f"checkpoint={checkpoint}", f"image={ct}", "text=hepar", "precision=fp32", "device=cpu"]
+    keys = [f"checkpoint={checkpoint}", f"image={ct}", "text=higado", "precision=fp32", "device=cpu"]
     assert main(["predict", *keys, f"out={tmp_path / 'torch.nii.gz'}"]) == 0
     theirs, ours = (nibabel.load(tmp_path / f"{name}.nii.gz") for name in ("onnx", "torch"))
     assert np.allclose(theirs.affine, ours.affine) and theirs.shape == ours.shape
@@ -128,7 +128,7 @@ def test_the_folder_says_what_its_files_are(exported: Path) -> None:
         "text_bank.npy",
     ]
     about = json.loads((exported / "model.json").read_text(encoding="utf-8"))
-    assert about["categories"] == ["liver", "spleen"] and about["synonyms"] == {"hepar": "liver"}
+    assert about["categories"] == ["liver", "spleen"] and about["synonyms"] == {"higado": "liver"}
     assert about["landmarks"] == {"line": 2}
     assert np.load(exported / "text_bank.npy", allow_pickle=False).shape == (3, about["text_dim"])
 
