@@ -355,7 +355,7 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
         postmortem.record_collectives()
         trainer = _trainer(config, start, stop, recorder)
         task.sharding = getattr(trainer.strategy, "sharding", Sharding())
-        with watched(trainer):
+        with watched(trainer), _interruptions():
             # DeepSpeed would add its hooks to the modules twice: for validation, and again for training.
             if start.checkpoint is None and config.run.strategy not in strategies.STAGES:
                 trainer.validate(task, datamodule=module, verbose=False, weights_only=True)
@@ -368,6 +368,17 @@ def _trained(config: Config, task: Task, module: VolumeModule, start: Start, rec
     recorder.done(why)
     loggers.finish(trainer.loggers)
     return Path(config.run.out) / "checkpoints" / "last.ckpt"
+
+
+@contextmanager
+def _interruptions() -> Iterator[None]:
+    """Let Ctrl-C end training as it ends every other command: Lightning would end the process with status 1."""
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise error.__context__ from None
+        raise
 
 
 @contextmanager

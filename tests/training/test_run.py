@@ -376,6 +376,26 @@ def test_a_signal_saves_at_a_steps_end_and_the_same_command_goes_on(
     assert losses[0] == losses[1] and len(losses[0]) == steps
 
 
+def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(phantom_shards: Path, tmp_path: Path) -> None:
+    """To all processes, as a terminal sends it."""
+    config, log = train_config(phantom_shards, tmp_path / "run", steps=60), tmp_path / "log"
+    run = replace(config.run, checkpoint_every=2, val_every=0, val_batches=1)
+    config = replace(config, run=run, data=replace(config.data, workers=1))
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-m", "segvol_pl", "train", str(tmp_path / "run.yaml")]
+    with log.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=written, start_new_session=True)
+    while len(_losses_so_far(tmp_path / "run")) < 3:
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == SIGNALLED + signal.SIGINT
+    said = log.read_text()
+    assert said.splitlines()[-1] == "segvol-pl train: interrupted" and "Traceback" not in said
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "resuming from step" in again.stderr and len(_losses_so_far(tmp_path / "run")) == 60
+
+
 def test_a_signal_before_the_first_step_ends_the_first_validation_between_two_batches(
     phantom_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
