@@ -72,8 +72,7 @@ def fine_tune(out: Path, new: Path, given: argparse.Namespace, *more: str) -> di
         f"evaluation.prompts=[{PROMPTS}]",
         "evaluation.pictures=0",
     ]
-    steps = [] if any(key.startswith("optim.max_steps=") for key in more) else [f"optim.max_steps={STEPS}"]
-    measured = [f"forgotten.shards={given.old}", *steps, SILENT]
+    measured = [f"forgotten.shards={given.old}", SILENT]
     seconds = run("finetune", SETTINGS, *chosen, *measured, *more)
     return {**({"command_s": round(seconds, 1)} if out == first else {}), **figures_of(out)}
 
@@ -119,10 +118,11 @@ def main() -> None:
     parser.add_argument("--record", action="store_true")
     given = parser.parse_args()
     new, path = make_cases(given.out / "phantoms"), given.out / "figures.json"
+    brief = f"optim.max_steps={STEPS}"
     more = {
-        "full": ["method=full"],
-        "decoder": ["method=decoder"],
-        "lora": ["method=lora"],
+        "full": ["method=full", brief],
+        "decoder": ["method=decoder", brief],
+        "lora": ["method=lora", brief],
         "replay": ["method=lora", f"data.mix=[{given.old}]", "optim.lr=5e-4", f"optim.max_steps={REPLAYED * STEPS}"],
     }
     for arm in given.arms:
